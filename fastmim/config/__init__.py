@@ -1,0 +1,32 @@
+"""The configuration tree: one pydantic model per section, YAML files with ``base:``, ``key=value`` overrides.
+
+Only the cli, ``fastmim.engine.train`` and the package root read it; everything below takes keyword arguments.
+"""
+
+from fastmim.config.explain import explain
+from fastmim.config.load import dump_config, load_config, save_config
+from fastmim.config.sections import (
+    Config,
+    DataSection,
+    EfficiencySection,
+    ModelSection,
+    ObjectiveSection,
+    OptimSection,
+    OutputSection,
+    TrainSection,
+)
+
+__all__ = [
+    "Config",
+    "DataSection",
+    "EfficiencySection",
+    "ModelSection",
+    "ObjectiveSection",
+    "OptimSection",
+    "OutputSection",
+    "TrainSection",
+    "dump_config",
+    "explain",
+    "load_config",
+    "save_config",
+]

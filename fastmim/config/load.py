@@ -1,0 +1,157 @@
+"""Read a config: ``base:`` files, then the file, then ``key=value`` overrides; later wins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastmim.config import yaml_text
+from fastmim.config.fields import describe
+from fastmim.config.messages import nearest, one_line, section_at, unknown_key
+from fastmim.config.sections import Config
+
+Tree = dict[str, Any]
+
+# Two ways to say the same thing: a layer that uses one replaces what a lower layer said with the other.
+_ALTERNATIVES = (
+    ("train", "steps", "epochs"),
+    ("optim", "warmup_steps", "warmup_epochs"),
+    ("optim", "milestone_steps", "milestones"),
+    ("optim", "decay_steps", "decay_epochs"),
+)
+
+
+def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a config.
+
+    Args:
+        path: YAML file, or None for the defaults. Its top-level key ``base`` names one file or a list of
+            files, relative to itself, that it builds on: sections merge deeply, lists and values replace.
+        overrides: ``"section.key=value"``, the value in YAML, applied in order on top.
+
+    Raises:
+        ValueError: one line that names the field, its value and what to do: an unknown key, a wrong type,
+            values that do not fit together, a file that is missing, is not YAML or includes itself.
+    """
+    tree = _read(Path(path), ()) if path is not None else {}
+    tree = _merge(tree, _parse_overrides(overrides))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(one_line(error, Config)) from None
+
+
+def dump_config(cfg: Config) -> str:
+    """`cfg` as YAML with every key, defaults included."""
+    return yaml_text.dump(cfg.model_dump(mode="json"))
+
+
+def save_config(cfg: Config, path: str | os.PathLike[str]) -> None:
+    """Write `cfg` with every key; ``load_config(path)`` gives an equal config."""
+    Path(path).write_text(dump_config(cfg), encoding="utf-8")
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> Tree:
+    """The tree of one file on top of its bases. `including` is the chain of files that led here."""
+    here = path.resolve()
+    if here in including:
+        chain = " -> ".join(p.name for p in (*including[including.index(here) :], here))
+        raise ValueError(f"{path}: the file includes itself through base: {chain}; remove one of them")
+    tree = _parse_file(path, including[-1] if including else None)
+    bases = tree.pop("base", None) or []
+    merged: Tree = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: base={base}: expected a file name or a list of them")
+        merged = _merge(merged, _read(path.parent / base, (*including, here)))
+    return _merge(merged, tree)
+
+
+def _parse_file(path: Path, included_by: Path | None) -> Tree:
+    try:
+        tree = yaml_text.parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        source = f" (base of {included_by})" if included_by else ""
+        raise ValueError(f"{path}: {reason}{source}{nearest(path.name, siblings)}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8; expected a YAML config") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ValueError(f"{path}: expected sections ({', '.join(Config.model_fields)}), each with keys and values")
+    return tree
+
+
+def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
+    """The layer `upper` over the layers `lower`, both left as they are."""
+    merged = dict(lower)
+    for section, first, second in _ALTERNATIVES:
+        given, below = upper.get(section), merged.get(section)
+        if isinstance(given, dict) and isinstance(below, dict):
+            for chosen, other in ((first, second), (second, first)):
+                if given.get(chosen) is not None and other not in given:
+                    below = {key: value for key, value in below.items() if key != other}
+            merged[section] = below
+    return _overlay(merged, upper)
+
+
+def _overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
+    merged = dict(lower)
+    for key, value in upper.items():
+        old = merged.get(key)
+        # A section that is null says nothing: all its keys are commented out.
+        if isinstance(old, dict) and (value is None or isinstance(value, dict)):
+            merged[key] = _overlay(old, value or {})
+        else:
+            merged[key] = value
+    return merged
+
+
+def _parse_overrides(overrides: Sequence[str]) -> Tree:
+    tree: Tree = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ValueError(f"override '{override}': expected section.key=value, for example train.steps=20")
+        _check_key(override, parts)
+        value = _parse_value(override, parts, text)
+        for part in reversed(parts):
+            value = {part: value}
+        tree = _overlay(tree, value)
+    return tree
+
+
+def _check_key(override: str, parts: list[str]) -> None:
+    """The key exists, at most one level deep; checked here so that the value can be read for its field."""
+    if parts[0] == "base":
+        raise ValueError(f"override '{override}': base is a key of files only; name another file instead")
+    for depth, part in enumerate(parts, start=1):
+        location = tuple(parts[:depth])
+        if depth > 2:
+            raise ValueError(f"override '{override}': {'.'.join(parts[:2])} is a value, not a section")
+        if part not in section_at(Config, location).model_fields:
+            raise ValueError(unknown_key(Config, location))
+
+
+def _parse_value(override: str, parts: list[str], text: str) -> Any:
+    """YAML; but what a text field gets is taken as it is, unless it is quoted or null."""
+    text = text.strip()
+    takes_text = describe(section_at(Config, parts).model_fields[parts[-1]].annotation).startswith("text")
+    if text and takes_text and text[0] not in "'\"" and text != "null":
+        return text
+    try:
+        value = yaml_text.parse(text)
+    except ValueError as error:
+        raise ValueError(f"override '{override}': the value is not YAML: {error}") from None
+    if len(parts) == 1 and not (value is None or isinstance(value, dict)):
+        raise ValueError(f"override '{override}': {parts[0]} is a section; expected {parts[0]}.key=value")
+    return value

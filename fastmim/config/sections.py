@@ -1,0 +1,214 @@
+"""The sections of the config: every key, its type, its default and what it means."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fastmim.config import checks
+from fastmim.config.fields import (
+    AboveZero,
+    AutoOrBool,
+    BelowOne,
+    Betas,
+    Channels,
+    Count,
+    Counts,
+    Fraction,
+    IntOrInts,
+    Path,
+    Positive,
+    Positives,
+    Probability,
+    Range,
+    Rate,
+    Section,
+    Size,
+    Spreads,
+    UnitRange,
+)
+
+
+class ModelSection(Section):
+    """The encoder. Everything left null comes from the size, or from the encoder's own default."""
+
+    name: str = Field("swinv2_base", description="family (swin, swinv2, vit) or size (swinv2_base, vit_large, ...)")
+    img_size: Size | None = Field(None, description="pixels of the training crop, one number or [height, width]")
+    patch_size: Positive | None = Field(None, description="edge of a patch in pixels")
+    in_chans: Positive = Field(3, description="image channels: 1 grey, 3 RGB, 4 RGBA")
+    embed_dim: Positive | None = Field(None, description="channels (of the first stage)")
+    depths: Positives | None = Field(None, description="swin: blocks per stage")
+    num_heads: IntOrInts | None = Field(None, description="attention heads; swin: one number per stage")
+    window_size: IntOrInts | None = Field(None, description="swin: attention window in tokens")
+    mlp_ratio: AboveZero | None = Field(None, description="hidden channels of the MLP over its input channels")
+    qkv_bias: bool | None = Field(None, description="bias on query, key and value (swinv2, vit: query and value)")
+    drop_path_rate: BelowOne | None = Field(None, description="stochastic depth of the last block")
+    pretrained_window_size: IntOrInts | None = Field(None, description="swinv2: window the weights were trained with")
+    extra_norm_period: Count | None = Field(None, description="swinv2 H and G: a norm after every n-th block, 0 = none")
+    extra_norm_scope: Literal["stage", "global"] | None = Field(None, description="how those blocks are counted")
+    depth: Positive | None = Field(None, description="vit: blocks")
+    init_values: Rate | None = Field(None, description="vit: start of LayerScale, 0 = none")
+    shared_rel_pos_bias: bool | None = Field(None, description="vit: one relative position bias for all blocks")
+    rel_pos_bias: bool | None = Field(None, description="vit: a relative position bias in every block")
+    abs_pos_embed: bool | None = Field(None, description="vit: learned absolute positions")
+    init_from: Path | None = Field(
+        None, description="weights to start from: .safetensors or .pth, timm's names or ours"
+    )
+
+    def encoder_kwargs(self) -> dict[str, Any]:
+        """The dict for ``create_objective(encoder=...)``: every architecture key that is not null."""
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "init_from"}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        checks.architecture(self.encoder_kwargs())
+        return self
+
+
+class ObjectiveSection(Section):
+    """What is hidden from the encoder, what it must predict, and how the error is measured."""
+
+    name: Literal["simmim"] = Field("simmim", description="pretraining objective")
+    mask_ratio: Fraction = Field(0.6, description="share of mask units hidden; the count per image is rounded up")
+    unit: Positive = Field(32, description="edge of a mask unit in pixels, a multiple of patch_size")
+    norm_target: Count = Field(0, description="window of the locally normalised target in pixels (odd; 47), 0 = off")
+    loss: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="error per pixel")
+    loss_on: Literal["masked", "all"] = Field("masked", description="pixels that count")
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveSection:
+        checks.norm_target(self.norm_target)
+        return self
+
+
+class DataSection(Section):
+    """Where the images are and how they are read and augmented."""
+
+    path: Path | None = Field(None, description="folder of images, nested or flat; required to pretrain")
+    val_path: Path | None = Field(None, description="held-out folder for the validation reconstruction loss")
+    file_list: Path | None = Field(None, description="text file, one image per line, relative to path")
+    loader: Literal["auto", "torchvision", "pil"] = Field("auto", description="decoder and augmentation backend")
+    num_workers: Count = Field(2, description="reader processes per rank")
+    scale: UnitRange = Field((0.67, 1.0), description="crop area as a share of the image, [low, high]")
+    ratio: Range = Field((3 / 4, 4 / 3), description="crop aspect ratio, [low, high]")
+    hflip: Probability = Field(0.5, description="probability of a horizontal flip")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="resampling of the crop")
+    mean: Channels = Field((0.485, 0.456, 0.406), description="per channel, of values in [0, 1]; one value fits all")
+    std: Spreads = Field((0.229, 0.224, 0.225), description="per channel, of values in [0, 1]; one value fits all")
+    max_bad_fraction: Probability = Field(0.5, description="stop when more than this share of files is unreadable")
+    verify: Literal["auto", "full", "none"] = Field("auto", description="decode every file before training starts")
+    min_size: Positive = Field(8, description="drop images with an edge shorter than this, in pixels")
+
+
+class OptimSection(Section):
+    """AdamW and its learning-rate schedule."""
+
+    name: Literal["adamw"] = Field("adamw", description="optimiser")
+    lr: Rate = Field(1e-4, description="peak learning rate, per lr_batch images")
+    warmup_lr: Rate = Field(5e-7, description="learning rate of the first step, scaled like lr")
+    min_lr: Rate = Field(0.0, description="learning rate at the end of a cosine, scaled like lr")
+    lr_batch: Count | None = Field(512, description="rates are scaled by global batch / lr_batch; 0 or null: absolute")
+    weight_decay: Rate = Field(0.05, description="decoupled weight decay")
+    betas: Betas = Field((0.9, 0.999), description="decay rates of Adam's averages")
+    eps: AboveZero = Field(1e-8, description="Adam's epsilon")
+    clip_grad: AboveZero | None = Field(5.0, description="largest global gradient norm, null = no clipping")
+    schedule: Literal["cosine", "step", "multistep", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_epochs: Rate | None = Field(0.0, description="linear warm-up in epochs")
+    warmup_steps: Count | None = Field(None, description="linear warm-up in steps, instead of warmup_epochs")
+    milestones: Counts = Field((), description="multistep: epochs at which the rate is multiplied by gamma")
+    milestone_steps: Counts = Field((), description="multistep: the same in steps, instead of milestones")
+    decay_epochs: AboveZero | None = Field(None, description="step: epochs between multiplications by gamma")
+    decay_steps: Positive | None = Field(None, description="step: the same in steps, instead of decay_epochs")
+    gamma: AboveZero = Field(0.1, description="step, multistep: factor")
+    cosine_after_warmup: bool = Field(True, description="cosine over the steps after warm-up (false: over all steps)")
+    policy: Literal["default", "parity"] = Field(
+        "default", description="which parameters decay; parity = the reference"
+    )
+    schedule_lag: bool | None = Field(None, description="use the rate of the step before; null = with policy parity")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, value: Any) -> Any:
+        return checks.either(value, "warmup_steps", "warmup_epochs", default=0.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimSection:
+        checks.schedule(self)
+        return self
+
+
+class TrainSection(Section):
+    """How long, in which batches, and what is written on the way."""
+
+    steps: Positive | None = Field(None, description="length in optimiser steps, instead of epochs")
+    epochs: Positive | None = Field(100, description="length in passes over the data")
+    micro_batch_size: Positive = Field(64, description="images per rank in one forward and backward")
+    grad_accum_steps: Positive = Field(1, description="micro-batches per optimiser step")
+    global_batch_size: Positive | None = Field(
+        None,
+        description="images per optimiser step over all ranks; null = micro x accum x ranks",
+    )
+    seed: Count = Field(0, description="of weights, masks, crops and order")
+    log_every: Positive = Field(10, description="steps between lines of metrics (one host synchronisation each)")
+    save_every: Count = Field(0, description="steps between checkpoints, 0 = at the end only")
+    keep: Positive = Field(2, description="checkpoints kept, the newest")
+    val_every: Count = Field(0, description="steps between validations, 0 = at the end only")
+    val_batches: Positive | None = Field(None, description="micro-batches per validation, null = all of val_path")
+    picture_every: Count = Field(0, description="steps between reconstruction pictures, 0 = at the end only")
+    resume: Path = Field("auto", description="auto: newest checkpoint in output.dir; none; or a checkpoint's path")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, value: Any) -> Any:
+        return checks.either(value, "steps", "epochs")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        checks.length(self.steps, self.epochs)
+        checks.batch(self)
+        return self
+
+
+class EfficiencySection(Section):
+    """Speed and memory. Nothing here changes the loss, except precision, by its rounding."""
+
+    kernels: Literal["auto", "triton", "torch", "reference"] = Field("auto", description="implementation of every op")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
+    compile: bool = Field(False, description="torch.compile the objective")
+    fused_optimizer: AutoOrBool = Field("auto", description="one kernel for the optimiser step")
+    threads: Positive | None = Field(None, description="CPU threads of torch, null = torch's choice")
+
+
+class OutputSection(Section):
+    """What a run leaves behind."""
+
+    dir: Path = Field("runs/default", description="folder of the run: config, metrics, checkpoints, pictures, encoder")
+    tensorboard: bool = Field(True, description="write TensorBoard scalars and pictures")
+    pictures: Count = Field(4, description="images in a reconstruction picture, 0 = no pictures")
+
+
+class Config(Section):
+    """The whole configuration of a run, checked across its sections."""
+
+    model: ModelSection = Field(default_factory=ModelSection, description="the encoder")
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="the pretraining task")
+    data: DataSection = Field(default_factory=DataSection, description="the images")
+    optim: OptimSection = Field(default_factory=OptimSection, description="optimiser and learning rate")
+    train: TrainSection = Field(default_factory=TrainSection, description="length, batches, logging")
+    efficiency: EfficiencySection = Field(default_factory=EfficiencySection, description="speed and memory")
+    output: OutputSection = Field(default_factory=OutputSection, description="what is written where")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _statistics(cls, value: Any) -> Any:
+        return checks.default_statistics(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        encoder, objective = self.model.encoder_kwargs(), self.objective
+        checks.mask_unit(encoder, objective.unit)
+        checks.some_visible(encoder, objective.unit, objective.mask_ratio)
+        checks.channels(self.model.in_chans, mean=self.data.mean, std=self.data.std)
+        return self
