@@ -1,0 +1,345 @@
+"""Swin and SwinV2 encoders with a mask token, on timm's parameter names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmim_kernels as fk
+
+from .layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    drop_path_rates,
+    joint_bias,
+    relative_position_index,
+    to_pair,
+    trunc_normal_,
+)
+
+Pair = tuple[int, int]
+
+
+def relative_coords_table(window_size: Pair, pretrained_window_size: Pair) -> Tensor:
+    """((2·wh − 1)(2·ww − 1), 2) log-spaced relative coordinates of SwinV2 (section 3.3, equation 4)."""
+    axes = []
+    for size, pretrained in zip(window_size, pretrained_window_size, strict=True):
+        # A window of one token has the single offset 0.
+        r = torch.arange(1 - size, size, dtype=torch.float32, device="cpu") / max((pretrained or size) - 1, 1)
+        axes.append(r.sign() * torch.log2(1 + 8 * r.abs()) / math.log2(8))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
+
+
+class WindowAttention(nn.Module):
+    """Window attention of one block; the bias of all blocks of a stage is computed by the stage."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Pair,
+        shift_size: Pair,
+        qkv_bias: bool,
+        version: int,
+        impl: str,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.window_size, self.shift_size, self.impl = (
+            num_heads,
+            window_size,
+            shift_size,
+            impl,
+        )
+        self.logit_scale: Tensor | None = None
+        if version == 1:
+            entries = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
+            self.relative_position_bias_table = nn.Parameter(torch.empty(entries, num_heads))
+            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        else:
+            self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
+            self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False))
+            self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+            self.q_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
+            self.v_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        pad = (-height % self.window_size[0], -width % self.window_size[1])
+        if any(pad):
+            x = self._pad(x, pad)
+        qkv_bias = self.qkv.bias if self.logit_scale is None else joint_bias(self.q_bias, self.v_bias)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        x = fk.window_attention(
+            qkv,
+            bias,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            shift_size=self.shift_size,
+            logit_scale=self.logit_scale,
+            impl=self.impl,
+        )
+        if any(pad):
+            x = self._unpad(x, height, width)
+        return self.proj(x)
+
+    def _pad(self, x: Tensor, pad: Pair) -> Tensor:
+        """Zeros at the end of the *rolled* map, as timm does, expressed in the layout before the roll."""
+        rows, cols = self.shift_size
+        x = F.pad(torch.roll(x, (-rows, -cols), (1, 2)), (0, 0, 0, pad[1], 0, pad[0]))
+        return torch.roll(x, (rows, cols), (1, 2))
+
+    def _unpad(self, x: Tensor, height: int, width: int) -> Tensor:
+        rows, cols = self.shift_size
+        x = torch.roll(x, (-rows, -cols), (1, 2))[:, :height, :width]
+        return torch.roll(x, (rows, cols), (1, 2))
+
+
+class SwinBlock(nn.Module):
+    """One block: pre-norm (Swin) or res-post-norm (SwinV2), with H/G's optional norm on the residual stream."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: WindowAttention,
+        mlp_ratio: float,
+        drop_path: float,
+        version: int,
+        extra_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.version = version
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+        self.norm3 = nn.LayerNorm(dim) if extra_norm else None
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        if self.version == 1:
+            branch = self.attn(self.norm1(x), bias)
+            x, normed = self._residual_norm(x, branch, "pre")
+            branch = self.mlp(normed)
+            scale = self.drop_path(branch)
+            x = x + branch if scale is None else x + branch * scale.view(-1, 1, 1, 1).to(branch.dtype)
+        else:
+            x, _ = self._residual_norm(x, self.attn(x, bias), "post", self.norm1)
+            x, _ = self._residual_norm(x, self.mlp(x), "post", self.norm2)
+        return x if self.norm3 is None else self.norm3(x)
+
+    def _residual_norm(
+        self, x: Tensor, branch: Tensor, order: str, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Tensor]:
+        norm = norm or self.norm2
+        return fk.residual_norm(
+            x, branch, norm.weight, norm.bias, order=order, eps=norm.eps, drop_scale=self.drop_path(branch)
+        )
+
+
+class PatchMerging(nn.Module):
+    """2×2 tokens → one of twice the channels; Swin normalises before the reduction, SwinV2 after."""
+
+    def __init__(self, dim: int, version: int, impl: str) -> None:
+        super().__init__()
+        self.version, self.impl = version, impl
+        self.norm = nn.LayerNorm(4 * dim if version == 1 else 2 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = fk.patch_merge(x, impl=self.impl)
+        return self.reduction(self.norm(x)) if self.version == 1 else self.norm(self.reduction(x))
+
+
+class SwinStage(nn.Module):
+    """Patch merging (but in the first stage) and the blocks of one resolution."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        downsample: bool,
+        resolution: Pair,
+        depth: int,
+        num_heads: int,
+        window_size: Pair,
+        pretrained_window_size: Pair,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        drop_path: list[float],
+        version: int,
+        extra_norm: list[bool],
+        impl: str,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads}: must divide the stage's {dim} channels")
+        self.version, self.impl = version, impl
+        # A window larger than the map shrinks to it, and then there is nothing to shift.
+        window = (min(window_size[0], resolution[0]), min(window_size[1], resolution[1]))
+        shift = tuple(0 if r <= w else w // 2 for r, w in zip(resolution, window, strict=True))
+        self.downsample = PatchMerging(dim // 2, version, impl) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList(
+            SwinBlock(
+                dim,
+                WindowAttention(dim, num_heads, window, shift if i % 2 else (0, 0), qkv_bias, version, impl),
+                mlp_ratio,
+                drop_path[i],
+                version,
+                extra_norm[i],
+            )
+            for i in range(depth)
+        )
+        self.register_buffer("bias_index", relative_position_index(window), persistent=False)
+        if version == 2:
+            self.register_buffer("coords", relative_coords_table(window, pretrained_window_size), persistent=False)
+
+    def position_bias(self) -> Tensor:
+        """(depth, heads, N, N) additive attention bias of every block, in one evaluation."""
+        attns = [block.attn for block in self.blocks]
+        if self.version == 2:
+            return fk.cpb_bias(
+                self.coords,
+                self.bias_index,
+                torch.stack([a.cpb_mlp[0].weight for a in attns]),
+                torch.stack([a.cpb_mlp[0].bias for a in attns]),
+                torch.stack([a.cpb_mlp[2].weight for a in attns]),
+                impl=self.impl,
+            )
+        tables = torch.stack([a.relative_position_bias_table.T for a in attns])
+        return tables.index_select(2, self.bias_index.reshape(-1)).unflatten(2, self.bias_index.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block, bias in zip(self.blocks, self.position_bias().unbind(0), strict=True):
+            x = block(x, bias)
+        return x
+
+
+class SwinTransformer(nn.Module):
+    """Swin (``version=1``) or SwinV2 (``version=2``) encoder that replaces masked patches by a mask token.
+
+    Args:
+        img_size: Pixels, an integer or (height, width); ``patch_size`` divides both.
+        window_size: Tokens, an integer or (rows, columns); shrinks to a smaller map, pads a map it does not divide.
+        pretrained_window_size: SwinV2: the window the position bias was trained with (an integer, or one per
+            stage); 0 means ``window_size``.
+        extra_norm_period: Every so many blocks a LayerNorm on the residual stream (SwinV2-H and -G: 6); 0 = none.
+        extra_norm_scope: Count blocks within a "stage" (the public ports) or over the "global" depth.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | Pair = 192,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        embed_dim: int = 96,
+        depths: tuple[int, ...] = (2, 2, 6, 2),
+        num_heads: tuple[int, ...] = (3, 6, 12, 24),
+        window_size: int | Pair = 6,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        pretrained_window_size: int | tuple[int, ...] = 0,
+        extra_norm_period: int = 0,
+        extra_norm_scope: str = "stage",
+        version: int = 1,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        fk.check_impl(impl)
+        self.img_size = to_pair(img_size, "img_size")
+        self.grid = _grid(self.img_size, patch_size)
+        if len(depths) != len(num_heads):
+            raise ValueError(f"num_heads={tuple(num_heads)}: must have one entry per stage, depths={tuple(depths)}")
+        self.version, self.impl = version, impl
+        self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
+        self.stride = patch_size * 2 ** (len(depths) - 1)
+        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=True)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        rates = drop_path_rates(drop_path_rate, sum(depths))
+        extra = _extra_norms(depths, extra_norm_period, extra_norm_scope)
+        pretrained = _per_stage(pretrained_window_size, len(depths))
+        self.layers = nn.ModuleList()
+        for s, depth in enumerate(depths):
+            first = sum(depths[:s])
+            self.layers.append(
+                SwinStage(
+                    dim=embed_dim * 2**s,
+                    downsample=s > 0,
+                    depth=depth,
+                    num_heads=num_heads[s],
+                    version=version,
+                    resolution=(math.ceil(self.grid[0] / 2**s), math.ceil(self.grid[1] / 2**s)),
+                    impl=impl,
+                    window_size=to_pair(window_size, "window_size"),
+                    pretrained_window_size=(pretrained[s],) * 2,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    drop_path=rates[first : first + depth],
+                    extra_norm=extra[first : first + depth],
+                )
+            )
+        self.norm = nn.LayerNorm(self.num_features)
+        self.reset_parameters()
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) images and (B, H/p, W/p) mask → (B, h, w, num_features) tokens of ``stride`` pixels."""
+        x = self.patch_embed(images)
+        if mask is not None:
+            x = fk.mask_tokens(x, mask, self.mask_token, impl=self.impl)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Microsoft's initialisation: truncated normal of std 0.02 cut at ±2; SwinV2's block norms start at 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02, bound=2.0)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, WindowAttention):
+                _init_attention(module)
+            elif isinstance(module, SwinBlock) and self.version == 2:
+                for norm in (module.norm1, module.norm2):
+                    nn.init.zeros_(norm.weight)
+                    nn.init.zeros_(norm.bias)
+        trunc_normal_(self.mask_token, std=0.02, bound=2.0)
+
+
+def _init_attention(attn: WindowAttention) -> None:
+    if attn.logit_scale is None:
+        trunc_normal_(attn.relative_position_bias_table, std=0.02, bound=2.0)
+        return
+    nn.init.constant_(attn.logit_scale, math.log(10))
+    if attn.q_bias is not None:
+        nn.init.zeros_(attn.q_bias)
+        nn.init.zeros_(attn.v_bias)
+
+
+def _grid(img_size: Pair, patch_size: int) -> Pair:
+    if img_size[0] % patch_size or img_size[1] % patch_size:
+        raise ValueError(f"img_size={img_size}: both edges must be multiples of patch_size={patch_size}")
+    return img_size[0] // patch_size, img_size[1] // patch_size
+
+
+def _per_stage(value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:
+    values = (value,) * stages if isinstance(value, int) else tuple(value)
+    if len(values) != stages:
+        raise ValueError(f"pretrained_window_size={value!r}: must be an integer or one per stage ({stages})")
+    return values
+
+
+def _extra_norms(depths: tuple[int, ...], period: int, scope: str) -> list[bool]:
+    if scope not in ("stage", "global"):
+        raise ValueError(f"extra_norm_scope={scope!r}: must be 'stage' or 'global'")
+    indices = [i for d in depths for i in range(d)] if scope == "stage" else list(range(sum(depths)))
+    return [period > 0 and (i + 1) % period == 0 for i in indices]

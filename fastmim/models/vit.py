@@ -1,0 +1,205 @@
+"""Vision Transformer with relative position bias and a mask token, on the parameter names of timm's ``beit``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmim_kernels as fk
+
+from .layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    drop_path_rates,
+    joint_bias,
+    relative_position_index,
+    to_pair,
+    trunc_normal_,
+)
+from .swin import _grid
+
+NORM_EPS = 1e-6
+
+
+def cls_position_index(grid: tuple[int, int]) -> Tensor:
+    """(L + 1, L + 1) int64 rows of BEiT's bias table: patch offsets, then cls→patch, patch→cls, cls→cls."""
+    inner = relative_position_index(grid)
+    distances = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    index = inner.new_empty(inner.shape[0] + 1, inner.shape[0] + 1)
+    index[1:, 1:] = inner
+    index[0, :] = distances
+    index[:, 0] = distances + 1
+    index[0, 0] = distances + 2
+    return index
+
+
+class RelativePositionBias(nn.Module):
+    """Learned bias of every patch offset and of the class token (BEiT, section 2.4)."""
+
+    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, num_heads))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(num_heads, L + 1, L + 1)."""
+        return _look_up(self.relative_position_bias_table, index)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    return table.T.index_select(1, index.reshape(-1)).unflatten(1, index.shape)
+
+
+class Attention(nn.Module):
+    """Global attention with an additive bias; queries and values have a bias, keys have none."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, grid: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        if grid is not None:
+            entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, num_heads))
+        else:
+            self.relative_position_bias_table = None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:
+        b, n, c = x.shape
+        qkv = F.linear(x, self.qkv.weight, joint_bias(self.q_bias, self.v_bias))
+        q, k, v = qkv.reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.relative_position_bias_table is not None:
+            own = _look_up(self.relative_position_bias_table, index)
+            bias = own if bias is None else own + bias
+        x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+        return self.proj(x.transpose(1, 2).reshape(b, n, c))
+
+
+class VitBlock(nn.Module):
+    """Pre-norm block with optional LayerScale."""
+
+    def __init__(
+        self, dim: int, attn: Attention, mlp_ratio: float, drop_path: float, init_values: float | None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
+
+    def forward(self, x: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:
+        branch = self.attn(self.norm1(x), bias, index)
+        x, normed = fk.residual_norm(
+            x,
+            branch,
+            self.norm2.weight,
+            self.norm2.bias,
+            order="pre",
+            eps=NORM_EPS,
+            drop_scale=self.drop_path(branch),
+            gamma=self.gamma_1,
+        )
+        branch = self.mlp(normed)
+        if self.gamma_2 is not None:
+            branch = branch * self.gamma_2
+        scale = self.drop_path(branch)
+        return x + branch if scale is None else x + branch * scale.view(-1, 1, 1).to(branch.dtype)
+
+
+class VisionTransformer(nn.Module):
+    """ViT encoder of SimMIM and BEiT.
+
+    Args:
+        img_size: Pixels, an integer or (height, width); ``patch_size`` divides both.
+        init_values: Start of LayerScale; None for none.
+        shared_rel_pos_bias: One relative position bias for all blocks (SimMIM pretraining).
+        rel_pos_bias: One per block.
+        abs_pos_embed: Learned absolute positions.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        init_values: float | None = None,
+        shared_rel_pos_bias: bool = False,
+        rel_pos_bias: bool = False,
+        abs_pos_embed: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        fk.check_impl(impl)
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads={num_heads}: must divide embed_dim={embed_dim}")
+        self.img_size = to_pair(img_size, "img_size")
+        self.grid = _grid(self.img_size, patch_size)
+        self.impl = impl
+        self.patch_size = self.stride = patch_size
+        self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=False)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        positions = self.grid[0] * self.grid[1] + 1
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, embed_dim)) if abs_pos_embed else None
+        self.rel_pos_bias = RelativePositionBias(self.grid, num_heads) if shared_rel_pos_bias else None
+        index = cls_position_index(self.grid) if shared_rel_pos_bias or rel_pos_bias else None
+        self.register_buffer("bias_index", index, persistent=False)
+        rates = drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.ModuleList(
+            VitBlock(
+                embed_dim,
+                Attention(embed_dim, num_heads, qkv_bias, self.grid if rel_pos_bias else None),
+                mlp_ratio,
+                rates[i],
+                init_values,
+            )
+            for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.reset_parameters()
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) images and (B, H/p, W/p) mask → (B, H/p, W/p, embed_dim) patch tokens (no class token)."""
+        x = self.patch_embed(images)
+        if mask is not None:
+            x = fk.mask_tokens(x, mask, self.mask_token, impl=self.impl)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
+        for block in self.blocks:
+            x = block(x, bias, self.bias_index)
+        return self.norm(x)[:, 1:].unflatten(1, self.grid)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """SimMIM's ViT: normal of std 0.02 truncated at ±std; the residual outputs of block i divided by √(2i)."""
+        std = 0.02
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                trunc_normal_(module.weight, std=std, bound=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for token in (self.cls_token, self.mask_token, self.pos_embed):
+            if token is not None:
+                trunc_normal_(token, std=std, bound=std)
+        for i, block in enumerate(self.blocks, start=1):
+            block.attn.proj.weight.div_(math.sqrt(2.0 * i))
+            block.mlp.fc2.weight.div_(math.sqrt(2.0 * i))

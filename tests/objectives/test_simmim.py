@@ -1,0 +1,159 @@
+"""The SimMIM objective: its loss against a pixel-space formula, its inputs, its traceability."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastmim.objectives import create_objective
+
+ENCODERS = {
+    "swin": dict(name="swin", img_size=64, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4),
+    "swinv2": dict(name="swinv2", img_size=(64, 96), embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4),
+    "vit": dict(name="vit", img_size=64, embed_dim=24, depth=2, num_heads=3, shared_rel_pos_bias=True),
+}
+
+
+def build(family, **kwargs):
+    torch.manual_seed(0)
+    objective = create_objective("simmim", encoder=ENCODERS[family], **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(3, objective.in_chans, *objective.img_size, generator=generator)
+    return objective, images, objective.random_mask(torch.arange(3))
+
+
+def pixel_mask(objective, mask):
+    p = objective.patch_size
+    return mask.repeat_interleave(p, 1).repeat_interleave(p, 2).unsqueeze(1).double()
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2", "smooth_l1"])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_loss_is_the_papers_formula(family, loss):
+    objective, images, mask = build(family, loss=loss)
+    prediction = objective.reconstruct(images, mask).double()
+    function = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[loss]
+    m = pixel_mask(objective, mask)
+    expected = (function(prediction, images.double(), reduction="none") * m).sum() / (m.sum() + 1e-5) / 3
+    torch.testing.assert_close(objective(images, mask)["loss"].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_masks_of_any_count_and_dtype():
+    """A caller's mask may hide a different number of patches in every image, or none."""
+    objective, images, _ = build("swinv2")
+    mask = torch.rand(3, *objective.encoder.grid) < torch.tensor([0.1, 0.5, 0.0])[:, None, None]
+    m = pixel_mask(objective, mask)
+    prediction = objective.reconstruct(images, mask).double()
+    expected = ((prediction - images.double()).abs() * m).sum() / (m.sum() + 1e-5) / 3
+    for dtype in (torch.bool, torch.uint8, torch.int64, torch.float32):
+        torch.testing.assert_close(objective(images, mask.to(dtype))["loss"].double(), expected, rtol=1e-6, atol=0)
+    assert objective(images, torch.zeros_like(mask))["loss"].item() == 0
+
+
+def test_loss_on_all_pixels():
+    objective, images, mask = build("swin", loss_on="all")
+    expected = (objective.reconstruct(images, mask).double() - images.double()).abs().mean()
+    torch.testing.assert_close(objective(images, mask)["loss"].double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [(60, 44), (100, 60)])
+def test_rectangles_that_only_the_patch_divides(size):
+    encoder = dict(ENCODERS["swin"], img_size=size)
+    objective = create_objective("simmim", encoder=encoder, unit=16)
+    images, mask = torch.randn(2, 3, *size), objective.random_mask(torch.arange(2))
+    prediction = objective.reconstruct(images, mask)
+    assert prediction.shape == images.shape
+    m = pixel_mask(objective, mask)
+    expected = ((prediction.double() - images.double()).abs() * m).sum() / (m.sum() + 1e-5) / 3
+    torch.testing.assert_close(objective(images, mask)["loss"].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_hidden_pixels_do_not_reach_the_prediction():
+    objective, images, mask = build("swinv2")
+    hidden = pixel_mask(objective, mask).bool().expand_as(images)
+    poisoned = images.masked_fill(hidden, 1e4)
+    assert torch.equal(objective.reconstruct(images, mask), objective.reconstruct(poisoned, mask))
+
+
+def test_uint8_images_are_normalised_inside():
+    objective, _, mask = build("swin", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    normalised = (images.float() / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
+        :, None, None
+    ]
+    torch.testing.assert_close(objective.normalise(images), normalised, rtol=0, atol=2e-6)
+    torch.testing.assert_close(objective(images, mask)["loss"], objective(normalised, mask)["loss"])
+    torch.testing.assert_close(objective.denormalise(normalised), images / 255, rtol=0, atol=1e-6)
+
+
+def test_pixels_of_a_perfect_normalised_prediction_are_the_image():
+    import fastmim_kernels as fk
+
+    objective, images, mask = build("swinv2", norm_target=7)
+    target = fk.local_norm_target(images, 7)
+    objective.reconstruct = lambda *_: target
+    torch.testing.assert_close(objective.reconstruct_pixels(images, mask), images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_runs_on_fake_tensors(family):
+    with FakeTensorMode():
+        objective, images, mask = build(family, norm_target=5)
+        loss = objective(images, mask)["loss"]
+        loss.backward()
+        assert loss.shape == () and mask.dtype == torch.bool
+    objective, images, mask = build(family)  # nothing fake was cached
+    assert torch.isfinite(objective(images, mask)["loss"])
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_traces_as_one_graph(family):
+    objective, images, mask = build(family, norm_target=5)
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    loss = compiled(images, mask)["loss"]
+    loss.backward()
+    compiled_grads = [p.grad.clone() for p in objective.parameters()]
+    objective.zero_grad()
+    expected = objective(images, mask)["loss"]
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for ours, theirs in zip(compiled_grads, objective.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_bf16_autocast_stays_near_fp32():
+    objective, images, mask = build("swinv2", norm_target=7)
+    expected = objective(images, mask)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(images, mask)["loss"]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(unit=6), "unit=6: must be a multiple of patch_size=4"),
+        (dict(loss="l3"), "loss='l3'"),
+        (dict(loss_on="none"), "loss_on='none'"),
+        (dict(norm_target=46), "norm_target=46"),
+        (dict(mask_ratio=1.2), "mask_ratio=1.2"),
+        (dict(mean=(0.5, 0.5)), "mean=.*one per channel"),
+        (dict(impl="cuda"), "impl='cuda'"),
+    ],
+)
+def test_errors_name_the_value(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build("swin", **kwargs)
+
+
+def test_wrong_shapes_are_named():
+    objective, images, mask = build("swin")
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, 64, 64\), got \(3, 3, 64, 60\)"):
+        objective(images[..., :60], mask)
+    with pytest.raises(ValueError, match=r"mask must have shape \(3, 16, 16\)"):
+        objective(images, mask[:, :8])
+    with pytest.raises(ValueError, match="did you mean 'simmim'"):
+        create_objective("simim", encoder=ENCODERS["swin"])
