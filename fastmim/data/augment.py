@@ -1,0 +1,81 @@
+"""SimMIM's augmentation on uint8: random resized crop and horizontal flip, keyed per sample.
+
+The box is drawn as torchvision's RandomResizedCrop draws it (same formulas, same order of draws), but from a
+generator per sample: torchvision can only draw from the process-wide one. Resizing is torchvision's.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+_BOX_TRIES = 10
+
+
+class Crop(NamedTuple):
+    """A box in source pixels, and whether the result is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def draw_crop(
+    height: int,
+    width: int,
+    *,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    hflip: float,
+    rng: random.Random,
+) -> Crop:
+    """Draw a box of area U(scale) * H * W and aspect (width / height) log-uniform in `ratio`, and the flip.
+
+    After ten boxes that do not fit, the largest centred box whose aspect lies in `ratio` is taken.
+    Source: Inception-style crop as in SimMIM (arXiv:2111.09886, appendix A) with scale (0.67, 1).
+    """
+    for _ in range(_BOX_TRIES):
+        area = height * width * rng.uniform(scale[0], scale[1])
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1))
+            break
+    else:
+        aspect = min(max(width / height, ratio[0]), ratio[1])
+        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+        top, left = (height - h) // 2, (width - w) // 2
+    return Crop(top, left, h, w, rng.random() < hflip)
+
+
+def apply_crop(image: Tensor, crop: Crop, size: tuple[int, int], interpolation: str) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, *size)."""
+    box = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    out = _resize(box, size, interpolation)
+    return out.flip(-1) if crop.flip else out
+
+
+def centre_crop(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, *size): scaled until it just covers `size`, then cropped in the middle.
+
+    For a square `size` that is torchvision's Resize(size) + CenterCrop(size).
+    """
+    height, width = image.shape[-2:]
+    if size[0] * width >= size[1] * height:
+        scaled = (size[0], max(size[1], int(size[0] * width / height)))
+    else:
+        scaled = (max(size[0], int(size[1] * height / width)), size[1])
+    return tv.center_crop(_resize(image, scaled, interpolation), list(size))
+
+
+def _resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    return tv.resize_image(image, list(size), interpolation=InterpolationMode(interpolation), antialias=True)

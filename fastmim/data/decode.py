@@ -1,0 +1,169 @@
+"""Image bytes to uint8 (C, H, W) tensors, or one clear reason why not.
+
+JPEG and PNG go through ``torchvision.io``; everything else, and whatever torchvision refuses, through PIL.
+EXIF orientation is not applied and alpha is dropped (not blended) for RGB, as in torchvision's
+``ImageFolder``.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+except ImportError:  # torchvision 0.29 announces that it will drop its decoders: PIL then does all the work
+    _HAS_TORCHVISION = False
+else:
+    _HAS_TORCHVISION = True
+    warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
+
+LOADERS = ("auto", "torchvision", "pil")
+#: Images above this many pixels are refused before any memory is allocated for them (PIL's own error limit).
+MAX_PIXELS = 2 * 89_478_485
+
+_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_JPEG_NOT_SOF = frozenset({0xC4, 0xC8, 0xCC})
+_JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
+
+
+class DecodeError(ValueError):
+    """One image cannot be used; the message is the reason, in one line."""
+
+
+def decode_image(data: bytes | bytearray, *, in_chans: int = 3, loader: str = "auto", min_size: int = 1) -> Tensor:
+    """Decode one image.
+
+    Args:
+        data: the bytes of the file.
+        in_chans: 1 (grey), 3 (RGB) or 4 (RGBA; opaque where the file has no alpha).
+        loader: "torchvision" (JPEG and PNG only, no fall-back), "pil", or "auto" (torchvision, then PIL).
+        min_size: images with a side below this many pixels are refused.
+
+    Returns:
+        uint8 tensor (in_chans, H, W). 16-bit samples keep their high byte.
+
+    Raises:
+        DecodeError: with a one-line reason, for any image that cannot be used in full.
+        ValueError: for an unknown `loader` or `in_chans`.
+    """
+    check_decode_options(in_chans, loader)
+    if not data:
+        raise DecodeError("empty file")
+    is_jpeg, is_png = data.startswith(_JPEG_MAGIC), data.startswith(_PNG_MAGIC)
+    if is_jpeg or is_png:
+        _check_size(_jpeg_size(data) if is_jpeg else _png_size(data), min_size)
+    if loader != "pil" and _HAS_TORCHVISION and (is_jpeg or is_png):
+        try:
+            image = _decode_torchvision(data, in_chans, is_jpeg)
+        except RuntimeError as err:
+            # PIL would fill the missing part with grey where the process sets LOAD_TRUNCATED_IMAGES.
+            if loader == "torchvision" or "truncated" in str(err):
+                raise DecodeError(_torchvision_reason(err)) from None
+        else:
+            _check_size((image.shape[-2], image.shape[-1]), min_size)
+            return image
+    elif loader == "torchvision":
+        raise DecodeError(f"not a JPEG or PNG ({_head(data)}); data.loader=auto reads more formats")
+    return _decode_pil(data, in_chans, min_size)
+
+
+def check_decode_options(in_chans: int, loader: str) -> None:
+    """Raise ValueError for an unknown number of channels or loader."""
+    if in_chans not in _PIL_MODES:
+        raise ValueError(f"model.in_chans={in_chans}: image files give 1 (grey), 3 (RGB) or 4 (RGBA) channels")
+    if loader not in LOADERS:
+        raise ValueError(f"data.loader={loader!r}: unknown; use one of {', '.join(LOADERS)}")
+    if loader == "torchvision" and not _HAS_TORCHVISION:
+        raise ValueError("data.loader=torchvision: this torchvision has no image decoders; use auto or pil")
+
+
+def _decode_torchvision(data: bytes | bytearray, in_chans: int, is_jpeg: bool) -> Tensor:
+    # frombuffer wants a writable buffer; the loader hands in bytearrays, which are not copied.
+    buffer = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+    if is_jpeg:
+        image = decode_jpeg(buffer, mode=ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB)
+        return torch.cat([image, torch.full_like(image[:1], 255)]) if in_chans == 4 else image
+    modes = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
+    image = decode_png(buffer, mode=modes[in_chans])
+    if image.dtype == torch.uint16:
+        image = torch.from_numpy((image.numpy() >> 8).astype(np.uint8))
+    return image
+
+
+def _decode_pil(data: bytes | bytearray, in_chans: int, min_size: int) -> Tensor:
+    try:
+        image = Image.open(io.BytesIO(data))
+        _check_size((image.height, image.width), min_size)
+        array = np.array(_to_8_bit(image).convert(_PIL_MODES[in_chans]))
+    except DecodeError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise DecodeError(f"not an image ({_head(data)})") from None
+    except Exception as err:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
+        raise DecodeError(_first_line(err)) from None
+    return torch.from_numpy(array.reshape(*array.shape[:2], in_chans)).permute(2, 0, 1)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Bring the modes that PIL's convert() would clip or misread into reach of it."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DecodeError(f"{image.format} with 32-bit samples has no defined range; save it with 8 or 16 bits")
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
+
+
+def _check_size(size: tuple[int, int] | None, min_size: int) -> None:
+    if size is None:
+        return
+    height, width = size
+    if height * width > MAX_PIXELS:
+        raise DecodeError(f"{width}x{height} px is more than {MAX_PIXELS} px (decompression bomb?)")
+    if min(height, width) < min_size:
+        raise DecodeError(f"{width}x{height} px is smaller than data.min_size={min_size}")
+
+
+def _png_size(data: bytes | bytearray) -> tuple[int, int] | None:
+    if len(data) < 24:
+        return None
+    return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
+
+
+def _jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
+    """(H, W) from the first start-of-frame segment (ITU T.81, B.2.2), None when there is none."""
+    pos = 2
+    while pos + 9 <= len(data) and data[pos] == 0xFF:
+        marker = data[pos + 1]
+        if marker == 0xFF:  # fill byte
+            pos += 1
+        elif marker in _JPEG_BARE:
+            pos += 2
+        elif 0xC0 <= marker <= 0xCF and marker not in _JPEG_NOT_SOF:
+            height, width = data[pos + 5 : pos + 7], data[pos + 7 : pos + 9]
+            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
+        else:
+            pos += 2 + int.from_bytes(data[pos + 2 : pos + 4], "big")
+    return None
+
+
+def _torchvision_reason(err: RuntimeError) -> str:
+    # torchvision reports "operator(), /build/path/decode_png.cpp:79, reason": the place is noise to a user.
+    return _first_line(err).split(".cpp:")[-1].partition(", ")[2] or _first_line(err)
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0]
+
+
+def _head(data: bytes | bytearray) -> str:
+    return f"it starts with {bytes(data[:12])!r}"

@@ -1,0 +1,239 @@
+"""Which files there are, in which order, and which of them are broken.
+
+The index lists every file, good or bad, in an order that depends on the file names only. Bad files *stay* in
+the index and the loader puts another file in their place, so neither verification nor the moment at which a
+bad file is found changes a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from fastmim.data.decode import DecodeError, check_decode_options, decode_image
+
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+VERIFY = ("auto", "full", "none")
+#: `verify="auto"` decodes every file up front when there are at most this many.
+VERIFY_AUTO_LIMIT = 2000
+
+_LOG = logging.getLogger("fastmim")
+_NAMES_SHOWN = 5
+_CHUNK = 64
+
+
+class FileIndex:
+    """An immutable, ordered list of files under one root.
+
+    Names are kept as one bytes object and one offset array: forked workers share those pages, while a list of
+    millions of str would be copied into each of them by reference counting.
+    """
+
+    def __init__(self, root: str, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self.root = root
+        self._blob = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def path(self, index: int) -> str:
+        """The path of file `index`, for open()."""
+        start = int(self._ends[index - 1]) if index else 0
+        return os.path.join(self.root, os.fsdecode(self._blob[start : int(self._ends[index])]))
+
+    def label(self, index: int) -> str:
+        """The path of file `index`, safe to print and to write as UTF-8 whatever bytes the name holds."""
+        return _printable(self.path(index))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of names and order: equal exactly when two runs see the same index (root aside)."""
+        return hashlib.sha256(self._ends.tobytes() + self._blob).hexdigest()
+
+
+def open_index(path: str | os.PathLike[str] | None, file_list: str | os.PathLike[str] | None = None) -> FileIndex:
+    """List the images of a folder (recursive, sorted by name as bytes) or of a file list (in its own order).
+
+    Hidden files and folders are skipped; so are linked folders and links that lead out of `path`, with a
+    warning.
+
+    Raises:
+        ValueError: folder or list missing or without images; a list entry outside `path` or not a file.
+    """
+    if file_list is not None:
+        return _index_from_list(path, os.fspath(file_list))
+    if path is None:
+        raise ValueError("data.path is not set: give a folder of images")
+    root = _existing_folder(os.fspath(path))
+    links: list[str] = []
+    names = sorted(_walk(root, links), key=os.fsencode)
+    if links:
+        _LOG.warning("data.path=%s: did not follow %d links: %s", _printable(root), len(links), _shown(links))
+    if not names:
+        raise ValueError(f"data.path={_printable(root)}: no images here or below (looked for {' '.join(EXTENSIONS)})")
+    return FileIndex(root, names)
+
+
+def _walk(root: str, links: list[str]) -> Iterator[str]:
+    inside = os.path.join(os.path.realpath(root), "")
+    stack = [""]
+    while stack:
+        folder = stack.pop()
+        try:
+            entries = list(os.scandir(os.path.join(root, folder)))
+        except OSError as err:
+            _LOG.warning("data.path: cannot list %s (%s)", _printable(os.path.join(root, folder)), err.strerror)
+            continue
+        for entry in entries:
+            name = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                stack.append(name)
+            elif entry.is_symlink() and _leads_out(entry, inside):
+                links.append(name)
+            elif _is_image(name) and entry.is_file():
+                yield name
+
+
+def _leads_out(entry: os.DirEntry[str], inside: str) -> bool:
+    # A linked folder may form a loop or list images twice, so none is followed, wherever it leads.
+    return entry.is_dir() or (_is_image(entry.name) and not os.path.realpath(entry.path).startswith(inside))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _index_from_list(path: str | os.PathLike[str] | None, file_list: str) -> FileIndex:
+    if not os.path.isfile(file_list):
+        raise ValueError(f"data.file_list={_printable(file_list)}: no such file; give a text file, one path a line")
+    root = _existing_folder(os.fspath(path) if path is not None else os.path.dirname(file_list) or ".")
+    with open(file_list, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        names = [_inside(root, line.strip(), file_list, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not names:
+        raise ValueError(f"data.file_list={_printable(file_list)}: the list is empty; write one path a line")
+    missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
+    if missing:
+        raise ValueError(
+            f"data.file_list={_printable(file_list)}: {len(missing)} of {len(names)} entries are not files"
+            f" under {_printable(root)} ({_shown(missing)})"
+        )
+    return FileIndex(root, names)
+
+
+def _inside(root: str, entry: str, file_list: str, number: int) -> str:
+    name = os.path.relpath(os.path.join(root, entry), root)
+    if name == os.pardir or name.startswith(os.path.join(os.pardir, "")):
+        raise ValueError(
+            f"data.file_list={_printable(file_list)} line {number}: {_printable(entry)} lies outside"
+            f" data.path={_printable(root)}; set data.path to a folder that holds it"
+        )
+    return name
+
+
+def _existing_folder(root: str) -> str:
+    if not os.path.isdir(root):
+        kind = "is a file, not a folder" if os.path.exists(root) else "no such folder"
+        raise ValueError(f"data.path={_printable(root)}: {kind}; give a folder of images")
+    return root
+
+
+def read_image_file(path: str) -> bytearray:
+    """The bytes of a file; DecodeError when it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = bytearray(os.fstat(file.fileno()).st_size)
+            view, filled = memoryview(data), 0
+            while filled < len(data) and (count := file.readinto(view[filled:])):
+                filled += count
+    except OSError as err:
+        raise DecodeError(f"cannot be read: {err.strerror or err}") from None
+    view.release()
+    del data[filled:]
+    return data
+
+
+def find_bad_files(
+    index: FileIndex,
+    *,
+    verify: str = "full",
+    in_chans: int = 3,
+    loader: str = "auto",
+    min_size: int = 8,
+    num_threads: int | None = None,
+) -> dict[int, str]:
+    """Decode every file in full and return {file index: reason} of those that cannot be used.
+
+    `verify`: "full" always; "auto" only for at most `VERIFY_AUTO_LIMIT` files; "none" never (bad files are
+    then found by the loader as it meets them).
+    """
+    if verify not in VERIFY:
+        raise ValueError(f"data.verify={verify!r}: unknown; use one of {', '.join(VERIFY)}")
+    if verify == "none" or (verify == "auto" and len(index) > VERIFY_AUTO_LIMIT):
+        return {}
+
+    def check(start: int) -> dict[int, str]:
+        bad = {}
+        for i in range(start, min(start + _CHUNK, len(index))):
+            try:
+                decode_image(read_image_file(index.path(i)), in_chans=in_chans, loader=loader, min_size=min_size)
+            except DecodeError as err:
+                bad[i] = str(err)
+        return bad
+
+    if len(index) > VERIFY_AUTO_LIMIT:
+        _LOG.info("data.verify=%s: decoding %d files once", verify, len(index))
+    found: dict[int, str] = {}
+    with ThreadPoolExecutor(num_threads or min(8, os.cpu_count() or 1)) as pool:
+        for part in pool.map(check, range(0, len(index), _CHUNK)):
+            found.update(part)
+    return found
+
+
+def check_bad_fraction(bad: dict[str, str], num_images: int, max_bad_fraction: float) -> None:
+    """Raise ValueError when more than `max_bad_fraction` of the files, or all of them, cannot be used."""
+    if not bad or (len(bad) <= max_bad_fraction * num_images and len(bad) < num_images):
+        return
+    names = _shown([f"{path}: {reason}" for path, reason in bad.items()])
+    advice = "none is left" if len(bad) >= num_images else "remove them or raise data.max_bad_fraction"
+    raise ValueError(
+        f"data.max_bad_fraction={max_bad_fraction:g}: {len(bad)} of {num_images} files"
+        f" cannot be used ({names}); {advice}"
+    )
+
+
+def check_images(
+    path: str | os.PathLike[str] | None,
+    *,
+    file_list: str | os.PathLike[str] | None = None,
+    in_chans: int = 3,
+    loader: str = "auto",
+    min_size: int = 8,
+    num_threads: int | None = None,
+) -> tuple[int, dict[str, str]]:
+    """Decode every image of a folder or list; returns (number of usable files, {path: reason} of the others).
+
+    Raises:
+        ValueError: as `open_index`, or for an unknown `in_chans` or `loader`.
+    """
+    check_decode_options(in_chans, loader)
+    index = open_index(path, file_list)
+    bad = find_bad_files(index, in_chans=in_chans, loader=loader, min_size=min_size, num_threads=num_threads)
+    return len(index) - len(bad), {index.label(i): reason for i, reason in bad.items()}
+
+
+def _printable(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _shown(names: list[str]) -> str:
+    more = f"; and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return "; ".join(_printable(name) for name in names[:_NAMES_SHOWN]) + more
