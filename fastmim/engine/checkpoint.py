@@ -1,0 +1,243 @@
+"""Checkpoints that a kill at any moment cannot damage.
+
+A checkpoint is a folder ``checkpoints/step-00000020``: weights and optimiser moments (safetensors), the
+random generators of every rank (safetensors) and ``state.json``. It is written under another name, flushed to
+the disk, and renamed; so a folder with that name is complete. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastmim.engine import distributed
+from fastmim.engine.distributed import World
+
+log = logging.getLogger("fastmim")
+
+FORMAT = 1
+RNG_FILE = "rng.safetensors"
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Saves(Protocol):
+    """What an engine offers: ``LocalEngine`` is one."""
+
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint folder's name, or None for anything else (unfinished ones included)."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints under ``root``, oldest step first."""
+    if not root.is_dir():
+        return []
+    found = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def find_resume(resume: str, root: Path) -> Path | None:
+    """The checkpoint that ``train.resume`` means, or None to start afresh.
+
+    Args:
+        resume: ``"auto"`` (the last one under ``root``, if any), ``"none"``, or the path of a checkpoint, of
+            a ``checkpoints`` folder or of a run's output folder (its last checkpoint).
+        root: the ``checkpoints`` folder of this run.
+
+    Raises:
+        ValueError: the path holds no checkpoint.
+    """
+    if resume == "none":
+        return None
+    if resume == "auto":
+        own = list_checkpoints(root)
+        return own[-1] if own else None
+    path = Path(resume).expanduser()
+    if step_of(path) is not None and (path / STATE_FILE).is_file():
+        return path
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        raise ValueError(f"train.resume={resume}: no complete checkpoint; use auto, none or a step-… folder")
+    return found[-1]
+
+
+def set_aside(root: Path, after_step: int) -> None:
+    """Move checkpoints after ``after_step`` out of the way, into ``checkpoints.1`` (or .2, …) beside
+    ``root``.
+
+    They belong to another history than the one that now starts: resuming must never pick them up.
+    """
+    stale = [path for path in list_checkpoints(root) if (step_of(path) or 0) > after_step]
+    if not stale:
+        return
+    number = 1
+    while (aside := root.with_name(f"{root.name}.{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for path in stale:
+        path.rename(aside / path.name)
+    log.warning("%d earlier checkpoints are not part of this run: moved to %s", len(stale), aside)
+
+
+def save_checkpoint(root: Path, engine: Saves, extra: Mapping[str, Any], *, keep: int, world: World) -> Path:
+    """Write a checkpoint of the current step; every rank calls it.
+
+    Args:
+        root: the ``checkpoints`` folder.
+        engine: its ``state()["step"]`` names the folder.
+        extra: JSON values to store beside (configuration, position).
+        keep: how many of the newest checkpoints stay, at least 1.
+        world: this process; rank 0 writes.
+
+    Returns:
+        The folder. One that is already there is left as it is: :func:`set_aside` has made sure that it holds
+        the same step of the same run.
+    """
+    state = {"format": FORMAT, **extra, "engine": engine.state()}
+    final = root / f"step-{state['engine']['step']:08d}"
+    rng = distributed.gather(rng_state(world.device))
+    if world.is_main and not final.exists():
+        _write(root, final, engine, state, rng)
+        _prune(root, keep)
+    distributed.barrier()
+    return final
+
+
+def _write(root: Path, final: Path, engine: Saves, state: dict[str, Any], rng: list[dict[str, Tensor]]) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    clean_unfinished(root)
+    partial = root / f".partial-{final.name}"
+    partial.mkdir()
+    engine.save(partial)
+    generators = {f"{rank}.{kind}": one for rank, states in enumerate(rng) for kind, one in states.items()}
+    save_file(generators, partial / RNG_FILE)
+    (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for path in partial.iterdir():
+        _flush(path)
+    _flush(partial)
+    partial.rename(final)
+    _flush(root)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clean_unfinished(root: Path) -> None:
+    """Delete what a killed process left half written or half deleted."""
+    for path in [*root.glob(".partial-*"), *root.glob(".deleted-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _prune(root: Path, keep: int) -> None:
+    for path in list_checkpoints(root)[: -max(keep, 1)]:
+        # Renamed first: a kill during the deletion must not leave a damaged folder under a complete name.
+        shutil.rmtree(path.rename(root / f".deleted-{path.name}"), ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        ValueError: unreadable, or written by another format.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"train.resume: cannot read {path / STATE_FILE}: {error}; use another") from None
+    if state.get("format") != FORMAT:
+        raise ValueError(f"train.resume: {path} has format {state.get('format')}, not {FORMAT}; use another")
+    return state
+
+
+def load_checkpoint(path: Path, engine: Saves, *, world: World, seed: int) -> dict[str, Any]:
+    """Restore engine and random generators from a checkpoint; every rank calls it.
+
+    A rank that the checkpoint does not know (more processes than before) gets generators derived from
+    ``seed``, its rank and the step.
+
+    Returns:
+        The stored ``state.json``.
+
+    Raises:
+        ValueError: damaged, or its tensors do not fit this model.
+    """
+    state = read_state(path)
+    try:
+        engine.load(path)
+        rng = load_file(path / RNG_FILE)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"train.resume: cannot load {path}: {text}") from None
+    engine.load_state(state["engine"])
+    prefix = f"{world.rank}."
+    mine = {key.removeprefix(prefix): tensor for key, tensor in rng.items() if key.startswith(prefix)}
+    if world.device.type in mine:
+        set_rng_state(mine, world.device)
+    else:
+        log.info("rank %d was not in %s: its dropout starts from a new seed", world.rank, path)
+        seed_rank(seed + state["engine"]["step"], world.rank)
+    return state
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's CPU generator and of the device's, as byte tensors by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what :func:`rng_state` returned."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Give every rank its own dropout, from a seed that is the same for all."""
+    torch.manual_seed((seed * 1_000_003 + rank + 1) % 2**63)
+
+
+def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+    """Refuse to continue a run with settings that would make it another run.
+
+    Args:
+        stored: flat settings (``"model.name": …``) of the checkpoint.
+        current: those of this run.
+        path: the checkpoint, for the message.
+
+    Raises:
+        ValueError: naming every setting that differs, with both values.
+    """
+    keys = [key for key in {**stored, **current} if stored.get(key) != current.get(key)]
+    if keys:
+        differences = "; ".join(f"{key}={current.get(key)} (checkpoint: {stored.get(key)})" for key in keys)
+        raise ValueError(
+            f"{differences}: {path} is another run; restore these settings, choose another output.dir, "
+            "or start over with train.resume=none"
+        )

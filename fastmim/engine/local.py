@@ -1,0 +1,219 @@
+"""Training on one device per process, with gradients averaged over processes by DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fastmim.engine import distributed
+from fastmim.engine.distributed import World
+from fastmim.engine.nonfinite import NonFiniteError, find_nonfinite
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+class LocalEngine:
+    """Forward, backward and update of an objective.
+
+    Call ``engine(images, mask)``, ``engine.backward(loss)`` and ``engine.step()`` once per micro-batch; the
+    update happens on every ``grad_accum_steps``-th. Nothing waits for the device except :meth:`read`.
+
+    An update with a non-finite gradient is not applied, nor is any after it; the first such step is
+    remembered on the device and reported as :class:`NonFiniteError` by :meth:`read`, or by :meth:`step`
+    itself with ``check_every_step``. A non-finite loss makes every gradient of its step non-finite, on every
+    rank.
+
+    Args:
+        objective: module with ``forward(images, mask) -> {"loss": scalar}``, on its device.
+        optimizer: a torch optimiser over its parameters. Unless it is fused, each update is checked on the
+            host.
+        grad_accum_steps: micro-batches per update; the loss is their mean.
+        clip_grad: global norm that gradients are clipped to; None switches clipping off.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        compile: compile the forward pass with ``torch.compile``.
+        world: this process among all; None means alone, on the objective's device.
+        check_every_step: look for non-finite values after every update; None: only on the CPU, where it is
+            free.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        grad_accum_steps: int = 1,
+        clip_grad: float | None = None,
+        precision: str = "fp32",
+        compile: bool = False,
+        world: World | None = None,
+        check_every_step: bool | None = None,
+    ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"efficiency.precision={precision!r}: unknown; use fp32 or bf16")
+        self.objective = objective
+        self.optimizer = optimizer
+        self.grad_accum_steps = grad_accum_steps
+        self.clip_grad = clip_grad
+        self.precision = precision
+        self.steps = 0
+        self._params = [param for param in objective.parameters() if param.requires_grad]
+        self.device = self._params[0].device
+        self._fused = all(bool(group.get("fused")) for group in optimizer.param_groups)
+        self.check_every_step = self.device.type == "cpu" if check_every_step is None else check_every_step
+        self._micro = 0
+        self._loss_count = 0
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._grad_norm = torch.zeros((), device=self.device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._forward = self._wrap(compile, world)
+
+    def _wrap(self, compile: bool, world: World | None) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+        module: nn.Module = self.objective
+        if compile:
+            # Not Module.compile(): validation and pictures call the plain objective with other shapes.
+            module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+        if world is not None and world.size > 1:
+            ids = [self.device] if self.device.type == "cuda" else None
+            module = DistributedDataParallel(
+                module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        return module
+
+    @property
+    def at_boundary(self) -> bool:
+        """True while the current micro-batch is the last one of its update."""
+        return self._micro == self.grad_accum_steps - 1
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the forward pass runs in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next update; a group's ``lr_scale`` multiplies it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def __call__(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Forward of one micro-batch: images (B, C, H, W), mask (B, H/p, W/p) bool -> {"loss": scalar}."""
+        module = self._forward
+        ddp = isinstance(module, DistributedDataParallel) and not self.at_boundary
+        with module.no_sync() if ddp else nullcontext(), self.autocast():  # type: ignore[attr-defined]
+            return module(images, mask)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's loss."""
+        value = loss.detach()
+        # 0·inf = NaN: an infinite L1 loss has finite gradients (signs), which must not pass as a good step.
+        # On finite losses the factor is exactly 1.
+        (loss * (value * 0 + 1) / self.grad_accum_steps).backward()
+        self._loss_sum += value
+        self._loss_count += 1
+
+    def step(self) -> None:
+        """Count one micro-batch and update the parameters if it was the last of its update.
+
+        Raises:
+            NonFiniteError: with ``check_every_step``, if the update met a non-finite gradient.
+        """
+        if not self.at_boundary:
+            self._micro += 1
+            return
+        self._micro = 0
+        self.steps += 1
+        grads = [param.grad for param in self._params if param.grad is not None]
+        self._grad_norm = get_total_norm(grads)
+        if self.clip_grad:
+            clip_grads_with_norm_(self._params, self.clip_grad, self._grad_norm)
+        self._guarded_update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _guarded_update(self) -> None:
+        bad = ~torch.isfinite(self._grad_norm) & (self._first_bad < 0)
+        self._first_bad.masked_fill_(bad, self.steps)
+        is_bad = self._first_bad >= 0
+        if self.check_every_step or not self._fused:
+            if bool(is_bad):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteError(int(self._first_bad))
+        else:
+            # The fused kernel itself leaves everything as it is where found_inf is 1.
+            self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss since the last call (over ranks too) and the last gradient norm before clipping.
+
+        The one host synchronisation of a logged step.
+
+        Raises:
+            NonFiniteError: some update since the last call met a non-finite gradient.
+        """
+        mean = distributed.all_reduce_mean(self._loss_sum / max(self._loss_count, 1))
+        values = torch.stack([mean, self._grad_norm.double(), self._first_bad.double()])
+        loss, norm, bad = values.tolist()
+        self._loss_sum.zero_()
+        self._loss_count = 0
+        if bad >= 0:
+            raise NonFiniteError(int(bad))
+        return loss, norm
+
+    def diagnose(self, images: Tensor, mask: Tensor) -> str | None:
+        """Name the first non-finite value of a micro-batch that :class:`NonFiniteError` was raised for."""
+        return find_nonfinite(self.objective, images, mask, self.autocast())
+
+    def state(self) -> dict[str, Any]:
+        """The small state beside weights and moments, as JSON values. Every rank calls it; waits for the
+        device.
+
+        Raises:
+            NonFiniteError: some update since the last :meth:`read` met a non-finite gradient.
+        """
+        total = distributed.all_reduce_mean(self._loss_sum.clone())
+        loss_sum, bad = torch.stack([total, self._first_bad.double()]).tolist()
+        if bad >= 0:
+            raise NonFiniteError(int(bad))
+        return {"step": self.steps, "loss_sum": loss_sum, "loss_count": self._loss_count}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` returned."""
+        self.steps = int(state["step"])
+        self._loss_sum.fill_(state["loss_sum"])
+        self._loss_count = int(state["loss_count"])
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimiser moments into ``folder``; rank 0 alone calls it."""
+        save_model(self.objective, str(folder / MODEL_FILE))
+        names: dict[Tensor, str] = {param: name for name, param in self.objective.named_parameters()}
+        tensors = {
+            f"{names[param]}|{key}": torch.as_tensor(value).contiguous()
+            for param, state in self.optimizer.state.items()
+            for key, value in state.items()
+        }
+        save_file(tensors, folder / OPTIMIZER_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote; every rank calls it.
+
+        Raises:
+            RuntimeError: a weight is missing, left over or has another shape.
+        """
+        load_model(self.objective, folder / MODEL_FILE, strict=True)
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in load_file(folder / OPTIMIZER_FILE).items():
+            name, _, slot = key.rpartition("|")
+            moments.setdefault(name, {})[slot] = tensor
+        names: dict[Tensor, str] = {param: name for name, param in self.objective.named_parameters()}
+        current = self.optimizer.state_dict()
+        order = [param for group in self.optimizer.param_groups for param in group["params"]]
+        # Groups, rates and flags stay those of this run; the moments are found by name, not by position.
+        current["state"] = {i: moments[names[p]] for i, p in enumerate(order) if names[p] in moments}
+        self.optimizer.load_state_dict(current)

@@ -1,0 +1,138 @@
+"""Numbers of a run: ``metrics.jsonl``, TensorBoard, and the clock behind images per second."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger("fastmim")
+
+
+def peak_memory() -> tuple[float, str]:
+    """Peak memory of this process in GiB and its kind: ``"cuda"`` (allocated) or ``"rss"`` (resident)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30, "cuda"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, "rss"
+
+
+class StepClock:
+    """Wall clock of training alone: time inside :meth:`paused` (validation, saving) does not count."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around fetching a micro-batch."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around work that is not training."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def read(self, steps: int, images: int) -> dict[str, float]:
+        """Since the last call: ``images_per_sec``, ``step_time`` and ``data_time`` (seconds per step)."""
+        now = time.perf_counter()
+        elapsed = max(now - self._began, 1e-9)
+        steps = max(steps, 1)
+        values = {
+            "images_per_sec": images / elapsed,
+            "step_time": elapsed / steps,
+            "data_time": self._waited / steps,
+        }
+        self._began, self._waited = now, 0.0
+        return values
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a last line cut off by a kill is dropped."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            log.warning("%s: dropping an incomplete line", path)
+    return rows
+
+
+class Metrics:
+    """Writes logged steps to ``metrics.jsonl`` and TensorBoard; does nothing on ranks other than 0.
+
+    Args:
+        folder: the run's output folder.
+        start: steps already done; later rows of an earlier process are removed, so that no step appears
+            twice.
+        tensorboard: also write event files, if the tensorboard package is installed.
+        enabled: False on ranks that write nothing.
+    """
+
+    def __init__(self, folder: Path, *, start: int, tensorboard: bool, enabled: bool) -> None:
+        self._file: Any = None
+        self._board: Any = None
+        if not enabled:
+            return
+        path = folder / "metrics.jsonl"
+        rows = [row for row in read_rows(path) if row["step"] <= start]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._board = _tensorboard(folder / "tensorboard", start)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; numbers other than ``step`` become TensorBoard scalars."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, row["step"])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a picture file in TensorBoard."""
+        if self._board is None:
+            return
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("TensorBoard is not installed: no event files; install it with: pip install tensorboard")
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)

@@ -1,0 +1,237 @@
+"""What is due after a step (metrics, validation, picture, checkpoint), and the end of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastmim.engine import distributed
+from fastmim.engine.checkpoint import save_checkpoint
+from fastmim.engine.distributed import World
+from fastmim.engine.local import LocalEngine
+from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
+from fastmim.engine.progress import Progress
+from fastmim.evaluate.curve import save_curve
+from fastmim.evaluate.reconstruct import save_reconstruction
+from fastmim.evaluate.validation import validation_loss
+from fastmim.interop import export_encoder
+
+_NAMED_BAD_FILES = 50
+
+
+@dataclass
+class TrainResult:
+    """Where a run ended and what it left. Paths are None where nothing was written."""
+
+    steps: int
+    loss: float | None
+    val_loss: float | None
+    output_dir: Path
+    encoder_path: Path | None = None
+    picture_path: Path | None = None
+    checkpoint_path: Path | None = None
+    curve_path: Path | None = None
+    images_seen: int = 0
+    bad_files: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """Steps between events; 0: at the end only."""
+
+    log: int
+    save: int = 0
+    validate: int = 0
+    picture: int = 0
+
+
+class Run:
+    """The outputs of a run. Every rank has one; rank 0 writes and talks.
+
+    Args:
+        folder: ``output.dir``.
+        engine: gives losses, and is what checkpoints hold.
+        world: this process.
+        start, total: steps already done, and the length of the run.
+        global_batch_size: to count images.
+        every: when something is due.
+        keep: checkpoints that stay.
+        stored: JSON values kept in every checkpoint.
+        loader: the training images, for the length of an epoch and the files that could not be used.
+        val_loader: held-out images, or None.
+        val_batches: micro-batches of a validation; None: all.
+        picture_batch: (images, sample_ids) to draw, or None.
+        tensorboard: also write event files.
+        encoder: keyword arguments that built the encoder, noted in the exported file.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        engine: LocalEngine,
+        world: World,
+        start: int,
+        total: int,
+        global_batch_size: int,
+        every: Intervals,
+        keep: int,
+        stored: Mapping[str, Any],
+        loader: Any,
+        val_loader: Any = None,
+        val_batches: int | None = None,
+        picture_batch: tuple[Tensor, Tensor] | None = None,
+        tensorboard: bool = False,
+        encoder: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.engine, self.world, self.total = folder, engine, world, total
+        self.global_batch_size, self.every, self.keep, self.stored = global_batch_size, every, keep, stored
+        self.loader, self.val_loader, self.val_batches = loader, val_loader, val_batches
+        self.picture_batch, self.encoder = picture_batch, encoder
+        self.clock = StepClock()
+        self.progress = Progress(total_steps=total, start=start, enabled=world.is_main)
+        self.metrics = Metrics(folder, start=start, tensorboard=tensorboard, enabled=world.is_main)
+        self._logged = start
+        self._last: dict[str, Any] = (read_rows(folder / "metrics.jsonl") or [{}])[-1] if start else {}
+
+    def after_step(self, step: int, lr: float) -> None:
+        """Do what is due once ``step`` updates are done; ``lr`` was the rate of the last one.
+
+        Raises:
+            NonFiniteError: found at a logged or saved step.
+        """
+        self.progress.advance(step)
+        validate = self.val_loader is not None and self._due(self.every.validate, step)
+        if validate or self._due(self.every.log, step):
+            self._log(step, lr, validate)
+        with self.clock.paused():
+            if self._due(self.every.picture, step):
+                self._picture(step)
+            if self._due(self.every.save, step):
+                self.save()
+
+    def _due(self, every: int, step: int) -> bool:
+        return step == self.total or (every > 0 and step % every == 0)
+
+    def _log(self, step: int, lr: float, validate: bool) -> None:
+        loss, grad_norm = self.engine.read()
+        steps = step - self._logged
+        rates = self.clock.read(steps, steps * self.global_batch_size)
+        memory, kind = peak_memory()
+        epoch = step / self.loader.steps_per_epoch
+        row: dict[str, Any] = {"step": step, "epoch": epoch, "loss": loss, "lr": lr}
+        row |= {"grad_norm": grad_norm, **rates, "peak_memory_gib": memory, "memory_kind": kind}
+        if validate:
+            with self.clock.paused():
+                row["val_loss"] = self._validate()
+        self.metrics.write(row)
+        self.progress.row(row)
+        self._logged, self._last = step, row
+
+    def _validate(self) -> float:
+        batches, autocast = self.val_loader.epoch(0), self.engine.autocast()
+        objective, most = self.engine.objective, self.val_batches
+        return validation_loss(objective, batches, max_batches=most, autocast=autocast)
+
+    def picture_path(self, step: int) -> Path:
+        """Where the picture of a step lies."""
+        return self.folder / "reconstructions" / f"step-{step:08d}.png"
+
+    def _picture(self, step: int) -> None:
+        if self.picture_batch is not None and self.world.is_main:
+            path, autocast = self.picture_path(step), self.engine.autocast()
+            save_reconstruction(self.engine.objective, *self.picture_batch, path, autocast=autocast)
+            self.metrics.picture("reconstructions", path, step)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step; every rank calls it."""
+        root = self.folder / "checkpoints"
+        return save_checkpoint(root, self.engine, self.stored, keep=self.keep, world=self.world)
+
+    def interrupted(self) -> TrainResult:
+        """Save and report a run that was asked to stop; every rank calls it."""
+        path = self.save()
+        result = self._result(checkpoint_path=path, interrupted=True)
+        self._tell_bad_files(result.bad_files)
+        self.progress.say(
+            f"interrupted at step {result.steps} of {self.total}, saved in {path}; resume with train.resume=auto"
+        )
+        return result
+
+    def finish(self) -> TrainResult:
+        """Write what is left at the end of a run and say where everything is; every rank calls it."""
+        checkpoint = self.save()
+        encoder, picture = self.folder / "encoder.safetensors", self.picture_path(self.total)
+        curve = None
+        if self.world.is_main:
+            if not picture.exists():
+                self._picture(self.total)  # resumed at the very end
+            export_encoder(self.engine.objective, encoder, encoder=self.encoder)
+            curve = save_curve(read_rows(self.folder / "metrics.jsonl"), self.folder / "loss.png")
+        distributed.barrier()
+        result = self._result(
+            encoder_path=encoder,
+            picture_path=picture if distributed.broadcast(picture.exists()) else None,
+            checkpoint_path=checkpoint,
+            curve_path=distributed.broadcast(curve),
+        )
+        self._tell_bad_files(result.bad_files)
+        self.progress.say(_closing_line(result))
+        return result
+
+    def _result(self, **paths: Any) -> TrainResult:
+        merged: dict[str, str] = {}
+        for loader in (self.val_loader, self.loader):
+            for files in distributed.gather(dict(loader.bad_files) if loader is not None else {}):
+                merged |= files
+        if self.world.is_main:
+            text = json.dumps(merged, indent=1, ensure_ascii=False, sort_keys=True)
+            # A file name need not be valid unicode on Linux.
+            path = self.folder / "bad_files.json"
+            path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        last = distributed.broadcast(self._last)
+        return TrainResult(
+            steps=self.engine.steps,
+            loss=last.get("loss"),
+            val_loss=last.get("val_loss"),
+            output_dir=self.folder,
+            images_seen=self.engine.steps * self.global_batch_size,
+            bad_files=merged,
+            **paths,
+        )
+
+    def _tell_bad_files(self, bad_files: dict[str, str]) -> None:
+        if not bad_files:
+            return
+        listed = self.folder / "bad_files.json"
+        files = "1 file" if len(bad_files) == 1 else f"{len(bad_files)} files"
+        self.progress.say(f"{files} could not be used (listed in {listed}):")
+        for path, reason in sorted(bad_files.items())[:_NAMED_BAD_FILES]:
+            self.progress.say(f"  {path}: {reason}".encode("utf-8", "backslashreplace").decode())
+        if len(bad_files) > _NAMED_BAD_FILES:
+            self.progress.say(f"  … and {len(bad_files) - _NAMED_BAD_FILES} more")
+
+    def close(self) -> None:
+        """Close files and the live line."""
+        self.progress.close()
+        self.metrics.close()
+
+
+def _closing_line(result: TrainResult) -> str:
+    loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
+    val = f", validation {result.val_loss:.4f}" if result.val_loss is not None else ""
+    places = {
+        "encoder": result.encoder_path,
+        "pictures": result.picture_path,
+        "curve": result.curve_path,
+        "metrics": result.output_dir / "metrics.jsonl",
+        "checkpoint": result.checkpoint_path,
+    }
+    listed = ", ".join(f"{name} {path}" for name, path in places.items() if path is not None)
+    return f"done: {result.steps} steps{loss}{val}: {listed}"

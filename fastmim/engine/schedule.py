@@ -1,0 +1,90 @@
+"""Learning rates as pure functions of the optimiser step: resuming needs no scheduler state."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SCHEDULES = ("cosine", "step", "multistep", "constant")
+
+
+def scale_lr(lr: float, global_batch_size: int, lr_batch: float | None) -> float:
+    """A learning rate given per ``lr_batch`` images, scaled to the global batch; 0 or None: as it is."""
+    return lr * global_batch_size / lr_batch if lr_batch else lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate of every optimiser step, warm-up included.
+
+    ``schedule(k)`` is the rate of update k, counted from 0. During the first ``warmup_steps`` values the rate
+    rises linearly from ``warmup_lr`` to ``base_lr``; then the named decay applies, with the step counted from
+    the start of the run:
+
+    - ``cosine``: half a cosine from ``base_lr`` to ``min_lr`` over all steps (microsoft/SimMIM, warm-up
+      overlaps its beginning), or over the steps after warm-up with ``cosine_after_warmup``
+      (microsoft/Swin-Transformer);
+    - ``multistep``: times ``gamma`` from each milestone on (the milestone's own step included);
+    - ``step``: times ``gamma`` every ``decay_steps``;
+    - ``constant``.
+
+    ``lag=True`` reproduces the references, whose scheduler runs after the optimiser: step k uses the value of
+    step max(k - 1, 0).
+    """
+
+    name: str
+    base_lr: float
+    total_steps: int
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    milestones: Sequence[int] = ()
+    decay_steps: int = 0
+    gamma: float = 0.1
+    cosine_after_warmup: bool = True
+    lag: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            raise ValueError(f"optim.schedule={self.name!r}: unknown; use one of {', '.join(SCHEDULES)}")
+        if self.name == "step" and self.decay_steps < 1:
+            raise ValueError("optim.decay_epochs: the step schedule needs a period of at least one step")
+        if self.name == "multistep":
+            self._check_milestones()
+
+    def _check_milestones(self) -> None:
+        if not self.milestones:
+            raise ValueError("optim.milestones: empty; the multistep schedule needs at least one epoch")
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"optim.milestones={list(self.milestones)}: not in rising order; sort them")
+        if self.warmup_steps > self.milestones[0]:
+            raise ValueError(
+                f"optim.milestones: the first, step {self.milestones[0]}, lies inside the warm-up of "
+                f"{self.warmup_steps} steps; shorten the warm-up"
+            )
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of update ``step`` (from 0)."""
+        return self.value(max(step - 1, 0) if self.lag else step)
+
+    def value(self, step: int) -> float:
+        """The formula at ``step``, without the lag."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + step * (self.base_lr - self.warmup_lr) / self.warmup_steps
+        if self.name == "cosine":
+            return self._cosine(step)
+        if self.name == "multistep":
+            return self.base_lr * self.gamma ** bisect.bisect_right(self.milestones, step)
+        if self.name == "step":
+            return self.base_lr * self.gamma ** (step // self.decay_steps)
+        return self.base_lr
+
+    def _cosine(self, step: int) -> float:
+        start = self.warmup_steps if self.cosine_after_warmup else 0
+        length = self.total_steps - start
+        if step - start >= length:
+            return self.min_lr
+        shape = 0.5 * (1 + math.cos(math.pi * (step - start) / length))
+        return self.min_lr + (self.base_lr - self.min_lr) * shape

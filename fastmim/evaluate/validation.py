@@ -1,0 +1,65 @@
+"""Reconstruction loss on held-out images, with the same masks every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Not the training seed: validation losses of runs with different seeds stay comparable.
+MASK_SEED = 1_000_003
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; every submodule's mode is put back afterwards."""
+    training = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in training:
+            part.training = mode
+
+
+def validation_loss(
+    objective: Any,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    max_batches: int | None = None,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> float:
+    """Mean loss over held-out images; every rank calls it with its share of them.
+
+    Masks are keyed by the sample id alone, so every image has the same mask in every run and at every step.
+
+    Args:
+        objective: the plain objective (not wrapped: ranks may hold different numbers of batches).
+        batches: pairs of images (B, C, H, W) and sample_ids (B,), on the objective's device.
+        max_batches: micro-batches to use on each rank; None: all.
+        autocast: precision of the forward pass.
+
+    Returns:
+        The mean over all samples of all ranks.
+
+    Raises:
+        ValueError: no rank has an image.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=next(objective.parameters()).device)
+    with evaluating(objective), autocast or nullcontext():
+        for images, sample_ids in islice(batches, max_batches):
+            mask = objective.random_mask(sample_ids, seed=MASK_SEED, epoch=0)
+            total[0] += objective(images, mask)["loss"].double() * len(images)
+            total[1] += len(images)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    loss, count = total.tolist()
+    if not count:
+        raise ValueError("data.val_path: no readable image there; give another folder or leave it out")
+    return loss / count
