@@ -1,0 +1,217 @@
+"""The ``fastmim`` command.
+
+What a user can put right is one line on standard error and exit status 2; a run that failed by itself (a
+non-finite loss) exits with 1; a run that was asked to stop, and saved, exits with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastmim._version import __version__
+
+USER_ERROR, RUN_FAILED = 2, 1
+
+_DESCRIPTION = "Masked image modelling pretraining for Swin, SwinV2 and ViT encoders."
+_EXAMPLES = """\
+examples:
+  fastmim data demo demo/data
+  fastmim pretrain configs/demo.yaml train.steps=50 output.dir=runs/short
+  fastmim pretrain configs/simmim/swinv2_base.yaml data.path=/path/to/images
+  fastmim config show configs/simmim/swinv2_base.yaml optim.lr=2e-4
+  torchrun --nproc_per_node 8 -m fastmim pretrain CONFIG data.path=/path/to/images
+"""
+_OVERRIDES = "section.key=value, the value in YAML; may be repeated and wins over the file"
+
+
+def entry() -> NoReturn:
+    """The console script: run :func:`main` and leave with its status."""
+    status = main()
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        from fastmim.engine.distributed import exit_process
+
+        exit_process(status)
+    sys.exit(status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; default ``sys.argv[1:]``.
+
+    Returns:
+        The exit status.
+    """
+    arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
+    options, unknown = _parser().parse_known_args(arguments)
+    _log_to_stderr()
+    try:
+        if unknown:
+            raise ValueError(_unknown_option(unknown[0]))
+        return int(options.command(options))
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe such as `| head` has left; nothing more may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        if options.traceback or _is_our_fault(error):
+            raise
+        _say(f"error: {_one_line(error)}")
+        return RUN_FAILED if isinstance(error, FloatingPointError) else USER_ERROR
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from fastmim.config import load_config
+
+    cfg = load_config(options.config, options.overrides)
+    if cfg.data.path is None:
+        raise ValueError("data.path=null: give a folder of images, for example data.path=/path/to/images")
+    from fastmim.engine.train import train
+
+    train(cfg)
+    return 0
+
+
+def _config_show(options: argparse.Namespace) -> int:
+    from fastmim.config import dump_config, explain, load_config
+
+    cfg = load_config(options.config, options.overrides)
+    _print(explain(cfg) if options.explain else dump_config(cfg))
+    return 0
+
+
+def _config_keys(options: argparse.Namespace) -> int:
+    from fastmim.config import Config, explain
+
+    _print(explain(Config()))
+    return 0
+
+
+def _data_demo(options: argparse.Namespace) -> int:
+    from fastmim.data import make_demo
+
+    counts = make_demo(options.folder)
+    _print(f"{options.folder}: {counts.train} photographs in train, {counts.val} in val\n")
+    return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from fastmim.data import check_images
+
+    usable, bad = check_images(options.folder)
+    lines = [f"{path}: {reason}" for path, reason in sorted(bad.items())]
+    _print("\n".join([*lines, f"{options.folder}: {usable} usable images, {len(bad)} bad files"]) + "\n")
+    return 1 if bad else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", default=False, help="show where an error came from")
+    parser = argparse.ArgumentParser(
+        prog="fastmim",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastmim {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    pretrain = commands.add_parser("pretrain", parents=[common], help="pretrain an encoder")
+    _takes_config(pretrain)
+    pretrain.set_defaults(command=_pretrain)
+
+    config = commands.add_parser("config", help="show a config, or every key there is")
+    config_commands = config.add_subparsers(metavar="COMMAND", required=True)
+    shown = config_commands.add_parser("show", parents=[common], help="print the resolved config as YAML")
+    _takes_config(shown)
+    shown.add_argument("--explain", action="store_true", help="with the type, default and meaning of every key")
+    shown.set_defaults(command=_config_show)
+    keys = config_commands.add_parser("keys", parents=[common], help="print every key, its type and default")
+    keys.set_defaults(command=_config_keys)
+
+    data = commands.add_parser("data", help="make the demo's photographs, or check a folder")
+    data_commands = data.add_subparsers(metavar="COMMAND", required=True)
+    demo = data_commands.add_parser("demo", parents=[common], help="write a few hundred real photograph tiles")
+    demo.add_argument("folder", metavar="DIR", help="gets the folders train and val")
+    demo.set_defaults(command=_data_demo)
+    check = data_commands.add_parser("check", parents=[common], help="decode every image, name the bad files")
+    check.add_argument("folder", metavar="DIR", help="folder of images, nested or flat")
+    check.set_defaults(command=_data_check)
+    return parser
+
+
+def _takes_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, for example configs/demo.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES)
+
+
+def _take_local_rank(argv: list[str]) -> list[str]:
+    """Drop the ``--local_rank=N`` that the deepspeed launcher adds; the environment says the same."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            os.environ.setdefault("LOCAL_RANK", value if equals else next(rest, "0"))
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _unknown_option(option: str) -> str:
+    if option.startswith("-") and "=" in option:
+        return f"unknown option {option}; config keys take no dashes: {option.lstrip('-')}"
+    return f"unknown option {option}; see fastmim --help"
+
+
+def _is_our_fault(error: Exception) -> bool:
+    """Whether a traceback is more use than one line."""
+    return isinstance(error, ModuleNotFoundError) and error.name != "fastmim_kernels"
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return "fastmim_kernels is not on the path; pip install -e . or, in a checkout, PYTHONPATH=.:kernels"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _rank() -> int:
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdigit() else 0
+
+
+def _say(text: str) -> None:
+    """One line on standard error; the ranks other than 0 stay silent where all of them say the same."""
+    if _rank() == 0:
+        print(f"fastmim: {text}", file=sys.stderr, flush=True)
+
+
+def _print(text: str) -> None:
+    if _rank() == 0:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+class _Stderr(logging.Handler):
+    """Looks standard error up at every record: the live progress line puts its own stream there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(f"fastmim: {level}{self.format(record)}", file=sys.stderr, flush=True)
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("fastmim")
+    if not log.handlers:
+        log.addHandler(_Stderr())
+    log.setLevel(logging.INFO if _rank() == 0 else logging.ERROR)

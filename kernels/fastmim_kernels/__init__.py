@@ -1,0 +1,27 @@
+"""fastmim_kernels: the ops of masked image modelling, each with several interchangeable implementations.
+
+Every op takes ``impl="auto" | "triton" | "torch" | "reference"``; an explicit name never falls back.
+This package never imports ``fastmim``.
+"""
+
+from .cpb import cpb_bias
+from .dispatch import IMPLS, check_impl
+from .local_norm import local_norm_target
+from .mask_tokens import mask_tokens
+from .masked_l1 import linear_masked_l1, masked_l1
+from .patch_merge import patch_merge
+from .residual_norm import residual_norm
+from .window_attention import window_attention
+
+__all__ = [
+    "IMPLS",
+    "check_impl",
+    "cpb_bias",
+    "linear_masked_l1",
+    "local_norm_target",
+    "mask_tokens",
+    "masked_l1",
+    "patch_merge",
+    "residual_norm",
+    "window_attention",
+]

@@ -1,0 +1,64 @@
+"""Choice of the implementation of an op: one place, no silent fall-back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+
+import torch
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # a module blocked by a None in sys.modules
+        return False
+
+
+HAS_TRITON = _installed("triton")
+IMPLS = ("auto", "triton", "torch", "reference")
+
+
+def check_impl(impl: str) -> str:
+    """Return ``impl`` unchanged, or raise ``ValueError`` when it is not one of :data:`IMPLS`."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
+    return impl
+
+
+def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device: torch.device) -> Callable:
+    """Pick the function that runs ``op``.
+
+    ``auto`` takes Triton on a CUDA device where the op has a Triton kernel, and torch elsewhere.
+    An explicit name never falls back.
+
+    Args:
+        op: Name of the op, for messages.
+        impl: One of :data:`IMPLS`.
+        implementations: The functions this op has, by name.
+        device: Device of the op's inputs.
+
+    Raises:
+        ValueError: ``impl`` is unknown, or this op has no such implementation.
+    """
+    check_impl(impl)
+    if impl == "auto":
+        impl = "torch" if "triton" not in implementations or no_triton(device) else "triton"
+    if impl not in implementations:
+        have = ", ".join(["auto", *implementations])
+        raise ValueError(f"impl={impl!r}: {op} has no such implementation; use one of {have}")
+    if impl == "triton" and (reason := no_triton(device)):
+        raise ValueError(f"impl='triton': {op} cannot run its Triton kernel: {reason}; use impl='auto'")
+    return implementations[impl]
+
+
+def no_triton(device: torch.device) -> str:
+    """Why Triton kernels cannot run on ``device``; empty when they can.
+
+    On a CPU they run in Triton's interpreter only (``TRITON_INTERPRET=1``), which is for tests.
+    """
+    if not HAS_TRITON:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device.type}, not on a CUDA GPU"
+    return ""

@@ -1,0 +1,221 @@
+"""The MLP of a transformer block: linear, exact GELU, linear, with only its input and pre-activation kept.
+
+Autograd would keep the activation too. Here backward computes it again in the pass that it makes over the
+pre-activation anyway; with ``recompute_fc1`` it also repeats the first product and keeps the input alone.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference
+from .dispatch import resolve
+from .gelu import traffic as gelu_traffic
+from .rows import column_sum, refuse_float64, statistics_dtype
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
+        recompute_fc1: bool = False, impl: str = "auto") -> Tensor:
+    """``GELU(x·W1ᵀ + b1)·W2ᵀ + b2``.
+
+    Computed in autocast's dtype where it is on, else in the dtype of x; parameters are cast once for forward
+    and backward together, and their gradients come in their own dtype.
+
+    Args:
+        x: (…, C) floating point.
+        weight1: (K, C) and bias1: (K,) or None, the first layer.
+        weight2: (D, K) and bias2: (D,) or None, the second layer. ``residual_norm`` can add bias2 instead.
+        recompute_fc1: Keep x only, at the cost of the first product once more in backward.
+        impl: See :mod:`fastmim_kernels.dispatch`; the products are torch's in every case.
+
+    Returns:
+        (…, D).
+
+    Raises:
+        ValueError: Shapes do not belong together.
+    """
+    _check(x, weight1, bias1, weight2, bias2)
+    function = resolve("mlp", impl, _IMPLEMENTATIONS, x.device)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    # Without a graph the pre-activation is of no use to anybody: its buffer takes the activation.
+    recompute_fc1 = recompute_fc1 or not torch.is_grad_enabled()
+    with torch.autocast(device, enabled=False):
+        return function(x, weight1, bias1, weight2, bias2, recompute_fc1)
+
+
+def traffic(rows: int, channels: int, hidden: int, out_channels: int | None = None, *, itemsize: int = 2,
+            param_itemsize: int = 4, bias: bool = True, recompute_fc1: bool = False
+            ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(bytes read, bytes written, FLOPs) of forward and of backward: each product and each pass once.
+
+    Args:
+        rows, channels, hidden, out_channels: M, C, K and D (default C).
+        itemsize, param_itemsize: Bytes of a value of x, of a parameter (cast first where they differ).
+        bias: Both layers have one.
+        recompute_fc1: As of :func:`mlp`.
+    """
+    out_channels = channels if out_channels is None else out_channels
+    weights = hidden * (channels + out_channels)
+    x, h, y = (rows * n * itemsize for n in (channels, hidden, out_channels))
+    w1, w2 = hidden * channels * itemsize, hidden * out_channels * itemsize
+    flops = 2 * rows * weights
+    cast = weights if itemsize != param_itemsize else 0
+    gelu, gelu_back = gelu_traffic(rows, hidden, itemsize=itemsize, param_itemsize=param_itemsize, bias=bias,
+                                   recompute=True)
+    b2 = out_channels * param_itemsize * bias
+    forward = (x + w1 + gelu[0] + h + w2 + b2 + cast * param_itemsize, h + gelu[1] + y + cast * itemsize, flops)
+    # d activation, d W2, d W1, d x; the bias of the second layer reads the gradient once more.
+    read = (y + w2) + gelu_back[0] + (y + h) + (h + x) + (h + w1) + y * bias + (x + w1) * recompute_fc1
+    written = h + gelu_back[1] + weights * param_itemsize + x + h * recompute_fc1 + out_channels * 4 * bias
+    return forward, (read, written, 2 * flops + 2 * rows * hidden * channels * recompute_fc1)
+
+
+def _check(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> None:
+    if weight1.ndim != 2 or weight2.ndim != 2 or weight1.shape[1] != x.shape[-1] \
+            or weight2.shape[1] != weight1.shape[0]:
+        raise ValueError("mlp: weight1 must be (K, C) and weight2 (D, K) for x (…, C), got "
+                         f"{tuple(weight1.shape)}, {tuple(weight2.shape)} and {tuple(x.shape)}")
+    for name, bias, weight in (("bias1", bias1, weight1), ("bias2", bias2, weight2)):
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"mlp: {name} must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+@torch.library.custom_op("fastmim::mlp", mutates_args=())
+def _op(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+        recompute_fc1: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(result, pre-activation, W1, W2 in the dtype of x); empty: recomputed, or already in that dtype.
+
+    The Triton path keeps the pre-activation without bias1, which its GELU adds in both directions.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    low1, low2 = weight1.to(x.dtype), weight2.to(x.dtype)
+    pre = _pre_activation(rows, low1, bias1, impl)
+    activation = _gelu(pre, bias1, impl, in_place=recompute_fc1)
+    out = _linear(activation, low2, bias2).view(*x.shape[:-1], -1)
+    return (out, x.new_empty(0) if recompute_fc1 else pre,
+            *(x.new_empty(0) if w.dtype == x.dtype else low for w, low in ((weight1, low1), (weight2, low2))))
+
+
+@_op.register_fake
+def _(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+      recompute_fc1: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pre = (0,) if recompute_fc1 else (x.numel() // x.shape[-1], weight1.shape[0])
+    low = (x.new_empty((0,) if w.dtype == x.dtype else w.shape) for w in (weight1, weight2))
+    return x.new_empty((*x.shape[:-1], weight2.shape[0])), x.new_empty(pre), *low
+
+
+@torch.library.custom_op("fastmim::mlp_backward", mutates_args=())
+def _backward_op(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
+                 has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(d x, d W1, d b1, d W2, d b2), the weights' in the dtypes given; ``pre`` empty is recomputed."""
+    rows = x.reshape(-1, x.shape[-1])
+    grad = grad.reshape(-1, grad.shape[-1]).contiguous()
+    if not pre.numel():
+        pre = _pre_activation(rows, weight1, bias1, impl)
+    d_hidden, d_bias1, activation = _gelu_backward(grad @ weight2, pre, bias1, impl)
+    d_weight2 = _weight_gradient(grad, activation, weight2_dtype)
+    del activation
+    d_weight1 = _weight_gradient(d_hidden, rows, weight1_dtype)
+    wide = statistics_dtype(x.dtype)
+    d_bias2 = column_sum(grad) if has_bias2 else grad.new_empty(0)
+    return (d_hidden @ weight1).view(x.shape), d_weight1, d_bias1.to(wide), d_weight2, d_bias2.to(wide)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
+      has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str
+      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = statistics_dtype(x.dtype)
+    return (x.new_empty(x.shape), weight1.new_empty(weight1.shape, dtype=weight1_dtype),
+            x.new_empty((0,) if bias1 is None else bias1.shape, dtype=wide),
+            weight2.new_empty(weight2.shape, dtype=weight2_dtype),
+            x.new_empty(weight2.shape[0] if has_bias2 else 0, dtype=wide))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+
+
+def _pre_activation(x: Tensor, weight1: Tensor, bias1: Tensor | None, impl: str) -> Tensor:
+    return _linear(x, weight1, None if impl == "triton" else bias1)
+
+
+def _gelu(pre: Tensor, bias1: Tensor | None, impl: str, in_place: bool) -> Tensor:
+    if impl == "triton":
+        from .triton import gelu as kernels
+        refuse_float64("mlp", pre)
+        return kernels.forward(pre, bias1, pre if in_place else None)
+    return torch.ops.aten.gelu_(pre) if in_place else F.gelu(pre)
+
+
+def _gelu_backward(grad: Tensor, pre: Tensor, bias1: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of the pre-activation, written over ``grad``; d b1; activation)."""
+    if impl == "triton":
+        from .triton import gelu as kernels
+        return kernels.backward(grad, pre, bias1, True, grad)
+    torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=grad)
+    return grad, grad.new_empty(0) if bias1 is None else column_sum(grad), F.gelu(pre)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradᵀ·x in ``dtype``: cuBLAS writes its float32 sums as they are, without a rounding and a cast."""
+    if grad.is_cuda and dtype == torch.float32 != grad.dtype:
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    return (grad.t() @ x).to(dtype)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight1, bias1, weight2, bias2, recompute_fc1, impl = inputs
+    _, pre, low1, low2 = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(pre, low1, low2)
+    ctx.save_for_backward(x, pre, low1 if low1.numel() else weight1, bias1, low2 if low2.numel() else weight2)
+    ctx.settings = bias2 is not None, weight1.dtype, weight2.dtype, impl
+    ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias1, bias2)]
+
+
+def _autograd(ctx, grad, _pre, _low1, _low2):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 7
+    dx, dw1, db1, dw2, db2 = _backward_op(grad, *ctx.saved_tensors, *ctx.settings)
+    db1, db2 = (None if t is None else b.to(t) for b, t in zip((db1, db2), ctx.bias_dtypes, strict=True))
+    return dx, dw1, db1, dw2, db2, None, None
+
+
+torch.library.register_autograd("fastmim::mlp", _autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.fastmim.mlp)
+def _flops(x: Any, weight1: Any, bias1: Any, weight2: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(x[:-1]) * weight1[0] * (weight1[1] + weight2[0])
+
+
+@register_flop_formula(torch.ops.fastmim.mlp_backward)
+def _backward_flops(grad: Any, x: Any, pre: Any, weight1: Any, bias1: Any, weight2: Any, *args: Any,
+                    **kwargs: Any) -> int:
+    recomputed = 2 * math.prod(x) * weight1[0] if pre[0] == 0 else 0
+    return 2 * _flops(x, weight1, bias1, weight2) + recomputed
+
+
+def _run(*args, impl: str) -> Tensor:  # type: ignore[no-untyped-def]
+    return _op(*args, impl)[0]
+
+
+def _reference(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+               recompute_fc1: bool) -> Tensor:
+    parameters = (None if p is None else p.to(x.dtype) for p in (weight1, bias1, weight2, bias2))
+    return reference.mlp(x, *parameters)
+
+
+_IMPLEMENTATIONS = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
+                    "reference": _reference}

@@ -1,0 +1,166 @@
+"""Oracles: one plain function per op, written for reading, run in float32 or float64.
+
+Nothing here is fast. Every other implementation of an op is compared with the function of the same
+name in this file, forward and gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASKED_LOGIT = -100.0
+"""Added to the logits of token pairs that the cyclic shift brought together (Swin, section 3.2)."""
+
+
+def mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
+    """``tokens·(1−m) + mask_token·m`` on (B, H, W, C) with mask (B, H, W)."""
+    m = mask.to(tokens.dtype).unsqueeze(-1)
+    return tokens * (1 - m) + mask_token.reshape(-1).to(tokens.dtype) * m
+
+
+def shift_groups(height: int, width: int, shift_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Group of each position of the *rolled* map; only tokens of one group attend to each other."""
+    rows = torch.arange(height, device=device) >= height - shift_size[0]
+    cols = torch.arange(width, device=device) >= width - shift_size[1]
+    return rows.long()[:, None] * 2 + cols.long()[None, :]
+
+
+def partition(x: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """(B, H, W, C) → (B·windows, N, C), windows in row-major order."""
+    b, h, w, c = x.shape
+    wh, ww = window_size
+    x = x.reshape(b, h // wh, wh, w // ww, ww, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, wh * ww, c)
+
+
+def unpartition(x: Tensor, window_size: tuple[int, int], height: int, width: int) -> Tensor:
+    """Inverse of :func:`partition`."""
+    wh, ww = window_size
+    x = x.reshape(-1, height // wh, width // ww, wh, ww, x.shape[-1]).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(x.shape[0], height, width, -1)
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    logit_scale: Tensor | None,
+    num_heads: int,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+) -> Tensor:
+    """Shifted-window attention of Swin (``logit_scale`` None) or SwinV2 (cosine), see the public op."""
+    _, height, width, c3 = qkv.shape
+    shifts = (-shift_size[0], -shift_size[1])
+    windows = partition(torch.roll(qkv, shifts, (1, 2)), window_size)
+    head_dim = c3 // 3 // num_heads
+    n = windows.shape[1]
+    q, k, v = windows.reshape(-1, n, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
+    if logit_scale is None:
+        logits = (q @ k.transpose(-2, -1)) / math.sqrt(head_dim)
+    else:
+        scale = logit_scale.reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()
+        logits = (
+            F.normalize(q, dim=-1, eps=1e-12) @ F.normalize(k, dim=-1, eps=1e-12).transpose(-2, -1) * scale
+        )
+    logits = logits + bias
+    if any(shift_size):
+        groups = shift_groups(height, width, shift_size, qkv.device)
+        groups = partition(groups[None, ..., None], window_size)[..., 0]
+        apart = groups[:, :, None] != groups[:, None, :]
+        logits = logits.unflatten(0, (-1, apart.shape[0])) + MASKED_LOGIT * apart[:, None].to(logits.dtype)
+        logits = logits.flatten(0, 1)
+    out = (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    return torch.roll(unpartition(out, window_size, height, width), shift_size, (1, 2))
+
+
+def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
+    """SwinV2's log-spaced continuous position bias of L blocks: 16·sigmoid(MLP(coords))[index]."""
+    hidden = torch.relu(torch.einsum("tc,lkc->ltk", coords, weight1) + bias1[:, None])
+    table = 16 * torch.sigmoid(torch.einsum("ltk,lhk->lht", hidden, weight2))
+    return table[:, :, index]
+
+
+def patch_merge(x: Tensor) -> Tensor:
+    """(B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 4C), the four neighbours column by column, zeros beyond the edge."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    parts = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]
+    return torch.cat(parts, -1)
+
+
+def local_norm_target(images: Tensor, kernel_size: int) -> Tensor:
+    """Sliding-window normalisation of (B, C, H, W) by three average pools (SimMIM's normalised target)."""
+    pad = kernel_size // 2
+    mean = F.avg_pool2d(images, kernel_size, 1, pad, count_include_pad=False)
+    square = F.avg_pool2d(images**2, kernel_size, 1, pad, count_include_pad=False)
+    count = (
+        F.avg_pool2d(torch.ones_like(images), kernel_size, 1, pad, count_include_pad=True) * kernel_size**2
+    )
+    var = ((square - mean**2) * (count / (count - 1))).clamp(min=0)
+    return (images - mean) / (var + 1e-6).sqrt()
+
+
+def pixel_shuffle(prediction: Tensor, stride: int) -> Tensor:
+    """(B, h, w, C·stride²) token predictions → (B, C, h·stride, w·stride) pixels."""
+    return F.pixel_shuffle(prediction.permute(0, 3, 1, 2), stride)
+
+
+def pointwise_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Elementwise ``l1``, ``l2`` or ``smooth_l1`` (β = 1)."""
+    if loss == "l1":
+        return (prediction - target).abs()
+    if loss == "l2":
+        return (prediction - target) ** 2
+    return F.smooth_l1_loss(prediction, target, reduction="none")
+
+
+def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, stride: int, loss: str) -> Tensor:
+    """Σ(l(x̂, x)·m) / (Σm + 1e-5) / C with the mask repeated to pixels (B, 1, H, W)."""
+    _, channels, height, width = target.shape
+    pixels = pixel_shuffle(prediction, stride)[:, :, :height, :width].to(target.dtype)
+    m = mask.to(target.dtype)
+    m = m.repeat_interleave(height // mask.shape[1], 1).repeat_interleave(width // mask.shape[2], 2)[:, None]
+    return (pointwise_loss(pixels, target, loss) * m).sum() / (m.sum() + 1e-5) / channels
+
+
+def residual_norm(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    drop_scale: Tensor | None,
+    gamma: Tensor | None,
+    order: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(r, LN(r)), r = residual + s·γ·(branch + b); in order "post" (r, r), r = residual + s·LN(branch + b)."""
+    if branch_bias is not None:
+        branch = branch + branch_bias
+    if order == "post":
+        branch = F.layer_norm(branch, weight.shape, weight, bias, eps)
+    if gamma is not None:
+        branch = branch * gamma
+    if drop_scale is not None:
+        branch = branch * drop_scale.reshape(-1, *[1] * (branch.ndim - 1))
+    added = residual + branch
+    return added, added if order == "post" else F.layer_norm(added, weight.shape, weight, bias, eps)
+
+
+def gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    """z·Φ(z) with z = x + bias and Φ the distribution function of the standard normal."""
+    z = x if bias is None else x + bias
+    return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    """Linear – exact GELU – Linear."""
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+def patch_merge_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the 4C channels of :func:`patch_merge`."""
+    return F.layer_norm(patch_merge(x), weight.shape, weight, bias, eps)

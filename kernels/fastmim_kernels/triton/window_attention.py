@@ -1,0 +1,254 @@
+"""Shifted-window attention, forward, in one kernel that reads and writes the image layout.
+
+A program keeps one head and walks over a group of windows, so that the head's bias stays in registers
+(small windows) or in L1. Keys and values are read once a window, in chunks under an online softmax; the
+query rows are one power-of-two tile and a tail (144 = 128 + 16), or tiles of a second grid axis.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .aot import AotCase
+from .window_attention_backward import (
+    ON_CHIP,
+    backward,
+    backward_kernel,
+    backward_large_kernel,
+    reduce_kernel,
+)
+from .window_attention_backward import config as backward_config
+from .window_tiles import (
+    LN2,
+    LOG2E,
+    Tiling,
+    bias_chunks,
+    bias_tile,
+    common_constexprs,
+    full_tiles,
+    head_scale,
+    image_start,
+    inverse_norm,
+    load_tile,
+    logits,
+    multiprocessors,
+    next_power,
+    store_tile,
+    tile_constexprs,
+    token_rows,
+    token_sides,
+    window_groups,
+    window_seams,
+)
+
+__all__ = ["aot_cases", "backward", "forward", "traffic"]
+
+
+@triton.jit
+def _queries(p_q, i_window, o_i, image, stride, scale, WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr,
+             DP: tl.constexpr, COSINE: tl.constexpr, FULL: tl.constexpr):
+    """(q, factor of its logits, sides, image rows) and an empty softmax state of one tile of rows."""
+    o_row = token_rows(i_window, o_i, image, WH, WW)
+    side = token_sides(o_i, image, WH, WW)
+    q = load_tile(p_q, o_row, stride, o_i, WH * WW, D, DP, FULL)
+    factor = tl.zeros_like(o_i).to(tl.float32) + scale * LOG2E
+    if COSINE:
+        factor *= inverse_norm(q)
+    maximum = tl.full(o_i.shape, -float("inf"), tl.float32)
+    return (q, factor, side, o_row), (maximum, tl.zeros_like(maximum), tl.zeros(q.shape, tl.float32))
+
+
+@triton.jit
+def _attend(queries, state, k, v, key_scale, side_j, seams, bias, COSINE: tl.constexpr, SHIFTED: tl.constexpr,
+            PRECISION: tl.constexpr):
+    """One step of the online softmax: state is (maximum, sum, weighted values)."""
+    q, factor, side_i, _ = queries
+    maximum, total, acc = state
+    s = logits(q, factor, side_i, k, key_scale, side_j, seams, bias, COSINE, SHIFTED, PRECISION)
+    new = tl.maximum(maximum, tl.max(s, 1))
+    p = tl.exp2(s - new[:, None])
+    decay = tl.exp2(maximum - new)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return new, total * decay + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _step(p_q, p_bias, held, i_window, o_j, rows, queries, state, image, stride, WH: tl.constexpr, WW: tl.constexpr,
+          D: tl.constexpr, DP: tl.constexpr, COSINE: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
+          FULL_I: tl.constexpr, FULL_J: tl.constexpr):
+    """Reads one chunk of keys and lets every tile of queries attend to it; ``held`` is their bias, or empty."""
+    o_row = token_rows(i_window, o_j, image, WH, WW)
+    side = token_sides(o_j, image, WH, WW)
+    seams = window_seams(i_window, image, WH, WW)
+    k = load_tile(p_q + stride, o_row, 3 * stride, o_j, WH * WW, D, DP, FULL_J)
+    v = load_tile(p_q + 2 * stride, o_row, 3 * stride, o_j, WH * WW, D, DP, FULL_J)
+    key_scale = inverse_norm(k) if COSINE else side
+    new = ()
+    for t in tl.static_range(len(rows)):
+        if len(held) > 0:
+            bias = held[t]
+        else:
+            bias = bias_tile(p_bias, rows[t], o_j, WH * WW, FULL_I[t], FULL_J)
+        new = new + (_attend(queries[t], state[t], k, v, key_scale, side, seams, bias, COSINE, SHIFTED, PRECISION),)
+    return new
+
+
+@triton.jit
+def _finish(p_out, p_lse, queries, state, o_i, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+            FULL: tl.constexpr):
+    maximum, total, acc = state
+    store_tile(p_out, acc / total[:, None], queries[3], stride, o_i, N, D, DP, FULL)
+    tl.store(p_lse + o_i, (maximum + tl.log2(total)) * LN2, mask=o_i < N)
+
+
+@triton.jit
+def forward_kernel(
+    p_qkv,  # (B, H, W, 3, heads, D)
+    p_bias,  # (heads, N, N)
+    p_scale,  # (heads,) or None
+    p_out,  # (B, H, W, heads, D)
+    p_lse,  # (B·windows, heads, N) float32, natural logarithm
+    windows, groups, height, width, heads, shift_y, shift_x,
+    WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SHIFTED: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr,
+    HOLD: tl.constexpr, STAGES: tl.constexpr, INNER: tl.constexpr,
+):
+    N: tl.constexpr = WH * WW
+    COSINE: tl.constexpr = p_scale is not None
+    i_head = tl.program_id(0) % heads
+    i_group = tl.program_id(0) // heads
+    image = (height, width, shift_y, shift_x)
+    stride = heads * D
+    scale = head_scale(p_scale, i_head, D)
+    p_bias += i_head.to(tl.int64) * (N * N)
+    rows = ()
+    for t in tl.static_range(TILES):
+        rows = rows + ((tl.program_id(1) * TILES + t) * ROWS + tl.arange(0, ROWS),)
+    FULL: tl.constexpr = full_tiles(N, ROWS, TILES)
+    held = ()
+    if HOLD:
+        held = bias_chunks(p_bias, rows[0], N, KEYS, LAST, FULL[0])
+    for i_window in tl.range(i_group, windows, groups, num_stages=STAGES):
+        first = image_start(i_window, image, WH, WW)
+        p_q = p_qkv + first * (3 * stride) + i_head * D
+        p_o = p_out + first * stride + i_head * D
+        p_l = p_lse + (i_window * heads + i_head).to(tl.int64) * N
+        queries = ()
+        state = ()
+        for t in tl.static_range(len(rows)):
+            query, empty = _queries(p_q, i_window, rows[t], image, 3 * stride, scale, WH, WW, D, DP, COSINE, FULL[t])
+            queries = queries + (query,)
+            state = state + (empty,)
+        if HOLD:
+            for c in tl.static_range(N // KEYS):
+                state = _step(p_q, p_bias, (held[c],), i_window, c * KEYS + tl.arange(0, KEYS), rows, queries, state,
+                              image, stride, WH, WW, D, DP, COSINE, SHIFTED, PRECISION, FULL, True)
+        else:
+            for j in tl.range(0, N // KEYS * KEYS, KEYS, num_stages=INNER, disable_licm=True):
+                state = _step(p_q, p_bias, (), i_window, j + tl.arange(0, KEYS), rows, queries, state,
+                              image, stride, WH, WW, D, DP, COSINE, SHIFTED, PRECISION, FULL, True)
+        if LAST > 0:
+            state = _step(p_q, p_bias, held[N // KEYS:], i_window, N // KEYS * KEYS + tl.arange(0, LAST), rows,
+                          queries, state, image, stride, WH, WW, D, DP, COSINE, SHIFTED, PRECISION, FULL,
+                          N % KEYS == LAST)
+        for t in tl.static_range(len(rows)):
+            _finish(p_o, p_l, queries[t], state[t], rows[t], stride, N, D, DP, FULL[t])
+
+
+def config(n: int, head_dim: int, dtype: torch.dtype) -> Tiling:
+    """Tile sizes of the forward kernel for windows of ``n`` tokens."""
+    short = 2 if dtype == torch.float32 else 1
+    if n <= 64:
+        return Tiling(next_power(n), 0, 32 // short, True, 4 if n > 32 else n // 16 or 1, 2, 4)
+    if n <= 160 and n > 128:
+        return Tiling(128, next_power(n - 128), 32 // short, False, 8, 2, 2)
+    return Tiling(64 if n % 128 else 128, 0, 32 // short, False, 4 if n % 128 else 8, 2, 2)
+
+
+def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: tuple[int, int],
+            shift_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        qkv: (B, H, W, 3C) contiguous; bfloat16, float16 or float32.
+        bias: (heads, N, N), float32 or narrower.
+        logit_scale: num_heads values, or None for softmax(q·k/√d).
+        num_heads: Number of heads; divides C.
+        window_size: (rows, columns), dividing (H, W).
+        shift_size: (rows, columns) of the cyclic shift.
+
+    Returns:
+        The (B, H, W, C) output in the dtype of ``qkv``, and log Σ exp of the logits, (B·windows, heads, N) float32.
+    """
+    batch, height, width, c3 = qkv.shape
+    n = window_size[0] * window_size[1]
+    windows = batch * height * width // n
+    out = torch.empty(batch, height, width, c3 // 3, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(windows, num_heads, n, dtype=torch.float32, device=qkv.device)
+    tiling = config(n, c3 // 3 // num_heads, qkv.dtype)
+    tiles = 1 if tiling.TAIL else triton.cdiv(n, tiling.ROWS)
+    groups = window_groups(windows, num_heads * tiles, multiprocessors(qkv.device) * tiling.blocks_per_sm)
+    forward_kernel[(num_heads * groups, tiles)](
+        qkv, bias.contiguous(), None if logit_scale is None else logit_scale.contiguous(), out, lse, windows,
+        groups, height, width, num_heads, *shift_size,
+        **common_constexprs(c3 // 3 // num_heads, window_size, any(shift_size), qkv.dtype),
+        **tile_constexprs(n, tiling), num_warps=tiling.num_warps)
+    return out, lse
+
+
+def traffic(batch: int, height: int, width: int, channels: int, num_heads: int, window_size: tuple[int, int],
+            dtype_bytes: int, backward: bool) -> tuple[int, int, int]:
+    """(bytes read, bytes written, FLOPs) at the least, with a float32 bias that is read once.
+
+    Forward: reads 3C and writes C a token, and writes the log-sum-exp. Backward: reads qkv, the output and its
+    gradient and the log-sum-exp, writes 3C a token and the bias gradient; five products instead of two.
+    """
+    n = window_size[0] * window_size[1]
+    tokens = batch * height * width
+    row, lse, bias = tokens * channels * dtype_bytes, tokens * num_heads * 4, num_heads * n * n * 4
+    product = 2 * tokens * n * channels
+    if backward:
+        return 5 * row + lse + bias, 3 * row + bias, 5 * product
+    return 3 * row + bias, row + lse, 2 * product
+
+
+_SHAPES = {  # name: (window, heads, head_dim, cosine) of a shifted block; 192 px unless said
+    "swin_b_w6": (6, 4, 32, False), "swin_b_w6_stage3": (6, 16, 32, False), "swin_w7": (7, 4, 32, False),
+    "swinv2_b_w12": (12, 4, 32, True), "swinv2_l_w12": (12, 6, 32, True), "swinv2_h_w12": (12, 11, 32, True),
+    "swinv2_g_w12": (12, 16, 32, True), "swinv2_w8": (8, 4, 32, True), "swinv2_w16": (16, 4, 32, True),
+    "swinv2_w24": (24, 4, 32, True), "swinv2_w12_unshifted": (12, 4, 32, True),
+    "swinv2_w6_last_stage": (6, 32, 32, True),
+}
+_FORWARD = {"p_qkv": "*bf16", "p_bias": "*fp32", "p_scale": "*fp32", "p_out": "*bf16", "p_lse": "*fp32"}
+_BACKWARD = {"p_grad": "*bf16", **_FORWARD, "p_dqkv": "*bf16", "p_partial": "*fp32", "p_dscale": "*fp32"}
+_SIZES = ("windows", "groups", "height", "width", "heads", "shift_y", "shift_x")
+
+
+def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cosine: bool) -> AotCase:
+    n = window * window
+    tiling = (config if direction == "forward" else backward_config)(n, head_dim, torch.bfloat16)
+    kernel, pointers = (forward_kernel, _FORWARD) if direction == "forward" else (backward_kernel, _BACKWARD)
+    sizes = tile_constexprs(n, tiling)
+    if direction == "backward" and n > ON_CHIP:
+        kernel, sizes = backward_large_kernel, {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS}
+    common = common_constexprs(head_dim, (window, window), "unshifted" not in name, torch.bfloat16)
+    absent = {} if cosine else {p: None for p in ("p_scale", "p_dscale") if p in pointers}
+    return AotCase(
+        f"window_attention/{direction}/{name}", kernel,
+        {p: t for p, t in pointers.items() if p not in absent} | dict.fromkeys(_SIZES, "i32"),
+        common | sizes | absent, tiling.num_warps, 2,
+        tuple(p for p in pointers if p not in absent) + (("heads",) if heads % 16 == 0 else ()),
+        quick=name in ("swin_b_w6", "swinv2_b_w12"), wide_target=0.0 if n % 4 else 0.95, dot=True,
+        persistent=tiling.blocks_per_sm == 1)
+
+
+def aot_cases() -> list[AotCase]:
+    """Every shipped window and head count at 192 px, and windows 7, 8, 16 and 24; bfloat16."""
+    cases = [_case(direction, name, *shape) for direction in ("forward", "backward")
+             for name, shape in _SHAPES.items()]
+    reduction = {"p_partial": "*fp32", "p_dscale": "*fp32", "p_scale": "*fp32", "p_out": "*fp32", "p_dscale_out": "*fp32"}
+    return [*cases, AotCase("window_attention/reduce/w12", reduce_kernel, reduction | {"groups": "i32", "size": "i32"},
+                            {"GROUPS": 32, "BLOCK": 128}, divisible=(*reduction, "size"), quick=True)]

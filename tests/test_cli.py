@@ -1,0 +1,251 @@
+"""The command line: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from fastmim import __version__, cli
+from fastmim.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = str(ROOT / "configs/demo.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """main() configures the fastmim logger; other tests want it as it was."""
+    log = logging.getLogger("fastmim")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", log.level)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = cli.main(argv)
+    return status, *capsys.readouterr()
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line of a user error."""
+    status, out, err = run(capsys, *argv)
+    assert status == 2 and out == ""
+    assert err.startswith("fastmim: error: ") and err.count("\n") == 1
+    return err
+
+
+def python_m(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": paths, **env}
+    command = [sys.executable, "-m", "fastmim", *argv]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"fastmim {__version__}\n"
+
+
+def test_python_m() -> None:
+    result = python_m("--version")
+    assert (result.returncode, result.stdout) == (0, f"fastmim {__version__}\n")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(word in out for word in ("pretrain", "config", "data", "examples:", "torchrun"))
+
+
+@pytest.mark.parametrize("argv", [[], ["pretrian"], ["config"], ["data"], ["pretrain"]])
+def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2 and "usage: fastmim" in capsys.readouterr().err
+
+
+def test_config_show_is_the_resolved_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, err = run(capsys, "config", "show", DEMO, "train.steps=7", "optim.lr=1e-4")
+    assert (status, err) == (0, "")
+    tree = yaml.safe_load(out)
+    assert (tree["train"]["steps"], tree["optim"]["lr"]) == (7, 1e-4)
+    (tmp_path / "shown.yaml").write_text(out)
+    assert load_config(tmp_path / "shown.yaml") == load_config(DEMO, ["train.steps=7", "optim.lr=1e-4"])
+
+
+@pytest.mark.parametrize("argv", [["config", "keys"], ["config", "show", DEMO, "--explain"]])
+def test_every_key_is_explained(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, *argv)
+    assert status == 0
+    assert "# images per rank in one forward and backward (integer; default 64)" in out
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["config", "show", "no-such.yaml"], "no-such.yaml: no such file"),
+        (
+            ["config", "show", DEMO, "model.img_size=98"],
+            "model.img_size=98: not divisible by patch_size 4; use 96",
+        ),
+        (["config", "show", DEMO, "trian.steps=3"], "trian: unknown key; did you mean 'train'"),
+        (["config", "show", DEMO, "optim.lr=-1"], "optim.lr=-1: must be >= 0"),
+        (["config", "show", DEMO, "nonsense"], "expected section.key=value"),
+        (["config", "show", DEMO, "--train.steps=3"], "config keys take no dashes: train.steps=3"),
+        (["config", "show", DEMO, "--fast"], "unknown option --fast"),
+        (["pretrain", DEMO, "data.path=null"], "data.path=null: give a folder of images"),
+        (["pretrain", str(ROOT / "configs/simmim/swin_base_100ep.yaml")], "data.path=null: give a folder"),
+    ],
+)
+def test_user_errors_are_one_line(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected in refused(capsys, *argv)
+
+
+def test_the_process_exits_with_2_and_no_traceback() -> None:
+    result = python_m("pretrain", DEMO, "model.img_size=100", "model.patch_size=16")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == (
+        "fastmim: error: model.img_size=100: not divisible by patch_size 16; use 96 or 112\n"
+    )
+
+
+def test_data_folders_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = f"output.dir={tmp_path / 'out'}"
+    assert "missing" in refused(capsys, "pretrain", DEMO, out, f"data.path={tmp_path / 'missing'}")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, "pretrain", DEMO, out, f"data.path={tmp_path / 'empty'}")
+
+
+def test_an_output_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("x")
+    Image.new("RGB", (120, 120)).save(tmp_path / "a.png")
+    argv = ["pretrain", DEMO, "train.steps=1", f"data.path={tmp_path}", "data.val_path=null"]
+    tiny = ["model.depths=[1, 1]", "model.num_heads=[1, 1]", "model.embed_dim=8", "train.micro_batch_size=1"]
+    error = refused_last_line(capsys, *argv, *tiny, f"output.dir={tmp_path / 'a_file' / 'run'}")
+    assert "a_file" in error
+
+
+def refused_last_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """As refused(), after any lines of log."""
+    status, _, err = run(capsys, *argv)
+    line = err.splitlines()[-1]
+    assert status == 2 and line.startswith("fastmim: error: ") and "Traceback" not in err
+    return line
+
+
+def test_data_demo_and_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    status, out, _ = run(capsys, "data", "demo", str(folder))
+    tiles = len(list((folder / "train").glob("*.jpg")))
+    assert status == 0 and tiles > 100 and f"{tiles} photographs in train" in out
+    (folder / "val" / "broken.jpg").write_bytes(b"not a photograph")
+    status, out, _ = run(capsys, "data", "check", str(folder / "val"))
+    assert status == 1 and "broken.jpg: " in out and "1 bad files" in out
+    (folder / "val" / "broken.jpg").unlink()
+    status, out, _ = run(capsys, "data", "check", str(folder / "val"))
+    assert status == 0 and out.endswith("usable images, 0 bad files\n")
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=3"], ["--local-rank", "3"]])
+@pytest.mark.parametrize("before", [True, False])
+def test_the_launchers_local_rank(
+    flag: list[str], before: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """deepspeed puts it before the user's arguments; an environment that says more is left alone."""
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"})
+    command = ["config", "show", DEMO]
+    status, _, _ = run(capsys, *(flag + command if before else command + flag))
+    assert status == 0 and os.environ["LOCAL_RANK"] == "3"
+    run(capsys, "--local_rank=5", *command)
+    assert os.environ["LOCAL_RANK"] == "3"
+
+
+def test_only_rank_0_talks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "config", "show", DEMO) == (0, "", "")
+    assert run(capsys, "config", "show", DEMO, "optim.lr=-1") == (2, "", "")
+
+
+class TestFailures:
+    """What the run itself may raise."""
+
+    @staticmethod
+    def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+        def command(options: object) -> int:
+            raise error
+
+        monkeypatch.setattr(cli, "_config_keys", command)
+
+    @pytest.mark.parametrize(
+        "error, status, line",
+        [
+            (
+                FloatingPointError("non-finite loss at step 3: head"),
+                1,
+                "error: non-finite loss at step 3: head",
+            ),
+            (PermissionError(13, "Permission denied", "/out"), 2, "error: /out: permission denied"),
+            (OSError("disk"), 2, "error: disk"),
+            (ValueError("two\nlines"), 2, "error: two lines"),
+            (
+                ModuleNotFoundError("no", name="fastmim_kernels"),
+                2,
+                "error: fastmim_kernels is not on the path",
+            ),
+            (KeyboardInterrupt(), 130, "interrupted"),
+        ],
+    )
+    def test_status_and_line(
+        self,
+        error: BaseException,
+        status: int,
+        line: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        self.fail_with(monkeypatch, error)
+        got, out, err = run(capsys, "config", "keys")
+        assert got == status and out == "" and err.startswith(f"fastmim: {line}") and err.count("\n") == 1
+
+    def test_traceback_on_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_with(monkeypatch, ValueError("here"))
+        with pytest.raises(ValueError, match="here"):
+            cli.main(["config", "keys", "--traceback"])
+
+    @pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("x", name="x")])
+    def test_a_bug_keeps_its_traceback(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_with(monkeypatch, error)
+        with pytest.raises(type(error)):
+            cli.main(["config", "keys"])
+
+
+def test_warnings_of_the_library_reach_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "config", "show", DEMO)
+    logging.getLogger("fastmim").warning("bad image")
+    logging.getLogger("fastmim").info("resuming")
+    assert capsys.readouterr().err == "fastmim: warning: bad image\nfastmim: resuming\n"
+
+
+@pytest.mark.slow
+def test_pretrain_end_to_end(tmp_path: Path) -> None:
+    """The whole way on a folder of pictures, as a user would run it."""
+    for i in range(12):
+        Image.effect_noise((120, 120), 40 + i).convert("RGB").save(tmp_path / f"{i}.jpg")
+    tiny = ["model.depths=[1, 1, 1, 1]", "model.embed_dim=8", "model.num_heads=[1, 1, 2, 2]"]
+    batch = ["train.micro_batch_size=4", "train.steps=2", "train.log_every=1", "data.num_workers=0"]
+    out = tmp_path / "out"
+    places = [f"data.path={tmp_path}", "data.val_path=null", f"output.dir={out}"]
+    result = python_m("pretrain", DEMO, *tiny, *batch, *places)
+    assert result.returncode == 0, result.stderr
+    assert str(out / "encoder.safetensors") in result.stdout
+    assert (out / "encoder.safetensors").is_file() and (out / "metrics.jsonl").is_file()
+    assert load_config(out / "config.yaml").train.steps == 2

@@ -1,0 +1,181 @@
+"""The floors of the house: an import may only point down, and the config stops at the cli and train()."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What each room may import from this repository, besides itself and, for CONFIG_READERS, the config.
+ALLOWED = {
+    "fastmim": {"fastmim.engine", "fastmim.objectives"},
+    "fastmim.cli": {"fastmim.engine", "fastmim.data"},
+    "fastmim.__main__": {"fastmim.cli"},
+    # The checks ask the encoders what they take, and the mask how many units it hides.
+    "fastmim.config": {"fastmim.models", "fastmim.objectives"},
+    "fastmim.engine": {
+        "fastmim.evaluate",
+        "fastmim.interop",
+        "fastmim.objectives",
+        "fastmim.models",
+        "fastmim.data",
+        "fastmim_kernels",
+    },
+    "fastmim.evaluate": {"fastmim.objectives", "fastmim.models", "fastmim.data", "fastmim_kernels"},
+    "fastmim.interop": {"fastmim.objectives", "fastmim.models", "fastmim_kernels"},
+    "fastmim.objectives": {"fastmim.models", "fastmim_kernels"},
+    "fastmim.models": {"fastmim_kernels"},
+    "fastmim.data": {"fastmim_kernels"},
+    "fastmim_kernels": set(),
+}
+CONFIG_READERS = {"fastmim", "fastmim.cli", "fastmim.engine.train"}
+NOBODY_IMPORTS = {"benchmarks", "tests", "configs"}
+OPTIONAL = {
+    "triton",
+    "deepspeed",
+    "nvidia",
+    "pynvml",
+    "matplotlib",
+    "tensorboard",
+    "skimage",
+    "sklearn",
+    "rich",
+}
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> dict[str, Path]:
+    found = {module_name(p, ROOT): p for p in (ROOT / "fastmim").rglob("*.py")}
+    kernels = ROOT / "kernels"
+    return found | {module_name(p, kernels): p for p in (kernels / "fastmim_kernels").rglob("*.py")}
+
+
+def names_of(node: ast.AST, module: str, is_package: bool) -> list[str]:
+    """Absolute names of what an import statement may load."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = node.module or ""
+    if node.level:
+        parents = module.split(".")
+        keep = len(parents) - node.level + (1 if is_package else 0)
+        base = ".".join([*parents[:keep], *([node.module] if node.module else [])])
+    # `from fastmim import objectives` imports a room through its parent.
+    return [base, *(f"{base}.{alias.name}" for alias in node.names)]
+
+
+def imports(module: str, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import in a file, lazy and typing-only ones included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for name in names_of(node, module, path.name == "__init__.py"):
+            yield node.lineno, name  # type: ignore[attr-defined]
+
+
+def room(name: str) -> str | None:
+    """The room of a module of ours: ``fastmim.engine.train`` is in ``fastmim.engine``."""
+    parts = name.split(".")
+    if parts[0] == "fastmim_kernels":
+        return parts[0]
+    if parts[0] != "fastmim":
+        return None
+    candidate = ".".join(parts[:2])
+    return candidate if candidate in ALLOWED else "fastmim"
+
+
+def violations(module: str, path: Path) -> list[str]:
+    home = room(module)
+    assert home is not None
+    found = []
+    for line, name in imports(module, path):
+        target = room(name)
+        if name.split(".")[0] in NOBODY_IMPORTS:
+            found.append(f"{path.name}:{line} imports {name}, which nobody may")
+        elif target in (None, "fastmim", home):
+            continue
+        elif target == "fastmim.config":
+            if module not in CONFIG_READERS:
+                found.append(f"{path.name}:{line} {module} reads the config")
+        elif target not in ALLOWED[home]:
+            found.append(f"{path.name}:{line} {home} imports {name}: not on a lower floor")
+    return found
+
+
+@pytest.mark.parametrize("module, path", sorted(sources().items()))
+def test_imports_point_down(module: str, path: Path) -> None:
+    found = violations(module, path)
+    assert not found, "\n".join(found)
+
+
+def test_every_module_lives_in_a_known_room() -> None:
+    """A new room needs a row in ALLOWED, or nothing here would look at it."""
+    homeless = [m for m in sources() if room(m) == "fastmim" and m not in ("fastmim", "fastmim._version")]
+    assert not homeless
+
+
+def test_public_root_is_not_used_inside() -> None:
+    """``import fastmim`` inside would go round the floors through the root's lazy names."""
+    inside = {
+        f"{module}:{line}"
+        for module, path in sources().items()
+        for line, name in imports(module, path)
+        if name in {"fastmim.train", "fastmim.load_config", "fastmim.create_objective", "fastmim.Config"}
+    }
+    assert not inside
+
+
+@pytest.mark.parametrize(
+    "home, forbidden",
+    [
+        ("fastmim_kernels", "fastmim"),
+        ("fastmim.models", "fastmim.data"),
+        ("fastmim.data", "fastmim.models"),
+        ("fastmim.data", "fastmim.objectives"),
+        ("fastmim.objectives", "fastmim.data"),
+        ("fastmim.objectives", "fastmim.engine"),
+        ("fastmim.engine", "fastmim.cli"),
+    ],
+)
+def test_rooms_that_must_not_meet(home: str, forbidden: str) -> None:
+    """The design's sentences, said once more without the table above."""
+    found = [
+        f"{module}:{line}"
+        for module, path in sources().items()
+        if module == home or module.startswith(f"{home}.")
+        for line, name in imports(module, path)
+        if name == forbidden or name.startswith(f"{forbidden}.")
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("module, path", sorted(sources().items()))
+def test_optional_packages_are_imported_at_the_point_of_use(module: str, path: Path) -> None:
+    """No optional import at module level: importing fastmim must work without them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {name.split(".")[0] for node in top for name in names_of(node, module, False)}
+    # A file that is itself the one home of a Triton kernel is imported lazily as a whole.
+    optional = OPTIONAL - {"triton"} if module.startswith("fastmim_kernels.") else OPTIONAL
+    assert not names & optional
+
+
+def test_a_wrong_import_is_seen(tmp_path: Path) -> None:
+    """The rules above catch what they are for."""
+    path = tmp_path / "swin.py"
+    path.write_text("from ..data import build_loader\nfrom fastmim import config\nimport tests.helpers\n")
+    found = violations("fastmim.models.swin", path)
+    assert len(found) == 4 and "fastmim.data" in found[0]  # the package and the name in it
+    path.write_text("import torch\nfrom .layers import Mlp\nimport fastmim_kernels as fk\n")
+    assert violations("fastmim.models.swin", path) == []
+
+
+def test_kernels_is_a_source_root() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
