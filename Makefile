@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastmim-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-kernels lint clean
 
 help:
 	@echo "make setup   create $(VENV) and install fastmim with its test dependencies"
@@ -25,7 +25,12 @@ demo: setup
 	$(BIN)/fastmim pretrain configs/demo.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/kernels/triton --ignore=tests/benchmarks
+
+# Work in progress: Triton's interpreter (a process of its own), ahead-of-time compilation, launch counts.
+test-kernels: setup
+	$(BIN)/python -m pytest tests/benchmarks
+	$(BIN)/python -m pytest tests/kernels/triton
 
 lint: setup
 	$(BIN)/ruff check .

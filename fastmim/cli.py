@@ -24,6 +24,7 @@ examples:
   fastmim pretrain configs/demo.yaml train.steps=50 output.dir=runs/short
   fastmim pretrain configs/simmim/swinv2_base.yaml data.path=/path/to/images
   fastmim config show configs/simmim/swinv2_base.yaml optim.lr=2e-4
+  fastmim doctor
   torchrun --nproc_per_node 8 -m fastmim pretrain CONFIG data.path=/path/to/images
 """
 _OVERRIDES = "section.key=value, the value in YAML; may be repeated and wins over the file"
@@ -73,7 +74,7 @@ def _pretrain(options: argparse.Namespace) -> int:
     from fastmim.config import load_config
 
     cfg = load_config(options.config, options.overrides)
-    if cfg.data.path is None:
+    if cfg.data.path is None and cfg.data.file_list is None:
         raise ValueError("data.path=null: give a folder of images, for example data.path=/path/to/images")
     from fastmim.engine.train import train
 
@@ -113,6 +114,14 @@ def _data_check(options: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from fastmim.doctor import doctor
+
+    report, status = doctor(as_json=options.json)
+    _print(report)
+    return status
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", default=False, help="show where an error came from")
@@ -146,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     check = data_commands.add_parser("check", parents=[common], help="decode every image, name the bad files")
     check.add_argument("folder", metavar="DIR", help="folder of images, nested or flat")
     check.set_defaults(command=_data_check)
+
+    doctor = commands.add_parser("doctor", parents=[common], help="check the installation and every op on this machine")
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 

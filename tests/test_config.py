@@ -292,7 +292,7 @@ def test_every_size_is_accepted_by_name(name: str) -> None:
 def test_encoder_kwargs_build_the_objective() -> None:
     from fastmim.objectives import create_objective
 
-    cfg = load_config(ROOT / "configs/demo.yaml", ["model.depths=[1, 1, 1, 1]", "model.img_size=[64, 96]"])
+    cfg = load_config(ROOT / "configs/demo.yaml", ["model.depths=[1, 1]", "model.img_size=[64, 96]"])
     kwargs = cfg.model.encoder_kwargs()
     assert "init_from" not in kwargs and None not in kwargs.values()
     assert create_objective("simmim", encoder=kwargs).img_size == (64, 96)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each room may import from this repository, besides itself and, for CONFIG_READERS, the config.
 ALLOWED = {
     "fastmim": {"fastmim.engine", "fastmim.objectives"},
-    "fastmim.cli": {"fastmim.engine", "fastmim.data"},
+    "fastmim.cli": {"fastmim.engine", "fastmim.data", "fastmim.doctor"},
     "fastmim.__main__": {"fastmim.cli"},
     # The checks ask the encoders what they take, and the mask how many units it hides.
     "fastmim.config": {"fastmim.models", "fastmim.objectives"},
@@ -25,6 +25,7 @@ ALLOWED = {
         "fastmim.data",
         "fastmim_kernels",
     },
+    "fastmim.doctor": {"fastmim_kernels"},
     "fastmim.evaluate": {"fastmim.objectives", "fastmim.models", "fastmim.data", "fastmim_kernels"},
     "fastmim.interop": {"fastmim.objectives", "fastmim.models", "fastmim_kernels"},
     "fastmim.objectives": {"fastmim.models", "fastmim_kernels"},

@@ -86,9 +86,9 @@ class ObjectiveSection(Section):
 class DataSection(Section):
     """Where the images are and how they are read and augmented."""
 
-    path: Path | None = Field(None, description="folder of images, nested or flat; required to pretrain")
+    path: Path | None = Field(None, description="folder of images, nested or flat; this or file_list is required")
     val_path: Path | None = Field(None, description="held-out folder for the validation reconstruction loss")
-    file_list: Path | None = Field(None, description="text file, one image per line, relative to path")
+    file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
     loader: Literal["auto", "torchvision", "pil"] = Field("auto", description="decoder and augmentation backend")
     num_workers: Count = Field(2, description="reader processes per rank")
     scale: UnitRange = Field((0.67, 1.0), description="crop area as a share of the image, [low, high]")

@@ -58,11 +58,13 @@ class FileIndex:
         return hashlib.sha256(self._ends.tobytes() + self._blob).hexdigest()
 
 
-def open_index(path: str | os.PathLike[str] | None, file_list: str | os.PathLike[str] | None = None) -> FileIndex:
+def open_index(
+    path: str | os.PathLike[str] | None, file_list: str | os.PathLike[str] | None = None, *, field: str = "data.path"
+) -> FileIndex:
     """List the images of a folder (recursive, sorted by name as bytes) or of a file list (in its own order).
 
     Hidden files and folders are skipped; so are linked folders and links that lead out of `path`, with a
-    warning.
+    warning. `field` is the config key that messages name.
 
     Raises:
         ValueError: folder or list missing or without images; a list entry outside `path` or not a file.
@@ -70,14 +72,14 @@ def open_index(path: str | os.PathLike[str] | None, file_list: str | os.PathLike
     if file_list is not None:
         return _index_from_list(path, os.fspath(file_list))
     if path is None:
-        raise ValueError("data.path is not set: give a folder of images")
-    root = _existing_folder(os.fspath(path))
+        raise ValueError(f"{field}=null: give a folder of images, for example {field}=/path/to/images")
+    root = _existing_folder(os.fspath(path), field)
     links: list[str] = []
     names = sorted(_walk(root, links), key=os.fsencode)
     if links:
-        _LOG.warning("data.path=%s: did not follow %d links: %s", _printable(root), len(links), _shown(links))
+        _LOG.warning("%s=%s: did not follow %d links: %s", field, _printable(root), len(links), _shown(links))
     if not names:
-        raise ValueError(f"data.path={_printable(root)}: no images here or below (looked for {' '.join(EXTENSIONS)})")
+        raise ValueError(f"{field}={_printable(root)}: no images here or below (looked for {' '.join(EXTENSIONS)})")
     return FileIndex(root, names)
 
 
@@ -89,7 +91,7 @@ def _walk(root: str, links: list[str]) -> Iterator[str]:
         try:
             entries = list(os.scandir(os.path.join(root, folder)))
         except OSError as err:
-            _LOG.warning("data.path: cannot list %s (%s)", _printable(os.path.join(root, folder)), err.strerror)
+            _LOG.warning("cannot list %s (%s)", _printable(os.path.join(root, folder)), err.strerror)
             continue
         for entry in entries:
             name = os.path.join(folder, entry.name)
@@ -115,7 +117,7 @@ def _is_image(name: str) -> bool:
 def _index_from_list(path: str | os.PathLike[str] | None, file_list: str) -> FileIndex:
     if not os.path.isfile(file_list):
         raise ValueError(f"data.file_list={_printable(file_list)}: no such file; give a text file, one path a line")
-    root = _existing_folder(os.fspath(path) if path is not None else os.path.dirname(file_list) or ".")
+    root = _existing_folder(os.fspath(path) if path is not None else os.path.dirname(file_list) or ".", "data.path")
     with open(file_list, encoding="utf-8-sig", errors="surrogateescape") as lines:
         names = [_inside(root, line.strip(), file_list, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not names:
@@ -139,10 +141,10 @@ def _inside(root: str, entry: str, file_list: str, number: int) -> str:
     return name
 
 
-def _existing_folder(root: str) -> str:
+def _existing_folder(root: str, field: str) -> str:
     if not os.path.isdir(root):
         kind = "is a file, not a folder" if os.path.exists(root) else "no such folder"
-        raise ValueError(f"data.path={_printable(root)}: {kind}; give a folder of images")
+        raise ValueError(f"{field}={_printable(root)}: {kind}; give a folder of images")
     return root
 
 

@@ -220,14 +220,13 @@ def build_loader(
     verify: str = "auto",
     min_size: int = 8,
     device: torch.device | str = "cpu",
+    field: str = "data.path",
 ) -> Loader:
     """Open a folder or file list of images for pretraining (train=True) or validation.
 
     Args:
-        path: folder of images, searched recursively; with `file_list`, the folder its entries are relative
-        to.
-        img_size: (H, W) of the batches in pixels.
-        in_chans: 1 grey, 3 RGB, 4 RGBA.
+        path: folder of images, searched recursively; with `file_list`, what its entries are relative to.
+        img_size, in_chans: (H, W) of the batches in pixels; 1 grey, 3 RGB, 4 RGBA.
         micro_batch_size: images per rank and micro-batch.
         loader: "auto" | "torchvision" | "pil": who decodes.
         num_workers: worker processes; 0 decodes in the calling process.
@@ -237,13 +236,14 @@ def build_loader(
         max_bad_fraction: stop when more than this fraction of the files cannot be used.
         verify: "full" decodes every file first, "none" none, "auto" up to 2000 files.
         min_size: images with a shorter side below this many pixels are bad.
+        field: the config key that messages about `path` name.
 
     Raises:
         ValueError: in one line, for every wrong argument, a missing or empty folder, too many bad files.
     """
     check_decode_options(in_chans, loader)
     _check_options(img_size, scale, ratio, hflip, interpolation, num_workers)
-    index = open_index(path, file_list)
+    index = open_index(path, file_list, field=field)
     order = EpochOrder(
         num_images=len(index),
         micro_batch_size=micro_batch_size,

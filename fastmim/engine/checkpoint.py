@@ -84,7 +84,8 @@ def set_aside(root: Path, after_step: int) -> None:
     """Move checkpoints after ``after_step`` out of the way, into ``checkpoints.1`` (or .2, …) beside
     ``root``.
 
-    They belong to another history than the one that now starts: resuming must never pick them up.
+    They belong to another history than the one that now starts: resuming must never pick them up. Its
+    ``metrics.jsonl`` is copied beside them, because the rows after ``after_step`` are about to be removed.
     """
     stale = [path for path in list_checkpoints(root) if (step_of(path) or 0) > after_step]
     if not stale:
@@ -95,7 +96,11 @@ def set_aside(root: Path, after_step: int) -> None:
     aside.mkdir()
     for path in stale:
         path.rename(aside / path.name)
-    log.warning("%d earlier checkpoints are not part of this run: moved to %s", len(stale), aside)
+    metrics = root.with_name("metrics.jsonl")
+    if metrics.is_file():
+        shutil.copy2(metrics, aside / metrics.name)
+    count = "1 earlier checkpoint is" if len(stale) == 1 else f"{len(stale)} earlier checkpoints are"
+    log.warning("%s not part of this run: moved to %s", count, aside)
 
 
 def save_checkpoint(root: Path, engine: Saves, extra: Mapping[str, Any], *, keep: int, world: World) -> Path:

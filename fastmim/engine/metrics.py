@@ -135,4 +135,5 @@ def _tensorboard(folder: Path, start: int) -> Any:
     except ImportError:
         log.warning("TensorBoard is not installed: no event files; install it with: pip install tensorboard")
         return None
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    # Also from the start: without it, events of an earlier run in the same folder stay in the curves.
+    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def train(cfg: Config) -> TrainResult:
         total = settings.steps or (settings.epochs or 0) * loader.steps_per_epoch
         schedule = make_schedule(cfg, total, loader.steps_per_epoch, global_batch)
         stored = {"run": run_identity(cfg, global_batch), "total": total, "images": loader.fingerprint}
-        start = resume(cfg, engine, world, stored)
         shown = held_out_images(cfg, objective, world, stack)
+        start = resume(cfg, engine, world, stored)
         run = make_run(cfg, engine, world, stored, start, loader=loader, **shown)
         stack.enter_context(closing(run))
         stop = stack.enter_context(StopRequest())
@@ -107,8 +108,6 @@ def make_loader(cfg: Config, objective: Any, world: World, accum: int, **changes
         ValueError: no folder is given, or it has no usable image.
     """
     data = cfg.data
-    if data.path is None:
-        raise ValueError("data.path: missing; give a folder of images, data.path=/path/to/images")
     arguments: dict[str, Any] = dict(
         path=data.path,
         file_list=data.file_list,
@@ -159,7 +158,7 @@ def make_schedule(cfg: Config, total: int, steps_per_epoch: int, global_batch: i
     """The learning rate of every step; epochs become whole steps as in the references, rounded down."""
     optim = cfg.optim
     warmup = optim.warmup_steps
-    return Schedule(
+    schedule = Schedule(
         name=optim.schedule,
         base_lr=scale_lr(optim.lr, global_batch, optim.lr_batch),
         warmup_lr=scale_lr(optim.warmup_lr, global_batch, optim.lr_batch),
@@ -172,6 +171,12 @@ def make_schedule(cfg: Config, total: int, steps_per_epoch: int, global_batch: i
         cosine_after_warmup=optim.cosine_after_warmup,
         lag=optim.policy == "parity" if optim.schedule_lag is None else optim.schedule_lag,
     )
+    if schedule.warmup_steps >= total:
+        log.warning("optim: the run ends at step %d, inside its warm-up of %d steps", total, schedule.warmup_steps)
+    late = [step for step in schedule.milestones if step >= total]
+    if optim.schedule == "multistep" and late:
+        log.warning("optim.milestones: the run ends at step %d, before the drops at %s", total, late)
+    return schedule
 
 
 def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def resume(cfg: Config, engine: LocalEngine, world: World, stored: dict[str, Any
         log.info("resuming from %s", path)
     distributed.barrier()
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         own = path is not None and path.resolve().parent == root.resolve()
         checkpoint.set_aside(root, after_step=start if own else -1)
         save_config(cfg, folder / "config.yaml")
@@ -216,9 +221,26 @@ def resume(cfg: Config, engine: LocalEngine, world: World, stored: dict[str, Any
     return start
 
 
+def make_folder(folder: Path) -> None:
+    """Create ``output.dir``.
+
+    Raises:
+        ValueError: it is a file, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        raise ValueError(f"output.dir={folder}: cannot be created ({reason}); choose another folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output.dir={folder}: cannot be written to; choose another folder")
+
+
 def held_out_images(cfg: Config, objective: Any, world: World, stack: ExitStack) -> dict[str, Any]:
     """The validation loader, and the few images that pictures show: held-out ones if there are any."""
-    held_out = dict(path=cfg.data.val_path, file_list=None) if cfg.data.val_path is not None else {}
+    held_out: dict[str, Any] = {}
+    if cfg.data.val_path is not None:
+        held_out = dict(path=cfg.data.val_path, file_list=None, field="data.val_path")
     val_loader, batch = None, None
     if held_out:
         val_loader = make_loader(cfg, objective, world, 1, train=False, **held_out)

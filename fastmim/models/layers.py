@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastmim_kernels as fk
+
 
 def to_pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
     """``7`` → ``(7, 7)``; a pair of integers is returned as a tuple.
@@ -44,22 +46,28 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.project(images))
+
+    def project(self, images: Tensor) -> Tensor:
+        """The tokens before their norm."""
         b, c, height, width = images.shape
         p = self.patch_size
         patches = images.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Mlp(nn.Module):
-    """Linear – exact GELU – Linear."""
+    """Linear – exact GELU – Linear; backward computes the activation again instead of keeping it."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, impl: str) -> None:
         super().__init__()
+        self.impl = impl
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        fc1, fc2 = self.fc1, self.fc2
+        return fk.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, impl=self.impl)
 
 
 class DropPath(nn.Module):

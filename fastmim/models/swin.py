@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
 from .layers import (
-    DropPath,
-    Mlp,
     PatchEmbed,
     drop_path_rates,
-    joint_bias,
     relative_position_index,
     to_pair,
     trunc_normal_,
 )
+from .swin_block import PatchMerging, SwinBlock, WindowAttention, init_attention
 
 Pair = tuple[int, int]
 
@@ -32,127 +29,6 @@ def relative_coords_table(window_size: Pair, pretrained_window_size: Pair) -> Te
         r = torch.arange(1 - size, size, dtype=torch.float32, device="cpu") / max((pretrained or size) - 1, 1)
         axes.append(r.sign() * torch.log2(1 + 8 * r.abs()) / math.log2(8))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
-
-
-class WindowAttention(nn.Module):
-    """Window attention of one block; the bias of all blocks of a stage is computed by the stage."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: Pair,
-        shift_size: Pair,
-        qkv_bias: bool,
-        version: int,
-        impl: str,
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.window_size, self.shift_size, self.impl = (
-            num_heads,
-            window_size,
-            shift_size,
-            impl,
-        )
-        self.logit_scale: Tensor | None = None
-        if version == 1:
-            entries = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
-            self.relative_position_bias_table = nn.Parameter(torch.empty(entries, num_heads))
-            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        else:
-            self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
-            self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False))
-            self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-            self.q_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
-            self.v_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        pad = (-height % self.window_size[0], -width % self.window_size[1])
-        if any(pad):
-            x = self._pad(x, pad)
-        qkv_bias = self.qkv.bias if self.logit_scale is None else joint_bias(self.q_bias, self.v_bias)
-        qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        x = fk.window_attention(
-            qkv,
-            bias,
-            num_heads=self.num_heads,
-            window_size=self.window_size,
-            shift_size=self.shift_size,
-            logit_scale=self.logit_scale,
-            impl=self.impl,
-        )
-        if any(pad):
-            x = self._unpad(x, height, width)
-        return self.proj(x)
-
-    def _pad(self, x: Tensor, pad: Pair) -> Tensor:
-        """Zeros at the end of the *rolled* map, as timm does, expressed in the layout before the roll."""
-        rows, cols = self.shift_size
-        x = F.pad(torch.roll(x, (-rows, -cols), (1, 2)), (0, 0, 0, pad[1], 0, pad[0]))
-        return torch.roll(x, (rows, cols), (1, 2))
-
-    def _unpad(self, x: Tensor, height: int, width: int) -> Tensor:
-        rows, cols = self.shift_size
-        x = torch.roll(x, (-rows, -cols), (1, 2))[:, :height, :width]
-        return torch.roll(x, (rows, cols), (1, 2))
-
-
-class SwinBlock(nn.Module):
-    """One block: pre-norm (Swin) or res-post-norm (SwinV2), with H/G's optional norm on the residual stream."""
-
-    def __init__(
-        self,
-        dim: int,
-        attn: WindowAttention,
-        mlp_ratio: float,
-        drop_path: float,
-        version: int,
-        extra_norm: bool,
-    ) -> None:
-        super().__init__()
-        self.version = version
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-        self.norm3 = nn.LayerNorm(dim) if extra_norm else None
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        if self.version == 1:
-            branch = self.attn(self.norm1(x), bias)
-            x, normed = self._residual_norm(x, branch, "pre")
-            branch = self.mlp(normed)
-            scale = self.drop_path(branch)
-            x = x + branch if scale is None else x + branch * scale.view(-1, 1, 1, 1).to(branch.dtype)
-        else:
-            x, _ = self._residual_norm(x, self.attn(x, bias), "post", self.norm1)
-            x, _ = self._residual_norm(x, self.mlp(x), "post", self.norm2)
-        return x if self.norm3 is None else self.norm3(x)
-
-    def _residual_norm(
-        self, x: Tensor, branch: Tensor, order: str, norm: nn.LayerNorm | None = None
-    ) -> tuple[Tensor, Tensor]:
-        norm = norm or self.norm2
-        return fk.residual_norm(
-            x, branch, norm.weight, norm.bias, order=order, eps=norm.eps, drop_scale=self.drop_path(branch)
-        )
-
-
-class PatchMerging(nn.Module):
-    """2×2 tokens → one of twice the channels; Swin normalises before the reduction, SwinV2 after."""
-
-    def __init__(self, dim: int, version: int, impl: str) -> None:
-        super().__init__()
-        self.version, self.impl = version, impl
-        self.norm = nn.LayerNorm(4 * dim if version == 1 else 2 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = fk.patch_merge(x, impl=self.impl)
-        return self.reduction(self.norm(x)) if self.version == 1 else self.norm(self.reduction(x))
 
 
 class SwinStage(nn.Module):
@@ -213,11 +89,17 @@ class SwinStage(nn.Module):
         tables = torch.stack([a.relative_position_bias_table.T for a in attns])
         return tables.index_select(2, self.bias_index.reshape(-1)).unflatten(2, self.bias_index.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, final_norm: nn.LayerNorm | None = None) -> Tensor:
+        """The stage's map; with ``final_norm``, normalised by it."""
         x = self.downsample(x)
-        for block, bias in zip(self.blocks, self.position_bias().unbind(0), strict=True):
-            x = block(x, bias)
-        return x
+        pre = self.version == 1
+        y = self.blocks[0].norm1(x) if pre else x
+        norms = [block.norm1 for block in self.blocks[1:]] + [final_norm]
+        for block, bias, norm in zip(self.blocks, self.position_bias().unbind(0), norms, strict=True):
+            x, y = block(x, y, bias, norm if pre else None)
+        if pre:
+            return y
+        return x if final_norm is None else final_norm(x)
 
 
 class SwinTransformer(nn.Module):
@@ -291,12 +173,23 @@ class SwinTransformer(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) images and (B, H/p, W/p) mask → (B, h, w, num_features) tokens of ``stride`` pixels."""
-        x = self.patch_embed(images)
-        if mask is not None:
-            x = fk.mask_tokens(x, mask, self.mask_token, impl=self.impl)
-        for layer in self.layers:
+        embed = self.patch_embed
+        if mask is None:
+            x = embed(images)
+        else:
+            norm = embed.norm
+            x = fk.mask_tokens(
+                embed.project(images),
+                mask,
+                self.mask_token,
+                norm_weight=norm.weight,
+                norm_bias=norm.bias,
+                eps=norm.eps,
+                impl=self.impl,
+            )
+        for layer in self.layers[:-1]:
             x = layer(x)
-        return self.norm(x)
+        return self.layers[-1](x, self.norm)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -307,22 +200,12 @@ class SwinTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, WindowAttention):
-                _init_attention(module)
+                init_attention(module)
             elif isinstance(module, SwinBlock) and self.version == 2:
                 for norm in (module.norm1, module.norm2):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
         trunc_normal_(self.mask_token, std=0.02, bound=2.0)
-
-
-def _init_attention(attn: WindowAttention) -> None:
-    if attn.logit_scale is None:
-        trunc_normal_(attn.relative_position_bias_table, std=0.02, bound=2.0)
-        return
-    nn.init.constant_(attn.logit_scale, math.log(10))
-    if attn.q_bias is not None:
-        nn.init.zeros_(attn.q_bias)
-        nn.init.zeros_(attn.v_bias)
 
 
 def _grid(img_size: Pair, patch_size: int) -> Pair:

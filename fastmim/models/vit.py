@@ -85,34 +85,36 @@ class VitBlock(nn.Module):
     """Pre-norm block with optional LayerScale."""
 
     def __init__(
-        self, dim: int, attn: Attention, mlp_ratio: float, drop_path: float, init_values: float | None
+        self,
+        dim: int,
+        attn: Attention,
+        mlp_ratio: float,
+        drop_path: float,
+        init_values: float | None,
+        impl: str,
     ) -> None:
         super().__init__()
+        self.impl = impl
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), impl)
         self.drop_path = DropPath(drop_path)
         self.gamma_1 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
 
-    def forward(self, x: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:
-        branch = self.attn(self.norm1(x), bias, index)
-        x, normed = fk.residual_norm(
-            x,
-            branch,
-            self.norm2.weight,
-            self.norm2.bias,
-            order="pre",
-            eps=NORM_EPS,
-            drop_scale=self.drop_path(branch),
-            gamma=self.gamma_1,
-        )
-        branch = self.mlp(normed)
-        if self.gamma_2 is not None:
-            branch = branch * self.gamma_2
+    def forward(
+        self, x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor | None, next_norm: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
+        """Stream x and y = norm1(x) in; the new stream and ``next_norm`` of it out."""
+        x, y = self._add(x, self.attn(y, bias, index), self.gamma_1, self.norm2)
+        return self._add(x, self.mlp(y), self.gamma_2, next_norm)
+
+    def _add(self, x: Tensor, branch: Tensor, gamma: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         scale = self.drop_path(branch)
-        return x + branch if scale is None else x + branch * scale.view(-1, 1, 1).to(branch.dtype)
+        return fk.residual_norm(
+            x, branch, norm.weight, norm.bias, order="pre", eps=norm.eps, drop_scale=scale, gamma=gamma, impl=self.impl
+        )
 
 
 class VisionTransformer(nn.Module):
@@ -169,6 +171,7 @@ class VisionTransformer(nn.Module):
                 mlp_ratio,
                 rates[i],
                 init_values,
+                impl,
             )
             for i in range(depth)
         )
@@ -184,9 +187,11 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
-        for block in self.blocks:
-            x = block(x, bias, self.bias_index)
-        return self.norm(x)[:, 1:].unflatten(1, self.grid)
+        y = self.blocks[0].norm1(x)
+        norms = [block.norm1 for block in self.blocks[1:]] + [self.norm]
+        for block, norm in zip(self.blocks, norms, strict=True):
+            x, y = block(x, y, bias, self.bias_index, norm)
+        return y[:, 1:].unflatten(1, self.grid)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

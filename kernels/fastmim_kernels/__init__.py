@@ -6,9 +6,12 @@ This package never imports ``fastmim``.
 
 from .cpb import cpb_bias
 from .dispatch import IMPLS, check_impl
+from .gelu import gelu
+from .linear import linear
 from .local_norm import local_norm_target
 from .mask_tokens import mask_tokens
 from .masked_l1 import linear_masked_l1, masked_l1
+from .mlp import mlp
 from .patch_merge import patch_merge
 from .residual_norm import residual_norm
 from .window_attention import window_attention
@@ -17,10 +20,13 @@ __all__ = [
     "IMPLS",
     "check_impl",
     "cpb_bias",
+    "gelu",
+    "linear",
     "linear_masked_l1",
     "local_norm_target",
     "mask_tokens",
     "masked_l1",
+    "mlp",
     "patch_merge",
     "residual_norm",
     "window_attention",

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
+
 def _installed(name: str) -> bool:
     try:
         return find_spec(name) is not None

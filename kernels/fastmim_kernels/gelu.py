@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
+from .eager import shortcut, shortcut_with_grad
 from .rows import column_sum, refuse_float64, statistics_dtype
 
 
@@ -48,8 +49,7 @@ def traffic(rows: int, columns: int, *, itemsize: int = 2, param_itemsize: int =
     return (n + parameter, n, 0), (2 * n + parameter, n * (1 + recompute) + 4 * columns * bias, 0)
 
 
-@torch.library.custom_op("fastmim::gelu", mutates_args=())
-def _op(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+def _forward(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
     x = x.contiguous()
     if impl == "triton":
         from .triton import gelu as kernels
@@ -58,14 +58,16 @@ def _op(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
     return F.gelu(x) if bias is None else torch.ops.aten.gelu_(x + bias.to(x.dtype))
 
 
+_op = torch.library.custom_op("fastmim::gelu", _forward, mutates_args=())
+
+
 @_op.register_fake
 def _(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fastmim::gelu_backward", mutates_args=())
-def _backward_op(grad: Tensor, x: Tensor, bias: Tensor | None, recompute: bool, impl: str
-                 ) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, recompute: bool, impl: str
+              ) -> tuple[Tensor, Tensor, Tensor]:
     """(d x, d bias, activation); the latter two empty where there is no bias, and unless ``recompute``."""
     grad, x = grad.contiguous(), x.contiguous()
     if impl == "triton":
@@ -76,6 +78,9 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Tensor | None, recompute: bool, 
     wide = statistics_dtype(x.dtype)
     d_bias = x.new_empty(0, dtype=wide) if bias is None else column_sum(dx).to(wide)
     return dx, d_bias, F.gelu(z) if recompute else x.new_empty(0)
+
+
+_backward_op = torch.library.custom_op("fastmim::gelu_backward", _backward, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -92,11 +97,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
     x, bias = ctx.saved_tensors
-    dx, d_bias, _ = _backward_op(grad, x, bias, False, ctx.impl)
+    dx, d_bias, _ = _run_backward(grad, x, bias, False, ctx.impl)
     return dx, None if bias is None else d_bias.to(bias.dtype), None
 
 
 torch.library.register_autograd("fastmim::gelu", _autograd, setup_context=_setup_context)
+_run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
+_run_backward = shortcut(_backward_op, _backward)
 
 
 # No matrix product inside; torch's counter counts nothing else either.
@@ -109,5 +116,6 @@ def _reference(x: Tensor, bias: Tensor | None) -> Tensor:
     return reference.gelu(x, bias).to(x.dtype)
 
 
-_IMPLEMENTATIONS = {"torch": partial(_op, impl="torch"), "triton": partial(_op, impl="triton"),
-                    "reference": _reference}
+_IMPLEMENTATIONS: dict[str, Callable] = {
+    "torch": lambda x, bias: _run_op(x, bias, "torch"), "triton": lambda x, bias: _run_op(x, bias, "triton"),
+    "reference": _reference}

@@ -111,7 +111,7 @@ def _forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
     total = tokens.new_zeros((), dtype=wide)
     d_tokens, d_weight, d_bias = found = _buffers(tokens, weight, bias, wide, grads)
     grid = tokens.shape[1:3]
-    cells = token_cells(mask, *target.shape[2:], grid, stride)
+    cells = token_cells(mask, target.shape[2:], grid, stride)
     patches = patchify(cover(grid, target, stride), stride).flatten(0, 2)
     head, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
     x, d_x = tokens.flatten(0, 2), d_tokens.flatten(0, 2) if grads else d_tokens

@@ -40,7 +40,8 @@ def mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_weight
         ValueError: Shapes do not belong together, or one of ``norm_weight`` and ``norm_bias`` is missing.
     """
     _check(tokens, mask, mask_token, norm_weight, norm_bias, pos_embed)
-    function = resolve("mask_tokens", impl, _IMPLEMENTATIONS, tokens.device)
+    function = resolve("mask_tokens", impl, _FLOAT64 if tokens.dtype == torch.float64 else _IMPLEMENTATIONS,
+                       tokens.device)
     if out_dtype is None:
         out_dtype = tokens.dtype
         if norm_weight is not None and torch.is_autocast_enabled(tokens.device.type):
@@ -212,4 +213,5 @@ def _triton(*args) -> Tensor:  # type: ignore[no-untyped-def]
     return _op(*args, "triton")[0]
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "triton": _triton, "reference": _reference}
+_FLOAT64 = {"torch": _torch, "reference": _reference}
+_IMPLEMENTATIONS = {**_FLOAT64, "triton": _triton}

@@ -52,7 +52,8 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, *, stride: int, 
         ValueError: Unknown loss, or shapes and dtypes that do not belong together.
     """
     _check(prediction.shape[:3], prediction.shape[-1], target, mask, stride, loss, mean, std)
-    function = resolve("masked_l1", impl, _IMPLEMENTATIONS, prediction.device)
+    functions = _FLOAT64 if _wide(prediction, target) == torch.float64 else _IMPLEMENTATIONS
+    function = resolve("masked_l1", impl, functions, prediction.device)
     with torch.autocast(prediction.device.type, enabled=False):
         return function(prediction, *_prepare(target, mask, mean, std), stride, loss)
 
@@ -76,7 +77,9 @@ def linear_masked_l1(tokens: Tensor, weight: Tensor, bias: Tensor | None, target
     if weight.ndim != 2 or weight.shape[1] != tokens.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"linear_masked_l1: weight must be (C·stride², {tokens.shape[-1]}) and bias (C·stride²,), "
                          f"got {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}")
-    functions = {"torch": linear_torch, "triton": linear_triton, "reference": linear_reference}
+    functions = {"torch": linear_torch, "reference": linear_reference}
+    if _wide(tokens, target) != torch.float64:
+        functions["triton"] = linear_triton
     function = resolve("linear_masked_l1", impl, functions, tokens.device)
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
@@ -184,7 +187,7 @@ def _differences(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor 
                  stride: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (row numbers of the flattened tokens, masked difference) in chunks that stay in cache."""
     grid = prediction.shape[1:3]
-    cells = token_cells(mask, *target.shape[2:], grid, stride)
+    cells = token_cells(mask, target.shape[2:], grid, stride)
     patches = patchify(cover(grid, target, stride), stride).flatten(0, 2)
     flat = prediction.flatten(0, 2)
     size = (target.shape[1], stride, stride)
@@ -221,4 +224,5 @@ def _triton(*args) -> Tensor:  # type: ignore[no-untyped-def]
     return _op(*args, "triton")[0]
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "triton": _triton, "reference": _reference}
+_FLOAT64 = {"torch": _torch, "reference": _reference}
+_IMPLEMENTATIONS = {**_FLOAT64, "triton": _triton}

@@ -7,6 +7,7 @@ pre-activation anyway; with ``recompute_fc1`` it also repeats the first product 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
+from .eager import shortcut, shortcut_with_grad
 from .gelu import traffic as gelu_traffic
 from .rows import column_sum, refuse_float64, statistics_dtype
 
@@ -89,9 +91,8 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bi
             raise ValueError(f"mlp: {name} must be ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-@torch.library.custom_op("fastmim::mlp", mutates_args=())
-def _op(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
-        recompute_fc1: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+             recompute_fc1: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(result, pre-activation, W1, W2 in the dtype of x); empty: recomputed, or already in that dtype.
 
     The Triton path keeps the pre-activation without bias1, which its GELU adds in both directions.
@@ -101,22 +102,26 @@ def _op(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     pre = _pre_activation(rows, low1, bias1, impl)
     activation = _gelu(pre, bias1, impl, in_place=recompute_fc1)
     out = _linear(activation, low2, bias2).view(*x.shape[:-1], -1)
-    return (out, x.new_empty(0) if recompute_fc1 else pre,
-            *(x.new_empty(0) if w.dtype == x.dtype else low for w, low in ((weight1, low1), (weight2, low2))))
+    if recompute_fc1:
+        pre = x.new_empty(0)
+    low1, low2 = (x.new_empty(0) if w.dtype == x.dtype else low for w, low in ((weight1, low1), (weight2, low2)))
+    return out, pre, low1, low2
+
+
+_op = torch.library.custom_op("fastmim::mlp", _forward, mutates_args=())
 
 
 @_op.register_fake
 def _(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
       recompute_fc1: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pre = (0,) if recompute_fc1 else (x.numel() // x.shape[-1], weight1.shape[0])
-    low = (x.new_empty((0,) if w.dtype == x.dtype else w.shape) for w in (weight1, weight2))
-    return x.new_empty((*x.shape[:-1], weight2.shape[0])), x.new_empty(pre), *low
+    low1, low2 = (x.new_empty((0,) if w.dtype == x.dtype else w.shape) for w in (weight1, weight2))
+    return x.new_empty((*x.shape[:-1], weight2.shape[0])), x.new_empty(pre), low1, low2
 
 
-@torch.library.custom_op("fastmim::mlp_backward", mutates_args=())
-def _backward_op(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
-                 has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str
-                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
+              has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(d x, d W1, d b1, d W2, d b2), the weights' in the dtypes given; ``pre`` empty is recomputed."""
     rows = x.reshape(-1, x.shape[-1])
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
@@ -129,6 +134,9 @@ def _backward_op(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: T
     wide = statistics_dtype(x.dtype)
     d_bias2 = column_sum(grad) if has_bias2 else grad.new_empty(0)
     return (d_hidden @ weight1).view(x.shape), d_weight1, d_bias1.to(wide), d_weight2, d_bias2.to(wide)
+
+
+_backward_op = torch.library.custom_op("fastmim::mlp_backward", _backward, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -187,12 +195,14 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _autograd(ctx, grad, _pre, _low1, _low2):  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 7
-    dx, dw1, db1, dw2, db2 = _backward_op(grad, *ctx.saved_tensors, *ctx.settings)
+    dx, dw1, db1, dw2, db2 = _run_backward(grad, *ctx.saved_tensors, *ctx.settings)
     db1, db2 = (None if t is None else b.to(t) for b, t in zip((db1, db2), ctx.bias_dtypes, strict=True))
     return dx, dw1, db1, dw2, db2, None, None
 
 
 torch.library.register_autograd("fastmim::mlp", _autograd, setup_context=_setup_context)
+_run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
+_run_backward = shortcut(_backward_op, _backward)
 
 
 @register_flop_formula(torch.ops.fastmim.mlp)
@@ -208,14 +218,14 @@ def _backward_flops(grad: Any, x: Any, pre: Any, weight1: Any, bias1: Any, weigh
 
 
 def _run(*args, impl: str) -> Tensor:  # type: ignore[no-untyped-def]
-    return _op(*args, impl)[0]
+    return _run_op(*args, impl)[0]
 
 
 def _reference(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
                recompute_fc1: bool) -> Tensor:
-    parameters = (None if p is None else p.to(x.dtype) for p in (weight1, bias1, weight2, bias2))
-    return reference.mlp(x, *parameters)
+    low1, low2 = (None if b is None else b.to(x.dtype) for b in (bias1, bias2))
+    return reference.mlp(x, weight1.to(x.dtype), low1, weight2.to(x.dtype), low2)
 
 
-_IMPLEMENTATIONS = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
+_IMPLEMENTATIONS: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
                     "reference": _reference}

@@ -6,7 +6,9 @@ LayerNorm, a cast for the next matrix product, the bias of the previous one, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
+from .eager import shortcut, shortcut_with_grad
 from .rows import column_sum, layer_norm, layer_norm_backward, refuse_float64, statistics_dtype
 
 ORDERS = ("pre", "post")
@@ -100,10 +103,9 @@ def _check(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, order
                          f"{tuple(drop_scale.shape)}")
 
 
-@torch.library.custom_op("fastmim::residual_norm", mutates_args=())
-def _op(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
-        drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, out_dtype: torch.dtype,
-        impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
+             drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, out_dtype: torch.dtype,
+             impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(new residual, second result, mean, rstd); the second is empty where it would equal the first."""
     residual, branch = residual.contiguous(), branch.contiguous()
     if impl == "triton":
@@ -122,6 +124,9 @@ def _op(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_b
         added = _add(residual, branch, factor)
         out, mean, rstd = layer_norm(added, weight, bias, eps)
     return added, out.to(out_dtype), mean, rstd
+
+
+_op = torch.library.custom_op("fastmim::residual_norm", _forward, mutates_args=())
 
 
 @_op.register_fake
@@ -148,11 +153,10 @@ def _add(residual: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
     return added.to(residual.dtype)
 
 
-@torch.library.custom_op("fastmim::residual_norm_backward", mutates_args=())
-def _backward_op(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
-                 mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
-                 drop_scale: Tensor | None, gamma: Tensor | None, order: str, dtype: torch.dtype,
-                 branch_dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
+              mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
+              drop_scale: Tensor | None, gamma: Tensor | None, order: str, dtype: torch.dtype,
+              branch_dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """(d residual in ``dtype``, d branch, (2 to 4, C) of d weight, d bias[, d branch_bias][, d gamma]).
 
     ``saved`` is the branch ("post") or the new residual ("pre"). d residual is empty where it is
@@ -167,6 +171,9 @@ def _backward_op(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tens
     if order == "post":
         return _backward_post(grad_added, grad_out, saved, mean, rstd, weight, branch_bias, drop_scale, dtype)
     return _backward_pre(grad_added, grad_out, *args, dtype, branch_dtype)
+
+
+_backward_op = torch.library.custom_op("fastmim::residual_norm_backward", _backward, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -252,7 +259,7 @@ def _autograd(ctx, grad_added, grad_out, _mean, _rstd):  # type: ignore[no-untyp
         grad_out = None
     if grad_added is None and grad_out is None:
         return (None,) * 11
-    d_residual, d_branch, found = _backward_op(grad_added, grad_out, *ctx.saved_tensors, *ctx.settings)
+    d_residual, d_branch, found = _run_backward(grad_added, grad_out, *ctx.saved_tensors, *ctx.settings)
     d_residual = d_residual if d_residual.numel() else grad_added
     d_branch = d_branch if d_branch.numel() else d_residual
     sums = iter(found)
@@ -261,6 +268,8 @@ def _autograd(ctx, grad_added, grad_out, _mean, _rstd):  # type: ignore[no-untyp
 
 
 torch.library.register_autograd("fastmim::residual_norm", _autograd, setup_context=_setup_context)
+_run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
+_run_backward = shortcut(_backward_op, _backward)
 
 
 # No matrix product inside; torch's counter counts nothing else either.
@@ -270,7 +279,7 @@ def _flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
 
 
 def _run(residual: Tensor, *args, impl: str) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    added, out, _, _ = _op(residual, *args, impl)
+    added, out, _, _ = _run_op(residual, *args, impl)
     order, _, out_dtype = args[-3:]
     return added, added if order == "post" and out_dtype == residual.dtype else out
 
@@ -278,10 +287,10 @@ def _run(residual: Tensor, *args, impl: str) -> tuple[Tensor, Tensor]:  # type: 
 def _reference(residual: Tensor, branch: Tensor, weight: Tensor, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     *tensors, order, eps, out_dtype = args
     wide = torch.promote_types(torch.promote_types(residual.dtype, branch.dtype), weight.dtype)
-    given = (None if t is None else t.to(wide) for t in (residual, branch, weight, *tensors))
-    added, out = reference.residual_norm(*given, order, eps)
+    given: list[Any] = [None if t is None else t.to(wide) for t in (residual, branch, weight, *tensors)]
+    added, out = reference.residual_norm(*[*given, order, eps])
     return added.to(residual.dtype), out.to(out_dtype)
 
 
-_IMPLEMENTATIONS = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
+_IMPLEMENTATIONS: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
                     "reference": _reference}

@@ -16,37 +16,30 @@ EPS = 1e-5
 
 def patchify(images: Tensor, stride: int) -> Tensor:
     """(B, C, h·s, w·s) → (B, h, w, C·s²), the inverse of a pixel shuffle."""
-    return patch_view(images, stride).flatten(3)
-
-
-def patch_view(images: Tensor, stride: int) -> Tensor:
-    """(B, C, h·s, w·s) → (B, h, w, C, s, s) without a copy; zeros are appended to edges that s does not divide."""
-    pad_h, pad_w = -images.shape[2] % stride, -images.shape[3] % stride
-    if pad_h or pad_w:
-        images = F.pad(images, (0, pad_w, 0, pad_h))
     b, c, height, width = images.shape
-    return images.reshape(b, c, height // stride, stride, width // stride, stride).permute(0, 2, 4, 1, 3, 5)
+    x = images.reshape(b, c, height // stride, stride, width // stride, stride)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
-def cover(grid: tuple[int, int], images: Tensor, stride: int) -> Tensor:
+def cover(grid: tuple[int, ...], images: Tensor, stride: int) -> Tensor:
     """``images`` with zeros at the end, so that ``grid`` tokens of ``stride`` pixels cover them exactly."""
     pad_h, pad_w = grid[0] * stride - images.shape[2], grid[1] * stride - images.shape[3]
     return F.pad(images, (0, pad_w, 0, pad_h)) if pad_h or pad_w else images
 
 
-def token_cells(mask: Tensor, height: int, width: int, grid: tuple[int, int], stride: int) -> Tensor:
-    """The mask in token layout: (B, Hm, Wm) bool → (B, h, w, rows, cols) bool.
+def token_cells(mask: Tensor, size: tuple[int, ...], grid: tuple[int, ...], stride: int) -> Tensor:
+    """The mask of images of ``size`` (H, W) in token layout: (B, Hm, Wm) bool → (B, h, w, rows, cols) bool.
 
     A token has rows × cols cells of equal size; cells are as large as mask and token edges allow, single
     pixels at worst. Cells beyond the image are false.
     """
-    cell_h, cell_w = height // mask.shape[1], width // mask.shape[2]
+    cell_h, cell_w = size[0] // mask.shape[1], size[1] // mask.shape[2]
     fine_h, fine_w = math.gcd(cell_h, stride), math.gcd(cell_w, stride)
     if fine_h != cell_h:
         mask = mask.repeat_interleave(cell_h // fine_h, 1)
     if fine_w != cell_w:
         mask = mask.repeat_interleave(cell_w // fine_w, 2)
-    h, w, rows, cols = *grid, stride // fine_h, stride // fine_w
+    (h, w), rows, cols = grid, stride // fine_h, stride // fine_w
     pad_h, pad_w = h * rows - mask.shape[1], w * cols - mask.shape[2]
     if pad_h or pad_w:
         mask = F.pad(mask, (0, pad_w, 0, pad_h))

@@ -76,7 +76,8 @@ def _check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, in
         raise ValueError(f"window_attention: qkv must be (B, H, W, 3C) with C divisible by num_heads={num_heads}, "
                          f"got {tuple(qkv.shape)}")
     if qkv.shape[1] % window_size[0] or qkv.shape[2] % window_size[1]:
-        raise ValueError(f"window_attention: window_size={window_size} must divide the {qkv.shape[1]}x{qkv.shape[2]} map")
+        raise ValueError(f"window_attention: window_size={window_size} must divide the "
+                         f"{qkv.shape[1]}x{qkv.shape[2]} map")
     if bias.shape != (num_heads, n, n):
         raise ValueError(f"window_attention: bias must have shape {(num_heads, n, n)}, got {tuple(bias.shape)}")
     if not all(0 <= s < w for s, w in zip(shift_size, window_size, strict=True)):
@@ -98,7 +99,8 @@ def _(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, win
       shift_size: Sequence[int], impl: str) -> tuple[Tensor, Tensor]:
     batch, height, width, c3 = qkv.shape
     n = window_size[0] * window_size[1]
-    lse = (batch * height * width // n, num_heads, n) if impl == "triton" else (0,)
+    lse = (batch * height * width // n, num_heads, n) if impl == "triton" else \
+        plain.lse_shape(qkv, num_heads, tuple(window_size), tuple(shift_size))
     return qkv.new_empty(batch, height, width, c3 // 3), qkv.new_empty(lse, dtype=torch.float32)
 
 

@@ -61,7 +61,7 @@ def test_messages_for_folders(tmp_path):
         (tmp_path / "nowhere", "no such folder"),
         (tmp_path, "no images here or below"),
         (tmp_path / "file.txt", "is a file, not a folder"),
-        (None, "data.path is not set"),
+        (None, "data.path=null"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             open_index(path)

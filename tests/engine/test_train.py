@@ -221,7 +221,15 @@ def test_resume_none_starts_over_and_keeps_the_old_checkpoints(settings, tmp_pat
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
     assert len(list_checkpoints(tmp_path / "checkpoints.1")) == 2
+    assert len((tmp_path / "checkpoints.1" / "metrics.jsonl").read_text().splitlines()) == 3
     assert "moved to" in caplog.text
+
+
+def test_a_schedule_that_the_run_does_not_reach_is_a_warning(settings, tmp_path, caplog):
+    changes = {"optim__schedule": "multistep", "optim__milestone_steps": "[9]", "optim__warmup_steps": 2}
+    train(settings(tmp_path, train__steps=2, **changes))
+    assert "ends at step 2, inside its warm-up of 2" in caplog.text
+    assert "ends at step 2, before the drops at [9]" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -232,7 +240,9 @@ def test_resume_none_starts_over_and_keeps_the_old_checkpoints(settings, tmp_pat
         ({"train__seed": 7}, "train.seed=7"),
         ({"train__micro_batch_size": 2}, "train.global_batch_size=2"),
         ({"train__steps": 1}, "train.steps=1: .* at step 2 already"),
-        ({"data__path": "null"}, "data.path"),
+        ({"data__path": "null"}, "data.path=null"),
+        ({"data__val_path": "/nowhere"}, "data.val_path=/nowhere: no such folder"),
+        ({"output__dir": __file__}, "output.dir=.*: cannot be created .is a file"),
         ({"train__resume": "nowhere"}, "train.resume=nowhere"),
     ],
 )

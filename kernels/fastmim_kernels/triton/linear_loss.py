@@ -164,7 +164,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     target, cells = target.contiguous(), mask.view(torch.uint8).contiguous()
     (m, d), k, device = x.shape, weight.shape[0], tokens.device
     height, width = target.shape[2:]
-    hit = token_cells(mask, height, width, tokens.shape[1:3], stride).flatten(0, 2).flatten(1).any(1)
+    hit = token_cells(mask, target.shape[2:], tokens.shape[1:3], stride).flatten(0, 2).flatten(1).any(1)
     order, hits = torch.argsort(hit, descending=True, stable=True), hit.sum()
     rows, cfg = chunk_rows(m), config(dtype)
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -212,7 +212,8 @@ def aot_cases() -> list[AotCase]:
     """Head of the Swin encoders (3,072 values a token) in bf16; the widths are run-time arguments."""
     cfg = config(torch.bfloat16)
     loss: dict[str, Any] = {"S": 32, "LOSS": "l1", "p_mean": None, "p_std": None}
-    return [_case("loss", head_loss_kernel, cfg["loss"], loss), _case("tokens", token_gradient_kernel, cfg["tokens"], {}),
+    return [_case("loss", head_loss_kernel, cfg["loss"], loss),
+            _case("tokens", token_gradient_kernel, cfg["tokens"], {}),
             _case("weight", weight_gradient_kernel, cfg["weight"], {"ADD": True})]
 
 

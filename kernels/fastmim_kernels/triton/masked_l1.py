@@ -187,7 +187,8 @@ def backward(factor: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, m
 def aot_cases() -> list[AotCase]:
     """Swin (stride 32, mask at patch resolution) against float and uint8 images, and ViT (stride 16)."""
     cases = []
-    for name, stride, cell, target in (("swin", 32, 4, "*fp32"), ("swin_uint8", 32, 4, "*u8"), ("vit", 16, 16, "*fp32")):
+    shapes = (("swin", 32, 4, "*fp32"), ("swin_uint8", 32, 4, "*u8"), ("vit", 16, 16, "*fp32"))
+    for name, stride, cell, target in shapes:
         cfg = config(stride, (cell, cell))
         warps = cfg.pop("num_warps")
         for direction in ("forward", "backward"):

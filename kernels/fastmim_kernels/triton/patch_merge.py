@@ -29,10 +29,9 @@ def config(channels: int, norm: bool) -> dict[str, int]:
     """
     block_c = max(triton.next_power_of_2(channels), 16)
     if not norm:
-        block_c = min(block_c, 256)
-        while block_c > 64 and channels % block_c and channels % (block_c // 2) == 0:
-            block_c //= 2
-    num_warps = min(max(4 * block_c // (32 * ELEMENTS_PER_THREAD), 4), 16)
+        block_c = next((b for b in (256, 128, 64) if channels % b == 0), min(block_c, 256))
+    # 8 warps at most: 16 of them leave 64 registers a thread on some devices, which spill.
+    num_warps = min(max(4 * block_c // (32 * ELEMENTS_PER_THREAD), 4), 8)
     block_r = max(32 * num_warps * ELEMENTS_PER_THREAD // (4 * block_c), 1)
     return {"BLOCK_R": block_r, "BLOCK_C": block_c, "STAGES": 2, "num_warps": num_warps}
 
@@ -147,7 +146,8 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, o
             ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::patch_merge``."""
     batch, height, width, channels = x.shape
-    out = torch.empty((batch, (height + 1) // 2, (width + 1) // 2, 4 * channels), dtype=out_dtype, device=x.device)
+    merged = (batch, (height + 1) // 2, (width + 1) // 2, 4 * channels)
+    out = torch.empty(merged, dtype=out_dtype, device=x.device)
     rows, norm = out.numel() // (4 * channels), weight is not None
     mean, rstd = (torch.empty(rows if norm else 0, dtype=torch.float32, device=x.device) for _ in range(2))
     patch_merge_forward[programs(rows, channels, norm, "forward", x.device)](
@@ -189,6 +189,7 @@ def aot_cases() -> list[AotCase]:
     """The three mergings of the shipped encoders, from a float32 and a bf16 stream to bf16."""
     bases = (("swin_b", 128, True), ("swin_l", 192, True), ("swinv2_b", 128, False), ("swinv2_l", 192, False),
              ("swinv2_h", 352, False), ("swinv2_g", 512, False))
-    return [_case(name, base * 2**stage, norm, stream, direction, quick=name in ("swin_l", "swinv2_h"))
+    return [_case(name, base * 2**stage, norm, stream, direction,
+                  quick=name in ("swin_l", "swinv2_h") and stage == 2 and stream == "fp32")
             for name, base, norm in bases for stage in range(3) for stream in ("fp32", "bf16")
             for direction in ("forward", "backward")]

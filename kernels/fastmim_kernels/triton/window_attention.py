@@ -1,8 +1,8 @@
 """Shifted-window attention, forward, in one kernel that reads and writes the image layout.
 
-A program keeps one head and walks over a group of windows, so that the head's bias stays in registers
-(small windows) or in L1. Keys and values are read once a window, in chunks under an online softmax; the
-query rows are one power-of-two tile and a tail (144 = 128 + 16), or tiles of a second grid axis.
+A program keeps one head and walks over a group of windows, so that the head's bias stays in registers (windows
+up to 8×8) or in L1. Each window's q, k and v are read once (beyond 192 tokens, k and v once for 64 queries):
+all tiles of queries attend to one chunk of keys after the other, under an online softmax.
 """
 
 from __future__ import annotations
@@ -13,13 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .window_attention_backward import (
-    ON_CHIP,
-    backward,
-    backward_kernel,
-    backward_large_kernel,
-    reduce_kernel,
-)
+from .window_attention_backward import backward, backward_kernel, backward_large_kernel, large_config, reduce_kernel
 from .window_attention_backward import config as backward_config
 from .window_tiles import (
     LN2,
@@ -27,13 +21,15 @@ from .window_tiles import (
     Tiling,
     bias_chunks,
     bias_tile,
+    biased,
+    chunk_offsets,
     common_constexprs,
+    full_chunks,
     full_tiles,
     head_scale,
     image_start,
     inverse_norm,
     load_tile,
-    logits,
     multiprocessors,
     next_power,
     store_tile,
@@ -57,7 +53,8 @@ def _queries(p_q, i_window, o_i, image, stride, scale, WH: tl.constexpr, WW: tl.
     factor = tl.zeros_like(o_i).to(tl.float32) + scale * LOG2E
     if COSINE:
         factor *= inverse_norm(q)
-    maximum = tl.full(o_i.shape, -float("inf"), tl.float32)
+    # Finite, so that padded rows, all of whose logits are −inf, stay free of NaN until their masked store.
+    maximum = tl.full(o_i.shape, -1e30, tl.float32)
     return (q, factor, side, o_row), (maximum, tl.zeros_like(maximum), tl.zeros(q.shape, tl.float32))
 
 
@@ -67,7 +64,11 @@ def _attend(queries, state, k, v, key_scale, side_j, seams, bias, COSINE: tl.con
     """One step of the online softmax: state is (maximum, sum, weighted values)."""
     q, factor, side_i, _ = queries
     maximum, total, acc = state
-    s = logits(q, factor, side_i, k, key_scale, side_j, seams, bias, COSINE, SHIFTED, PRECISION)
+    # The norms scale the product, so that q and k enter it unrounded.
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor[:, None]
+    if COSINE:
+        s *= key_scale[None, :]
+    s = biased(s, bias, side_i, side_j, seams, SHIFTED)
     new = tl.maximum(maximum, tl.max(s, 1))
     p = tl.exp2(s - new[:, None])
     decay = tl.exp2(maximum - new)
@@ -88,10 +89,7 @@ def _step(p_q, p_bias, held, i_window, o_j, rows, queries, state, image, stride,
     key_scale = inverse_norm(k) if COSINE else side
     new = ()
     for t in tl.static_range(len(rows)):
-        if len(held) > 0:
-            bias = held[t]
-        else:
-            bias = bias_tile(p_bias, rows[t], o_j, WH * WW, FULL_I[t], FULL_J)
+        bias = held[t] if len(held) > 0 else bias_tile(p_bias, rows[t], o_j, WH * WW, FULL_I[t], FULL_J)
         new = new + (_attend(queries[t], state[t], k, v, key_scale, side, seams, bias, COSINE, SHIFTED, PRECISION),)
     return new
 
@@ -130,8 +128,9 @@ def forward_kernel(
     FULL: tl.constexpr = full_tiles(N, ROWS, TILES)
     held = ()
     if HOLD:
-        held = bias_chunks(p_bias, rows[0], N, KEYS, LAST, FULL[0])
-    for i_window in tl.range(i_group, windows, groups, num_stages=STAGES):
+        o_keys = chunk_offsets(N, KEYS, LAST)
+        held = bias_chunks(p_bias, rows[0], o_keys, N, FULL[0], full_chunks(N, KEYS, LAST))
+    for i_window in tl.range(i_group, windows, groups, num_stages=STAGES, disable_licm=True):
         first = image_start(i_window, image, WH, WW)
         p_q = p_qkv + first * (3 * stride) + i_head * D
         p_o = p_out + first * stride + i_head * D
@@ -159,17 +158,23 @@ def forward_kernel(
 
 
 def config(n: int, head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Tile sizes of the forward kernel for windows of ``n`` tokens."""
-    short = 2 if dtype == torch.float32 else 1
+    """Tile sizes of the forward kernel for windows of ``n`` tokens.
+
+    36 tokens are one tile of 64 rows: at 18 FLOP a byte the padded products still hide behind the memory, and
+    three blocks of four warps an SM stay in flight; four packed windows would multiply the products by four.
+    144 tokens are 3 tiles of 64 rows and 9 chunks of 16 keys: no key is padded.
+    """
+    wide = dtype == torch.float32 or head_dim > 32
     if n <= 64:
-        return Tiling(next_power(n), 0, 32 // short, True, 4 if n > 32 else n // 16 or 1, 2, 4)
-    if n <= 160 and n > 128:
-        return Tiling(128, next_power(n - 128), 32 // short, False, 8, 2, 2)
-    return Tiling(64 if n % 128 else 128, 0, 32 // short, False, 4 if n % 128 else 8, 2, 2)
+        rows = next_power(n)
+        return Tiling(rows, 1, min(rows, 32) if wide else rows, True, max(rows // 16, 1), 1, 1, blocks_per_sm=3)
+    if n <= 192 and not wide:
+        return Tiling(64, -(-n // 64), 16, False, 4, 1, 1, blocks_per_sm=2)
+    return Tiling(64, 1, 16 if wide else 32, False, 4, 1, 1, blocks_per_sm=3)
 
 
-def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: tuple[int, int],
-            shift_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int,
+            window_size: tuple[int, int], shift_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel.
 
     Args:
@@ -181,21 +186,27 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
         shift_size: (rows, columns) of the cyclic shift.
 
     Returns:
-        The (B, H, W, C) output in the dtype of ``qkv``, and log Σ exp of the logits, (B·windows, heads, N) float32.
+        The (B, H, W, C) output in the dtype of ``qkv``, and log Σ exp of the logits, (B·windows, heads, N)
+        float32.
+
+    Raises:
+        ValueError: An image has more than 2^31 values, beyond the kernels' offsets within an image.
     """
     batch, height, width, c3 = qkv.shape
-    n = window_size[0] * window_size[1]
+    if height * width * c3 >= 2**31:
+        raise ValueError(f"window_attention: an image of qkv must have fewer than 2^31 values, got {tuple(qkv.shape)}")
+    n, head_dim = window_size[0] * window_size[1], c3 // 3 // num_heads
     windows = batch * height * width // n
     out = torch.empty(batch, height, width, c3 // 3, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(windows, num_heads, n, dtype=torch.float32, device=qkv.device)
-    tiling = config(n, c3 // 3 // num_heads, qkv.dtype)
-    tiles = 1 if tiling.TAIL else triton.cdiv(n, tiling.ROWS)
+    tiling = config(n, head_dim, qkv.dtype)
+    tiles = triton.cdiv(n, tiling.ROWS * tiling.TILES)
     groups = window_groups(windows, num_heads * tiles, multiprocessors(qkv.device) * tiling.blocks_per_sm)
     forward_kernel[(num_heads * groups, tiles)](
         qkv, bias.contiguous(), None if logit_scale is None else logit_scale.contiguous(), out, lse, windows,
         groups, height, width, num_heads, *shift_size,
-        **common_constexprs(c3 // 3 // num_heads, window_size, any(shift_size), qkv.dtype),
-        **tile_constexprs(n, tiling), num_warps=tiling.num_warps)
+        **common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype), **tile_constexprs(n, tiling),
+        num_warps=tiling.num_warps)
     return out, lse
 
 
@@ -203,7 +214,7 @@ def traffic(batch: int, height: int, width: int, channels: int, num_heads: int, 
             dtype_bytes: int, backward: bool) -> tuple[int, int, int]:
     """(bytes read, bytes written, FLOPs) at the least, with a float32 bias that is read once.
 
-    Forward: reads 3C and writes C a token, and writes the log-sum-exp. Backward: reads qkv, the output and its
+    Forward: reads 3C and writes C a token, and writes the log-sum-exp. Backward: reads qkv, the output, its
     gradient and the log-sum-exp, writes 3C a token and the bias gradient; five products instead of two.
     """
     n = window_size[0] * window_size[1]
@@ -215,40 +226,47 @@ def traffic(batch: int, height: int, width: int, channels: int, num_heads: int, 
     return 3 * row + bias, row + lse, 2 * product
 
 
-_SHAPES = {  # name: (window, heads, head_dim, cosine) of a shifted block; 192 px unless said
+_SHAPES = {  # name: (window, heads, head_dim, cosine) of a shifted block, at 192 px where the window allows
     "swin_b_w6": (6, 4, 32, False), "swin_b_w6_stage3": (6, 16, 32, False), "swin_w7": (7, 4, 32, False),
     "swinv2_b_w12": (12, 4, 32, True), "swinv2_l_w12": (12, 6, 32, True), "swinv2_h_w12": (12, 11, 32, True),
-    "swinv2_g_w12": (12, 16, 32, True), "swinv2_w8": (8, 4, 32, True), "swinv2_w16": (16, 4, 32, True),
-    "swinv2_w24": (24, 4, 32, True), "swinv2_w12_unshifted": (12, 4, 32, True),
-    "swinv2_w6_last_stage": (6, 32, 32, True),
+    "swinv2_g_w12": (12, 16, 32, True), "swinv2_b_w12_unshifted": (12, 16, 32, True),
+    "swinv2_b_w6_last_stage": (6, 32, 32, True), "swinv2_w8": (8, 4, 32, True), "swinv2_w16": (16, 4, 32, True),
+    "swinv2_w24": (24, 4, 32, True),
 }
 _FORWARD = {"p_qkv": "*bf16", "p_bias": "*fp32", "p_scale": "*fp32", "p_out": "*bf16", "p_lse": "*fp32"}
 _BACKWARD = {"p_grad": "*bf16", **_FORWARD, "p_dqkv": "*bf16", "p_partial": "*fp32", "p_dscale": "*fp32"}
 _SIZES = ("windows", "groups", "height", "width", "heads", "shift_y", "shift_x")
 
 
-def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cosine: bool) -> AotCase:
-    n = window * window
-    tiling = (config if direction == "forward" else backward_config)(n, head_dim, torch.bfloat16)
-    kernel, pointers = (forward_kernel, _FORWARD) if direction == "forward" else (backward_kernel, _BACKWARD)
+def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cosine: bool, arch: int = 90
+          ) -> AotCase:
+    n, dtype = window * window, torch.bfloat16
+    kernel, pointers, tiling = forward_kernel, _FORWARD, config(n, head_dim, dtype)
+    if direction == "backward":
+        single = backward_config(n, head_dim, dtype, arch, cosine)
+        kernel, pointers = backward_kernel if single else backward_large_kernel, _BACKWARD
+        tiling = single or large_config(head_dim, dtype)
     sizes = tile_constexprs(n, tiling)
-    if direction == "backward" and n > ON_CHIP:
-        kernel, sizes = backward_large_kernel, {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS}
-    common = common_constexprs(head_dim, (window, window), "unshifted" not in name, torch.bfloat16)
+    if kernel is backward_large_kernel:
+        sizes = {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS}
+    common = common_constexprs(head_dim, (window, window), "unshifted" not in name, dtype)
     absent = {} if cosine else {p: None for p in ("p_scale", "p_dscale") if p in pointers}
+    present = {p: t for p, t in pointers.items() if p not in absent}
     return AotCase(
-        f"window_attention/{direction}/{name}", kernel,
-        {p: t for p, t in pointers.items() if p not in absent} | dict.fromkeys(_SIZES, "i32"),
-        common | sizes | absent, tiling.num_warps, 2,
-        tuple(p for p in pointers if p not in absent) + (("heads",) if heads % 16 == 0 else ()),
-        quick=name in ("swin_b_w6", "swinv2_b_w12"), wide_target=0.0 if n % 4 else 0.95, dot=True,
+        f"window_attention/{direction}/{name}", kernel, present | dict.fromkeys(_SIZES, "i32"),
+        common | sizes | absent, num_warps=tiling.num_warps,
+        divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
+        quick=name in ("swin_b_w6", "swinv2_b_w12"), wide_target=0.5 if n % 4 else 0.95, dot=True,
         persistent=tiling.blocks_per_sm == 1)
 
 
 def aot_cases() -> list[AotCase]:
-    """Every shipped window and head count at 192 px, and windows 7, 8, 16 and 24; bfloat16."""
+    """Every shipped window and head count, and windows 7, 8, 16 and 24; bfloat16."""
     cases = [_case(direction, name, *shape) for direction in ("forward", "backward")
              for name, shape in _SHAPES.items()]
-    reduction = {"p_partial": "*fp32", "p_dscale": "*fp32", "p_scale": "*fp32", "p_out": "*fp32", "p_dscale_out": "*fp32"}
-    return [*cases, AotCase("window_attention/reduce/w12", reduce_kernel, reduction | {"groups": "i32", "size": "i32"},
-                            {"GROUPS": 32, "BLOCK": 128}, divisible=(*reduction, "size"), quick=True)]
+    cases.append(_case("backward", "swinv2_b_w12_sm80", *_SHAPES["swinv2_b_w12"], arch=80))
+    pointers = ("p_partial", "p_dscale", "p_scale", "p_out", "p_dscale_out")
+    return [*cases, AotCase(
+        "window_attention/reduce/w12", reduce_kernel,
+        dict.fromkeys(pointers, "*fp32") | {"groups": "i32", "size": "i32"},
+        {"GROUPS": 16, "BLOCK": 256}, divisible=(*pointers, "size"), quick=True)]

@@ -9,9 +9,9 @@ from .window_tiles import (
     LOG2E,
     NORM_EPS,
     bias_tile,
+    biased,
     inverse_norm,
     load_tile,
-    logits,
     store_tile,
     token_rows,
     token_sides,
@@ -20,8 +20,8 @@ from .window_tiles import (
 
 
 @triton.jit
-def query_side(pointers, i_window, o_i, image, stride, scale, WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr,
-                DP: tl.constexpr, COSINE: tl.constexpr, FULL: tl.constexpr):
+def query_side(pointers, i_window, o_i, image, stride, scale, WH: tl.constexpr, WW: tl.constexpr,
+               D: tl.constexpr, DP: tl.constexpr, COSINE: tl.constexpr, FULL: tl.constexpr):
     """What the gradient needs of a tile of queries; padded rows get lse = ∞, hence probability 0."""
     p_q, p_out, p_grad, p_lse = pointers
     N: tl.constexpr = WH * WW
@@ -31,7 +31,7 @@ def query_side(pointers, i_window, o_i, image, stride, scale, WH: tl.constexpr, 
     grad = load_tile(p_grad, o_row, stride, o_i, N, D, DP, FULL)
     out = load_tile(p_out, o_row, stride, o_i, N, D, DP, FULL)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    lse = tl.load(p_lse + o_i, mask=o_i < N, other=float("inf")) * LOG2E
+    lse = (tl.load(p_lse + o_i) if FULL else tl.load(p_lse + o_i, mask=o_i < N, other=float("inf"))) * LOG2E
     if COSINE:
         inverse = inverse_norm(q)
         unit = (q.to(tl.float32) * inverse[:, None]).to(q.dtype)
@@ -56,48 +56,48 @@ def key_side(p_k, i_window, o_j, image, stride, WH: tl.constexpr, WW: tl.constex
 
 @triton.jit
 def logit_gradient(query, key, seams, bias, COSINE: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr):
-    """(probabilities, gradient of the logits), float32."""
+    """(probabilities, gradient of the logits, each row's Σ of that times the logit before the bias), float32."""
     q, _, grad, delta, lse, factor, side_i, _, _ = query
     k, _, v, key_scale, side_j, _ = key
-    s = logits(q, factor, side_i, k, key_scale, side_j, seams, bias, COSINE, SHIFTED, PRECISION)
-    p = tl.exp2(s - lse[:, None])
-    return p, p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    # The norms scale the product, so that q and k enter it unrounded.
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor[:, None]
+    if COSINE:
+        s *= key_scale[None, :]
+    p = tl.exp2(biased(s, bias, side_i, side_j, seams, SHIFTED) - lse[:, None])
+    ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return p, ds, tl.sum(ds * s, 1) if COSINE else delta
 
 
 @triton.jit
 def through_norm(gradient, unit, inverse, scale, COSINE: tl.constexpr):
-    """Gradient of x from that of scale·x/max(‖x‖, ε), and its share of scale·d scale, a value a row.
+    """Gradient of x from that of scale·x/max(‖x‖, ε).
 
     ``unit`` is the rounded unit vector of the products: a float32 one would stay in registers all the while.
     """
     gradient *= scale
     if COSINE:
-        along = tl.sum(unit.to(tl.float32) * gradient, 1)
-        radial = tl.where(inverse * NORM_EPS < 1, along, 0.0)
-        return (gradient - unit.to(tl.float32) * radial[:, None]) * inverse[:, None], along
-    else:
-        return gradient, inverse
+        radial = tl.where(inverse * NORM_EPS < 1, tl.sum(unit.to(tl.float32) * gradient, 1), 0.0)
+        gradient = (gradient - unit.to(tl.float32) * radial[:, None]) * inverse[:, None]
+    return gradient
 
 
 @triton.jit
-def store_queries(p_q, p_dq, query, dq, dscale, o_i, stride, scale, N: tl.constexpr, D: tl.constexpr,
-                  DP: tl.constexpr, COSINE: tl.constexpr, FULL: tl.constexpr, RELOAD: tl.constexpr):
-    """RELOAD reads q again (from L2) for the norm's gradient, rather than keep it through the loop over keys."""
+def store_queries(p_q, p_dq, query, dq, o_i, stride, scale, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                  COSINE: tl.constexpr, FULL: tl.constexpr, RELOAD: tl.constexpr):
+    """Stores dq through the norm; RELOAD reads q for it again, from L2, rather than keep it in registers."""
+    unit = query[1]
+    inverse = query[8]
     if RELOAD and COSINE:
         q = load_tile(p_q, query[7], 3 * stride, o_i, N, D, DP, FULL)
-        unit = (q.to(tl.float32) * query[8][:, None]).to(q.dtype)
-    else:
-        unit = query[1]
-    dq, along = through_norm(dq, unit, query[8], scale, COSINE)
-    store_tile(p_dq, dq, query[7], 3 * stride, o_i, N, D, DP, FULL)
-    return dscale + along if COSINE else dscale
+        inverse = inverse_norm(q)
+        unit = (q.to(tl.float32) * inverse[:, None]).to(q.dtype)
+    store_tile(p_dq, through_norm(dq, unit, inverse, scale, COSINE), query[7], 3 * stride, o_i, N, D, DP, FULL)
 
 
 @triton.jit
 def store_keys(p_dk, key, dk, dv, o_j, stride, scale, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
                 COSINE: tl.constexpr, FULL: tl.constexpr):
-    dk, _ = through_norm(dk, key[1], key[3], scale, COSINE)
-    store_tile(p_dk, dk, key[5], 3 * stride, o_j, N, D, DP, FULL)
+    store_tile(p_dk, through_norm(dk, key[1], key[3], scale, COSINE), key[5], 3 * stride, o_j, N, D, DP, FULL)
     store_tile(p_dk + stride, dv, key[5], 3 * stride, o_j, N, D, DP, FULL)
 
 
@@ -111,45 +111,45 @@ def store_bias(p_partial, tile, o_i, o_j, N: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def add_bias(p_sum, tile, o_i, o_j, first, N: tl.constexpr, FULL: tl.constexpr):
-    """Adds a tile to the program's own sum in global memory; the ``first`` window's tile is stored as it is."""
+def add_bias(p_sum, tile, o_i, o_j, later, N: tl.constexpr, FULL: tl.constexpr):
+    """Adds a tile to the program's own sum in global memory; only stores it unless ``later``."""
     p_tile = p_sum + o_i[:, None] * N + o_j[None, :]
     m_tile = (o_i < N)[:, None] & (o_j < N)[None, :]
     if FULL:
-        tl.store(p_tile, tile + tl.load(p_tile, mask=~first, other=0.0))
+        tl.store(p_tile, tile + tl.load(p_tile, mask=later, other=0.0))
     else:
-        tl.store(p_tile, tile + tl.load(p_tile, mask=m_tile & ~first, other=0.0), mask=m_tile)
+        tl.store(p_tile, tile + tl.load(p_tile, mask=m_tile & later, other=0.0), mask=m_tile)
 
 
 @triton.jit
-def key_step(p_k, p_dk, p_bias, p_sum, held, sums, i_window, o_j, rows, queries, dq, first, image, stride, scale,
+def key_step(p_k, p_dk, p_bias, p_sum, sums, i_window, o_j, rows, queries, dq, dscale, later, image, stride, scale,
              WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COSINE: tl.constexpr,
              SHIFTED: tl.constexpr, PRECISION: tl.constexpr, FULL_I: tl.constexpr, FULL_J: tl.constexpr):
-    """One chunk of keys against every tile of queries: stores dk and dv, returns dq and the chunk's bias gradient.
+    """One chunk of keys against every tile of queries: stores dk and dv, returns dq, dscale, the bias gradient.
 
     The bias gradient is added to ``sums`` (registers) where there are any, else in place at ``p_sum``, where
     the first window of a program finds nothing to add to.
     """
     N: tl.constexpr = WH * WW
     key = key_side(p_k, i_window, o_j, image, stride, WH, WW, D, DP, COSINE, FULL_J)
+    seams = window_seams(i_window, image, WH, WW)
     dk = tl.zeros(key[0].shape, tl.float32)
     dv = tl.zeros(key[0].shape, tl.float32)
-    seams = window_seams(i_window, image, WH, WW)
     new = ()
     added = ()
     for t in tl.static_range(len(rows)):
-        if len(held) > 0:
-            bias = held[t]
-        else:
-            bias = bias_tile(p_bias, rows[t], o_j, N, FULL_I[t], FULL_J)
-        p, ds = logit_gradient(queries[t], key, seams, bias, COSINE, SHIFTED, PRECISION)
+        bias = bias_tile(p_bias, rows[t], o_j, N, FULL_I[t], FULL_J)
+        p, ds, share = logit_gradient(queries[t], key, seams, bias, COSINE, SHIFTED, PRECISION)
         dv = tl.dot(tl.trans(p.to(key[2].dtype)), queries[t][2], dv, input_precision=PRECISION)
+        if COSINE:
+            # The gradient of λ: from float32 values, because its terms cancel.
+            dscale += share
         low = ds.to(key[2].dtype)
         dk = tl.dot(tl.trans(low), queries[t][1], dk, input_precision=PRECISION)
         new = new + (tl.dot(low, key[1], dq[t], input_precision=PRECISION),)
         if len(sums) > 0:
             added = added + (sums[t] + ds,)
         elif p_sum is not None:
-            add_bias(p_sum, ds, rows[t], o_j, first, N, FULL_I[t] and FULL_J)
+            add_bias(p_sum, ds, rows[t], o_j, later, N, FULL_I[t] and FULL_J)
     store_keys(p_dk, key, dk, dv, o_j, stride, scale, N, D, DP, COSINE, FULL_J)
-    return new, added
+    return new, dscale, added

@@ -28,9 +28,9 @@ def chunk(c, n, keys, last):
 
 
 @triton.constexpr_function
-def whole(c, n, keys, last):
-    """Whether chunk ``c`` holds no padding."""
-    return c < n // keys or n % keys == last
+def full_chunks(n, keys, last):
+    """Whether each chunk of keys holds no padding."""
+    return [True] * (n // keys) + [n % keys == last] * (last > 0)
 
 
 @triton.constexpr_function
@@ -71,7 +71,7 @@ def window_seams(i_window, image, WH: tl.constexpr, WW: tl.constexpr):
 
 @triton.jit
 def image_start(i_window, image, WH: tl.constexpr, WW: tl.constexpr):
-    """First row, in (B·H·W), of the image that holds a window; int64 because the map can exceed 2^31 elements."""
+    """First row, in (B·H·W), of a window's image; int64 because the map can exceed 2^31 elements."""
     height, width, _, _ = image
     return (i_window // ((height // WH) * (width // WW))).to(tl.int64) * (height * width)
 
@@ -82,7 +82,8 @@ def tile_mask(o_n, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_base, o_row, stride, o_n, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FULL: tl.constexpr):
+def load_tile(p_base, o_row, stride, o_n, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+              FULL: tl.constexpr):
     """(rows, DP) of one head, zeros beyond N and D; FULL promises that all rows exist."""
     p_tile = p_base + (o_row * stride)[:, None] + tl.arange(0, DP)[None, :]
     if FULL and D == DP:
@@ -104,22 +105,31 @@ def store_tile(p_base, tile, o_row, stride, o_n, N: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def bias_tile(p_bias, o_i, o_j, N: tl.constexpr, FULL_I: tl.constexpr, FULL_J: tl.constexpr):
-    """Bias of one head's (queries, keys); −inf for keys beyond N; rows beyond N repeat the last, to stay finite."""
-    o_i = o_i if FULL_I else tl.minimum(o_i, N - 1)
+    """Bias of one head's (queries, keys), −inf beyond N."""
     p_tile = p_bias + o_i[:, None] * N + o_j[None, :]
-    if FULL_J:
+    if FULL_I and FULL_J:
         return tl.load(p_tile).to(tl.float32)
+    elif FULL_J:
+        return tl.load(p_tile, mask=(o_i < N)[:, None], other=-float("inf")).to(tl.float32)
     else:
-        return tl.load(p_tile, mask=(o_j < N)[None, :], other=-float("inf")).to(tl.float32)
+        return tl.load(p_tile, mask=(o_i < N)[:, None] & (o_j < N)[None, :], other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
-def bias_chunks(p_bias, o_i, N: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, FULL_I: tl.constexpr):
+def chunk_offsets(N: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr):
+    """Token numbers of each chunk of keys."""
+    offsets = ()
+    for c in tl.static_range(N // KEYS + (LAST > 0)):
+        offsets = offsets + (c * KEYS + tl.arange(0, chunk(c, N, KEYS, LAST)),)
+    return offsets
+
+
+@triton.jit
+def bias_chunks(p_bias, o_i, o_keys, N: tl.constexpr, FULL_I: tl.constexpr, FULL_J: tl.constexpr):
     """The bias of a tile of queries, one tensor a chunk of keys, to be held in registers."""
     held = ()
-    for c in tl.static_range(N // KEYS + (LAST > 0)):
-        o_j = c * KEYS + tl.arange(0, chunk(c, N, KEYS, LAST))
-        held = held + (bias_tile(p_bias, o_i, o_j, N, FULL_I, whole(c, N, KEYS, LAST)),)
+    for c in tl.static_range(len(o_keys)):
+        held = held + (bias_tile(p_bias, o_i, o_keys[c], N, FULL_I, FULL_J[c]),)
     return held
 
 
@@ -140,21 +150,26 @@ def head_scale(p_scale, i_head, D: tl.constexpr):
 
 
 @triton.jit
-def logits(q, query_scale, side_i, k, key_scale, side_j, seams, bias, COSINE: tl.constexpr, SHIFTED: tl.constexpr,
-           PRECISION: tl.constexpr):
-    """Logits times log2(e), float32. The norms scale the product: q and k enter the dot unrounded."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * query_scale[:, None]
-    if COSINE:
-        s *= key_scale[None, :]
+def biased(s, bias, side_a, side_b, seams, SHIFTED: tl.constexpr):
+    """Logits times log2(e) with bias and shift mask; ``side_a`` belongs to the rows, ``side_b`` to the columns."""
     s += bias * LOG2E
     if SHIFTED:
         # In this order the comparison depends on the window: hoisted out of its loop it would fill registers.
-        s += tl.where((side_i & seams)[:, None] != (side_j & seams)[None, :], MASKED_LOGIT, 0.0)
+        s += tl.where((side_a & seams)[:, None] != (side_b & seams)[None, :], MASKED_LOGIT, 0.0)
     return s
 
 
 class Tiling(NamedTuple):
-    """Static sizes of a kernel: query rows a tile, tail rows, keys a chunk, whether the bias stays in registers."""
+    """Static sizes of a kernel.
+
+    Attributes:
+        ROWS, TILES: Queries a tile, tiles a program.
+        KEYS: Keys a chunk.
+        HOLD: One tile holds all queries; bias (forward) or bias gradient (backward) stay in registers.
+        num_warps: As for Triton.
+        STAGES, INNER: Software pipelining of the loop over windows, and of the one over keys.
+        blocks_per_sm: Programs an SM that the registers allow; sets the number of groups of windows.
+    """
 
     ROWS: int
     TILES: int
@@ -184,16 +199,25 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def window_groups(windows: int, programs_per_group: int, slots: int) -> int:
-    """How many groups share the windows so that the persistent programs end together.
+@lru_cache(maxsize=8)
+def architecture(device: torch.device) -> int:
+    """80, 90, 100, … of a GPU; 90 for the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def window_groups(windows: int, programs: int, slots: int) -> int:
+    """How many groups share the windows so that persistent programs, ``programs`` of them a group, end together.
 
     Minimises waves × windows of the longest group, plus one window's worth of work for what every program
     does once; partial sums grow with the number of groups, so ties go to the fewest.
     """
     def cost(groups: int) -> int:
-        return -(-programs_per_group * groups // slots) * (-(-windows // groups) + 1)
+        return -(-programs * groups // slots) * (-(-windows // groups) + 1)
 
-    most = min(windows, max(1, 4 * slots // programs_per_group))
+    most = min(windows, max(1, 4 * slots // programs))
     return min(range(1, most + 1), key=cost)
 
 

@@ -1,0 +1,141 @@
+"""Linear layer whose matrix products are laid out for a CPU; on a GPU it is ``F.linear``.
+
+oneDNN's bfloat16 products (AMX) are two to three times slower with a transposed left operand, which is what the
+weight gradient ``gradᵀ·x`` has, and torch adds a bias by filling the result with it first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .dispatch import resolve
+from .rows import column_sum, statistics_dtype
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """``x·Wᵀ + b`` in autocast's dtype where it is on, else in the dtype of x.
+
+    Args:
+        x: (…, K) floating point.
+        weight: (N, K), cast to that dtype once for forward and backward.
+        bias: (N,) or None.
+        impl: See :mod:`fastmim_kernels.dispatch`; "triton" is cuBLAS as torch calls it.
+
+    Returns:
+        (…, N). Gradients of weight and bias come in their own dtypes.
+
+    Raises:
+        ValueError: Shapes do not belong together.
+    """
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(f"linear: weight must be (N, {x.shape[-1]}) and bias (N,), got {tuple(weight.shape)} and "
+                         f"{None if bias is None else tuple(bias.shape)}")
+    function = resolve("linear", impl, _IMPLEMENTATIONS, x.device)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return function(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x·Wᵀ + b`` of (M, K), (N, K) and (N,) on whatever device; all cast to the dtype of x. No autograd."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if bias is not None and _is_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradᵀ·x`` of (M, N) and (M, K) in ``dtype``."""
+    if grad.is_cuda and dtype == torch.float32 != grad.dtype:
+        # cuBLAS writes its float32 sums as they are, without a rounding and a cast.
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    transposed = grad.t()
+    # A copy of few rows or short ones costs less than what the product gains.
+    if _is_onednn(grad) and (grad.shape[0] <= 256 or grad.shape[1] <= 512):
+        transposed = transposed.contiguous()
+    return (transposed @ x).to(dtype)
+
+
+def _is_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@torch.library.custom_op("fastmim::linear", mutates_args=())
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(result, W in the dtype of x, empty when that is its own)."""
+    low = weight.to(x.dtype)
+    out = product(x.reshape(-1, x.shape[-1]), low, bias).view(*x.shape[:-1], -1)
+    return out, x.new_empty(0) if low is weight else low
+
+
+@_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((0,) if weight.dtype == x.dtype else weight.shape)
+
+
+@torch.library.custom_op("fastmim::linear_backward", mutates_args=())
+def _backward_op(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype
+                 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(d x, d W in ``weight_dtype``, d b); empty where not wanted."""
+    grad = grad.reshape(-1, grad.shape[-1]).contiguous()
+    dx = (grad @ weight).view(x.shape) if need_x else x.new_empty(0)
+    dw = weight_gradient(grad, x.reshape(-1, x.shape[-1]), weight_dtype)
+    wide = statistics_dtype(x.dtype)
+    return dx, dw, column_sum(grad).to(wide) if has_bias else x.new_empty(0, dtype=wide)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype
+      ) -> tuple[Tensor, Tensor, Tensor]:
+    return (x.new_empty(x.shape if need_x else (0,)), weight.new_empty(weight.shape, dtype=weight_dtype),
+            x.new_empty(weight.shape[0] if has_bias else 0, dtype=statistics_dtype(x.dtype)))
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias = inputs
+    _, low = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(low)
+    ctx.save_for_backward(x, low if low.numel() else weight)
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+
+
+def _autograd(ctx, grad, _low):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return None, None, None
+    x, weight = ctx.saved_tensors
+    dx, dw, db = _backward_op(grad, x, weight, ctx.bias_dtype is not None, ctx.needs_input_grad[0], ctx.weight_dtype)
+    return dx if ctx.needs_input_grad[0] else None, dw, None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+
+
+torch.library.register_autograd("fastmim::linear", _autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.fastmim.linear)
+def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(x[:-1]) * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.fastmim.linear_backward)
+def _backward_flops(grad: Any, x: Any, weight: Any, has_bias: bool, need_x: bool, *args: Any, **kwargs: Any) -> int:
+    return (1 + need_x) * _flops(x, weight)
+
+
+def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _op(x, weight, bias)[0] if x.device.type == "cpu" else _reference(x, weight, bias)
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+_IMPLEMENTATIONS = {"torch": _torch, "triton": _reference, "reference": _reference}

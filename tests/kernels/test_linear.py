@@ -1,0 +1,78 @@
+"""linear: the CPU's products against float64, gradients in the parameters' dtype, registration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastmim_kernels as fk
+
+# rows, in, out
+SHAPES = {"few rows: the gradient is copied": (5, 7, 640), "short rows: copied": (300, 24, 33),
+          "long rows: not copied": (300, 16, 520), "one row, one channel": (1, 1, 1)}
+
+
+def make(name, dtype, bias=True):
+    m, k, n = SHAPES[name]
+    g = torch.Generator().manual_seed(m + n)
+    x, grad = torch.randn(m, k, generator=g).to(dtype), torch.randn(m, n, generator=g).to(dtype)
+    weight, b = torch.randn(n, k, generator=g), torch.randn(n, generator=g)
+    return (x.view(1, m, k), weight, b if bias else None), grad.view(1, m, n)
+
+
+def run(impl, inputs, grad, dtype=None):
+    leaves = [None if t is None else t.to(dtype or t.dtype, copy=True).requires_grad_() for t in inputs]
+    out = fk.linear(*leaves, impl=impl)
+    out.backward(grad.to(out.dtype))
+    for leaf in leaves:
+        assert leaf is None or leaf.grad.dtype == leaf.dtype
+    return [out.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf is not None)]
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_error_is_at_most_twice_that_of_plain_torch(name, dtype, bias):
+    (x, weight, b), grad = make(name, dtype, bias)
+    # The truth is the product of what both get to see: weights in the dtype of x.
+    low = (x, weight.to(dtype), None if b is None else b.to(dtype))
+    truth = run("reference", low, grad, torch.float64)
+    both = (run(impl, (x, weight, b), grad) for impl in ("torch", "reference"))
+    for ours, plain_torch, exact in zip(*both, truth, strict=True):
+        floor = torch.finfo(torch.float32).eps * max(rms(exact), 1e-3)
+        assert rms(ours - exact) <= 2 * rms(plain_torch - exact) + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_registration_and_repeated_backward(dtype):
+    inputs, grad = make("short rows: copied", dtype)
+    torch.library.opcheck(torch.ops.fastmim.linear.default, tuple(t.clone().requires_grad_() for t in inputs))
+    first, second = (run("torch", inputs, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_casts_everything():
+    inputs, grad = make("long rows: not copied", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run("torch", inputs, grad)
+    expected = run("torch", (inputs[0].bfloat16(), *inputs[1:]), grad)
+    assert torch.equal(cast[0], expected[0]) and torch.equal(cast[2], expected[2])
+
+
+def test_frozen_input_costs_no_product():
+    inputs, grad = make("short rows: copied", torch.float32)
+    weight = inputs[1].clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        fk.linear(inputs[0], weight, impl="torch").backward(grad)
+    m, k, n = SHAPES["short rows: copied"]
+    assert counter.get_total_flops() == 2 * 2 * m * k * n
+
+
+def test_message_names_the_shapes():
+    with pytest.raises(ValueError, match=r"weight must be \(N, 4\)"):
+        fk.linear(torch.zeros(2, 4), torch.zeros(3, 5))

@@ -1,0 +1,206 @@
+"""window_attention, torch implementation: accuracy against float64, memory, determinism, registration."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastmim_kernels as fk
+from fastmim_kernels import window_attention_torch as plain
+from fastmim_kernels.window_attention import traffic
+
+# (B, H, W), heads, head_dim, window, shift, cosine
+CASES = {
+    "swin shifted": ((2, 12, 12), 2, 32, (6, 6), (3, 3), False),
+    "swinv2 shifted": ((1, 24, 24), 6, 32, (12, 12), (6, 6), True),
+    "swinv2 plain, flash attention in bf16": ((2, 24, 12), 6, 32, (12, 12), (0, 0), True),
+    "swin plain, flash attention in bf16": ((1, 12, 24), 2, 32, (12, 12), (0, 0), False),
+    "swinv2 plain": ((1, 16, 8), 6, 16, (8, 8), (0, 0), True),
+    "one window, as in the last stages": ((3, 6, 6), 8, 32, (6, 6), (0, 0), True),
+    "odd window of 7, odd shift": ((1, 14, 14), 2, 32, (7, 7), (3, 3), False),
+    "rectangular window, shifted along one axis": ((2, 8, 12), 8, 16, (4, 6), (2, 0), True),
+    "one token a window: every softmax is 1": ((1, 2, 3), 2, 16, (1, 1), (0, 0), True),
+    "head dimension that no vector width divides": ((1, 8, 4), 1, 17, (4, 4), (1, 3), False),
+    "window of 24, more than one chunk a head": ((1, 24, 24), 2, 64, (24, 24), (0, 0), True),
+}
+
+
+def make(name, dtype=torch.float32, seed=0):
+    shape, heads, head_dim, window, shift, cosine = CASES[name]
+    g = torch.Generator().manual_seed(seed)
+    n = window[0] * window[1]
+    qkv = torch.randn(*shape, 3 * heads * head_dim, generator=g).to(dtype)
+    bias = 3 * torch.randn(heads, n, n, generator=g)
+    # The last head lies beyond the clamp at ln 100: its logit scale gets no gradient.
+    scale = torch.linspace(1.0, 5.0, heads).reshape(heads, 1, 1) if cosine else None
+    grad = torch.randn(*shape, heads * head_dim, generator=g).to(dtype)
+    return (qkv, bias, scale), grad, {"num_heads": heads, "window_size": window, "shift_size": shift}
+
+
+def run(impl, inputs, grad, options, dtype=None):
+    """Output and the gradient of each input, in float64."""
+    leaves = [None if t is None else t.to(dtype or t.dtype, copy=True).requires_grad_() for t in inputs]
+    qkv, bias, scale = leaves
+    out = fk.window_attention(qkv, bias, logit_scale=scale, impl=impl, **options)
+    out.backward(grad.to(out.dtype))
+    found = {"out": out, "qkv": qkv.grad, "bias": bias.grad}
+    if scale is not None:
+        found["logit_scale"] = scale.grad
+    return {k: t.detach().double() for k, t in found.items()}
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_error_is_at_most_twice_that_of_plain_torch(name, dtype):
+    errors, floors = defaultdict(list), defaultdict(float)
+    for seed in range(3):  # a logit scale's gradient is few numbers: one draw of their rounding says little
+        inputs, grad, options = make(name, dtype, seed)
+        truth = run("reference", inputs, grad, options, torch.float64)
+        for impl in ("reference", "torch"):
+            for key, t in run(impl, inputs, grad, options).items():
+                errors[impl, key].append((t - truth[key]).flatten())
+        for key, t in truth.items():  # where plain torch happens to be exact
+            floors[key] = torch.finfo(torch.float32).eps * max(rms(t), 1e-3)
+    for key, floor in floors.items():
+        ours, plain_torch = (rms(torch.cat(errors[impl, key])) for impl in ("torch", "reference"))
+        assert ours <= 2 * plain_torch + floor, key
+
+
+def test_several_chunks_give_the_same(monkeypatch):
+    names = ("rectangular window, shifted along one axis", "swin shifted", "window of 24, more than one chunk a head")
+    for name in names:
+        inputs, grad, options = make(name)
+        whole = run("torch", inputs, grad, options)
+        for size in (1, 5000, 50_000):  # one window · one head · several heads with all their windows
+            monkeypatch.setattr(plain, "_CHUNK_CPU", size)
+            for key, t in run("torch", inputs, grad, options).items():
+                torch.testing.assert_close(t, whole[key], rtol=1e-4, atol=1e-5)
+        monkeypatch.undo()
+
+
+def test_negligible_weights_are_zero_not_subnormal():
+    """exp(−100) is a subnormal float32; the products with it are ten times slower."""
+    q = torch.zeros(1, 1, 1, 4, 8)
+    mask = torch.zeros(1, 4, 4)
+    mask[:, :2, 2:] = -100.0
+    p = plain._softmax(q, q, torch.zeros(1, 4, 4), mask, torch.empty(1, 4, 4))
+    assert torch.equal(p[0, :2, 2:], torch.zeros(2, 2))
+    assert torch.equal(p[0, 2:], torch.full((2, 4), 0.25))
+
+
+@pytest.mark.parametrize("name", ["swinv2 shifted", "swinv2 plain, flash attention in bf16"])
+def test_repeated_backward_is_bitwise_equal(name):
+    inputs, grad, options = make(name)
+    first, second = (run("torch", inputs, grad, options) for _ in range(2))
+    for key, t in first.items():
+        assert torch.equal(t, second[key]), key
+
+
+def test_every_value_is_written(monkeypatch):
+    inputs, grad, options = make("swinv2 shifted")
+    expected = run("torch", inputs, grad, options)
+
+    def poisoned(function):
+        return lambda *args, **kwargs: function(*args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    plain._rows.cache_clear()
+    # Indices cannot be NaN; the first call fills the cache without poison.
+    monkeypatch.setattr(plain, "_rows", _unpoisoned_rows(monkeypatch, inputs[0], options))
+    for key, t in run("torch", inputs, grad, options).items():
+        assert torch.equal(t, expected[key]), key
+
+
+def _unpoisoned_rows(monkeypatch, qkv, options):
+    batch, height, width, _ = qkv.shape
+    window, shift = options["window_size"], options["shift_size"]
+    with monkeypatch.context() as m:
+        m.setattr(torch, "empty_like", torch.zeros_like)
+        rows = {parts: plain._rows(batch, height, width, parts, window, shift, qkv.device)
+                for parts in (options["num_heads"], 3 * options["num_heads"])}
+    return lambda b, h, w, parts, *rest: rows[parts]
+
+
+@pytest.mark.parametrize("name", ["swinv2 shifted", "swinv2 plain, flash attention in bf16"])
+def test_nothing_of_the_size_of_the_logits_is_saved(name):
+    inputs, _, options = make(name)
+    qkv, bias, scale = (t.clone().requires_grad_() for t in inputs)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fk.window_attention(qkv, bias, logit_scale=scale, impl="torch", **options)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    given = {t.untyped_storage().data_ptr() for t in (qkv, bias, scale)}
+    rows = qkv.numel() // qkv.shape[-1] * options["num_heads"]
+    assert sum(size for pointer, size in storages.items() if pointer not in given) <= 4 * rows
+
+
+@pytest.mark.parametrize("name", ["rectangular window, shifted along one axis", "one window, as in the last stages",
+                                  "head dimension that no vector width divides"])
+def test_registration(name):
+    (qkv, bias, scale), _, o = make(name)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (qkv, bias, scale)]
+    torch.library.opcheck(torch.ops.fastmim.window_attention.default,
+                          (*leaves, o["num_heads"], o["window_size"], o["shift_size"], "torch"))
+
+
+def test_autocast_casts_qkv_and_nothing_else():
+    inputs, grad, options = make("swinv2 plain")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run("torch", inputs, grad, options)
+    expected = run("torch", (inputs[0].bfloat16(), *inputs[1:]), grad, options)
+    for key, t in cast.items():
+        assert torch.equal(t, expected[key]), key
+
+
+def test_traces_into_one_graph():
+    inputs, grad, options = make("swin shifted")
+    function = torch.compile(lambda x, b: fk.window_attention(x, b, impl="torch", **options), fullgraph=True,
+                             backend="aot_eager")
+    qkv, bias = (t.clone().requires_grad_() for t in inputs[:2])
+    function(qkv, bias).backward(grad)
+    expected = run("torch", inputs, grad, options)
+    assert torch.equal(qkv.grad.double(), expected["qkv"]) and torch.equal(bias.grad.double(), expected["bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("name", CASES)
+def test_fake_shapes_are_the_real_ones(name, dtype):
+    (qkv, bias, scale), _, o = make(name, dtype)
+    arguments = o["num_heads"], o["window_size"], o["shift_size"], "torch"
+    real = torch.ops.fastmim.window_attention(qkv, bias, scale, *arguments)
+    with FakeTensorMode() as mode:
+        given = (None if t is None else mode.from_tensor(t) for t in (qkv, bias, scale))
+        fake = torch.ops.fastmim.window_attention(*given, *arguments)
+    assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in fake]
+
+
+def test_flops_are_the_products_of_the_plain_form():
+    inputs, grad, options = make("swinv2 plain")
+    with FlopCounterMode(display=False) as ours:
+        run("torch", inputs, grad, options)
+    with FlopCounterMode(display=False) as plain_torch:
+        run("reference", inputs, grad, options)
+    forward, backward = traffic(inputs[0].shape, options["num_heads"], options["window_size"])
+    assert ours.get_total_flops() == forward[2] + backward[2]
+    # The backward computes q·kᵀ once more.
+    assert ours.get_total_flops() * 6 == plain_torch.get_total_flops() * 7
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"num_heads": 5}, "num_heads=5"), ({"window_size": (5, 8)}, "must divide the 16x8 map"),
+    ({"shift_size": (8, 0)}, "must lie within the window"), ({"impl": "cuda"}, "impl='cuda'"),
+])
+def test_messages(change, message):
+    (qkv, bias, scale), _, options = make("swinv2 plain")
+    with pytest.raises(ValueError, match=message):
+        fk.window_attention(qkv, bias, logit_scale=scale, **(options | {"impl": "torch"} | change))

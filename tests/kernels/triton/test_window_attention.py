@@ -1,0 +1,155 @@
+"""window_attention's Triton kernels in the interpreter: accuracy against float64, padding, groups, bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmim_kernels import reference
+from fastmim_kernels.triton import window_attention as kernels
+from fastmim_kernels.triton import window_attention_backward, window_tiles
+from fastmim_kernels.window_attention import _op, window_attention
+from tests.kernels.oracle import check, run
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+# (B, H, W), heads, head_dim, window, shift, cosine
+CASES = {
+    "16 tokens, one warp": ((1, 8, 4), 2, 16, (4, 4), (0, 0), False),
+    "window of 6, 36 tokens in 64 rows": ((1, 12, 12), 1, 32, (6, 6), (3, 3), False),
+    "window = map, 3 windows in 2 groups": ((3, 6, 6), 2, 32, (6, 6), (0, 0), True),
+    "49 tokens, rows that no vector width divides": ((1, 7, 14), 1, 32, (7, 7), (3, 3), True),
+    "head dimension between powers of two, as in no vector": ((1, 8, 8), 2, 44, (4, 4), (2, 1), True),
+    "rectangle shifted along one axis only": ((1, 8, 6), 2, 16, (4, 3), (2, 0), True),
+    "144 tokens, every mask": ((1, 24, 12), 1, 16, (12, 12), (6, 6), True),
+    "100 tokens, last chunk and last tile padded": ((1, 10, 10), 1, 16, (10, 10), (0, 0), False),
+    "208 tokens, tiles on the grid, last one padded": ((1, 13, 16), 1, 16, (13, 16), (0, 5), True),
+    "one token a window": ((1, 2, 3), 2, 16, (1, 1), (0, 0), False),
+}
+
+
+def inputs_for(name: str) -> tuple[dict, list[str]]:
+    shape, heads, head_dim, window, shift, cosine = CASES[name]
+    g = torch.Generator().manual_seed(len(name))
+    n = window[0] * window[1]
+    inputs = {"qkv": torch.randn(*shape, 3 * heads * head_dim, generator=g),
+              "bias": 3 * torch.randn(heads, n, n, generator=g), "num_heads": heads, "window_size": window,
+              "shift_size": shift}
+    if cosine:
+        # The last of several heads lies beyond the clamp at ln 100 and gets no gradient.
+        inputs["logit_scale"] = torch.linspace(1.5, 5.0, heads).reshape(heads, 1, 1)
+    return inputs, ["qkv", "bias"] + ["logit_scale"] * cosine
+
+
+def ours(**kwargs: object) -> Tensor:
+    return window_attention(impl="triton", **kwargs)
+
+
+def oracle(**kwargs: object) -> Tensor:
+    return reference.window_attention(**{"logit_scale": None, **kwargs})
+
+
+def dtypes_for(names: list[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    return dict.fromkeys(names, torch.float32) | {"qkv": dtype}
+
+
+# Windows of 12 and more take seconds in the interpreter: float32 (the large kernel) is seen on 16 and 100 tokens.
+SLOW = ("144 tokens, every mask", "208 tokens, tiles on the grid, last one padded")
+
+
+@pytest.mark.parametrize("name, dtype", [(n, d) for n in CASES for d in (torch.float32, torch.bfloat16)
+                                         if d == torch.bfloat16 or n not in SLOW])
+def test_against_float64(name: str, dtype: torch.dtype) -> None:
+    inputs, names = inputs_for(name)
+    check(ours, oracle, inputs, dtypes_for(names, dtype), wrt=names)
+
+
+def test_float16() -> None:
+    inputs, names = inputs_for("window of 6, 36 tokens in 64 rows")
+    check(ours, oracle, inputs, dtypes_for(names, torch.float16), wrt=names)
+
+
+def test_large_kernel_where_the_other_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    # sm_80 takes it for 144 tokens.
+    monkeypatch.setattr(window_attention_backward, "architecture", lambda device: 80)
+    inputs, names = inputs_for("100 tokens, last chunk and last tile padded")
+    inputs["logit_scale"] = torch.ones(1)
+    names.append("logit_scale")
+    check(ours, oracle, inputs, dtypes_for(names, torch.bfloat16), wrt=names)
+
+
+@pytest.mark.parametrize("groups", [2, 5])
+def test_groups_do_not_matter(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    # 5 windows: groups of unequal length, and one window each.
+    g = torch.Generator().manual_seed(0)
+    inputs = {"qkv": torch.randn(5, 4, 4, 3 * 16, generator=g), "bias": torch.randn(1, 16, 16, generator=g),
+              "logit_scale": torch.ones(1), "num_heads": 1, "window_size": (4, 4), "shift_size": (0, 0)}
+    names = ["qkv", "bias", "logit_scale"]
+    dtypes = dtypes_for(names, torch.float32)
+    for module in (kernels, window_attention_backward):
+        monkeypatch.setattr(module, "window_groups", lambda *args: groups)
+    check(ours, oracle, inputs, dtypes, wrt=names)
+    monkeypatch.setattr(window_attention_backward, "config", lambda *args: None)
+    check(ours, oracle, inputs, dtypes, wrt=names)
+
+
+def test_without_bias_gradient() -> None:
+    for name in ("window = map, 3 windows in 2 groups", "49 tokens, rows that no vector width divides"):
+        inputs, names = inputs_for(name)
+        heads, window, shift = inputs["num_heads"], inputs["window_size"], inputs["shift_size"]
+        qkv, bias, scale = inputs["qkv"].bfloat16(), inputs["bias"], inputs["logit_scale"]
+        out, lse = kernels.forward(qkv, bias, scale, heads, window, shift)
+        given = (torch.ones_like(out), qkv, bias, scale, out, lse, heads, window, shift)
+        dqkv, dbias, dscale = kernels.backward(*given)
+        fewer = kernels.backward(*given, bias_grad=False)
+        assert dbias is not None and fewer[1] is None
+        torch.testing.assert_close(fewer[0], dqkv, rtol=0, atol=0)
+        torch.testing.assert_close(fewer[2], dscale)
+
+
+def test_zero_vectors_are_finite() -> None:
+    inputs, names = inputs_for("16 tokens, one warp")
+    inputs["qkv"] = torch.zeros_like(inputs["qkv"])
+    found = run(ours, inputs | {"logit_scale": torch.ones(2)}, dict.fromkeys(["qkv", "bias", "logit_scale"],
+                                                                           torch.float32), ["qkv", "bias"])
+    assert all(torch.isfinite(t).all() for t in found)
+
+
+def test_opcheck() -> None:
+    inputs, names = inputs_for("rectangle shifted along one axis only")
+    qkv, bias, scale = (inputs[n].requires_grad_() for n in ("qkv", "bias", "logit_scale"))
+    torch.library.opcheck(_op, (qkv, bias, scale, 2, (4, 3), (2, 0), "triton"))
+
+
+@pytest.mark.parametrize("window, heads", [(6, 2), (9, 1)])
+def test_bytes(window: int, heads: int, byte_counter, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    batch, n, groups = 3, window * window, 2  # 81 tokens pad a tile and a chunk
+    for module in (kernels, window_attention_backward):
+        monkeypatch.setattr(module, "window_groups", lambda *args: groups)
+    qkv = torch.randn(batch, window, window, 3 * heads * 32).bfloat16()
+    bias, scale, size = torch.zeros(heads, n, n), torch.zeros(heads), (window, window)
+    least = [
+        sum(kernels.traffic(batch, window, window, heads * 32, heads, size, 2, back)[:2]) for back in (False, True)
+    ]
+    byte_counter.reset()
+    out, lse = kernels.forward(qkv, bias, scale, heads, size, (0, 0))
+    # Up to 64 tokens a program reads its bias once, beyond from L1 for every window.
+    assert byte_counter.total <= 1.02 * least[0] + ((groups if n <= 64 else batch) - 1) * bias.nbytes
+    byte_counter.reset()
+    kernels.backward(out, qkv, bias, scale, out, lse, heads, size, (0, 0))
+    # The groups' sums are written and read once. Beyond 64 tokens they pass through L2 once more for each window
+    # but the first of a group, and q is read a second time.
+    cached = 2 * groups * bias.nbytes + (2 * (batch - groups) * bias.nbytes + out.nbytes) * (n > 64)
+    assert byte_counter.total <= 1.02 * least[1] + (batch - 1) * bias.nbytes + cached
+
+
+@pytest.mark.parametrize(
+    "windows, heads, slots", [(2048, 4, 396), (128, 44, 132), (128, 64, 132), (3, 128, 132), (1, 1, 1)]
+)
+def test_groups_fill_the_gpu(windows: int, heads: int, slots: int) -> None:
+    groups = window_tiles.window_groups(windows, heads, slots)
+    assert 1 <= groups <= windows
+    waves = -(-heads * groups // slots)
+    work = waves * -(-windows // groups)
+    assert work <= 1.25 * max(windows * heads / slots, -(-heads // slots) * 1) + 1
