@@ -1,0 +1,54 @@
+"""Wall clock of ``import fastmim`` beside the imports it is often taken for, each in fresh interpreters.
+
+python benchmarks/bench_import.py [--rounds 7] [--out CSV]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+
+STATEMENTS = {
+    "interpreter alone": "pass",
+    "import fastmim": "import fastmim",
+    "from fastmim import create_objective": "from fastmim import create_objective",
+    "import torch": "import torch",
+    "import timm": "import timm",
+}
+
+
+def in_fresh_interpreter(statement: str) -> Callable[[], None]:
+    """A function that runs a statement in a new process, from the checkout."""
+    paths = [str(harness.ROOT), str(harness.ROOT / "kernels")]
+    code = f"import sys; sys.path[:0] = {paths!r}\n{statement}"
+    return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) and None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "import_cpu.csv")
+    args = parser.parse_args()
+    steps = {name: in_fresh_interpreter(statement) for name, statement in STATEMENTS.items()}
+    timings = harness.interleave(steps, rounds=args.rounds)
+    shared = {"benchmark": "import", "rounds": args.rounds, "baseline": "import timm", **harness.environment()}
+    rows = []
+    for name, timing in timings.items():
+        seconds, low, high = timing.quantiles()
+        ratio = harness.speedup(timings["import timm"], timing)
+        print(f"{name:40} {seconds:.3f} s [{low:.3f}, {high:.3f}]  {ratio[0]:.2f}x faster than import timm")
+        rows.append(shared | {
+            "case": name, "provider": "python", "seconds": f"{seconds:.4f}", "seconds_p20": f"{low:.4f}",
+            "seconds_p80": f"{high:.4f}", "ratio": f"{ratio[0]:.3f}", "ratio_p20": f"{ratio[1]:.3f}",
+            "ratio_p80": f"{ratio[2]:.3f}",
+        })  # fmt: skip
+    harness.append_rows(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

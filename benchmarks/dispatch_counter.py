@@ -1,0 +1,293 @@
+"""What a step launches and moves, counted op by op on fake tensors: no GPU, no arithmetic, no memory.
+
+Every op that reaches the dispatcher costs max(FLOPs / peak, bytes / bandwidth) of a GPU; bytes are those of
+its tensor inputs and outputs, each once, and a view costs nothing. A custom op of ours is opened: its body
+runs on fake CUDA tensors, so that each copy and each matrix product inside counts by itself, and a Triton
+kernel counts the tensors that it is given. Where the *data* decides how much is read (the mask), the op's own
+closed form replaces that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+NAMESPACE = "fastmim"
+VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias"}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+WRITE_ONLY = {"fill_", "zero_", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"}
+OVERWRITES = {"copy_"}
+H100_PROCESSORS = 132
+
+ClosedForm = Callable[[Sequence[Any]], tuple[int, int]]
+"""Arguments of a custom op → (bytes read, bytes written) by its kernels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Ceilings that were measured on the device: bf16 FLOP/s and bytes/s."""
+
+    name: str
+    flops: float
+    bandwidth: float
+
+    def seconds(self, bytes_moved: float, flops: float) -> float:
+        return max(flops / self.flops, bytes_moved / self.bandwidth)
+
+
+GPUS = (Gpu("H100", 798e12, 3.0e12), Gpu("A100", 312e12, 1.75e12))
+
+
+@dataclasses.dataclass
+class Launch:
+    """One kernel: an aten op outside a custom op, or what a custom op launches."""
+
+    phase: str
+    op: str
+    site: str
+    bytes: int
+    flops: int
+    shapes: str
+
+    def seconds(self, gpu: Gpu) -> float:
+        return gpu.seconds(self.bytes, self.flops)
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of the distinct elements: an expanded axis is read once."""
+    count = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
+    return count * tensor.element_size()
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def op_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes that an aten op reads and writes."""
+    name = func._schema.name.rpartition("::")[2]
+    inputs = tensors_of((args, kwargs))
+    if name in WRITE_ONLY:
+        inputs = []
+    elif name in OVERWRITES:
+        inputs = inputs[1:]
+    return sum(map(tensor_bytes, inputs)) + sum(map(tensor_bytes, tensors_of(out)))
+
+
+def launches_nothing(func: Any) -> bool:
+    """Views, allocations and questions about a tensor."""
+    name = func._schema.name.rpartition("::")[2]
+    returns = func._schema.returns
+    view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return (
+        view or not returns or name in VIEWS or name in ALLOCATIONS or not any("Tensor" in str(r.type) for r in returns)
+    )
+
+
+class DispatchCounter(TorchDispatchMode):
+    """Records every :class:`Launch`; use it inside a ``FakeTensorMode``.
+
+    Args:
+        closed_forms: Bytes of custom ops ("fastmim::name") whose kernels read as much as the data say.
+        watch: Called with (op, tensor) for every tensor that an op returns, also inside custom ops.
+        sites: Find the source line of each forward op and, through autograd, of its backward (slower).
+    """
+
+    def __init__(
+        self,
+        closed_forms: dict[str, ClosedForm] | None = None,
+        watch: Callable[[str, Tensor], None] | None = None,
+        sites: bool = False,
+    ) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.phase = "forward"
+        self.closed_forms = closed_forms or {}
+        self.watch = watch
+        self.sites = sites
+        self._inside = ""
+        self._site = ""
+        self._forward_sites: dict[int, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._inside and func.namespace == "aten":
+            # Below autograd an op such as matmul arrives whole.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if func.namespace == NAMESPACE and not self._inside:
+            self._open(func, args, kwargs)
+        elif not launches_nothing(func):
+            self._record(
+                func.name().removeprefix("aten::"),
+                op_bytes(func, args, kwargs, out),
+                _flops(func, args, kwargs, out),
+                out,
+            )
+        if self.watch is not None:
+            for tensor in tensors_of(out):
+                self.watch(self._inside or func.name(), tensor)
+        return out
+
+    def totals(self, phase: str | None = None) -> tuple[int, int, int]:
+        """(launches, bytes, FLOPs)."""
+        found = [x for x in self.launches if phase in (None, x.phase)]
+        return len(found), sum(x.bytes for x in found), sum(x.flops for x in found)
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Modelled time of everything, launches not overlapping and free of latency."""
+        return sum(x.seconds(gpu) for x in self.launches)
+
+    def _record(self, op: str, moved: int, flops: int, tree: Any) -> None:
+        found = tensors_of(tree)
+        shapes = f"{_short(found[0])}" if found else ""
+        name = f"{self._inside}/{op}" if self._inside else op
+        site = self._site or (self._find_site() if self.sites else "")
+        self.launches.append(Launch(self.phase, name, site, moved, flops, shapes))
+
+    def _open(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Run the body of a custom op on fake CUDA tensors."""
+        from torch._library.custom_ops import OPDEFS
+
+        name = func._schema.name
+        body = OPDEFS[name]._init_fn
+        total = _flops(func, args, kwargs, None)
+        args, kwargs = tree_map_only(Tensor, _on_cuda, (args, kwargs))
+        self._site = self._find_site() if self.sites else ""
+        self._inside, first = name.partition("::")[2], len(self.launches)
+        try:
+            with self, torch.no_grad(), _kernels_counted_by(self._kernel):
+                body(*args, **kwargs)
+        finally:
+            self._inside = self._site = ""
+        mine = self.launches[first:]
+        kernels = [x for x in mine if "/triton." in x.op]
+        if kernels:
+            # What the op's formula says beyond its matrix products belongs to its largest kernel.
+            largest = max(kernels, key=lambda x: x.bytes)
+            largest.flops = max(total - sum(x.flops for x in mine), 0)
+            if name in self.closed_forms:
+                share = sum(self.closed_forms[name](args)) / sum(x.bytes for x in kernels)
+                for launch in kernels:
+                    launch.bytes = round(launch.bytes * share)
+
+    def _kernel(self, name: str, args: Any) -> None:
+        found = tensors_of(args)
+        # Each pointer once: a buffer that is passed twice is read and written.
+        self._record(f"triton.{name}", sum(map(tensor_bytes, found)), 0, found[:1])
+        if self.watch is not None:
+            for tensor in found:
+                self.watch(self._inside, tensor)
+
+    def _find_site(self) -> str:
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            return self._forward_sites.get(node._sequence_nr(), type(node).__name__)
+        site = _caller()
+        # An op without a node of its own finds the number of the node before, which is taken.
+        self._forward_sites.setdefault(torch.autograd._get_sequence_nr() - 1, site)
+        return site
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    formula = flop_registry.get(func._overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def _short(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".replace(" ", "")
+
+
+def _on_cuda(tensor: Tensor) -> Tensor:
+    """The same tensor, as a fake on a GPU: bodies of ops may choose by device."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda:0")
+
+
+def _caller() -> str:
+    """``file.py:line function`` of the innermost frame outside torch and this file."""
+    frame = sys._getframe(1)
+    skipped = ("/torch/", __file__, "cuda_autocast.py", "fastmim_kernels/dispatch.py", "contextlib.py", "functools.py")
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not any(part in path for part in skipped):
+            return f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+@contextlib.contextmanager
+def _kernels_counted_by(count: Callable[[str, Any], None]) -> Iterator[None]:
+    """Launches of Triton kernels call ``count(name, arguments)`` instead; the device is an H100 by size."""
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+    except ModuleNotFoundError:
+        yield
+        return
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        count(self.fn.__name__, (args, kwargs))
+
+    properties = SimpleNamespace(multi_processor_count=H100_PROCESSORS, major=9, minor=0, name="H100")
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(InterpretedFunction, "run", run),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+    ):
+        yield
+
+
+class SavedTensors:
+    """Bytes that autograd keeps between forward and backward: unique storages that are not parameters.
+
+    Args:
+        parameters: Tensors whose storages are left out.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._known = {t.untyped_storage()._cdata for t in parameters}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._shapes: dict[int, str] = {}
+
+    def __enter__(self) -> SavedTensors:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            # The storage is held, so that its address is not given to another one.
+            self._storages[storage._cdata] = storage
+            self._shapes.setdefault(storage._cdata, f"{_short(tensor)} {_caller()}")
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(s.nbytes() for s in self._storages.values())
+
+    def by_site(self) -> dict[str, int]:
+        """Bytes by shape and source line of the first op that saved a storage."""
+        found: dict[str, int] = {}
+        for key, storage in self._storages.items():
+            found[self._shapes[key]] = found.get(self._shapes[key], 0) + storage.nbytes()
+        return found

@@ -1,0 +1,153 @@
+"""Interleaved timing of several providers of the same work, and one CSV schema for the results."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = (
+    "benchmark", "case", "dtype", "batch", "provider", "baseline", "seconds", "seconds_p20", "seconds_p80", "ratio",
+    "ratio_p20", "ratio_p80", "rounds", "loss", "saved_mb_per_image", "peak_rss_gib", "load_average", "machine",
+    "threads", "python", "torch", "timm", "commit", "date",
+)  # fmt: skip
+
+
+class LossesDiffer(ValueError):
+    """Providers that do not compute the same loss are not compared."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every round of one provider."""
+
+    seconds: tuple[float, ...]
+
+    def quantiles(self) -> tuple[float, float, float]:
+        """Median, 20 % and 80 % quantile."""
+        return quantiles(self.seconds)
+
+
+def quantiles(values: tuple[float, ...] | list[float]) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile (the value itself where there is only one)."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return statistics.median(values), cuts[0], cuts[-1]
+
+
+def interleave(steps: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, Timing]:
+    """Time each provider once a round, in turn, so that a drift of the machine meets all of them alike.
+
+    The order alternates from round to round. Warm-up calls are not counted.
+    """
+    for step in steps.values():
+        for _ in range(warmup):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds):
+        for name in list(steps) if i % 2 == 0 else reversed(list(steps)):
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def speedup(baseline: Timing, other: Timing) -> tuple[float, float, float]:
+    """How many times faster ``other`` is: median, 20 % and 80 % quantile of the ratios round by round."""
+    return quantiles([b / o for b, o in zip(baseline.seconds, other.seconds, strict=True)])
+
+
+def check_losses(losses: Mapping[str, float], tolerance: float) -> None:
+    """Refuse to compare providers whose first losses, on the same weights and images, differ.
+
+    Raises:
+        LossesDiffer: names the losses.
+    """
+    low, high = min(losses.values()), max(losses.values())
+    if not high - low <= tolerance * abs(high):
+        shown = ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
+        raise LossesDiffer(f"losses differ by more than {tolerance:g}: {shown}; no ratio is reported")
+
+
+def saved_bytes(objective: nn.Module, images: Tensor, mask: Tensor) -> int:
+    """Bytes that autograd keeps between forward and backward: unique storages, parameters and inputs excluded."""
+    own = {t.untyped_storage().data_ptr() for t in [*objective.parameters(), *objective.buffers(), images, mask]}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # a freed storage's address could be given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objective(images, mask)["loss"]
+    loss.backward()
+    return sum(kept.values())
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, commit and date of a row; no host or user name."""
+    import timm
+
+    return {
+        "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "load_average": f"{os.getloadavg()[0]:.2f}",
+    }
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows of :data:`COLUMNS` to a CSV, with a header where the file is new.
+
+    Raises:
+        ValueError: a row has a column that the schema does not know.
+    """
+    unknown = sorted({key for row in rows for key in row} - set(COLUMNS))
+    if unknown:
+        raise ValueError(f"columns {unknown} are not in the schema; it has {', '.join(COLUMNS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return name + (" with AMX" if "amx_bf16" in flags else " with AVX-512 BF16" if "avx512_bf16" in flags else "")
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain") else "")

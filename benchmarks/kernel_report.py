@@ -1,0 +1,157 @@
+"""What the compiler makes of every Triton kernel, without a GPU.
+
+Compiles every case of ``aot_cases()`` in ``fastmim_kernels.triton`` ahead of time for the given
+architectures; prints registers, spills, shared memory, the share of global bytes in 128-bit accesses and the
+tensor-core instructions, and writes them as JSON and CSV to ``benchmarks/results/``.
+
+    python benchmarks/kernel_report.py [--arch 80 90 100] [--module NAME …] [--match REGEX] [--quick]
+                                          [--jobs 2] [--out STEM]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = (
+    "module",
+    "case",
+    "arch",
+    "num_warps",
+    "registers",
+    "spills",
+    "local_bytes",
+    "shared_bytes",
+    "blocks_per_sm",
+    "share_128",
+    "wide_target",
+    "hmma",
+    "hgmma",
+    "tcgen05",
+    "atomics",
+    "loads",
+    "stores",
+)
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What breaks a target of the project in one row of the report."""
+    found = []
+    if "error" in row:
+        return [f"does not compile: {row['error']}"]
+    if row["arch"] < 100 and (row["spills"] or row["local_bytes"]):
+        found.append(f"{row['spills']} spill instructions, {row['local_bytes']} B of local memory")
+    if row["share_128"] < row["wide_target"]:
+        found.append(f"128-bit share {row['share_128']:.3f} < {row['wide_target']:.2f}")
+    if row["dot"] and not row["hmma"] + row["hgmma"] + row["tcgen05"]:
+        found.append("no tensor-core instruction")
+    if row["blocks_per_sm"] < (1 if row["persistent"] else 2):
+        found.append(f"{row['blocks_per_sm']} blocks per SM")
+    if row["atomics"]:
+        found.append(f"{row['atomics']} atomics: not deterministic")
+    return found
+
+
+def measure(module: str, name: str, arch: int) -> dict[str, Any]:
+    """One row; a compiler error becomes the column ``error``."""
+    from fastmim_kernels.triton import aot
+
+    case = next(c for c in aot.cases_of(module) if c.name == name)
+    row = {
+        "module": module,
+        "case": name,
+        "arch": arch,
+        "num_warps": case.num_warps,
+        "dot": case.dot,
+        "wide_target": case.wide_target,
+        "persistent": case.persistent,
+    }
+    try:
+        return row | aot.compile_case(case, arch)
+    except Exception as error:  # the report shows every kernel, also when one does not compile
+        return row | {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+
+
+def report(
+    archs: list[int], match: str = "", quick: bool = False, jobs: int = 1, modules: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of every selected case and architecture, in a fixed order."""
+    from fastmim_kernels.triton import aot
+
+    work, broken = [], []
+    for module in modules or aot.kernel_modules():
+        try:
+            names = [case.name for case in aot.cases_of(module) if case.quick or not quick]
+        except Exception as error:  # one broken module must not hide the others
+            broken += [{"module": module, "case": "aot_cases()", "arch": arch, "error": repr(error)} for arch in archs]
+            continue
+        work += [(module, name, arch) for name in names if re.search(match, f"{module}/{name}") for arch in archs]
+    if jobs == 1 or len(work) < 2:
+        return broken + [measure(*item) for item in work]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return broken + list(pool.map(measure, *zip(*work, strict=True)))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    width = max((len(f"{r['module']}/{r['case']}") for r in rows), default=4)
+    print(f"{'case':{width}}  sm  warps regs spill local  shared blocks 128-bit  hmma hgmma tc05  faults")
+    for r in rows:
+        name = f"{r['module']}/{r['case']}"
+        problems = "; ".join(faults(r)) or "-"
+        if "error" in r:
+            print(f"{name:{width}} {r['arch']:3}  {problems}")
+            continue
+        print(
+            f"{name:{width}} {r['arch']:3} {r['num_warps']:6} {r['registers']:4} {r['spills']:5} "
+            f"{r['local_bytes']:5} {r['shared_bytes']:7} {r['blocks_per_sm']:6} {r['share_128']:7.3f} "
+            f"{r['hmma']:5} {r['hgmma']:5} {r['tcgen05']:4}  {problems}"
+        )
+
+
+def write(rows: list[dict[str, Any]], stem: Path) -> None:
+    import torch
+    import triton
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    head = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+    stem.with_suffix(".json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*head, *COLUMNS], extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            widths = {k: " ".join(f"{b}x{n}" for b, n in row.get(k, {}).items()) for k in ("loads", "stores")}
+            writer.writerow(head | row | widths | {"share_128": round(row.get("share_128", 0), 4)})
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--module", nargs="+", help="modules of fastmim_kernels.triton; default all")
+    parser.add_argument("--match", default="", help="regular expression on module/case")
+    parser.add_argument("--quick", action="store_true", help="only the subset that every test run compiles")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernel_report", help="stem of the .json and .csv")
+    args = parser.parse_args(argv)
+    rows = report(args.arch, args.match, args.quick, args.jobs, args.module)
+    show(rows)
+    write(rows, args.out)
+    return 1 if any(faults(row) for row in rows) else 0
+
+
+# Worker processes import this file too and need the same paths.
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
+if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
+    print("TRITON_INTERPRET ignored: the kernels are compiled", file=sys.stderr)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""Launches, traffic, saved bytes and a *modelled* roofline of a SimMIM step: ours beside an eager timm baseline.
+
+Both steps (forward and backward, 192 px, CUDA's bf16 autocast policy) run on fake tensors, so this needs no GPU
+and measures no time. The normalised target is left out of the step and counted by itself.
+
+    python benchmarks/op_count.py [--models swinv2_base …] [--batch 128] [--detail] [--impl auto]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+from timm.models import swin_transformer, swin_transformer_v2
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
+
+import fastmim_kernels as fk  # noqa: E402
+from benchmarks.baseline import TimmSimMIM, average_pool_target  # noqa: E402
+from benchmarks.cuda_autocast import cuda_autocast  # noqa: E402
+from benchmarks.dispatch_counter import GPUS, DispatchCounter, SavedTensors  # noqa: E402
+from fastmim import create_objective  # noqa: E402
+from fastmim.models.sizes import SIZES  # noqa: E402
+from fastmim_kernels import dispatch  # noqa: E402
+from fastmim_kernels.mask_tokens import traffic as mask_tokens_traffic  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"
+MASKED = 0.6
+MODELS = ("swin_base", "swinv2_base", "swinv2_large", "swinv2_huge", "swinv2_giant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Limits for ours: shares of the eager count, launches, microseconds an image and speed-up on an H100."""
+
+    traffic: float
+    launches: int
+    saved: float
+    microseconds: float
+    speedup: float
+
+
+TARGETS = {
+    "swin_base": Target(0.38, 520, 0.60, 170, 2.5),
+    "swinv2_base": Target(0.18, 500, 0.33, 165, 5.2),
+    "swinv2_large": Target(0.18, 500, 0.33, 300, 4.5),
+    "swinv2_huge": Target(0.18, 500, 0.33, 800, 3.4),
+    "swinv2_giant": Target(0.18, 1000, 0.33, 3150, 2.6),
+}
+# Microsoft's own code, counted once in the same way: MB, launches, saved MB and H100 µs an image.
+PUBLISHED = {
+    "swin_base": (1247, 2178, 103, 439),
+    "swinv2_base": (2550, 4121, 182, 873),
+    "swinv2_large": (3827, 4121, 272, 1363),
+    "swinv2_huge": (7046, 4121, 499, 2768),
+    "swinv2_giant": (18258, 8437, 1297, 8260),
+}
+
+
+@dataclasses.dataclass
+class Count:
+    """A counted step: totals are of the whole batch."""
+
+    counter: DispatchCounter
+    saved: SavedTensors
+    batch: int
+
+    @property
+    def launches(self) -> int:
+        return self.counter.totals()[0]
+
+    @property
+    def megabytes(self) -> float:
+        """Traffic, MB an image."""
+        return self.counter.totals()[1] / self.batch / 1e6
+
+    @property
+    def saved_megabytes(self) -> float:
+        return self.saved.bytes / self.batch / 1e6
+
+    def microseconds(self, gpu: int = 0) -> float:
+        """Modelled, an image."""
+        return self.counter.seconds(GPUS[gpu]) / self.batch * 1e6
+
+
+def count_step(
+    build: Callable[[], nn.Module],
+    *,
+    batch: int = 128,
+    img_size: int = 192,
+    sites: bool = False,
+    watch: Callable[[str, Tensor], None] | None = None,
+) -> Count:
+    """Forward and backward of ``module(images, mask)["loss"]`` under CUDA's bf16 autocast policy."""
+    fake = FakeTensorMode()
+    # Values do not exist, and torch's truncated normal looks at some.
+    with fake, mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor):
+        module = build().train()
+    counter = DispatchCounter(closed_forms=_closed_forms(), watch=watch, sites=sites)
+    known = [*module.parameters(), *module.buffers()]
+    # The Triton implementations accept what is on the CPU: nothing is executed.
+    with fake, mock.patch.object(dispatch, "no_triton", lambda device: ""):
+        images = torch.empty(batch, 3, img_size, img_size)
+        grid = img_size // module.patch_size
+        mask = torch.empty(batch, grid, grid, dtype=torch.bool)
+        saved = SavedTensors([*known, images, mask])
+        with counter:
+            with saved, cuda_autocast():
+                loss = module(images, mask)["loss"]
+            counter.phase = "backward"
+            loss.backward()
+    return Count(counter, saved, batch)
+
+
+def _closed_forms() -> dict[str, Callable[[Sequence[Any]], tuple[int, int]]]:
+    """Ops whose kernels read only what the mask hides, or does not hide."""
+
+    def mask_tokens(args: Sequence[Any]) -> tuple[int, int]:
+        x, _, _, weight, _, pos, _, out_dtype, _ = args
+        forward, _ = mask_tokens_traffic(
+            tuple(x.shape),
+            visible=1 - MASKED,
+            itemsize=x.element_size(),
+            out_itemsize=out_dtype.itemsize,
+            norm=weight is not None,
+            pos=pos is not None,
+        )
+        return forward[0], forward[1]
+
+    def mask_tokens_backward(args: Sequence[Any]) -> tuple[int, int]:
+        grad, _, _, _, _, weight, pos, dtype, _ = args
+        _, backward = mask_tokens_traffic(
+            tuple(grad.shape),
+            visible=1 - MASKED,
+            itemsize=dtype.itemsize,
+            out_itemsize=grad.element_size(),
+            norm=weight is not None,
+            pos=pos,
+        )
+        return backward[0], backward[1]
+
+    return {"fastmim::mask_tokens": mask_tokens, "fastmim::mask_tokens_backward": mask_tokens_backward}
+
+
+def ours(name: str, impl: str = "auto", **encoder: Any) -> Callable[[], nn.Module]:
+    """Builds our SimMIM for a size of ``fastmim.models.sizes``."""
+    return lambda: create_objective("simmim", encoder={"name": name, **encoder}, impl=impl)
+
+
+def _no_drop_path(rate: float, depths: Sequence[int], **kwargs: Any) -> list[list[float]]:
+    return [[0.0] * depth for depth in depths]
+
+
+def baseline(name: str, **encoder: Any) -> Callable[[], nn.Module]:
+    """Builds the eager SimMIM on timm's encoder of the same architecture."""
+
+    def build() -> nn.Module:
+        size = {**SIZES[name], **encoder}
+        family, period = size.pop("name"), size.pop("extra_norm_period", 0)
+        source = swin_transformer_v2 if family == "swinv2" else swin_transformer
+        kind = source.SwinTransformerV2 if family == "swinv2" else source.SwinTransformer
+        # timm reads these numbers out of a tensor, and a fake one has none.
+        with mock.patch.object(source, "calculate_drop_path_rates", _no_drop_path):
+            net = kind(num_classes=0, **size)
+        for module in net.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        for layer in net.layers:
+            for i in range(period - 1, len(layer.blocks), period) if period else ():
+                block = layer.blocks[i]
+                layer.blocks[i] = nn.Sequential(block, nn.LayerNorm(block.dim))
+        simmim = TimmSimMIM(net)
+        simmim.patch_size = simmim.patch
+        return simmim
+
+    return build
+
+
+def count_target(function: Callable[[Tensor, int], Tensor], batch: int, img_size: int = 192) -> Count:
+    """The normalised target by itself."""
+    counter, saved = DispatchCounter(), SavedTensors([])
+    with FakeTensorMode(), mock.patch.object(dispatch, "no_triton", lambda device: ""):
+        images = torch.empty(batch, 3, img_size, img_size)
+        with counter, cuda_autocast():
+            function(images, 47)
+    return Count(counter, saved, batch)
+
+
+def detail(count: Count, top: int = 40) -> str:
+    """The costliest ops of a step, by phase and op and source line."""
+    groups: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0, 0, 0.0])
+    for x in count.counter.launches:
+        group = groups[x.phase, x.op, x.site]
+        for i, value in enumerate((1, x.bytes, x.seconds(GPUS[0]))):
+            group[i] += value
+    lines = [f"{'':9}{'launches':>8} {'MB/img':>8} {'us/img':>8}  op, place"]
+    for (phase, op, site), (n, moved, seconds) in sorted(groups.items(), key=lambda item: -item[1][2])[:top]:
+        lines.append(
+            f"{phase:9}{n:8.0f} {moved / count.batch / 1e6:8.2f} {seconds / count.batch * 1e6:8.2f}  {op}  {site}"
+        )
+    lines.append(f"saved for backward, MB/img, by first shape and place ({count.saved_megabytes:.1f} in all)")
+    for site, size in sorted(count.saved.by_site().items(), key=lambda item: -item[1])[: top // 2]:
+        lines.append(f"{size / count.batch / 1e6:25.2f}  {site}")
+    return "\n".join(lines)
+
+
+def verdicts(name: str, ours: Count, eager: Count) -> list[tuple[str, float, float, float, bool]]:
+    """(quantity, eager, ours, limit, met) for each target; shares are limits on ours / eager."""
+    target = TARGETS[name]
+    times = eager.microseconds(), ours.microseconds()
+    speedup = times[0] / times[1]
+    return [
+        (
+            "traffic, MB/img",
+            eager.megabytes,
+            ours.megabytes,
+            target.traffic * eager.megabytes,
+            ours.megabytes <= target.traffic * eager.megabytes,
+        ),
+        ("launches", eager.launches, ours.launches, target.launches, ours.launches <= target.launches),
+        (
+            "saved, MB/img",
+            eager.saved_megabytes,
+            ours.saved_megabytes,
+            target.saved * eager.saved_megabytes,
+            ours.saved_megabytes <= target.saved * eager.saved_megabytes,
+        ),
+        ("modelled H100, us/img", *times, target.microseconds, times[1] <= target.microseconds),
+        ("modelled speed-up", 1.0, speedup, target.speedup, speedup >= target.speedup),
+    ]
+
+
+def row(model: str, side: str, count: Count) -> dict[str, Any]:
+    """One line of the CSV."""
+    forward, backward = (count.counter.totals(phase) for phase in ("forward", "backward"))
+    return {
+        **versions(),
+        "model": model,
+        "side": side,
+        "batch": count.batch,
+        "launches_forward": forward[0],
+        "launches_backward": backward[0],
+        "mb_forward": round(forward[1] / count.batch / 1e6, 2),
+        "mb_backward": round(backward[1] / count.batch / 1e6, 2),
+        "gflop": round((forward[2] + backward[2]) / count.batch / 1e9, 2),
+        "saved_mb": round(count.saved_megabytes, 2),
+        **{f"modelled_us_{gpu.name.lower()}": round(count.microseconds(i), 1) for i, gpu in enumerate(GPUS)},
+    }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Date, commit and the versions that the counts depend on."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short", "HEAD") or "none"
+    dirty = "+changes" if git("status", "--porcelain") else ""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit + dirty,
+        "torch": torch.__version__.split("+")[0],
+        "triton": importlib.metadata.version("triton"),
+        "timm": timm.__version__,
+    }
+
+
+def show(name: str, ours: Count, eager: Count) -> None:
+    """Our counts beside the baseline's, the published ones' and the target."""
+    published = dict(
+        zip(("traffic, MB/img", "launches", "saved, MB/img", "modelled H100, us/img"), PUBLISHED[name], strict=True)
+    )
+    print(f"{name}, batch {ours.batch}\n  {'':24}{'published':>10}{'eager':>10}{'ours':>10}{'share':>8}{'target':>10}")
+    for quantity, theirs, mine, limit, met in verdicts(name, ours, eager):
+        known = f"{published[quantity]:10.0f}" if quantity in published else " " * 10
+        digits = 2 if quantity == "modelled speed-up" else 0 if quantity == "launches" else 1
+        print(
+            f"  {quantity:24}{known}{theirs:10.{digits}f}{mine:10.{digits}f}{mine / theirs:8.3f}"
+            f"{limit:10.{digits}f}  {'met' if met else 'MISSED'}"
+        )
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--impl", default="auto", choices=fk.IMPLS, help="auto: what a CUDA device would get")
+    parser.add_argument("--detail", action="store_true", help="the costliest ops of ours, and what is saved")
+    parser.add_argument("--top", type=int, default=40, help="lines of --detail")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    rows, missed = [], 0
+    for name in args.models:
+        eager = count_step(baseline(name), batch=args.batch)
+        mine = count_step(ours(name, args.impl), batch=args.batch, sites=args.detail)
+        show(name, mine, eager)
+        missed += sum(not met for *_, met in verdicts(name, mine, eager))
+        rows += [row(name, "eager", eager), row(name, "ours", mine)]
+        if args.detail:
+            print(detail(mine, args.top))
+    for side, function in (("eager", average_pool_target), ("ours", fk.local_norm_target)):
+        target = count_target(function, args.batch)
+        rows.append(row("normalised_target", side, target))
+        print(
+            f"normalised target, {side}: {target.launches} launches, {target.megabytes:.2f} MB/img, "
+            f"modelled {target.microseconds():.2f} us/img (window sums of the pools as one pass over memory)"
+        )
+    write(rows, args.out)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
