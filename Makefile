@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastmim-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels lint clean
+.PHONY: help setup demo test lint clean
 
 help:
 	@echo "make setup   create $(VENV) and install fastmim with its test dependencies"
@@ -24,12 +24,9 @@ demo: setup
 	$(BIN)/fastmim data demo demo/data
 	$(BIN)/fastmim pretrain configs/demo.yaml
 
+# Triton's interpreter is switched on for a whole process: its tests run in one of their own.
 test: setup
-	$(BIN)/python -m pytest --ignore=tests/kernels/triton --ignore=tests/benchmarks
-
-# Work in progress: Triton's interpreter (a process of its own), ahead-of-time compilation, launch counts.
-test-kernels: setup
-	$(BIN)/python -m pytest tests/benchmarks
+	$(BIN)/python -m pytest --ignore=tests/kernels/triton
 	$(BIN)/python -m pytest tests/kernels/triton
 
 lint: setup

@@ -100,7 +100,7 @@ def _(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, win
     batch, height, width, c3 = qkv.shape
     n = window_size[0] * window_size[1]
     lse = (batch * height * width // n, num_heads, n) if impl == "triton" else \
-        plain.lse_shape(qkv, num_heads, tuple(window_size), tuple(shift_size))
+        plain.lse_shape(qkv, num_heads, window_size, shift_size)
     return qkv.new_empty(batch, height, width, c3 // 3), qkv.new_empty(lse, dtype=torch.float32)
 
 
@@ -164,5 +164,6 @@ def _run(*args, impl: str) -> Tensor:  # type: ignore[no-untyped-def]
     return _op(*args, impl)[0]
 
 
-_IMPLEMENTATIONS = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
-                    "reference": reference.window_attention}
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
+    "reference": reference.window_attention}

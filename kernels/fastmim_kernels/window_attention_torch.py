@@ -10,7 +10,7 @@ logit) would be the largest error. Its own backward has no bias gradient and is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -135,7 +135,8 @@ def _softmax(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, buffer: Te
     return p if mask is None else torch.threshold_(p, NEGLIGIBLE, 0)
 
 
-def lse_shape(qkv: Tensor, num_heads: int, window_size: Pair, shift_size: Pair) -> tuple[int, ...]:
+def lse_shape(qkv: Tensor, num_heads: int, window_size: Sequence[int], shift_size: Sequence[int]
+              ) -> tuple[int, ...]:
     """Of the log-sum-exp that :func:`forward` returns: (0,) where flash attention is not used."""
     n = window_size[0] * window_size[1]
     fits = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and not any(shift_size)

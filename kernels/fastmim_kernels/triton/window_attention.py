@@ -16,7 +16,6 @@ from .aot import AotCase
 from .window_attention_backward import backward, backward_kernel, backward_large_kernel, large_config, reduce_kernel
 from .window_attention_backward import config as backward_config
 from .window_tiles import (
-    LN2,
     LOG2E,
     Tiling,
     bias_chunks,
@@ -98,8 +97,9 @@ def _step(p_q, p_bias, held, i_window, o_j, rows, queries, state, image, stride,
 def _finish(p_out, p_lse, queries, state, o_i, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
             FULL: tl.constexpr):
     maximum, total, acc = state
+    total = tl.maximum(total, 1.0)  # it is at least 1 but in padded rows
     store_tile(p_out, acc / total[:, None], queries[3], stride, o_i, N, D, DP, FULL)
-    tl.store(p_lse + o_i, (maximum + tl.log2(total)) * LN2, mask=o_i < N)
+    tl.store(p_lse + o_i, maximum + tl.log2(total), mask=o_i < N)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def forward_kernel(
     p_bias,  # (heads, N, N)
     p_scale,  # (heads,) or None
     p_out,  # (B, H, W, heads, D)
-    p_lse,  # (B·windows, heads, N) float32, natural logarithm
+    p_lse,  # (B·windows, heads, N) float32, base 2: backward needs it so
     windows, groups, height, width, heads, shift_y, shift_x,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SHIFTED: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr,
@@ -186,8 +186,8 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
         shift_size: (rows, columns) of the cyclic shift.
 
     Returns:
-        The (B, H, W, C) output in the dtype of ``qkv``, and log Σ exp of the logits, (B·windows, heads, N)
-        float32.
+        The (B, H, W, C) output in the dtype of ``qkv``, and log2 Σ exp of the logits, (B·windows, heads, N)
+        float32, for :func:`backward`.
 
     Raises:
         ValueError: An image has more than 2^31 values, beyond the kernels' offsets within an image.
@@ -214,8 +214,10 @@ def traffic(batch: int, height: int, width: int, channels: int, num_heads: int, 
             dtype_bytes: int, backward: bool) -> tuple[int, int, int]:
     """(bytes read, bytes written, FLOPs) at the least, with a float32 bias that is read once.
 
-    Forward: reads 3C and writes C a token, and writes the log-sum-exp. Backward: reads qkv, the output, its
-    gradient and the log-sum-exp, writes 3C a token and the bias gradient; five products instead of two.
+    Forward: reads 3C and writes C a token, and writes the log-sum-exp. Backward: reads qkv, the output (but up
+    to 64 tokens on one chunk of keys), its gradient and the log-sum-exp, writes 3C a token and the bias gradient;
+    five products instead of two. Not counted, since they stay in L1 or L2: the bias read again for every window
+    beyond 64 tokens, and there in backward the program's own bias gradient and a second read of q.
     """
     n = window_size[0] * window_size[1]
     tokens = batch * height * width
@@ -246,6 +248,9 @@ def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cos
         single = backward_config(n, head_dim, dtype, arch, cosine)
         kernel, pointers = backward_kernel if single else backward_large_kernel, _BACKWARD
         tiling = single or large_config(head_dim, dtype)
+    archs: tuple[int, ...] = (80, 90, 100)
+    if kernel is backward_kernel and backward_config(n, head_dim, dtype, 80, cosine) is None:
+        archs = (90, 100)
     sizes = tile_constexprs(n, tiling)
     if kernel is backward_large_kernel:
         sizes = {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS}
@@ -257,14 +262,20 @@ def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cos
         common | sizes | absent, num_warps=tiling.num_warps,
         divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
         quick=name in ("swin_b_w6", "swinv2_b_w12"), wide_target=0.5 if n % 4 else 0.95, dot=True,
-        persistent=tiling.blocks_per_sm == 1)
+        persistent=tiling.blocks_per_sm == 1, **_archs(archs))
+
+
+def _archs(archs: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """``AotCase``'s field for a case that is not launched everywhere, where it has one."""
+    return {"archs": archs} if "archs" in AotCase.__dataclass_fields__ else {}
 
 
 def aot_cases() -> list[AotCase]:
     """Every shipped window and head count, and windows 7, 8, 16 and 24; bfloat16."""
     cases = [_case(direction, name, *shape) for direction in ("forward", "backward")
              for name, shape in _SHAPES.items()]
-    cases.append(_case("backward", "swinv2_b_w12_sm80", *_SHAPES["swinv2_b_w12"], arch=80))
+    cases += [_case("backward", f"{name}_sm80", *_SHAPES[name], arch=80)
+              for name in ("swinv2_b_w12", "swinv2_b_w12_unshifted", "swinv2_b_w6_last_stage", "swinv2_w8")]
     pointers = ("p_partial", "p_dscale", "p_scale", "p_out", "p_dscale_out")
     return [*cases, AotCase(
         "window_attention/reduce/w12", reduce_kernel,

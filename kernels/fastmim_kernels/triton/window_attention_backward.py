@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .window_gradient_tiles import (
     add_bias,
+    add_shares,
     key_side,
     key_step,
     logit_gradient,
@@ -23,6 +24,7 @@ from .window_gradient_tiles import (
     store_queries,
 )
 from .window_tiles import (
+    LN2,
     MAX_LOGIT_SCALE,
     Tiling,
     architecture,
@@ -59,7 +61,8 @@ def backward_kernel(
 ):
     """All queries of a window stay on chip while chunks of its keys pass by: one read and one write a window.
 
-    HOLD: the one tile of queries keeps its bias gradient in registers over all windows.
+    HOLD: the one tile of queries keeps its bias gradient in registers over all windows, and meets all keys at
+    once, so that it needs no output of the forward.
     """
     N: tl.constexpr = WH * WW
     COSINE: tl.constexpr = p_scale is not None
@@ -77,7 +80,8 @@ def backward_kernel(
     rows = ()
     for t in tl.static_range(TILES):
         rows = rows + (t * ROWS + tl.arange(0, ROWS),)
-    dscale = tl.zeros([ROWS], tl.float32)
+    zeros = tl.zeros([ROWS], tl.float32)
+    dscale = zeros
     sums = ()
     if HOLD and p_partial is not None:
         for c in tl.static_range(len(o_keys)):
@@ -91,32 +95,35 @@ def backward_kernel(
         pointers = (p_q, p_out + o_head, p_grad + o_head, p_l)
         queries = ()
         dq = ()
+        shares = ()
         for t in tl.static_range(TILES):
             queries = queries + (query_side(pointers, i_window, rows[t], image, stride, scale, WH, WW, D, DP,
-                                            COSINE, FULL[t]),)
+                                            COSINE, FULL[t], HOLD),)
             dq = dq + (tl.zeros([ROWS, DP], tl.float32),)
+            shares = shares + ((zeros, zeros, zeros),)
         later = i_window > i_group
         if HOLD:
             new = ()
             for c in tl.static_range(len(o_keys)):
-                dq, dscale, added = key_step(
+                dq, shares, added = key_step(
                     p_q + stride, p_dq + stride, p_bias, None, sums[c:c + 1], i_window, o_keys[c], rows,
-                    queries, dq, dscale, later, image, stride, scale, WH, WW, D, DP, COSINE, SHIFTED, PRECISION, FULL,
-                    FULL_J[c])
+                    queries, dq, shares, later, image, stride, scale, WH, WW, D, DP, COSINE, SHIFTED, PRECISION, FULL,
+                    FULL_J[c], True)
                 new = new + added
             sums = new
         else:
             for j in tl.range(0, N, KEYS, num_stages=INNER, disable_licm=True):
-                dq, dscale, _ = key_step(
+                dq, shares, _ = key_step(
                     p_q + stride, p_dq + stride, p_bias, p_partial, (), i_window, j + tl.arange(0, KEYS),
-                    rows, queries, dq, dscale, later, image, stride, scale, WH, WW, D, DP, COSINE, SHIFTED, PRECISION,
-                    FULL, N % KEYS == 0)
+                    rows, queries, dq, shares, later, image, stride, scale, WH, WW, D, DP, COSINE, SHIFTED, PRECISION,
+                    FULL, N % KEYS == 0, False)
             # The next window adds to the sums that other threads of this program may have stored.
             tl.debug_barrier()
         for t in tl.static_range(TILES):
             store_queries(p_q, p_dq, queries[t], dq[t], rows[t], stride, scale, N, D, DP, COSINE, FULL[t], not HOLD)
+            dscale += shares[t][0] - shares[t][1] * shares[t][2]
     if COSINE:
-        tl.store(p_dscale + i_head * groups + i_group, tl.sum(dscale, 0))
+        tl.store(p_dscale + i_head * groups + i_group, tl.sum(dscale, 0) * LN2)
     for c in tl.static_range(len(sums)):
         store_bias(p_partial, sums[c], rows[0], o_keys[c], N, FULL[0] and FULL_J[c])
 
@@ -141,7 +148,8 @@ def backward_large_kernel(
     p_bias += i_head.to(tl.int64) * (N * N)
     if p_partial is not None:
         p_partial += (i_head * groups + i_group).to(tl.int64) * (N * N)
-    dscale = tl.zeros([ROWS], tl.float32)
+    zeros = tl.zeros([ROWS], tl.float32)
+    dscale = zeros
     for i_window in tl.range(i_group, windows, groups, num_stages=1, disable_licm=True):
         first = image_start(i_window, image, WH, WW)
         p_q = p_qkv + first * (3 * stride) + i_head * D
@@ -152,18 +160,19 @@ def backward_large_kernel(
         seams = window_seams(i_window, image, WH, WW)
         for i in tl.range(0, N, ROWS, num_stages=1, disable_licm=True):
             o_i = i + tl.arange(0, ROWS)
-            query = query_side(pointers, i_window, o_i, image, stride, scale, WH, WW, D, DP, COSINE, FULL)
+            query = query_side(pointers, i_window, o_i, image, stride, scale, WH, WW, D, DP, COSINE, FULL, False)
             dq = tl.zeros([ROWS, DP], tl.float32)
+            shares = (zeros, zeros, zeros)
             for j in tl.range(0, N, KEYS, num_stages=1, disable_licm=True):
                 o_j = j + tl.arange(0, KEYS)
                 key = key_side(p_q + stride, i_window, o_j, image, stride, WH, WW, D, DP, COSINE, FULL_J)
                 bias = bias_tile(p_bias, o_i, o_j, N, FULL, FULL_J)
-                _, ds, share = logit_gradient(query, key, seams, bias, COSINE, SHIFTED, PRECISION)
-                if COSINE:
-                    dscale += share
+                _, ds, share = logit_gradient(query, key, seams, bias, COSINE, SHIFTED, PRECISION, False)
+                shares = add_shares(shares, share, COSINE)
                 dq = tl.dot(ds.to(key[1].dtype), key[1], dq, input_precision=PRECISION)
                 if p_partial is not None:
                     add_bias(p_partial, ds, o_i, o_j, i_window > i_group, N, FULL and FULL_J)
+            dscale += shares[0] - shares[1] * shares[2]
             store_queries(p_q, p_dq, query, dq, o_i, stride, scale, N, D, DP, COSINE, FULL, True)
         for j in tl.range(0, N, KEYS, num_stages=1, disable_licm=True):
             o_j = j + tl.arange(0, KEYS)
@@ -172,16 +181,16 @@ def backward_large_kernel(
             dv = tl.zeros([KEYS, DP], tl.float32)
             for i in tl.range(0, N, ROWS, num_stages=1, disable_licm=True):
                 o_i = i + tl.arange(0, ROWS)
-                query = query_side(pointers, i_window, o_i, image, stride, scale, WH, WW, D, DP, COSINE, FULL)
+                query = query_side(pointers, i_window, o_i, image, stride, scale, WH, WW, D, DP, COSINE, FULL, False)
                 bias = bias_tile(p_bias, o_i, o_j, N, FULL, FULL_J)
-                p, ds, _ = logit_gradient(query, key, seams, bias, COSINE, SHIFTED, PRECISION)
+                p, ds, _ = logit_gradient(query, key, seams, bias, COSINE, SHIFTED, PRECISION, False)
                 dv = tl.dot(tl.trans(p.to(key[2].dtype)), query[2], dv, input_precision=PRECISION)
                 dk = tl.dot(tl.trans(ds.to(key[2].dtype)), query[1], dk, input_precision=PRECISION)
             store_keys(p_dq + stride, key, dk, dv, o_j, stride, scale, N, D, DP, COSINE, FULL_J)
         # The next window adds to the sums that other threads of this program may have stored.
         tl.debug_barrier()
     if COSINE:
-        tl.store(p_dscale + i_head * groups + i_group, tl.sum(dscale, 0))
+        tl.store(p_dscale + i_head * groups + i_group, tl.sum(dscale, 0) * LN2)
 
 
 @triton.jit
@@ -216,23 +225,20 @@ def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -
     """Tile sizes of ``backward_kernel`` for windows of ``n`` tokens; None: take ``backward_large_kernel``.
 
     That one keeps only a tile of queries and of keys on chip: for large windows, for wide rows (float32, heads
-    of 64), and on sm_80, where 144 queries spill 26 of 255 registers.
+    of 64), and on sm_80, where cosine attention or 144 queries would spill a few registers.
     """
-    wide = dtype == torch.float32 or head_dim > 32
+    if dtype == torch.float32 or head_dim > 32 or (arch < 90 and (cosine or n > 64)):
+        return None
     if n <= 64:
-        rows = next_power(n)
-        warps = max(rows // 16, 1)
-        return Tiling(rows, 1, min(rows, 32) if wide else rows, True, 2 * warps if cosine or wide else warps, 1, 1,
-                      blocks_per_sm=1 if cosine or wide else 2)
-    if n <= 192 and arch >= 90 and not wide:
-        return Tiling(64, -(-n // 64), 16, False, 8, 1, 1, blocks_per_sm=1)
-    return None
+        rows, warps = next_power(n), max(next_power(n) // 16, 1)
+        return Tiling(rows, 1, rows, True, 2 * warps if cosine else warps, 1, 1, blocks_per_sm=1 if cosine else 2)
+    return Tiling(64, -(-n // 64), 16, False, 8, 1, 2, blocks_per_sm=1) if n <= 192 else None
 
 
 def large_config(head_dim: int, dtype: torch.dtype) -> Tiling:
     """Tile sizes of ``backward_large_kernel``."""
-    keys = 16 if dtype == torch.float32 or head_dim > 32 else 32
-    return Tiling(64, 1, keys, False, 4, 1, 1, blocks_per_sm=2)
+    wide = dtype == torch.float32 or head_dim > 32
+    return Tiling(32, 1, 16 if wide else 32, False, 4, 1, 1, blocks_per_sm=2)
 
 
 def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor,

@@ -21,23 +21,29 @@ from .window_tiles import (
 
 @triton.jit
 def query_side(pointers, i_window, o_i, image, stride, scale, WH: tl.constexpr, WW: tl.constexpr,
-               D: tl.constexpr, DP: tl.constexpr, COSINE: tl.constexpr, FULL: tl.constexpr):
-    """What the gradient needs of a tile of queries; padded rows get lse = ∞, hence probability 0."""
+               D: tl.constexpr, DP: tl.constexpr, COSINE: tl.constexpr, FULL: tl.constexpr, WHOLE: tl.constexpr):
+    """What the gradient needs of a tile of queries; padded rows get a huge lse, hence probability 0.
+
+    delta is Σ p·dp of a row: from the stored output, or, where a chunk holds the WHOLE row of keys, left to
+    :func:`logit_gradient`, which then needs no output.
+    """
     p_q, p_out, p_grad, p_lse = pointers
     N: tl.constexpr = WH * WW
     o_row = token_rows(i_window, o_i, image, WH, WW)
     side = token_sides(o_i, image, WH, WW)
     q = load_tile(p_q, o_row, 3 * stride, o_i, N, D, DP, FULL)
     grad = load_tile(p_grad, o_row, stride, o_i, N, D, DP, FULL)
-    out = load_tile(p_out, o_row, stride, o_i, N, D, DP, FULL)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    lse = (tl.load(p_lse + o_i) if FULL else tl.load(p_lse + o_i, mask=o_i < N, other=float("inf"))) * LOG2E
+    lse = tl.load(p_lse + o_i) if FULL else tl.load(p_lse + o_i, mask=o_i < N, other=1e30)
+    delta = lse
+    if not WHOLE:
+        out = load_tile(p_out, o_row, stride, o_i, N, D, DP, FULL)
+        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     if COSINE:
         inverse = inverse_norm(q)
         unit = (q.to(tl.float32) * inverse[:, None]).to(q.dtype)
         return q, unit, grad, delta, lse, inverse * (scale * LOG2E), side, o_row, inverse
     else:
-        return q, q, grad, delta, lse, tl.zeros_like(delta) + scale * LOG2E, side, o_row, delta
+        return q, q, grad, delta, lse, tl.zeros_like(lse) + scale * LOG2E, side, o_row, lse
 
 
 @triton.jit
@@ -55,8 +61,13 @@ def key_side(p_k, i_window, o_j, image, stride, WH: tl.constexpr, WW: tl.constex
 
 
 @triton.jit
-def logit_gradient(query, key, seams, bias, COSINE: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr):
-    """(probabilities, gradient of the logits, each row's Σ of that times the logit before the bias), float32."""
+def logit_gradient(query, key, seams, bias, COSINE: tl.constexpr, SHIFTED: tl.constexpr,
+                   PRECISION: tl.constexpr, WHOLE: tl.constexpr):
+    """(probabilities, gradient of the logits, sums for the gradient of λ), float32.
+
+    The sums of a row, over these keys, are Σ ds·s, Σ ds and Σ p·s. Over all keys Σ ds would be 0 but for the
+    rounding of the stored output in delta; the first less the product of the others is free of it.
+    """
     q, _, grad, delta, lse, factor, side_i, _, _ = query
     k, _, v, key_scale, side_j, _ = key
     # The norms scale the product, so that q and k enter it unrounded.
@@ -64,8 +75,14 @@ def logit_gradient(query, key, seams, bias, COSINE: tl.constexpr, SHIFTED: tl.co
     if COSINE:
         s *= key_scale[None, :]
     p = tl.exp2(biased(s, bias, side_i, side_j, seams, SHIFTED) - lse[:, None])
-    ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    return p, ds, tl.sum(ds * s, 1) if COSINE else delta
+    dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    if WHOLE:
+        delta = tl.sum(p * dp, 1)
+    ds = p * (dp - delta[:, None])
+    if COSINE:
+        return p, ds, (tl.sum(ds * s, 1), tl.sum(ds, 1), tl.sum(p * s, 1))
+    else:
+        return p, ds, (delta, delta, delta)
 
 
 @triton.jit
@@ -114,18 +131,29 @@ def store_bias(p_partial, tile, o_i, o_j, N: tl.constexpr, FULL: tl.constexpr):
 def add_bias(p_sum, tile, o_i, o_j, later, N: tl.constexpr, FULL: tl.constexpr):
     """Adds a tile to the program's own sum in global memory; only stores it unless ``later``."""
     p_tile = p_sum + o_i[:, None] * N + o_j[None, :]
-    m_tile = (o_i < N)[:, None] & (o_j < N)[None, :]
+    m_old = (tl.where(later, o_i, N) < N)[:, None]
     if FULL:
-        tl.store(p_tile, tile + tl.load(p_tile, mask=later, other=0.0))
+        tl.store(p_tile, tile + tl.load(p_tile, mask=m_old, other=0.0))
     else:
-        tl.store(p_tile, tile + tl.load(p_tile, mask=m_tile & later, other=0.0), mask=m_tile)
+        m_j = (o_j < N)[None, :]
+        tl.store(p_tile, tile + tl.load(p_tile, mask=m_old & m_j, other=0.0), mask=(o_i < N)[:, None] & m_j)
 
 
 @triton.jit
-def key_step(p_k, p_dk, p_bias, p_sum, sums, i_window, o_j, rows, queries, dq, dscale, later, image, stride, scale,
+def add_shares(shares, share, COSINE: tl.constexpr):
+    """Running sums of :func:`logit_gradient`, a triple a tile of queries."""
+    if COSINE:
+        return shares[0] + share[0], shares[1] + share[1], shares[2] + share[2]
+    else:
+        return shares
+
+
+@triton.jit
+def key_step(p_k, p_dk, p_bias, p_sum, sums, i_window, o_j, rows, queries, dq, shares, later, image, stride, scale,
              WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COSINE: tl.constexpr,
-             SHIFTED: tl.constexpr, PRECISION: tl.constexpr, FULL_I: tl.constexpr, FULL_J: tl.constexpr):
-    """One chunk of keys against every tile of queries: stores dk and dv, returns dq, dscale, the bias gradient.
+             SHIFTED: tl.constexpr, PRECISION: tl.constexpr, FULL_I: tl.constexpr, FULL_J: tl.constexpr,
+             WHOLE: tl.constexpr):
+    """One chunk of keys against every tile of queries: stores dk and dv, returns dq, shares of dλ, the bias gradient.
 
     The bias gradient is added to ``sums`` (registers) where there are any, else in place at ``p_sum``, where
     the first window of a program finds nothing to add to.
@@ -136,14 +164,13 @@ def key_step(p_k, p_dk, p_bias, p_sum, sums, i_window, o_j, rows, queries, dq, d
     dk = tl.zeros(key[0].shape, tl.float32)
     dv = tl.zeros(key[0].shape, tl.float32)
     new = ()
+    new_shares = ()
     added = ()
     for t in tl.static_range(len(rows)):
         bias = bias_tile(p_bias, rows[t], o_j, N, FULL_I[t], FULL_J)
-        p, ds, share = logit_gradient(queries[t], key, seams, bias, COSINE, SHIFTED, PRECISION)
+        p, ds, share = logit_gradient(queries[t], key, seams, bias, COSINE, SHIFTED, PRECISION, WHOLE)
         dv = tl.dot(tl.trans(p.to(key[2].dtype)), queries[t][2], dv, input_precision=PRECISION)
-        if COSINE:
-            # The gradient of λ: from float32 values, because its terms cancel.
-            dscale += share
+        new_shares = new_shares + (add_shares(shares[t], share, COSINE),)
         low = ds.to(key[2].dtype)
         dk = tl.dot(tl.trans(low), queries[t][1], dk, input_precision=PRECISION)
         new = new + (tl.dot(low, key[1], dq[t], input_precision=PRECISION),)
@@ -152,4 +179,4 @@ def key_step(p_k, p_dk, p_bias, p_sum, sums, i_window, o_j, rows, queries, dq, d
         elif p_sum is not None:
             add_bias(p_sum, ds, rows[t], o_j, later, N, FULL_I[t] and FULL_J)
     store_keys(p_dk, key, dk, dv, o_j, stride, scale, N, D, DP, COSINE, FULL_J)
-    return new, dscale, added
+    return new, new_shares, added

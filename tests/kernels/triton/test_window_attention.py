@@ -19,7 +19,7 @@ CASES = {
     "16 tokens, one warp": ((1, 8, 4), 2, 16, (4, 4), (0, 0), False),
     "window of 6, 36 tokens in 64 rows": ((1, 12, 12), 1, 32, (6, 6), (3, 3), False),
     "window = map, 3 windows in 2 groups": ((3, 6, 6), 2, 32, (6, 6), (0, 0), True),
-    "49 tokens, rows that no vector width divides": ((1, 7, 14), 1, 32, (7, 7), (3, 3), True),
+    "49 tokens, rows that no vector width divides": ((1, 7, 14), 2, 32, (7, 7), (3, 3), True),
     "head dimension between powers of two, as in no vector": ((1, 8, 8), 2, 44, (4, 4), (2, 1), True),
     "rectangle shifted along one axis only": ((1, 8, 6), 2, 16, (4, 3), (2, 0), True),
     "144 tokens, every mask": ((1, 24, 12), 1, 16, (12, 12), (6, 6), True),
