@@ -256,7 +256,8 @@ def main() -> None:
         rows = measure(folder, args, kb)
     harness.append_rows(args.out, rows, columns=COLUMNS)
     for row in rows:
-        print(f"{row['provider']:20} {row['images_per_sec']:>6} img/s  {row['ratio']}x [{row['ratio_p20']}, {row['ratio_p80']}]")
+        span = f"[{row['ratio_p20']}, {row['ratio_p80']}]"
+        print(f"{row['provider']:20} {row['images_per_sec']:>6} img/s  {row['ratio']}x {span}")
 
 
 if __name__ == "__main__":

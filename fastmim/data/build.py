@@ -79,6 +79,8 @@ def build_loader(
     if num_workers < 0:
         raise ValueError(f"data.num_workers={num_workers}: must not be negative")
     chosen = choose_loader(loader, device=device, in_chans=in_chans, train=train)
+    if chosen == "synthetic" and not train and path is not None:
+        chosen = "torchvision"  # held-out images that are there are read
     decoder = "pil" if chosen == "pil" else "auto"
     check_decode_options(in_chans, decoder)
     index = open_index(path, file_list, field=field) if chosen != "synthetic" else None
