@@ -282,3 +282,15 @@ def test_wrong_position(photos):
         for epoch, start in ((0, 10), (0, -1), (-1, 0)):
             with pytest.raises(ValueError, match="start must lie in"):
                 loader.epoch(epoch, start=start)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("workers", (0, 2))
+def test_cuda_batches_are_those_of_the_cpu(photos, workers):
+    with load(photos, loader="torchvision", device="cuda", num_workers=workers) as gpu, load(photos) as cpu:
+        for epoch in range(3):
+            for a, b in zip(gpu.epoch(epoch), cpu.epoch(epoch), strict=True):
+                doubled = a.images.int() * 2  # read by a kernel right behind the copy
+                assert torch.equal(doubled.cpu(), b.images.int() * 2)
+                assert torch.equal(a.sample_ids.cpu(), b.sample_ids)
