@@ -23,6 +23,7 @@ from fastmim.data.worker import Request, Result, SampleDataset, init_worker
 _LOG = logging.getLogger("fastmim")
 _NAMES_LOGGED = 20
 _NOTICE_SECONDS = 0.5
+_RATE_AFTER = 1000  # files read before their share of bad ones is judged
 _PREFETCH = 4  # micro-batches in flight per worker: rides out slow files for 4 * B * C * H * W bytes
 
 
@@ -89,6 +90,7 @@ class Loader:
         self.num_images, self.steps_per_epoch = order.num_images, order.steps_per_epoch
         self.micro_batches, self.fingerprint = order.micro_batches, dataset.index.fingerprint
         self.bad_files: dict[str, str] = {}
+        self._met, self._failed = 0, 0
         self._index, self._device, self._max_bad_fraction = dataset.index, device, max_bad_fraction
         self._note_bad(list(bad.items()))
         self._requests = _Requests(order)
@@ -109,7 +111,8 @@ class Loader:
         used.
 
         Raises:
-            ValueError: `start` out of range; too many files are bad (`max_bad_fraction`).
+            ValueError: `start` out of range; more than `max_bad_fraction` of the files are bad, or of those read
+                so far once they are 1,000.
             RuntimeError: a worker process died.
         """
         if epoch < 0 or not 0 <= start <= self.micro_batches:
@@ -123,6 +126,7 @@ class Loader:
             if not self._requests.order.train and i + 1 == self.micro_batches:
                 self._stream = None
             self._note_bad(result.bad)
+            self._check_rate(len(result.sample_ids), len(result.bad))
             if result.error:
                 raise ValueError(f"data.path={self._index.root}: {result.error}; run `fastmim data check` on it")
             if len(result.sample_ids):
@@ -175,6 +179,16 @@ class Loader:
             elif len(self.bad_files) == _NAMES_LOGGED + 1:
                 _LOG.warning("more than %d bad images: further ones are counted, not logged", _NAMES_LOGGED)
         check_bad_fraction(self.bad_files, self.num_images, self._max_bad_fraction)
+
+    def _check_rate(self, used: int, failed: int) -> None:
+        """Stop a run on mostly bad data early: all of its files would have to be met before they are a share."""
+        self._met, self._failed = self._met + used + failed, self._failed + failed
+        if self._met >= _RATE_AFTER and self._failed > self._max_bad_fraction * self._met:
+            label, reason = next(reversed(self.bad_files.items()))
+            raise ValueError(
+                f"data.max_bad_fraction={self._max_bad_fraction:g}: {self._failed} of the first {self._met} files read"
+                f" cannot be used (the last: {label}: {reason}); run `fastmim data check` on {self._index.root}"
+            )
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice."""

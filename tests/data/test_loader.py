@@ -99,6 +99,23 @@ def test_too_many_bad_files_is_one_line(zoo, tmp_path, workers):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("loader", ("torchvision", "dali"))
+def test_mostly_bad_data_stops_a_run_long_before_every_file_was_met(photos, tmp_path, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
+    good = (photos / "000.jpg").read_bytes()
+    for i in range(4000):
+        (tmp_path / f"{i:04d}.jpg").write_bytes(b"no image" if i % 5 else good)  # 80 % bad
+    options = {"verify": "none", "loader": loader, "img_size": (8, 8), "micro_batch_size": 20}
+    with load(tmp_path, **options) as images:
+        with pytest.raises(ValueError, match=r"\d+ of the first 1\d\d\d files read cannot be used") as caught:
+            list(images.epoch(0))
+        assert "\n" not in str(caught.value) and len(images.bad_files) < 1200
+    with load(tmp_path, max_bad_fraction=0.9, **options) as images:
+        batches = images.epoch(0)
+        assert sum(len(next(batches).images) for _ in range(30)) == 600
+
+
 def test_file_list(photos, tmp_path):
     (tmp_path / "list.txt").write_text("005.jpg\n001.jpg\n")
     with load(photos, file_list=tmp_path / "list.txt", train=False) as loader:
