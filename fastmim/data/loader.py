@@ -7,8 +7,11 @@ the tail of `epoch(e)`.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing.util  # noqa: F401 - first: exit handlers run in reverse order, and ours must be earlier
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +28,16 @@ _NAMES_LOGGED = 20
 _NOTICE_SECONDS = 0.5
 _RATE_AFTER = 1000  # files read before their share of bad ones is judged
 _PREFETCH = 4  # micro-batches in flight per worker: rides out slow files for 4 * B * C * H * W bytes
+
+
+_OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # At exit multiprocessing ends the workers with a SIGTERM, which they do not heed, and waits for them.
+    for loader in list(_OPEN):
+        loader.close()
 
 
 class Batch(NamedTuple):
@@ -101,6 +114,7 @@ class Loader:
         # A stream of its own: the copy of this micro-batch runs beside the kernels of the step before.
         self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._stream: Iterator[Result] | None = None
+        _OPEN.add(self)
         self._position: tuple[int, int] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
