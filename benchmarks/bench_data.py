@@ -1,6 +1,6 @@
 """Images a second out of a folder of photographs: our loaders beside the reference's composition, interleaved.
 
-    python benchmarks/bench_data.py [--images 1200] [--workers 2] [--rounds 7] [--providers ...] [--out CSV]
+    python benchmarks/bench_data.py [--images 1024] [--workers 2] [--rounds 5] [--providers ...] [--out CSV]
     python benchmarks/bench_data.py --plot                                 # draw the CSV
     python benchmarks/bench_data.py --soak 30 --providers torchvision      # resident memory while it reads
 
@@ -41,7 +41,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROVIDERS = ("reference", "torchvision", "torchvision+float", "torchvision-shards", "pil", "dali", "dali+float")
 COLUMNS = (
     "benchmark", "provider", "images", "workers", "batch", "seconds", "seconds_p20", "seconds_p80", "images_per_sec",
-    "images_per_sec_per_core", "ratio", "ratio_p20", "ratio_p80", "rounds", "kb_per_image", "load_average", "machine",
+    "images_per_sec_per_core", "cpu_ms_per_image", "cpu_ratio", "ratio", "ratio_p20", "ratio_p80", "rounds", "kb_per_image", "load_average", "machine",
     "python", "torch", "torchvision", "dali", "commit", "date",
 )  # fmt: skip
 SETTLE_SECONDS = 1.0
@@ -141,28 +141,50 @@ def measure(folder: Path, args: argparse.Namespace, kb: float) -> list[dict[str,
         for name in args.providers
     }
     seconds: dict[str, list[float]] = {name: [] for name in readers}
+    cpu: dict[str, list[float]] = {name: [] for name in readers}
     count = 0
     for i in range(-1, args.rounds):  # the first round warms up
         for name in list(readers) if i % 2 else reversed(list(readers)):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), cpu_seconds()
             count = readers[name]()
             if i >= 0:
                 seconds[name].append(time.perf_counter() - start)
+                cpu[name].append(cpu_seconds() - used)
             time.sleep(SETTLE_SECONDS)
     timings = {name: harness.Timing(tuple(values)) for name, values in seconds.items()}
+    used_cpu = {name: harness.Timing(tuple(values)) for name, values in cpu.items()}
     shared = {"benchmark": "data", "images": count, "workers": args.workers, "batch": BATCH, "rounds": args.rounds,
               "kb_per_image": f"{kb:.1f}", **versions()}  # fmt: skip
-    return [shared | {"provider": name} | figures(name, timings, count) for name in readers]
+    return [shared | {"provider": name} | figures(name, timings, used_cpu, count) for name in readers]
 
 
-def figures(name: str, timings: dict[str, harness.Timing], count: int) -> dict[str, str]:
-    """The measured columns of one provider."""
+def cpu_seconds() -> float:
+    """Processor time of this process and its living children so far: what a busy machine does not change much."""
+    pids = [str(os.getpid())]
+    for thread in Path("/proc/self/task").iterdir():
+        pids += (thread / "children").read_text().split()
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def figures(
+    name: str, timings: dict[str, harness.Timing], cpu: dict[str, harness.Timing], count: int
+) -> dict[str, str]:
+    """The measured columns of one provider; a core is a second of processor time, of all processes together."""
     found = timings[name].quantiles()
     ratio = harness.speedup(timings["reference"], timings[name])
     out = {f"seconds{tail}": f"{value:.3f}" for tail, value in zip(("", "_p20", "_p80"), found, strict=True)}
     out |= {f"ratio{tail}": f"{value:.3f}" for tail, value in zip(("", "_p20", "_p80"), ratio, strict=True)}
-    rate = count / found[0]
-    return out | {"images_per_sec": f"{rate:.0f}", "images_per_sec_per_core": f"{rate / (os.cpu_count() or 1):.0f}"}
+    used = cpu[name].quantiles()[0]
+    return out | {
+        "images_per_sec": f"{count / found[0]:.0f}",
+        "images_per_sec_per_core": f"{count / used:.0f}",
+        "cpu_ms_per_image": f"{1e3 * used / count:.3f}",
+        "cpu_ratio": f"{harness.speedup(cpu['reference'], cpu[name])[0]:.3f}",
+    }
 
 
 def versions() -> dict[str, Any]:
@@ -234,9 +256,9 @@ def soak(name: str, folder: Path, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="log memory of the first of --providers instead")
     parser.add_argument("--plot", action="store_true", help="only draw the CSV")
@@ -257,7 +279,8 @@ def main() -> None:
     harness.append_rows(args.out, rows, columns=COLUMNS)
     for row in rows:
         span = f"[{row['ratio_p20']}, {row['ratio_p80']}]"
-        print(f"{row['provider']:20} {row['images_per_sec']:>6} img/s  {row['ratio']}x {span}")
+        cpu = f"{row['images_per_sec_per_core']:>5} img per core and second, {row['cpu_ratio']}x"
+        print(f"{row['provider']:20} {row['images_per_sec']:>5} img/s  {row['ratio']}x {span}  {cpu}")
 
 
 if __name__ == "__main__":
