@@ -27,7 +27,8 @@ _LOG = logging.getLogger("fastmim")
 _NAMES_LOGGED = 20
 _NOTICE_SECONDS = 0.5
 _RATE_AFTER = 1000  # files read before their share of bad ones is judged
-_PREFETCH = 4  # micro-batches in flight per worker: rides out slow files for 4 * B * C * H * W bytes
+#: Micro-batches in flight per worker: rides out slow files for 4 * B * C * H * W bytes.
+PREFETCH = 4
 
 
 _OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()
@@ -227,7 +228,7 @@ def _data_loader(
         collate_fn=_identity,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        prefetch_factor=_PREFETCH if num_workers > 0 else None,
+        prefetch_factor=PREFETCH if num_workers > 0 else None,
         pin_memory=pin_memory,
         worker_init_fn=init_worker,
         # Without its own generator the DataLoader draws a base seed from the trainer's.
