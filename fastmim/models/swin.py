@@ -10,13 +10,17 @@ from torch import Tensor, nn
 import fastmim_kernels as fk
 
 from .layers import (
+    RESIDUAL_DTYPES,
+    DropPaths,
     PatchEmbed,
     drop_path_rates,
+    joint_bias,
     relative_position_index,
+    stream_dtype,
     to_pair,
     trunc_normal_,
 )
-from .swin_block import PatchMerging, SwinBlock, WindowAttention, init_attention
+from .swin_block import PatchMerging, Shared, SwinBlock, WindowAttention, init_attention, normalise
 
 Pair = tuple[int, int]
 
@@ -46,7 +50,6 @@ class SwinStage(nn.Module):
         pretrained_window_size: Pair,
         mlp_ratio: float,
         qkv_bias: bool,
-        drop_path: list[float],
         version: int,
         extra_norm: list[bool],
         impl: str,
@@ -64,7 +67,6 @@ class SwinStage(nn.Module):
                 dim,
                 WindowAttention(dim, num_heads, window, shift if i % 2 else (0, 0), qkv_bias, version, impl),
                 mlp_ratio,
-                drop_path[i],
                 version,
                 extra_norm[i],
             )
@@ -89,17 +91,30 @@ class SwinStage(nn.Module):
         tables = torch.stack([a.relative_position_bias_table.T for a in attns])
         return tables.index_select(2, self.bias_index.reshape(-1)).unflatten(2, self.bias_index.shape)
 
-    def forward(self, x: Tensor, final_norm: nn.LayerNorm | None = None) -> Tensor:
+    def qkv_biases(self) -> list[Tensor | None]:
+        """(3C,) of each block."""
+        attns = [block.attn for block in self.blocks]
+        return [a.qkv.bias if self.version == 1 else joint_bias(a.q_bias, a.v_bias) for a in attns]
+
+    def forward(
+        self, x: Tensor, drop: list[tuple[Tensor | None, Tensor | None]], final_norm: nn.LayerNorm | None = None
+    ) -> Tensor:
         """The stage's map; with ``final_norm``, normalised by it."""
-        x = self.downsample(x)
+        y = x
+        if not isinstance(self.downsample, nn.Identity):
+            x, y = self.downsample(x)
         pre = self.version == 1
-        y = self.blocks[0].norm1(x) if pre else x
+        if pre:
+            x, y = normalise(x, self.blocks[0].norm1, self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [final_norm]
-        for block, bias, norm in zip(self.blocks, self.position_bias().unbind(0), norms, strict=True):
-            x, y = block(x, y, bias, norm if pre else None)
+        shared = map(Shared, self.position_bias().unbind(0), self.qkv_biases(), drop)
+        for block, own, norm in zip(self.blocks, shared, norms, strict=True):
+            x, y = block(x, y, own, norm if pre else None)
         if pre:
             return y
-        return x if final_norm is None else final_norm(x)
+        if final_norm is None:
+            return x
+        return fk.layer_norm(x, final_norm.weight, final_norm.bias, eps=final_norm.eps, impl=self.impl)
 
 
 class SwinTransformer(nn.Module):
@@ -112,6 +127,8 @@ class SwinTransformer(nn.Module):
             stage); 0 means ``window_size``.
         extra_norm_period: Every so many blocks a LayerNorm on the residual stream (SwinV2-H and -G: 6); 0 = none.
         extra_norm_scope: Count blocks within a "stage" (the public ports) or over the "global" depth.
+        residual_dtype: "auto", or "fp32" for the residual stream that the references have under autocast; see
+            :func:`fastmim.models.layers.stream_dtype`.
     """
 
     def __init__(
@@ -130,11 +147,15 @@ class SwinTransformer(nn.Module):
         pretrained_window_size: int | tuple[int, ...] = 0,
         extra_norm_period: int = 0,
         extra_norm_scope: str = "stage",
+        residual_dtype: str = "auto",
         version: int = 1,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         fk.check_impl(impl)
+        if residual_dtype not in RESIDUAL_DTYPES:
+            raise ValueError(f"residual_dtype={residual_dtype!r}: must be one of {', '.join(RESIDUAL_DTYPES)}")
+        self.residual_dtype = residual_dtype
         self.img_size = to_pair(img_size, "img_size")
         self.grid = _grid(self.img_size, patch_size)
         if len(depths) != len(num_heads):
@@ -145,7 +166,7 @@ class SwinTransformer(nn.Module):
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=True)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        rates = drop_path_rates(drop_path_rate, sum(depths))
+        self.drop_paths = DropPaths(drop_path_rates(drop_path_rate, sum(depths)))
         extra = _extra_norms(depths, extra_norm_period, extra_norm_scope)
         pretrained = _per_stage(pretrained_window_size, len(depths))
         self.layers = nn.ModuleList()
@@ -164,7 +185,6 @@ class SwinTransformer(nn.Module):
                     pretrained_window_size=(pretrained[s],) * 2,
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
-                    drop_path=rates[first : first + depth],
                     extra_norm=extra[first : first + depth],
                 )
             )
@@ -173,23 +193,29 @@ class SwinTransformer(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) images and (B, H/p, W/p) mask → (B, h, w, num_features) tokens of ``stride`` pixels."""
-        embed = self.patch_embed
+        x = self._embed(images, mask)
+        drop = self.drop_paths(x.shape[0])
+        for layer in self.layers:
+            own, drop = drop[: len(layer.blocks)], drop[len(layer.blocks) :]
+            x = layer(x, own, self.norm if layer is self.layers[-1] else None)
+        return x
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """The first residual stream."""
+        x, norm = self.patch_embed.project(images), self.patch_embed.norm
+        dtype, eps = stream_dtype(x, self.residual_dtype), norm.eps
         if mask is None:
-            x = embed(images)
-        else:
-            norm = embed.norm
-            x = fk.mask_tokens(
-                embed.project(images),
-                mask,
-                self.mask_token,
-                norm_weight=norm.weight,
-                norm_bias=norm.bias,
-                eps=norm.eps,
-                impl=self.impl,
-            )
-        for layer in self.layers[:-1]:
-            x = layer(x)
-        return self.layers[-1](x, self.norm)
+            return fk.layer_norm(x, norm.weight, norm.bias, eps=eps, out_dtype=dtype, impl=self.impl)
+        return fk.mask_tokens(
+            x,
+            mask,
+            self.mask_token,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=eps,
+            out_dtype=dtype,
+            impl=self.impl,
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -13,7 +13,7 @@ from .mask_tokens import mask_tokens
 from .masked_l1 import linear_masked_l1, masked_l1
 from .mlp import mlp
 from .patch_merge import patch_merge
-from .residual_norm import residual_norm
+from .residual_norm import layer_norm, residual_norm
 from .window_attention import window_attention
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "check_impl",
     "cpb_bias",
     "gelu",
+    "layer_norm",
     "linear",
     "linear_masked_l1",
     "local_norm_target",

@@ -53,6 +53,11 @@ def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device:
     return implementations[impl]
 
 
+def picks_triton(impl: str, device: torch.device) -> bool:
+    """Whether an op that has all implementations runs its Triton kernels for ``impl`` on ``device``."""
+    return impl == "triton" or (impl == "auto" and not no_triton(device))
+
+
 def no_triton(device: torch.device) -> str:
     """Why Triton kernels cannot run on ``device``; empty when they can.
 

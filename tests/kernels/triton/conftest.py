@@ -21,6 +21,7 @@ import triton.runtime.interpreter as interpreter  # noqa: E402
 
 Builder = interpreter.InterpreterBuilder
 _cast, _fp_to_fp, _dot = Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot
+_atomic = Builder.create_atomic_rmw
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,11 +68,19 @@ def no_atomics(self: Builder, *args: object) -> None:
     raise AssertionError("atomics make the order of a sum undefined: write partials and reduce them in order")
 
 
+def integer_atomic(self: Builder, operation: object, pointer: interpreter.TensorHandle,
+                   value: interpreter.TensorHandle, *args: object) -> interpreter.TensorHandle:
+    """A counter of programs that have arrived says who adds the partials up, not in which order."""
+    if value.dtype.scalar != tl.int32:
+        no_atomics(self)
+    return _atomic(self, operation, pointer, value, *args)
+
+
 # At import: compiled kernels of this process, if any, do not pass through the interpreter.
 Builder.cast_impl = exact_cast
 Builder.create_fp_to_fp = exact_fp_to_fp
 Builder.create_dot = exact_dot
-Builder.create_atomic_rmw = Builder.create_atomic_cas = no_atomics
+Builder.create_atomic_rmw, Builder.create_atomic_cas = integer_atomic, no_atomics
 
 
 class ByteCounter:
