@@ -20,11 +20,13 @@ from . import reference
 from .dispatch import resolve
 from .eager import shortcut, shortcut_with_grad
 from .gelu import traffic as gelu_traffic
+from .linear import check_low, fitting
 from .rows import column_sum, refuse_float64, statistics_dtype
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
-        recompute_fc1: bool = False, impl: str = "auto") -> Tensor:
+        low_weight1: Tensor | None = None, low_weight2: Tensor | None = None, recompute_fc1: bool = False,
+        impl: str = "auto") -> Tensor:
     """``GELU(x·W1ᵀ + b1)·W2ᵀ + b2``.
 
     Computed in autocast's dtype where it is on, else in the dtype of x; parameters are cast once for forward
@@ -34,6 +36,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
         x: (…, C) floating point.
         weight1: (K, C) and bias1: (K,) or None, the first layer.
         weight2: (D, K) and bias2: (D,) or None, the second layer. ``residual_norm`` can add bias2 instead.
+        low_weight1, low_weight2: The weights in the dtype of the computation already, where the caller has cast
+            all parameters of a step at once. Gradients go to ``weight1`` and ``weight2`` only.
         recompute_fc1: Keep x only, at the cost of the first product once more in backward.
         impl: See :mod:`fastmim_kernels.dispatch`; the products are torch's in every case.
 
@@ -44,6 +48,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
         ValueError: Shapes do not belong together.
     """
     _check(x, weight1, bias1, weight2, bias2)
+    check_low("mlp", {"low_weight1": (low_weight1, weight1), "low_weight2": (low_weight2, weight2)})
     function = resolve("mlp", impl, _IMPLEMENTATIONS, x.device)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -51,7 +56,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     # Without a graph the pre-activation is of no use to anybody: its buffer takes the activation.
     recompute_fc1 = recompute_fc1 or not torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        return function(x, weight1, bias1, weight2, bias2, recompute_fc1)
+        return function(x, weight1, bias1, weight2, bias2, fitting(low_weight1, x.dtype),
+                        fitting(low_weight2, x.dtype), recompute_fc1)
 
 
 def traffic(rows: int, channels: int, hidden: int, out_channels: int | None = None, *, itemsize: int = 2,
@@ -92,19 +98,22 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bi
 
 
 def _forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
-             recompute_fc1: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(result, pre-activation, W1, W2 in the dtype of x); empty: recomputed, or already in that dtype.
+             low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(result, pre-activation, W1, W2 in the dtype of x); empty: recomputed, given, or already in that dtype.
 
     The Triton path keeps the pre-activation without bias1, which its GELU adds in both directions.
     """
     rows = x.reshape(-1, x.shape[-1])
-    low1, low2 = weight1.to(x.dtype), weight2.to(x.dtype)
+    low1 = weight1.to(x.dtype) if low_weight1 is None else low_weight1
+    low2 = weight2.to(x.dtype) if low_weight2 is None else low_weight2
     pre = _pre_activation(rows, low1, bias1, impl)
     activation = _gelu(pre, bias1, impl, in_place=recompute_fc1)
     out = _linear(activation, low2, bias2).view(*x.shape[:-1], -1)
     if recompute_fc1:
         pre = x.new_empty(0)
-    low1, low2 = (x.new_empty(0) if w.dtype == x.dtype else low for w, low in ((weight1, low1), (weight2, low2)))
+    low1, low2 = (x.new_empty(0) if w.dtype == x.dtype or given is not None else low
+                  for w, given, low in ((weight1, low_weight1, low1), (weight2, low_weight2, low2)))
     return out, pre, low1, low2
 
 
@@ -113,9 +122,11 @@ _op = torch.library.custom_op("fastmim::mlp", _forward, mutates_args=())
 
 @_op.register_fake
 def _(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
-      recompute_fc1: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+      low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str
+      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pre = (0,) if recompute_fc1 else (x.numel() // x.shape[-1], weight1.shape[0])
-    low1, low2 = (x.new_empty((0,) if w.dtype == x.dtype else w.shape) for w in (weight1, weight2))
+    low1, low2 = (x.new_empty((0,) if w.dtype == x.dtype or given is not None else w.shape)
+                  for w, given in ((weight1, low_weight1), (weight2, low_weight2)))
     return x.new_empty((*x.shape[:-1], weight2.shape[0])), x.new_empty(pre), low1, low2
 
 
@@ -183,21 +194,23 @@ def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight1, bias1, weight2, bias2, recompute_fc1, impl = inputs
+    x, weight1, bias1, weight2, bias2, given1, given2, _, impl = inputs
     _, pre, low1, low2 = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(pre, low1, low2)
-    ctx.save_for_backward(x, pre, low1 if low1.numel() else weight1, bias1, low2 if low2.numel() else weight2)
+    low1, low2 = (low if low.numel() else weight if given is None else given
+                  for low, given, weight in ((low1, given1, weight1), (low2, given2, weight2)))
+    ctx.save_for_backward(x, pre, low1, bias1, low2)
     ctx.settings = bias2 is not None, weight1.dtype, weight2.dtype, impl
     ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias1, bias2)]
 
 
 def _autograd(ctx, grad, _pre, _low1, _low2):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 7
+        return (None,) * 9
     dx, dw1, db1, dw2, db2 = _run_backward(grad, *ctx.saved_tensors, *ctx.settings)
     db1, db2 = (None if t is None else b.to(t) for b, t in zip((db1, db2), ctx.bias_dtypes, strict=True))
-    return dx, dw1, db1, dw2, db2, None, None
+    return dx, dw1, db1, dw2, db2, None, None, None, None
 
 
 torch.library.register_autograd("fastmim::mlp", _autograd, setup_context=_setup_context)
@@ -222,7 +235,7 @@ def _run(*args, impl: str) -> Tensor:  # type: ignore[no-untyped-def]
 
 
 def _reference(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
-               recompute_fc1: bool) -> Tensor:
+               *rest: Any) -> Tensor:
     low1, low2 = (None if b is None else b.to(x.dtype) for b in (bias1, bias2))
     return reference.mlp(x, weight1.to(x.dtype), low1, weight2.to(x.dtype), low2)
 

@@ -65,6 +65,18 @@ def test_autocast_keeps_parameter_dtypes(recompute_fc1: bool) -> None:
     assert all(g.dtype == F32 and torch.isfinite(g).all() for g in grads)
 
 
+@pytest.mark.parametrize("recompute_fc1", [False, True])
+def test_weights_cast_by_the_caller_change_nothing(recompute_fc1: bool) -> None:
+    inputs, names = inputs_for((6, 24), 40, 16)
+    args = {n: inputs[n].float().requires_grad_() for n in names}
+    args["x"] = args["x"].detach().bfloat16().requires_grad_()
+    low = {f"low_{n}": args[n].bfloat16().detach() for n in ("weight1", "weight2")}
+    outs = [mlp(**args, **given, recompute_fc1=recompute_fc1, impl="torch") for given in ({}, low)]
+    plain, given = ([out, *torch.autograd.grad(out.float().sum(), list(args.values()))] for out in outs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))
+    assert given[2].dtype == F32
+
+
 def saved_sizes(function: Callable[[], Tensor]) -> list[int]:
     """Elements of what is kept for backward, storages counted once."""
     sizes: dict[int, int] = {}
@@ -101,7 +113,7 @@ def test_opcheck(dtype: torch.dtype, recompute_fc1: bool, biases: str) -> None:
     inputs, _ = inputs_for((2, 3, 16), 24, 8, biases)
     args = [None if inputs[n] is None else inputs[n].float().requires_grad_() for n in NAMES]
     args[0] = args[0].detach().to(dtype).requires_grad_()
-    torch.library.opcheck(_op, (*args, recompute_fc1, "torch"))
+    torch.library.opcheck(_op, (*args, None, None, recompute_fc1, "torch"))
 
 
 def test_compiles_without_graph_break() -> None:
@@ -133,7 +145,8 @@ def test_traffic_is_the_sum_of_its_passes() -> None:
 
 @pytest.mark.parametrize("change, word", [
     ({"weight1": torch.zeros(6, 5)}, "weight1"), ({"weight2": torch.zeros(3, 5)}, "weight2"),
-    ({"bias1": torch.zeros(4)}, "bias1"), ({"bias2": torch.zeros(6)}, "bias2")])
+    ({"bias1": torch.zeros(4)}, "bias1"), ({"bias2": torch.zeros(6)}, "bias2"),
+    ({"low_weight1": torch.zeros(4, 6)}, "low_weight1")])
 def test_wrong_shapes_are_named(change: dict, word: str) -> None:
     args = {"x": torch.zeros(2, 4), "weight1": torch.zeros(6, 4), "bias1": torch.zeros(6),
             "weight2": torch.zeros(3, 6), "bias2": torch.zeros(3)}
