@@ -237,7 +237,7 @@ def _kernels_counted_by(count: Callable[[str, Any], None]) -> Iterator[None]:
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
 
-        from fastmim_kernels.triton import arrival
+        from fastmim_kernels.triton import arrival, low_copies
     except ModuleNotFoundError:
         yield
         return
@@ -245,22 +245,17 @@ def _kernels_counted_by(count: Callable[[str, Any], None]) -> Iterator[None]:
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         count(self.fn.__name__, (args, kwargs))
 
-    class Existing(dict):  # type: ignore[type-arg]
-        """The arrival counters: made in the first step, for all later ones."""
-
-        def __contains__(self, key: object) -> bool:
-            return True
-
-        def __missing__(self, key: Any) -> Tensor:
-            return torch.empty(1 + arrival.MOST_PROGRAMS // arrival.GROUP, dtype=torch.int32, device="cuda:0")
+    def existing(*shape: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """What the first step makes for all later ones."""
+        return lambda *args: torch.empty(shape, dtype=dtype, device="cuda:0")
 
     properties = SimpleNamespace(multi_processor_count=H100_PROCESSORS, major=9, minor=0, name="H100")
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(InterpretedFunction, "run", run),
         mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
-        mock.patch.object(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
-        mock.patch.object(arrival, "_counters", Existing()),
+        mock.patch.object(arrival, "counters", existing(64, dtype=torch.int32)),
+        mock.patch.object(low_copies, "table", existing(1, 3, dtype=torch.int64)),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
     ):
         yield

@@ -38,6 +38,7 @@ from benchmarks.dispatch_counter import GPUS, DispatchCounter, SavedTensors  # n
 from fastmim import create_objective  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
 from fastmim_kernels import dispatch  # noqa: E402
+from fastmim_kernels.low_copies import traffic as low_copies_traffic  # noqa: E402
 from fastmim_kernels.mask_tokens import traffic as mask_tokens_traffic  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"
@@ -144,7 +145,7 @@ def _closed_forms() -> dict[str, Callable[[Sequence[Any]], tuple[int, int]]]:
         return forward[0], forward[1]
 
     def mask_tokens_backward(args: Sequence[Any]) -> tuple[int, int]:
-        grad, _, _, _, _, weight, pos, dtype, _ = args
+        grad, more, _, _, _, _, weight, pos, dtype, _ = args
         _, backward = mask_tokens_traffic(
             tuple(grad.shape),
             visible=1 - MASKED,
@@ -153,9 +154,19 @@ def _closed_forms() -> dict[str, Callable[[Sequence[Any]], tuple[int, int]]]:
             norm=weight is not None,
             pos=pos,
         )
-        return backward[0], backward[1]
+        again = 0 if more is None else more.numel() * more.element_size()
+        return backward[0] + again, backward[1]
 
-    return {"fastmim::mask_tokens": mask_tokens, "fastmim::mask_tokens_backward": mask_tokens_backward}
+    def low_copies(args: Sequence[Any]) -> tuple[int, int]:
+        tensors, dtype, _ = args
+        read, written, _ = low_copies_traffic(sum(t.numel() for t in tensors), dtype.itemsize)
+        return read, written
+
+    return {
+        "fastmim::low_copies": low_copies,
+        "fastmim::mask_tokens": mask_tokens,
+        "fastmim::mask_tokens_backward": mask_tokens_backward,
+    }
 
 
 def ours(name: str, impl: str = "auto", **encoder: Any) -> Callable[[], nn.Module]:

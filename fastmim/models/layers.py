@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
@@ -39,21 +38,29 @@ class PatchEmbed(nn.Module):
     over patches, which also leaves the tokens channels-last.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, norm: bool) -> None:
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, norm: bool, impl: str) -> None:
         super().__init__()
+        self.impl = impl
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self.project(images))
+        return self.norm(self.project(self.patches(images)))
 
-    def project(self, images: Tensor) -> Tensor:
-        """The tokens before their norm."""
+    def patches(self, images: Tensor) -> Tensor:
+        """(B, H/p, W/p, C·p²) in the dtype of the products, in one pass."""
         b, c, height, width = images.shape
         p = self.patch_size
-        patches = images.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        cut = images.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = torch.empty(cut.shape, dtype=product_dtype(images), device=images.device)
+        return patches.copy_(cut).flatten(3)
+
+    def project(self, patches: Tensor, low_weight: Tensor | None = None) -> Tensor:
+        """The tokens before their norm."""
+        return fk.linear(
+            patches, self.proj.weight.flatten(1), self.proj.bias, low_weight=low_weight, impl=self.impl
+        )
 
 
 class Mlp(nn.Module):
@@ -65,10 +72,21 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor, *, last_bias: bool = True) -> Tensor:
+    def forward(
+        self, x: Tensor, *, last_bias: bool = True, low_weights: tuple[Tensor | None, Tensor | None] = (None, None)
+    ) -> Tensor:
         """(…, C) → (…, C); without ``last_bias`` the caller adds that of ``fc2``."""
         fc1, fc2 = self.fc1, self.fc2
-        return fk.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias if last_bias else None, impl=self.impl)
+        return fk.mlp(
+            x,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias if last_bias else None,
+            low_weight1=low_weights[0],
+            low_weight2=low_weights[1],
+            impl=self.impl,
+        )
 
 
 class DropPaths(nn.Module):

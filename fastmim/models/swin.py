@@ -11,28 +11,16 @@ import fastmim_kernels as fk
 
 from .layers import (
     RESIDUAL_DTYPES,
-    DropPaths,
     PatchEmbed,
     drop_path_rates,
-    joint_bias,
-    relative_position_index,
     stream_dtype,
     to_pair,
     trunc_normal_,
 )
-from .swin_block import PatchMerging, Shared, SwinBlock, WindowAttention, init_attention, normalise
+from .swin_block import PatchMerging, SwinBlock, WindowAttention, init_attention, normalise, start_stream
+from .swin_shared import Shared, SharedInputs
 
 Pair = tuple[int, int]
-
-
-def relative_coords_table(window_size: Pair, pretrained_window_size: Pair) -> Tensor:
-    """((2·wh − 1)(2·ww − 1), 2) log-spaced relative coordinates of SwinV2 (section 3.3, equation 4)."""
-    axes = []
-    for size, pretrained in zip(window_size, pretrained_window_size, strict=True):
-        # A window of one token has the single offset 0.
-        r = torch.arange(1 - size, size, dtype=torch.float32, device="cpu") / max((pretrained or size) - 1, 1)
-        axes.append(r.sign() * torch.log2(1 + 8 * r.abs()) / math.log2(8))
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
 
 
 class SwinStage(nn.Module):
@@ -47,7 +35,6 @@ class SwinStage(nn.Module):
         depth: int,
         num_heads: int,
         window_size: Pair,
-        pretrained_window_size: Pair,
         mlp_ratio: float,
         qkv_bias: bool,
         version: int,
@@ -58,56 +45,30 @@ class SwinStage(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: must divide the stage's {dim} channels")
         self.version, self.impl = version, impl
-        # A window larger than the map shrinks to it, and then there is nothing to shift.
-        window = (min(window_size[0], resolution[0]), min(window_size[1], resolution[1]))
-        shift = tuple(0 if r <= w else w // 2 for r, w in zip(resolution, window, strict=True))
+        # A window as large as the map has nothing to shift.
+        shift = tuple(0 if r <= w else w // 2 for r, w in zip(resolution, window_size, strict=True))
         self.downsample = PatchMerging(dim // 2, version, impl) if downsample else nn.Identity()
         self.blocks = nn.ModuleList(
             SwinBlock(
                 dim,
-                WindowAttention(dim, num_heads, window, shift if i % 2 else (0, 0), qkv_bias, version, impl),
+                WindowAttention(dim, num_heads, window_size, shift if i % 2 else (0, 0), qkv_bias, version, impl),
                 mlp_ratio,
                 version,
                 extra_norm[i],
             )
             for i in range(depth)
         )
-        self.register_buffer("bias_index", relative_position_index(window), persistent=False)
-        if version == 2:
-            self.register_buffer("coords", relative_coords_table(window, pretrained_window_size), persistent=False)
-
-    def position_bias(self) -> Tensor:
-        """(depth, heads, N, N) additive attention bias of every block, in one evaluation."""
-        attns = [block.attn for block in self.blocks]
-        if self.version == 2:
-            return fk.cpb_bias(
-                self.coords,
-                self.bias_index,
-                torch.stack([a.cpb_mlp[0].weight for a in attns]),
-                torch.stack([a.cpb_mlp[0].bias for a in attns]),
-                torch.stack([a.cpb_mlp[2].weight for a in attns]),
-                impl=self.impl,
-            )
-        tables = torch.stack([a.relative_position_bias_table.T for a in attns])
-        return tables.index_select(2, self.bias_index.reshape(-1)).unflatten(2, self.bias_index.shape)
-
-    def qkv_biases(self) -> list[Tensor | None]:
-        """(3C,) of each block."""
-        attns = [block.attn for block in self.blocks]
-        return [a.qkv.bias if self.version == 1 else joint_bias(a.q_bias, a.v_bias) for a in attns]
 
     def forward(
-        self, x: Tensor, drop: list[tuple[Tensor | None, Tensor | None]], final_norm: nn.LayerNorm | None = None
+        self, x: Tensor, y: Tensor, shared: list[Shared], low_reduction: Tensor | None, final_norm: nn.LayerNorm | None
     ) -> Tensor:
-        """The stage's map; with ``final_norm``, normalised by it."""
-        y = x
+        """The stage's map from the stream x, which y is too; with ``final_norm``, normalised by it."""
         if not isinstance(self.downsample, nn.Identity):
-            x, y = self.downsample(x)
+            x, y = self.downsample(x, low_reduction)
         pre = self.version == 1
         if pre:
             x, y = normalise(x, self.blocks[0].norm1, self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [final_norm]
-        shared = map(Shared, self.position_bias().unbind(0), self.qkv_biases(), drop)
         for block, own, norm in zip(self.blocks, shared, norms, strict=True):
             x, y = block(x, y, own, norm if pre else None)
         if pre:
@@ -164,11 +125,14 @@ class SwinTransformer(nn.Module):
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
         self.stride = patch_size * 2 ** (len(depths) - 1)
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=True)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=True, impl=impl)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.drop_paths = DropPaths(drop_path_rates(drop_path_rate, sum(depths)))
         extra = _extra_norms(depths, extra_norm_period, extra_norm_scope)
         pretrained = _per_stage(pretrained_window_size, len(depths))
+        maps = [(math.ceil(self.grid[0] / 2**s), math.ceil(self.grid[1] / 2**s)) for s in range(len(depths))]
+        largest = to_pair(window_size, "window_size")
+        # A window larger than the map shrinks to it.
+        windows = [(min(largest[0], rows), min(largest[1], columns)) for rows, columns in maps]
         self.layers = nn.ModuleList()
         for s, depth in enumerate(depths):
             first = sum(depths[:s])
@@ -179,34 +143,47 @@ class SwinTransformer(nn.Module):
                     depth=depth,
                     num_heads=num_heads[s],
                     version=version,
-                    resolution=(math.ceil(self.grid[0] / 2**s), math.ceil(self.grid[1] / 2**s)),
+                    resolution=maps[s],
                     impl=impl,
-                    window_size=to_pair(window_size, "window_size"),
-                    pretrained_window_size=(pretrained[s],) * 2,
+                    window_size=windows[s],
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
                     extra_norm=extra[first : first + depth],
                 )
             )
+        self.shared = SharedInputs(
+            windows=windows,
+            pretrained_windows=[(p, p) for p in pretrained],
+            depths=depths,
+            num_heads=num_heads,
+            drop_path=drop_path_rates(drop_path_rate, sum(depths)),
+            dim=self.num_features,
+            version=version,
+            impl=impl,
+        )
         self.norm = nn.LayerNorm(self.num_features)
         self.reset_parameters()
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) images and (B, H/p, W/p) mask → (B, h, w, num_features) tokens of ``stride`` pixels."""
-        x = self._embed(images, mask)
-        drop = self.drop_paths(x.shape[0])
-        for layer in self.layers:
-            own, drop = drop[: len(layer.blocks)], drop[len(layer.blocks) :]
-            x = layer(x, own, self.norm if layer is self.layers[-1] else None)
+        patches = self.patch_embed.patches(images)
+        blocks = [block for layer in self.layers for block in layer.blocks]
+        reductions = [layer.downsample.reduction.weight for layer in self.layers[1:]]
+        others = [self.patch_embed.proj.weight.flatten(1), *reductions]
+        shared, (low_embed, *low_reductions) = self.shared(blocks, others, patches)
+        x, y = self._embed(patches, low_embed, mask)
+        for layer, low in zip(self.layers, [None, *low_reductions], strict=True):
+            own, shared = shared[: len(layer.blocks)], shared[len(layer.blocks) :]
+            x = y = layer(x, y, own, low, self.norm if layer is self.layers[-1] else None)
         return x
 
-    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """The first residual stream."""
-        x, norm = self.patch_embed.project(images), self.patch_embed.norm
+    def _embed(self, patches: Tensor, low_weight: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The first residual stream, for its two readers."""
+        x, norm = self.patch_embed.project(patches, low_weight), self.patch_embed.norm
         dtype, eps = stream_dtype(x, self.residual_dtype), norm.eps
         if mask is None:
-            return fk.layer_norm(x, norm.weight, norm.bias, eps=eps, out_dtype=dtype, impl=self.impl)
-        return fk.mask_tokens(
+            return start_stream(x, norm, dtype, self.impl)
+        return fk.mask_tokens_twice(
             x,
             mask,
             self.mask_token,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +12,9 @@ import fastmim_kernels as fk
 from fastmim_kernels.dispatch import picks_triton
 
 from .layers import Mlp, trunc_normal_
+from .swin_shared import Shared
 
 Pair = tuple[int, int]
-
-
-class Shared(NamedTuple):
-    """What a block gets of the things that are computed for all blocks at once."""
-
-    bias: Tensor
-    """(heads, N, N) additive attention bias."""
-    qkv_bias: Tensor | None
-    """(3C,)"""
-    drop: tuple[Tensor | None, Tensor | None]
-    """(B,) factors of stochastic depth for attention and MLP."""
 
 
 class WindowAttention(nn.Module):
@@ -67,7 +56,14 @@ class WindowAttention(nn.Module):
         pad = (-height % self.window_size[0], -width % self.window_size[1])
         if any(pad):
             x = self._pad(x, pad)
-        qkv = fk.linear(x, self.qkv.weight, shared.qkv_bias, impl=self.impl)
+        qkv = fk.linear(
+            x,
+            self.qkv.weight,
+            shared.qkv_bias,
+            low_weight=shared.low_qkv,
+            low_bias=shared.low_qkv_bias,
+            impl=self.impl,
+        )
         x = fk.window_attention(
             qkv,
             shared.bias,
@@ -79,7 +75,8 @@ class WindowAttention(nn.Module):
         )
         if any(pad):
             x = self._unpad(x, height, width)
-        return fk.linear(x, self.proj.weight, self.proj.bias if last_bias else None, impl=self.impl)
+        bias = self.proj.bias if last_bias else None
+        return fk.linear(x, self.proj.weight, bias, low_weight=shared.low_proj, impl=self.impl)
 
     def _pad(self, x: Tensor, pad: Pair) -> Tensor:
         """Zeros at the end of the *rolled* map, as timm does, expressed in the layout before the roll."""
@@ -133,17 +130,24 @@ class SwinBlock(nn.Module):
         bias = None if inside else self.attn.proj.bias
         if self.version == 2:
             x, y = self._add(x, branch, self.norm1, bias, attn_drop)
-            x, y = self._add(x, self.mlp(y, last_bias=inside), self.norm2, self._mlp_bias(inside), mlp_drop)
+            x, y = self._add(x, self._mlp(y, shared, inside), self.norm2, self._mlp_bias(inside), mlp_drop)
             if self.norm3 is not None:
                 x, y = start_stream(x, self.norm3, x.dtype, self.attn.impl)
             return x, y
         x, y = self._add(x, branch, self.norm2, bias, attn_drop)
         if next_norm is not None and self.norm3 is None:
-            return self._add(x, self.mlp(y, last_bias=inside), next_norm, self._mlp_bias(inside), mlp_drop)
-        branch = self.mlp(y)
+            return self._add(x, self._mlp(y, shared, inside), next_norm, self._mlp_bias(inside), mlp_drop)
+        branch = self._mlp(y, shared, True)
         x = x + (branch if mlp_drop is None else branch * mlp_drop.view(-1, 1, 1, 1).to(branch.dtype))
         x = x if self.norm3 is None else start_stream(x, self.norm3, x.dtype, self.attn.impl)[0]
         return (x, x) if next_norm is None else normalise(x, next_norm, self.attn.impl)
+
+    def weights(self) -> list[Tensor]:
+        """Those of the four products, in the order of the copies in :class:`Shared`."""
+        return [self.attn.qkv.weight, self.attn.proj.weight, self.mlp.fc1.weight, self.mlp.fc2.weight]
+
+    def _mlp(self, x: Tensor, shared: Shared, last_bias: bool) -> Tensor:
+        return self.mlp(x, last_bias=last_bias, low_weights=(shared.low_fc1, shared.low_fc2))
 
     def _mlp_bias(self, inside: bool) -> Tensor | None:
         return None if inside else self.mlp.fc2.bias
@@ -173,14 +177,14 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim if version == 1 else 2 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, low_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, H, W, C) stream → the (B, ⌈H/2⌉, ⌈W/2⌉, 2C) one for its two readers, see ``residual_norm``."""
         norm, weight = self.norm, self.reduction.weight
         if self.version == 2:
-            reduced = fk.linear(fk.patch_merge(x, impl=self.impl), weight, impl=self.impl)
+            reduced = fk.linear(fk.patch_merge(x, impl=self.impl), weight, low_weight=low_weight, impl=self.impl)
             return start_stream(reduced, norm, x.dtype, self.impl)
         merged = fk.patch_merge(x, norm.weight, norm.bias, eps=norm.eps, impl=self.impl)
-        reduced = fk.linear(merged, weight, impl=self.impl).to(x.dtype)
+        reduced = fk.linear(merged, weight, low_weight=low_weight, impl=self.impl).to(x.dtype)
         return reduced, reduced
 
 

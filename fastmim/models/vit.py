@@ -167,7 +167,7 @@ class VisionTransformer(nn.Module):
         self.impl = impl
         self.patch_size = self.stride = patch_size
         self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=False)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=False, impl=impl)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         positions = self.grid[0] * self.grid[1] + 1

@@ -4,12 +4,13 @@ Every op takes ``impl="auto" | "triton" | "torch" | "reference"``; an explicit n
 This package never imports ``fastmim``.
 """
 
-from .cpb import cpb_bias
+from .cpb import bias_plan, cpb_bias, position_bias
 from .dispatch import IMPLS, check_impl
 from .gelu import gelu
 from .linear import linear
 from .local_norm import local_norm_target
-from .mask_tokens import mask_tokens
+from .low_copies import low_copies
+from .mask_tokens import mask_tokens, mask_tokens_twice
 from .masked_l1 import linear_masked_l1, masked_l1
 from .mlp import mlp
 from .patch_merge import patch_merge
@@ -18,6 +19,7 @@ from .window_attention import window_attention
 
 __all__ = [
     "IMPLS",
+    "bias_plan",
     "check_impl",
     "cpb_bias",
     "gelu",
@@ -25,10 +27,13 @@ __all__ = [
     "linear",
     "linear_masked_l1",
     "local_norm_target",
+    "low_copies",
     "mask_tokens",
+    "mask_tokens_twice",
     "masked_l1",
     "mlp",
     "patch_merge",
+    "position_bias",
     "residual_norm",
     "window_attention",
 ]

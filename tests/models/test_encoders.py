@@ -214,7 +214,7 @@ def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
     encoder = create_encoder(dict(SWIN, name="swin", img_size=32, window_size=4, drop_path_rate=0.5))
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(encoder.eval()(images), encoder(images))
-    drop = encoder.train().drop_paths
+    drop = encoder.train().shared.drop_paths
     torch.manual_seed(0)
     factors = drop(20000)
     assert drop.rates[0] == 0 and drop.rates[-1] == 0.5 and factors[0] == (None, None)
