@@ -39,6 +39,7 @@ COLUMNS = (
     "hgmma",
     "tcgen05",
     "atomics",
+    "arrivals",
     "loads",
     "stores",
 )
@@ -91,11 +92,12 @@ def report(
     work, broken = [], []
     for module in modules or aot.kernel_modules():
         try:
-            names = [case.name for case in aot.cases_of(module) if case.quick or not quick]
+            cases = [case for case in aot.cases_of(module) if case.quick or not quick]
         except Exception as error:  # one broken module must not hide the others
             broken += [{"module": module, "case": "aot_cases()", "arch": arch, "error": repr(error)} for arch in archs]
             continue
-        work += [(module, name, arch) for name in names if re.search(match, f"{module}/{name}") for arch in archs]
+        found = [case for case in cases if re.search(match, f"{module}/{case.name}")]
+        work += [(module, case.name, arch) for case in found for arch in archs if arch in case.archs]
     if jobs == 1 or len(work) < 2:
         return broken + [measure(*item) for item in work]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

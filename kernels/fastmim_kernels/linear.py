@@ -1,4 +1,4 @@
-"""Linear layer whose matrix products are laid out for a CPU; on a GPU it is ``F.linear``.
+"""Linear layer: matrix products laid out for a CPU, and on a GPU the bias gradient within the weight gradient's.
 
 oneDNN's bfloat16 products (AMX) are two to three times slower with a transposed left operand, which is what the
 weight gradient ``gradᵀ·x`` has, and torch adds a bias by filling the result with it first.
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import resolve
-from .rows import column_sum, statistics_dtype
+from .rows import column_sum, refuse_float64, statistics_dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,
@@ -96,6 +96,8 @@ def _is_onednn(x: Tensor) -> bool:
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None,
         impl: str) -> tuple[Tensor, Tensor]:
     """(result, W in the dtype of x, empty when that is its own or given)."""
+    if impl == "triton":
+        refuse_float64("linear", x)
     low = weight.to(x.dtype) if low_weight is None else low_weight
     out = product(x.reshape(-1, x.shape[-1]), low, bias if low_bias is None else low_bias).view(*x.shape[:-1], -1)
     return out, x.new_empty(0) if low is weight or low is low_weight else low
@@ -114,9 +116,18 @@ def _backward_op(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x
     """(d x, d W in ``weight_dtype``, d b); empty where not wanted."""
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
     dx = (grad @ weight).view(x.shape) if need_x else x.new_empty(0)
-    dw = weight_gradient(grad, x.reshape(-1, x.shape[-1]), weight_dtype)
+    return dx, *parameter_gradients(grad, x.reshape(-1, x.shape[-1]), weight_dtype, has_bias, impl)
+
+
+def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool, impl: str
+                        ) -> tuple[Tensor, Tensor]:
+    """(``gradᵀ·x`` in ``dtype``, sum of the rows of grad in float32 at least, or empty) of (M, N) and (M, K)."""
+    if has_bias and impl == "triton":
+        from .triton import matmul
+        return matmul.weight_gradient(grad, x.contiguous(), dtype)
     wide = statistics_dtype(x.dtype)
-    return dx, dw, column_sum(grad).to(wide) if has_bias else x.new_empty(0, dtype=wide)
+    d_bias = column_sum(grad).to(wide) if has_bias else x.new_empty(0, dtype=wide)
+    return weight_gradient(grad, x, dtype), d_bias
 
 
 @_backward_op.register_fake

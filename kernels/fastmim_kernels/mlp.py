@@ -1,7 +1,8 @@
 """The MLP of a transformer block: linear, exact GELU, linear, with only its input and pre-activation kept.
 
 Autograd would keep the activation too. Here backward computes it again in the pass that it makes over the
-pre-activation anyway; with ``recompute_fc1`` it also repeats the first product and keeps the input alone.
+pre-activation anyway (on a GPU within the product that gives its gradient); with ``recompute_fc1`` it also
+repeats the first product and keeps the input alone.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
         low_weight1, low_weight2: The weights in the dtype of the computation already, where the caller has cast
             all parameters of a step at once. Gradients go to ``weight1`` and ``weight2`` only.
         recompute_fc1: Keep x only, at the cost of the first product once more in backward.
-        impl: See :mod:`fastmim_kernels.dispatch`; the products are torch's in every case.
+        impl: See :mod:`fastmim_kernels.dispatch`. "triton": GELU and bias1 are part of the first product, the
+            GELU's gradient and d bias1 of the product before it; the other products are cuBLAS's.
 
     Returns:
         (…, D).
@@ -100,18 +102,12 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bi
 def _forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
              low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(result, pre-activation, W1, W2 in the dtype of x); empty: recomputed, given, or already in that dtype.
-
-    The Triton path keeps the pre-activation without bias1, which its GELU adds in both directions.
-    """
+    """(result, pre-activation, W1, W2 in the dtype of x); empty: recomputed, given, or already in that dtype."""
     rows = x.reshape(-1, x.shape[-1])
     low1 = weight1.to(x.dtype) if low_weight1 is None else low_weight1
     low2 = weight2.to(x.dtype) if low_weight2 is None else low_weight2
-    pre = _pre_activation(rows, low1, bias1, impl)
-    activation = _gelu(pre, bias1, impl, in_place=recompute_fc1)
+    pre, activation = _hidden(rows, low1, bias1, not recompute_fc1, impl)
     out = _linear(activation, low2, bias2).view(*x.shape[:-1], -1)
-    if recompute_fc1:
-        pre = x.new_empty(0)
     low1, low2 = (x.new_empty(0) if w.dtype == x.dtype or given is not None else low
                   for w, given, low in ((weight1, low_weight1, low1), (weight2, low_weight2, low2)))
     return out, pre, low1, low2
@@ -138,13 +134,11 @@ def _backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tens
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
     if not pre.numel():
         pre = _pre_activation(rows, weight1, bias1, impl)
-    d_hidden, d_bias1, activation = _gelu_backward(grad @ weight2, pre, bias1, impl)
-    d_weight2 = _weight_gradient(grad, activation, weight2_dtype)
+    d_hidden, d_bias1, activation = _hidden_gradient(grad, weight2, pre, bias1 is not None, impl)
+    d_weight2, d_bias2 = _parameter_gradients(grad, activation, weight2_dtype, has_bias2, impl)
     del activation
     d_weight1 = _weight_gradient(d_hidden, rows, weight1_dtype)
-    wide = statistics_dtype(x.dtype)
-    d_bias2 = column_sum(grad) if has_bias2 else grad.new_empty(0)
-    return (d_hidden @ weight1).view(x.shape), d_weight1, d_bias1.to(wide), d_weight2, d_bias2.to(wide)
+    return (d_hidden @ weight1).view(x.shape), d_weight1, d_bias1, d_weight2, d_bias2
 
 
 _backward_op = torch.library.custom_op("fastmim::mlp_backward", _backward, mutates_args=())
@@ -165,25 +159,44 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
 
 
+def _hidden(x: Tensor, weight1: Tensor, bias1: Tensor | None, keep: bool, impl: str) -> tuple[Tensor, Tensor]:
+    """(pre-activation, or empty unless ``keep``; activation)."""
+    if impl == "triton":
+        from .triton import matmul
+        refuse_float64("mlp", x)
+        pre, activation = matmul.linear_gelu(x, weight1, bias1, pre=keep, gelu=True)
+        return x.new_empty(0) if pre is None else pre, activation
+    pre = _linear(x, weight1, bias1)
+    return (pre, F.gelu(pre)) if keep else (x.new_empty(0), torch.ops.aten.gelu_(pre))
+
+
 def _pre_activation(x: Tensor, weight1: Tensor, bias1: Tensor | None, impl: str) -> Tensor:
-    return _linear(x, weight1, None if impl == "triton" else bias1)
-
-
-def _gelu(pre: Tensor, bias1: Tensor | None, impl: str, in_place: bool) -> Tensor:
+    """As :func:`_hidden` keeps it, bit for bit."""
     if impl == "triton":
-        from .triton import gelu as kernels
-        refuse_float64("mlp", pre)
-        return kernels.forward(pre, bias1, pre if in_place else None)
-    return torch.ops.aten.gelu_(pre) if in_place else F.gelu(pre)
+        from .triton import matmul
+        return matmul.linear_gelu(x, weight1, bias1, pre=True, gelu=False)[0]
+    return _linear(x, weight1, bias1)
 
 
-def _gelu_backward(grad: Tensor, pre: Tensor, bias1: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of the pre-activation, written over ``grad``; d b1; activation)."""
+def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, impl: str
+                     ) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of the pre-activation, its sum over the rows or empty, activation)."""
     if impl == "triton":
-        from .triton import gelu as kernels
-        return kernels.backward(grad, pre, bias1, True, grad)
-    torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=grad)
-    return grad, grad.new_empty(0) if bias1 is None else column_sum(grad), F.gelu(pre)
+        from .triton import matmul
+        return matmul.gelu_gradient(grad, weight2, pre, bias)
+    d_hidden = grad @ weight2
+    torch.ops.aten.gelu_backward.grad_input(d_hidden, pre, grad_input=d_hidden)
+    wide = statistics_dtype(pre.dtype)
+    return d_hidden, column_sum(d_hidden).to(wide) if bias else pre.new_empty(0, dtype=wide), F.gelu(pre)
+
+
+def _parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, bias: bool, impl: str) -> tuple[Tensor, Tensor]:
+    """(gradᵀ·x in ``dtype``, sum of the rows of grad or empty)."""
+    if bias and impl == "triton":
+        from .triton import matmul
+        return matmul.weight_gradient(grad, x, dtype)
+    wide = statistics_dtype(x.dtype)
+    return _weight_gradient(grad, x, dtype), column_sum(grad).to(wide) if bias else x.new_empty(0, dtype=wide)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

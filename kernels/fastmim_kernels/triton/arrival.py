@@ -1,8 +1,8 @@
-"""Sum of the partial results of a launch inside that launch: the programs that arrive last add them up.
+"""The last program to arrive finishes what all have begun: sums over programs in a fixed order, in one launch.
 
-Who arrives last is decided by an integer counter; what is added, and in which order, is not: the rows of a group
-in the order of their programs, then the groups in theirs. So a repeated launch gives the same bits, and the
-reduction costs no launch of its own. Two levels, because a single program would read hundreds of rows alone.
+Each program writes its partial sum and adds one to a counter; who finds all others counted reads the partial
+sums, in the order of their places and not of their arrival. Only whole numbers are added atomically, so a
+repeated run gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,33 +13,48 @@ import triton.language as tl
 from torch import Tensor
 
 GROUP = 16
-"""Programs whose rows are added first."""
-MOST_PROGRAMS = 1 << 14
-
+"""Programs whose partial sums are added first: a single program would read those of hundreds alone."""
+_AT_LEAST = 16384
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(count: int, device: torch.device) -> Tensor:
+    """(≥ count,) int32 zeros, the same memory for every launch of a stream: :func:`arrive` leaves zeros behind."""
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _counters.get(key)
+    if found is None or found.numel() < count:
+        found = _counters[key] = torch.zeros(max(count, _AT_LEAST), dtype=torch.int32, device=device)
+    return found
+
+
+@triton.jit
+def arrive(p_count, expected):
+    """Whether this is the last of ``expected`` programs to come here, their stores being visible if so."""
+    # All threads' stores first; the release of the one thread that counts then covers them.
+    tl.debug_barrier()
+    before = tl.atomic_add(p_count, 1, sem="acq_rel", scope="gpu")
+    last = before == expected - 1
+    if last:
+        tl.store(p_count, 0)
+    return last
 
 
 @triton.jit
 def sum_partials(
     p_partial,  # (programs, WIDTH) float32, one row stored by each program before the call; overwritten
-    p_counter,  # (1 + ⌈programs / GROUP⌉,) int32, zero before and after the launch
+    p_counter,  # (1 + ⌈programs / GROUP⌉,) int32, see counters()
     p_out,  # (WIDTH,) float32, out: the sum of the rows
     i_program, programs,
     WIDTH: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """Every program of the launch calls this once, as the last thing it does."""
+    """Every program of a launch calls this once, at its end: the rows of a group are added, then the groups."""
     i_group = i_program // GROUP
     members = tl.minimum(programs - i_group * GROUP, GROUP)
     groups = (programs + GROUP - 1) // GROUP
-    p_rows = p_partial + (i_group * GROUP).to(tl.int64) * WIDTH
-    # The row is stored by all threads, and only then one of them counts it.
-    tl.debug_barrier()
-    if tl.atomic_add(p_counter + 1 + i_group, 1, sem="acq_rel") == members - 1:
-        tl.store(p_counter + 1 + i_group, 0)
+    if arrive(p_counter + 1 + i_group, members):
+        p_rows = p_partial + (i_group * GROUP).to(tl.int64) * WIDTH
         _sum_rows(p_rows, p_rows, members, WIDTH, WIDTH, GROUP)
-        tl.debug_barrier()
-        if tl.atomic_add(p_counter, 1, sem="acq_rel") == groups - 1:
-            tl.store(p_counter, 0)
+        if arrive(p_counter, groups):
             _sum_rows(p_partial, p_out, groups, GROUP * WIDTH, WIDTH, GROUP)
 
 
@@ -56,11 +71,3 @@ def _sum_rows(p_rows, p_out, rows, stride, WIDTH: tl.constexpr, GROUP: tl.conste
             # Other processors wrote these: past the cache of this one.
             acc += tl.sum(tl.load(p_tile, mask=m_tile, other=0, cache_modifier=".cg"), 0)
         tl.store(p_out + i_c + o_c, acc, mask=m_c)
-
-
-def counters(device: torch.device) -> Tensor:
-    """The int32 counters of a device and stream, all zero: a launch leaves them as it found them."""
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if key not in _counters:
-        _counters[key] = torch.zeros(1 + MOST_PROGRAMS // GROUP, dtype=torch.int32, device=device)
-    return _counters[key]

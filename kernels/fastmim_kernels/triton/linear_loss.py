@@ -20,6 +20,7 @@ from torch import Tensor
 from ..token_layout import EPS
 from . import arrival
 from .aot import AotCase
+from .arrival import arrive
 from .masked_l1 import _flat, loss_of, slope_of
 
 
@@ -132,9 +133,7 @@ def head_loss_kernel(
 def _last_sums(p_sum, p_dbias, p_counter, p_loss, p_scale, p_bias_grad, i_n, row_blocks, columns, K,
                S: tl.constexpr, BN: tl.constexpr, EPS: tl.constexpr):
     """The last program of a block of columns adds its rows up, the last of those all columns."""
-    tl.debug_barrier()
-    if tl.atomic_add(p_counter + 1 + i_n, 1, sem="acq_rel") == row_blocks - 1:
-        tl.store(p_counter + 1 + i_n, 0)
+    if arrive(p_counter + 1 + i_n, row_blocks):
         o_n = i_n * BN + tl.arange(0, BN)
         a_loss = tl.zeros((32,), tl.float32)
         a_pixels = tl.zeros((32,), tl.float32)
@@ -154,9 +153,7 @@ def _last_sums(p_sum, p_dbias, p_counter, p_loss, p_scale, p_bias_grad, i_n, row
         # Rows of the first block hold the sums of their column from here on.
         tl.store(p_sum + i_n, tl.sum(a_loss, 0))
         tl.store(p_sum + row_blocks * columns + i_n, tl.sum(a_pixels, 0))
-        tl.debug_barrier()
-        if tl.atomic_add(p_counter, 1, sem="acq_rel") == columns - 1:
-            tl.store(p_counter, 0)
+        if arrive(p_counter, columns):
             a_loss = tl.zeros((32,), tl.float32)
             a_pixels = tl.zeros((32,), tl.float32)
             for n in range(0, columns, 32):
@@ -303,7 +300,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
         last = min(first + rows, m)
         head_loss_kernel[grid](
             x, head, bias, target, cells, _flat(mean), _flat(std), order, hits, slope, sums, biases,
-            arrival.counters(device), value, scale, None if biases is None else d_bias, first, *sizes, S=stride,
+            arrival.counters(1 + grid[1], device), value, scale, None if biases is None else d_bias, first, *sizes, S=stride,
             LOSS=loss, PRECISION=precision, EPS=EPS, **cfg["loss"])
         if grads:
             _gradients(slope, x, head, order, hits, d_x, d_w, first, last, precision, cfg)

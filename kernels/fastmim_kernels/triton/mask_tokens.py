@@ -171,7 +171,7 @@ def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Ten
     sums = torch.empty((kinds, c), dtype=torch.float32, device=grad.device)
     mask_tokens_backward[(cfg["blocks"], cfg["splits"])](
         grad, more, tokens, mask.view(torch.uint8), mean, rstd, weight, d_tokens, partial,
-        arrival.counters(grad.device), sums, d_pos if pos else None, batch, height * width, cfg["per_program"],
+        arrival.counters(1 + len(partial), grad.device), sums, d_pos if pos else None, batch, height * width, cfg["per_program"],
         C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], GROUP=GROUP, num_warps=cfg["num_warps"])
     return d_tokens, sums, d_pos.sum(0) if d_pos.shape[0] > 1 else d_pos.squeeze(0)
 

@@ -170,7 +170,7 @@ def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight:
     grid = programs(rows, channels, norm, "backward", grad.device)
     partial = torch.empty(grid[0] if norm else 0, 2, 4 * channels, dtype=torch.float32, device=grad.device)
     sums = torch.empty((2, 4 * channels) if norm else (0,), dtype=torch.float32, device=grad.device)
-    needed = (partial, arrival.counters(grad.device), sums) if norm else (None,) * 3
+    needed = (partial, arrival.counters(1 + grid[0], grad.device), sums) if norm else (None,) * 3
     patch_merge_backward[grid](
         grad, x, mean if norm else None, rstd if norm else None, weight, dx, *needed, rows, height, width, C=channels,
         GROUP=GROUP, **config(channels, norm))

@@ -237,7 +237,7 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
     partial = torch.empty(count, *sums.shape, dtype=torch.float32, device=device)
     residual_norm_backward[(count,)](
         grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, gamma, drop_scale,
-        d_residual if own_residual else None, d_branch if own_branch else None, partial, arrival.counters(device), sums,
+        d_residual if own_residual else None, d_branch if own_branch else None, partial, arrival.counters(1 + count, device), sums,
         rows, rows // saved.shape[0], POST=order == "post", SUMS=len(sums), C=channels, GROUP=GROUP, **shape)
     return d_residual, d_branch, sums
 

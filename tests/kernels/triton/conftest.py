@@ -21,7 +21,6 @@ import triton.runtime.interpreter as interpreter  # noqa: E402
 
 Builder = interpreter.InterpreterBuilder
 _cast, _fp_to_fp, _dot = Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot
-_atomic = Builder.create_atomic_rmw
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,23 +63,26 @@ def exact_dot(self: Builder, a: interpreter.TensorHandle, b: interpreter.TensorH
     return _dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
 
-def no_atomics(self: Builder, *args: object) -> None:
-    raise AssertionError("atomics make the order of a sum undefined: write partials and reduce them in order")
+_atomic_rmw = Builder.create_atomic_rmw
 
 
-def integer_atomic(self: Builder, operation: object, pointer: interpreter.TensorHandle,
-                   value: interpreter.TensorHandle, *args: object) -> interpreter.TensorHandle:
-    """A counter of programs that have arrived says who adds the partials up, not in which order."""
-    if value.dtype.scalar != tl.int32:
-        no_atomics(self)
-    return _atomic(self, operation, pointer, value, *args)
+def no_float_atomics(self: Builder, kind: object, pointers: interpreter.TensorHandle, *args: object
+                     ) -> interpreter.TensorHandle:
+    """Counting arrivals in integers is fine; a sum of floating-point values is not."""
+    assert not pointers.get_element_ty().is_floating(), \
+        "atomics make the order of a sum undefined: write partials and reduce them in order"
+    return _atomic_rmw(self, kind, pointers, *args)
+
+
+def no_cas(self: Builder, *args: object) -> None:
+    raise AssertionError("compare-and-swap: no kernel needs it")
 
 
 # At import: compiled kernels of this process, if any, do not pass through the interpreter.
 Builder.cast_impl = exact_cast
 Builder.create_fp_to_fp = exact_fp_to_fp
 Builder.create_dot = exact_dot
-Builder.create_atomic_rmw, Builder.create_atomic_cas = integer_atomic, no_atomics
+Builder.create_atomic_rmw, Builder.create_atomic_cas = no_float_atomics, no_cas
 
 
 class ByteCounter:

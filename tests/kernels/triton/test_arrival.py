@@ -23,7 +23,7 @@ def test_sum_of_all_programs(programs: int) -> None:
     rows, found = torch.randn(programs, width), []
     for _ in range(2):
         out = torch.full((width,), float("nan"))
-        counter = arrival.counters(rows.device)
+        counter = arrival.counters(1 + programs, rows.device)
         constant_rows[(programs,)](rows, torch.full_like(rows, float("nan")), counter, out, width, 512, arrival.GROUP)
         assert not counter.any(), "the counters must be zero for the next launch"
         found.append(out)
