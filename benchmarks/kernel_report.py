@@ -1,7 +1,7 @@
 """What the compiler makes of every Triton kernel, without a GPU.
 
 Compiles every case of ``aot_cases()`` in ``fastmim_kernels.triton`` ahead of time for the given
-architectures; prints registers, spills, shared memory, the share of global bytes in 128-bit accesses and the
+architectures (those among them on which the case is launched; what the JIT would share is compiled once); prints registers, spills, shared memory, the share of global bytes in 128-bit accesses and the
 tensor-core instructions, and writes them as JSON and CSV to ``benchmarks/results/``.
 
     python benchmarks/kernel_report.py [--arch 80 90 100] [--module NAME …] [--match REGEX] [--quick]
@@ -64,23 +64,14 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def measure(module: str, name: str, arch: int) -> dict[str, Any]:
-    """One row; a compiler error becomes the column ``error``."""
+    """What the compiler makes of one case; its error becomes the column ``error``."""
     from fastmim_kernels.triton import aot
 
     case = next(c for c in aot.cases_of(module) if c.name == name)
-    row = {
-        "module": module,
-        "case": name,
-        "arch": arch,
-        "num_warps": case.num_warps,
-        "dot": case.dot,
-        "wide_target": case.wide_target,
-        "persistent": case.persistent,
-    }
     try:
-        return row | aot.compile_case(case, arch)
+        return aot.compile_case(case, arch)
     except Exception as error:  # the report shows every kernel, also when one does not compile
-        return row | {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+        return {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
 
 
 def report(
@@ -89,19 +80,39 @@ def report(
     """Rows of every selected case and architecture, in a fixed order."""
     from fastmim_kernels.triton import aot
 
-    work, broken = [], []
+    broken: list[dict[str, Any]] = []
+    cases: list[tuple[str, aot.AotCase, int]] = []
     for module in modules or aot.kernel_modules():
         try:
-            cases = [case for case in aot.cases_of(module) if case.quick or not quick]
+            found = [case for case in aot.cases_of(module) if case.quick or not quick]
         except Exception as error:  # one broken module must not hide the others
             broken += [{"module": module, "case": "aot_cases()", "arch": arch, "error": repr(error)} for arch in archs]
             continue
-        found = [case for case in cases if re.search(match, f"{module}/{case.name}")]
-        work += [(module, case.name, arch) for case in found for arch in archs if arch in case.archs]
+        found = [case for case in found if re.search(match, f"{module}/{case.name}")]
+        cases += [(module, case, arch) for case in found for arch in archs if arch in case.archs]
+    # One compilation for all cases that differ in name only: the first of them stands for the rest.
+    work = {(case.identity(), arch): (module, case.name, arch) for module, case, arch in reversed(cases)}
+    measured = dict(zip(work, _measure_all(list(work.values()), jobs), strict=True))
+    return broken + [
+        {
+            "module": module,
+            "case": case.name,
+            "arch": arch,
+            "num_warps": case.num_warps,
+            "dot": case.dot,
+            "wide_target": case.wide_target,
+            "persistent": case.persistent,
+            **measured[case.identity(), arch],
+        }
+        for module, case, arch in cases
+    ]
+
+
+def _measure_all(work: list[tuple[str, str, int]], jobs: int) -> list[dict[str, Any]]:
     if jobs == 1 or len(work) < 2:
-        return broken + [measure(*item) for item in work]
+        return [measure(*item) for item in work]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return broken + list(pool.map(measure, *zip(*work, strict=True)))
+        return list(pool.map(measure, *zip(*work, strict=True)))
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -44,7 +44,7 @@ class AotCase:
             the rows do not allow it.
         dot: The kernel must contain tensor-core instructions.
         persistent: One block an SM is intended.
-        archs: Architectures whose configuration this is.
+        archs: Architectures (90 for sm_90) on which this configuration is ever launched.
     """
 
     name: str
@@ -59,6 +59,12 @@ class AotCase:
     dot: bool = False
     persistent: bool = False
     archs: tuple[int, ...] = (80, 90, 100)
+
+    def identity(self) -> str:
+        """The same for two cases that the JIT would compile once: only the values of run-time arguments differ."""
+        parts = (self.kernel.__module__, self.kernel.__name__, sorted(self.signature.items()),
+                 sorted(self.constexprs.items()), sorted(self.divisible), self.num_warps, self.num_stages)
+        return repr(parts)
 
 
 def kernel_modules() -> list[str]:
