@@ -162,10 +162,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _hidden(x: Tensor, weight1: Tensor, bias1: Tensor | None, keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     """(pre-activation, or empty unless ``keep``; activation)."""
     if impl == "triton":
-        from .triton import matmul
+        from .triton import linear_gelu
         refuse_float64("mlp", x)
-        pre, activation = matmul.linear_gelu(x, weight1, bias1, pre=keep, gelu=True)
-        return x.new_empty(0) if pre is None else pre, activation
+        return linear_gelu.linear_gelu(x, weight1, bias1, pre=keep, gelu=True)
     pre = _linear(x, weight1, bias1)
     return (pre, F.gelu(pre)) if keep else (x.new_empty(0), torch.ops.aten.gelu_(pre))
 
@@ -173,8 +172,8 @@ def _hidden(x: Tensor, weight1: Tensor, bias1: Tensor | None, keep: bool, impl: 
 def _pre_activation(x: Tensor, weight1: Tensor, bias1: Tensor | None, impl: str) -> Tensor:
     """As :func:`_hidden` keeps it, bit for bit."""
     if impl == "triton":
-        from .triton import matmul
-        return matmul.linear_gelu(x, weight1, bias1, pre=True, gelu=False)[0]
+        from .triton import linear_gelu
+        return linear_gelu.linear_gelu(x, weight1, bias1, pre=True, gelu=False)[0]
     return _linear(x, weight1, bias1)
 
 
@@ -182,8 +181,8 @@ def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, imp
                      ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of the pre-activation, its sum over the rows or empty, activation)."""
     if impl == "triton":
-        from .triton import matmul
-        return matmul.gelu_gradient(grad, weight2, pre, bias)
+        from .triton import linear_gelu
+        return linear_gelu.gelu_gradient(grad, weight2, pre, bias)
     d_hidden = grad @ weight2
     torch.ops.aten.gelu_backward.grad_input(d_hidden, pre, grad_input=d_hidden)
     wide = statistics_dtype(pre.dtype)
@@ -193,8 +192,8 @@ def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, imp
 def _parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, bias: bool, impl: str) -> tuple[Tensor, Tensor]:
     """(gradᵀ·x in ``dtype``, sum of the rows of grad or empty)."""
     if bias and impl == "triton":
-        from .triton import matmul
-        return matmul.weight_gradient(grad, x, dtype)
+        from .triton import weight_gradient
+        return weight_gradient.weight_gradient(grad, x, dtype)
     wide = statistics_dtype(x.dtype)
     return _weight_gradient(grad, x, dtype), column_sum(grad).to(wide) if bias else x.new_empty(0, dtype=wide)
 
