@@ -123,8 +123,8 @@ def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: b
                         ) -> tuple[Tensor, Tensor]:
     """(``gradᵀ·x`` in ``dtype``, sum of the rows of grad in float32 at least, or empty) of (M, N) and (M, K)."""
     if has_bias and impl == "triton":
-        from .triton import matmul
-        return matmul.weight_gradient(grad, x.contiguous(), dtype)
+        from .triton import weight_gradient as kernels
+        return kernels.weight_gradient(grad, x.contiguous(), dtype)
     wide = statistics_dtype(x.dtype)
     d_bias = column_sum(grad).to(wide) if has_bias else x.new_empty(0, dtype=wide)
     return weight_gradient(grad, x, dtype), d_bias

@@ -20,7 +20,6 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 from .dispatch import resolve
 from .eager import shortcut, shortcut_with_grad
-from .gelu import traffic as gelu_traffic
 from .linear import check_low, fitting
 from .rows import column_sum, refuse_float64, statistics_dtype
 
@@ -63,29 +62,28 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
 
 
 def traffic(rows: int, channels: int, hidden: int, out_channels: int | None = None, *, itemsize: int = 2,
-            param_itemsize: int = 4, bias: bool = True, recompute_fc1: bool = False
+            param_itemsize: int = 4, bias: bool = True, recompute_fc1: bool = False, low_weights: bool = False
             ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """(bytes read, bytes written, FLOPs) of forward and of backward: each product and each pass once.
+    """(bytes read, bytes written, FLOPs) of forward and of backward: each product's operands and results once.
 
     Args:
         rows, channels, hidden, out_channels: M, C, K and D (default C).
         itemsize, param_itemsize: Bytes of a value of x, of a parameter (cast first where they differ).
         bias: Both layers have one.
         recompute_fc1: As of :func:`mlp`.
+        low_weights: The weights come cast already.
     """
     out_channels = channels if out_channels is None else out_channels
     weights = hidden * (channels + out_channels)
     x, h, y = (rows * n * itemsize for n in (channels, hidden, out_channels))
     w1, w2 = hidden * channels * itemsize, hidden * out_channels * itemsize
     flops = 2 * rows * weights
-    cast = weights if itemsize != param_itemsize else 0
-    gelu, gelu_back = gelu_traffic(rows, hidden, itemsize=itemsize, param_itemsize=param_itemsize, bias=bias,
-                                   recompute=True)
-    b2 = out_channels * param_itemsize * bias
-    forward = (x + w1 + gelu[0] + h + w2 + b2 + cast * param_itemsize, h + gelu[1] + y + cast * itemsize, flops)
-    # d activation, d W2, d W1, d x; the bias of the second layer reads the gradient once more.
-    read = (y + w2) + gelu_back[0] + (y + h) + (h + x) + (h + w1) + y * bias + (x + w1) * recompute_fc1
-    written = h + gelu_back[1] + weights * param_itemsize + x + h * recompute_fc1 + out_channels * 4 * bias
+    cast = weights if itemsize != param_itemsize and not low_weights else 0
+    b1, b2 = hidden * param_itemsize * bias, out_channels * param_itemsize * bias
+    forward = (x + w1 + b1 + h + w2 + b2 + cast * param_itemsize, h * (2 - recompute_fc1) + y + cast * itemsize, flops)
+    # d hidden with the activation again, d W2, d W1, d x; the gradients of the biases come with the products.
+    read = (y + w2 + h) + (y + h) + (h + x) + (h + w1) + (x + w1 + b1) * recompute_fc1
+    written = 2 * h + weights * param_itemsize + x + h * recompute_fc1 + 4 * (hidden + out_channels) * bias
     return forward, (read, written, 2 * flops + 2 * rows * hidden * channels * recompute_fc1)
 
 
@@ -162,10 +160,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _hidden(x: Tensor, weight1: Tensor, bias1: Tensor | None, keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     """(pre-activation, or empty unless ``keep``; activation)."""
     if impl == "triton":
-        from .triton import matmul
+        from .triton import linear_gelu
         refuse_float64("mlp", x)
-        pre, activation = matmul.linear_gelu(x, weight1, bias1, pre=keep, gelu=True)
-        return x.new_empty(0) if pre is None else pre, activation
+        return linear_gelu.linear_gelu(x, weight1, bias1, pre=keep, gelu=True)
     pre = _linear(x, weight1, bias1)
     return (pre, F.gelu(pre)) if keep else (x.new_empty(0), torch.ops.aten.gelu_(pre))
 
@@ -173,8 +170,8 @@ def _hidden(x: Tensor, weight1: Tensor, bias1: Tensor | None, keep: bool, impl: 
 def _pre_activation(x: Tensor, weight1: Tensor, bias1: Tensor | None, impl: str) -> Tensor:
     """As :func:`_hidden` keeps it, bit for bit."""
     if impl == "triton":
-        from .triton import matmul
-        return matmul.linear_gelu(x, weight1, bias1, pre=True, gelu=False)[0]
+        from .triton import linear_gelu
+        return linear_gelu.linear_gelu(x, weight1, bias1, pre=True, gelu=False)[0]
     return _linear(x, weight1, bias1)
 
 
@@ -182,8 +179,8 @@ def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, imp
                      ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of the pre-activation, its sum over the rows or empty, activation)."""
     if impl == "triton":
-        from .triton import matmul
-        return matmul.gelu_gradient(grad, weight2, pre, bias)
+        from .triton import linear_gelu
+        return linear_gelu.gelu_gradient(grad, weight2, pre, bias)
     d_hidden = grad @ weight2
     torch.ops.aten.gelu_backward.grad_input(d_hidden, pre, grad_input=d_hidden)
     wide = statistics_dtype(pre.dtype)
@@ -193,8 +190,8 @@ def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, imp
 def _parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, bias: bool, impl: str) -> tuple[Tensor, Tensor]:
     """(gradᵀ·x in ``dtype``, sum of the rows of grad or empty)."""
     if bias and impl == "triton":
-        from .triton import matmul
-        return matmul.weight_gradient(grad, x, dtype)
+        from .triton import weight_gradient
+        return weight_gradient.weight_gradient(grad, x, dtype)
     wide = statistics_dtype(x.dtype)
     return _weight_gradient(grad, x, dtype), column_sum(grad).to(wide) if bias else x.new_empty(0, dtype=wide)
 

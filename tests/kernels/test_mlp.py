@@ -136,11 +136,16 @@ def test_counts_its_products(recompute_fc1: bool) -> None:
     assert counter.get_total_flops() == backward[2] == 4 * 10 * 24 * 24 + 2 * 10 * 16 * 24 * recompute_fc1
 
 
-def test_traffic_is_the_sum_of_its_passes() -> None:
-    forward, backward = traffic(100, 8, 32, itemsize=4, param_itemsize=4, bias=False)
+def test_traffic_is_the_sum_of_its_products() -> None:
     x, h, w = 100 * 8 * 4, 100 * 32 * 4, 32 * 8 * 4
-    assert forward[:2] == (x + w + h + h + w, h + h + x)
-    assert backward[:2] == ((x + w) + 2 * h + (x + h) + (h + x) + (h + w), h + 2 * h + w + w + x)
+    forward, backward = traffic(100, 8, 32, itemsize=4, param_itemsize=4, bias=False)
+    assert forward[:2] == (x + w + h + w, 2 * h + x)
+    assert backward[:2] == ((x + w + h) + (x + h) + (h + x) + (h + w), 2 * h + w + w + x)
+    again, recomputed = traffic(100, 8, 32, itemsize=4, param_itemsize=4, bias=False, recompute_fc1=True)
+    assert again[1] == forward[1] - h and recomputed[:2] == (backward[0] + x + w, backward[1] + h)
+    low = traffic(100, 8, 32, itemsize=2, bias=False, low_weights=True)[0]
+    cast = traffic(100, 8, 32, itemsize=2, bias=False)[0]
+    assert (cast[0] - low[0], cast[1] - low[1]) == (2 * w, w)
 
 
 @pytest.mark.parametrize("change, word", [
