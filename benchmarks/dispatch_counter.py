@@ -101,6 +101,7 @@ class DispatchCounter(TorchDispatchMode):
 
     Args:
         closed_forms: Bytes of custom ops ("fastmim::name") whose kernels read as much as the data say.
+        flop_shares: Of what a custom op's formula says, where it counts work that the data leave out.
         watch: Called with (op, tensor) for every tensor that an op returns, also inside custom ops.
         sites: Find the source line of each forward op and, through autograd, of its backward (slower).
     """
@@ -108,6 +109,7 @@ class DispatchCounter(TorchDispatchMode):
     def __init__(
         self,
         closed_forms: dict[str, ClosedForm] | None = None,
+        flop_shares: dict[str, float] | None = None,
         watch: Callable[[str, Tensor], None] | None = None,
         sites: bool = False,
     ) -> None:
@@ -115,6 +117,7 @@ class DispatchCounter(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.phase = "forward"
         self.closed_forms = closed_forms or {}
+        self.flop_shares = flop_shares or {}
         self.watch = watch
         self.sites = sites
         self._inside = ""
@@ -166,7 +169,7 @@ class DispatchCounter(TorchDispatchMode):
 
         name = func._schema.name
         body = OPDEFS[name]._init_fn
-        total = _flops(func, args, kwargs, None)
+        total = round(_flops(func, args, kwargs, None) * self.flop_shares.get(name, 1))
         args, kwargs = tree_map_only(Tensor, _on_cuda, (args, kwargs))
         self._site = self._find_site() if self.sites else ""
         self._inside, first = name.partition("::")[2], len(self.launches)

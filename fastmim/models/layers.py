@@ -56,11 +56,10 @@ class PatchEmbed(nn.Module):
         patches = torch.empty(cut.shape, dtype=product_dtype(images), device=images.device)
         return patches.copy_(cut).flatten(3)
 
-    def project(self, patches: Tensor, low_weight: Tensor | None = None) -> Tensor:
+    def project(self, patches: Tensor, low_weight: Tensor | None = None, low_bias: Tensor | None = None) -> Tensor:
         """The tokens before their norm."""
-        return fk.linear(
-            patches, self.proj.weight.flatten(1), self.proj.bias, low_weight=low_weight, impl=self.impl
-        )
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias
+        return fk.linear(patches, weight, bias, low_weight=low_weight, low_bias=low_bias, impl=self.impl)
 
 
 class Mlp(nn.Module):

@@ -169,17 +169,24 @@ class SwinTransformer(nn.Module):
         patches = self.patch_embed.patches(images)
         blocks = [block for layer in self.layers for block in layer.blocks]
         reductions = [layer.downsample.reduction.weight for layer in self.layers[1:]]
-        others = [self.patch_embed.proj.weight.flatten(1), *reductions]
-        shared, (low_embed, *low_reductions) = self.shared(blocks, others, patches)
+        proj = self.patch_embed.proj
+        shared, low = self.shared(blocks, [proj.weight.flatten(1), proj.bias, *reductions], patches)
+        low_embed, low_reductions = (low[0], low[1]), low[2:]
         x, y = self._embed(patches, low_embed, mask)
         for layer, low in zip(self.layers, [None, *low_reductions], strict=True):
             own, shared = shared[: len(layer.blocks)], shared[len(layer.blocks) :]
             x = y = layer(x, y, own, low, self.norm if layer is self.layers[-1] else None)
         return x
 
-    def _embed(self, patches: Tensor, low_weight: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def set_micro_batch(self, index: int, count: int) -> None:
+        """See :meth:`SharedInputs.set_micro_batch`."""
+        self.shared.set_micro_batch(index, count)
+
+    def _embed(
+        self, patches: Tensor, low: tuple[Tensor | None, Tensor | None], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The first residual stream, for its two readers."""
-        x, norm = self.patch_embed.project(patches, low_weight), self.patch_embed.norm
+        x, norm = self.patch_embed.project(patches, *low), self.patch_embed.norm
         dtype, eps = stream_dtype(x, self.residual_dtype), norm.eps
         if mask is None:
             return start_stream(x, norm, dtype, self.impl)

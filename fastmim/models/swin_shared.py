@@ -79,9 +79,21 @@ class SharedInputs(nn.Module):
             self.register_buffer(f"bias_{name}", tensor, persistent=False)
         self._plan: Any = type(plan)
         self.register_buffer("zeros", torch.zeros(dim, device="cpu"), persistent=False)
+        self._micro_batch = 0, 1
+        self._kept: list[Tensor] | None = None
+
+    def set_micro_batch(self, index: int, count: int) -> None:
+        """Say which of how many forward passes between two optimiser steps comes next: weights are cast in the first.
+
+        Without a word, every pass casts them: that a weight has not changed cannot be seen from it, because
+        optimisers also write through views of flat buffers.
+        """
+        self._micro_batch = index, count
+        if index == 0:
+            self._kept = None
 
     def forward(self, blocks: Sequence[Any], others: Sequence[Tensor], x: Tensor) -> tuple[list[Shared], list[Any]]:
-        """The inputs of each of ``blocks`` for the images' tokens x, and low copies of ``others`` (or None)."""
+        """The inputs of each of ``blocks`` for patches x, and low copies of the parameters ``others`` (or None)."""
         biases = self.qkv_biases(blocks)
         low_biases, low_weights, low_others = self.low_copies(blocks, biases, others, x)
         rest = zip(self.drop_paths(x.shape[0]), low_biases, low_weights, strict=True)
@@ -128,7 +140,17 @@ class SharedInputs(nn.Module):
             return nothing
         given = [b for b in biases if b is not None]
         weights = [w for block in blocks for w in block.weights()]
-        copies = iter(fk.low_copies([*given, *weights, *others], dtype, impl=self.impl))
+        copies = iter(self._copies([*given, *weights, *others], dtype))
         low_biases = [None if b is None else next(copies) for b in biases]
         low_weights = [tuple(next(copies) for _ in range(4)) for _ in blocks]
         return low_biases, low_weights, list(copies)
+
+    def _copies(self, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        if torch.compiler.is_compiling():
+            return fk.low_copies(tensors, dtype, impl=self.impl)
+        index, count = self._micro_batch
+        copies = self._kept
+        if copies is None or index == 0 or copies[0].dtype != dtype:
+            copies = fk.low_copies(tensors, dtype, impl=self.impl)
+        self._kept = copies if index + 1 < count else None
+        return copies

@@ -207,6 +207,9 @@ class VisionTransformer(nn.Module):
             x, y = block(x, y, bias, self.bias_index, drop, norm)
         return y[:, 1:].unflatten(1, self.grid)
 
+    def set_micro_batch(self, index: int, count: int) -> None:
+        """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """SimMIM's ViT: normal of std 0.02 truncated at ±std; the residual outputs of block i divided by √(2i)."""
