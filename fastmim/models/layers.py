@@ -72,11 +72,16 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(
-        self, x: Tensor, *, last_bias: bool = True, low_weights: tuple[Tensor | None, Tensor | None] = (None, None)
-    ) -> Tensor:
-        """(…, C) → (…, C); without ``last_bias`` the caller adds that of ``fc2``."""
+        self,
+        x: Tensor,
+        *,
+        last_bias: bool = True,
+        low_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+        hand_on: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(…, C) → (…, C); without ``last_bias`` the caller adds that of ``fc2``; ``hand_on`` returns x beside it."""
         fc1, fc2 = self.fc1, self.fc2
-        return fk.mlp(
+        return (fk.mlp_and_input if hand_on else fk.mlp)(
             x,
             fc1.weight,
             fc1.bias,
