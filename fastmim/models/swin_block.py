@@ -130,7 +130,7 @@ class SwinBlock(nn.Module):
             The stream, and ``next_norm`` of it (without one, or for SwinV2, the stream again).
         """
         # The gradient of a bias is nearly free in the pass of the norm; on a CPU the product adds the bias for less.
-        inside = not picks_triton(self.attn.impl, x.device)
+        inside = not picks_triton("residual_norm", self.attn.impl, x.device)
         attn_drop, mlp_drop = shared.drop
         # Where the product reads the stream itself, its backward pass adds the gradients of the two readers.
         hand_on = self.version == 2 and not inside and x.dtype == y.dtype
