@@ -68,6 +68,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, impl: str) -> None:
         super().__init__()
         self.impl = impl
+        self.recompute_fc1 = False
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
@@ -89,6 +90,7 @@ class Mlp(nn.Module):
             fc2.bias if last_bias else None,
             low_weight1=low_weights[0],
             low_weight2=low_weights[1],
+            recompute_fc1=self.recompute_fc1,
             impl=self.impl,
         )
 
