@@ -28,6 +28,8 @@ examples:
   fastmim config show configs/simmim/swinv2_base.yaml optim.lr=2e-4
   fastmim doctor
   torchrun --nproc_per_node 8 -m fastmim pretrain CONFIG data.path=/path/to/images
+  deepspeed --num_gpus 8 --module fastmim pretrain CONFIG data.path=/path/to/images
+  fastmim convert runs/short encoder.safetensors
 """
 _OVERRIDES = "section.key=value, the value in YAML; may be repeated and wins over the file"
 
@@ -168,6 +170,13 @@ def _doctor(options: argparse.Namespace) -> int:
     return status
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from fastmim.engine.convert import convert
+
+    _print(f"{convert(options.checkpoint, options.out, whole=options.whole)}\n")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", default=False, help="show where an error came from")
@@ -211,6 +220,12 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--quality", type=int, default=90, metavar="Q", help="of those JPEGs, 1 to 100 (default 90)")
     pack.add_argument("--shard-mb", type=float, default=1000, metavar="MB", help="size of a shard (default 1000)")
     pack.set_defaults(command=_data_pack)
+
+    convert = commands.add_parser("convert", parents=[common], help="write the encoder of any checkpoint as one file")
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-... folder, or a run's output folder")
+    convert.add_argument("out", metavar="OUT", help="file to write, for example encoder.safetensors")
+    convert.add_argument("--whole", action="store_true", help="the whole objective under its own names")
+    convert.set_defaults(command=_convert)
 
     doctor = commands.add_parser("doctor", parents=[common], help="check the installation and every op on this machine")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
