@@ -42,8 +42,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROVIDERS = ("reference", "torchvision", "torchvision+float", "torchvision-shards", "pil", "dali", "dali+float")
 COLUMNS = (
     "benchmark", "provider", "images", "workers", "batch", "seconds", "seconds_p20", "seconds_p80", "images_per_sec",
-    "images_per_sec_per_core", "cpu_ms_per_image", "cpu_ratio", "ratio", "ratio_p20", "ratio_p80", "rounds", "kb_per_image", "load_average", "machine",
-    "python", "torch", "torchvision", "dali", "commit", "date",
+    "images_per_sec_per_core", "cpu_ms_per_image", "cpu_ratio", "ratio", "ratio_p20", "ratio_p80", "rounds",
+    "kb_per_image", "load_average", "machine", "python", "torch", "torchvision", "dali", "commit", "date",
 )  # fmt: skip
 SETTLE_SECONDS = 1.0
 
