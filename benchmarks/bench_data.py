@@ -48,21 +48,17 @@ COLUMNS = (
 SETTLE_SECONDS = 1.0
 
 
-def make_tiles(folder: Path, count: int) -> float:
-    """Write `count` tiles, all different, and return their mean size in kB."""
+def make_tiles(folder: Path, count: int) -> None:
+    """Write `count` tiles, all different."""
     photos = [Image.open(path).convert("RGB") for path, _ in _find_photos()]
     rng = random.Random(0)
-    total = 0
     for i in range(count):
         photo = photos[i % len(photos)]
         width = min(photo.width, photo.height * 4 // 3, round(TILE[0] / rng.uniform(0.8, 1.25)))
         height = width * 3 // 4
         left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
         tile = photo.crop((left, top, left + width, top + height)).resize(TILE, Image.Resampling.BICUBIC)
-        path = folder / f"{i:05d}.jpg"
-        tile.save(path, quality=90)
-        total += path.stat().st_size
-    return total / count / 1e3
+        tile.save(folder / f"{i:05d}.jpg", quality=90)
 
 
 class ReferenceDataset(Dataset[Any]):
@@ -134,7 +130,8 @@ def our_reader(name: str, folder: Path, workers: int, every: int = 2) -> Callabl
 def measure(folder: Path, args: argparse.Namespace, kb: float) -> list[dict[str, Any]]:
     """CSV rows of all providers, timed in turn; between turns the workers come to rest."""
     shards = folder.parent / "shards"
-    pack_images(folder, shards)
+    if not shards.exists() and any(name.endswith("-shards") for name in args.providers):
+        pack_images(folder, shards)
     readers = {
         name: reference_reader(folder, args.workers)
         if name == "reference"
@@ -270,6 +267,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="log memory of the first of --providers instead")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="make the tiles here, or use those that are there")
     parser.add_argument("--plot", action="store_true", help="only draw the CSV")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "data_cpu.csv")
     args = parser.parse_args()
@@ -278,9 +276,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "tiles"
-        folder.mkdir()
-        kb = make_tiles(folder, args.images)
+        folder = (args.keep or Path(scratch)) / "tiles"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            make_tiles(folder, args.images)
+        kb = sum(path.stat().st_size for path in folder.iterdir()) / len(list(folder.iterdir())) / 1e3
         if args.soak:
             soak(args.providers[0], folder, args)
             return
