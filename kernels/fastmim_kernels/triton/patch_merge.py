@@ -189,7 +189,8 @@ def _case(name: str, channels: int, norm: bool, stream: str, direction: str, qui
     warps = shape.pop("num_warps")
     return AotCase(f"patch_merge/{direction}/{name}-{stream}-c{channels}", kernel, signature,
                    {"C": channels, **shape, **({"GROUP": GROUP} if direction == "backward" else {}), **{n: None for n in absent if n in kernel.arg_names}},
-                   num_warps=warps, divisible=tuple(n for n in signature if n.startswith("p_")), quick=quick)
+                   num_warps=warps, divisible=tuple(n for n in signature if n.startswith("p_")), quick=quick,
+                   persistent=norm)
 
 
 def aot_cases() -> list[AotCase]:
