@@ -329,8 +329,10 @@ def show(name: str, ours: Count, eager: Count) -> None:
         )
     cast = sum(x.bytes for x in ours.casts) / ours.batch / 1e6
     seconds = sum(x.seconds(GPUS[0]) for x in ours.casts) / ours.batch
-    print(f"  besides, once an optimiser step: weight casts, {len(ours.casts)} launch, {cast:.1f} MB/img if of one batch"
-          f", {seconds * 1e6:.1f} us/img")
+    print(
+        f"  besides, once an optimiser step: {len(ours.casts)} launch for weight casts, {cast:.1f} MB and "
+        f"{seconds * 1e6:.1f} us an image of one micro-batch"
+    )
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:

@@ -172,10 +172,13 @@ class TrainSection(Section):
 
 
 class EfficiencySection(Section):
-    """Speed and memory. Nothing here changes the loss, except precision, by its rounding."""
+    """Speed and memory. Nothing here changes the loss, except precision and residual_dtype, by their rounding."""
 
     kernels: Literal["auto", "triton", "torch", "reference"] = Field("auto", description="implementation of every op")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
+    residual_dtype: Literal["auto", "fp32"] = Field(
+        "auto", description="residual stream; auto = as the products (float16 excepted), fp32 = as the references"
+    )
     compile: bool = Field(False, description="torch.compile the objective")
     fused_optimizer: AutoOrBool = Field("auto", description="one kernel for the optimiser step")
     threads: Positive | None = Field(None, description="CPU threads of torch, null = torch's choice")

@@ -88,7 +88,7 @@ def make_objective(cfg: Config, world: World) -> Any:
     section = cfg.objective
     objective = create_objective(
         section.name,
-        encoder=cfg.model.encoder_kwargs(),
+        encoder={**cfg.model.encoder_kwargs(), "residual_dtype": cfg.efficiency.residual_dtype},
         impl=cfg.efficiency.kernels,
         mask_ratio=section.mask_ratio,
         unit=section.unit,

@@ -82,8 +82,9 @@ class SwinStage(nn.Module):
         if pre:
             x, y = normalise(x, self.blocks[0].norm1, self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [final_norm]
+        gathers = not pre and final_norm is None and x.shape[1] % 2 == x.shape[2] % 2 == 0
         for block, own, norm in zip(self.blocks, shared, norms, strict=True):
-            merge = not pre and block is self.blocks[-1] and final_norm is None and not (x.shape[1] % 2 or x.shape[2] % 2)
+            merge = gathers and block is self.blocks[-1]
             x, y = block(x, y, own, norm if pre else None, merge)
         if pre:
             return y

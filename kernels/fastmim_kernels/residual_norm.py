@@ -87,7 +87,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, ou
 
 def traffic(rows: int, channels: int, order: str, *, itemsize: int = 2, branch_itemsize: int = 2,
             out_itemsize: int = 2, param_itemsize: int = 4, drop_scale: bool = False, gamma: bool = False,
-            branch_bias: bool = False, residual: bool = True, branch: bool = True) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+            branch_bias: bool = False, residual: bool = True, branch: bool = True
+            ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Least (bytes read, bytes written, FLOPs) of forward and of backward, both results in use.
 
     Args:
@@ -294,7 +295,7 @@ def _flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
 
 def _run(*args, impl: str) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     if not torch.compiler.is_compiling():
-        return _TwoReaders.apply(*args, impl)[:2]  # type: ignore[no-untyped-call]
+        return _TwoReaders.apply(*args, impl)[:2]
     # The compiler sees the op itself; where both readers share a result, their gradients meet in an addition.
     residual, branch, *_, order, _, stream_dtype, out_dtype, _ = args
     added, out, _, _ = _op(*args, impl)

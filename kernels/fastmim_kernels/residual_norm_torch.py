@@ -42,7 +42,8 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
         if merge and grad_added is not None:
             height, width = saved.shape[1:3]
             # As the gradient of a second reader it is added, that is, returned as d residual.
-            grad_added, grad_out = None, scatter(grad_added, height, width, dtype or grad_added.dtype)
+            grad_out = scatter(grad_added, height, width, dtype or grad_added.dtype)
+            grad_added = None
         return _backward_post(grad_added, grad_out, saved, mean, rstd, weight, branch_bias, drop_scale, dtype)
     assert dtype is not None
     return _backward_pre(grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, drop_scale, gamma,

@@ -304,8 +304,8 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
         last = min(first + rows, m)
         head_loss_kernel[grid](
             x, head, bias, target, cells, _flat(mean), _flat(std), order, hits, slope, sums, biases,
-            arrival.counters(1 + grid[1], device), value, scale, None if biases is None else d_bias, first, *sizes, S=stride,
-            LOSS=loss, PRECISION=precision, EPS=EPS, **cfg["loss"])
+            arrival.counters(1 + grid[1], device), value, scale, None if biases is None else d_bias, first, *sizes,
+            S=stride, LOSS=loss, PRECISION=precision, EPS=EPS, **cfg["loss"])
         if grads:
             _gradients(slope, x, head, order, hits, d_x, d_w, first, last, precision, cfg)
     return value, scale, d_x, d_w, d_bias

@@ -144,8 +144,8 @@ def residual_norm_backward(
     p_counter,  # int32, see .arrival
     p_sums,  # (SUMS, C) fp32, out: d weight, d bias, d branch_bias, d gamma
     rows, rows_per_sample, height, width,
-    POST: tl.constexpr, MERGE: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr, GROUP: tl.constexpr,
+    POST: tl.constexpr, MERGE: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
 ):
     o_r = tl.arange(0, BLOCK_R)
     o_c = tl.arange(0, BLOCK_C)
@@ -233,8 +233,8 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
     grid = (programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "forward", device),)
     residual_norm_forward[grid](
         residual, branch, weight, bias, branch_bias, gamma, drop_scale, added if own_added else None,
-        out if own_out else None, mean, rstd, rows, rows // like.shape[0], eps, *_map(like, merge), POST=order == "post",
-        MERGE=merge, C=channels, **shape)
+        out if own_out else None, mean, rstd, rows, rows // like.shape[0], eps, *_map(like, merge),
+        POST=order == "post", MERGE=merge, C=channels, **shape)
     return added, out, mean, rstd
 
 
@@ -255,8 +255,9 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
     partial = torch.empty(count, *sums.shape, dtype=torch.float32, device=device)
     residual_norm_backward[(count,)](
         grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, gamma, drop_scale,
-        d_residual if own_residual else None, d_branch if own_branch else None, partial, arrival.counters(1 + count, device), sums,
-        rows, rows // saved.shape[0], *_map(saved, merge), POST=order == "post", MERGE=merge, SUMS=len(sums), C=channels, GROUP=GROUP, **shape)
+        d_residual if own_residual else None, d_branch if own_branch else None, partial,
+        arrival.counters(1 + count, device), sums, rows, rows // saved.shape[0], *_map(saved, merge),
+        POST=order == "post", MERGE=merge, SUMS=len(sums), C=channels, GROUP=GROUP, **shape)
     return d_residual, d_branch, sums
 
 
@@ -291,7 +292,8 @@ def _case(name: str, order: str, channels: int, stream: str, direction: str, qui
     if direction == "backward":
         constexprs |= {"SUMS": 3, "GROUP": GROUP}
     # Up to 256 channels the (C,) vectors and partials of a program are narrower than its threads' 128 bits.
-    return AotCase(f"residual_norm/{direction}/{name}-{stream}-c{channels}{'-merge' * merge}", kernel, present, constexprs,
+    suffix = "-merge" * merge
+    return AotCase(f"residual_norm/{direction}/{name}-{stream}-c{channels}{suffix}", kernel, present, constexprs,
                    num_warps=shape["num_warps"], divisible=tuple(n for n in present if n != "eps"), quick=quick,
                    wide_target=0.94 if channels <= 256 else 0.95, persistent=True)
 
