@@ -68,15 +68,21 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, impl: str) -> None:
         super().__init__()
         self.impl = impl
+        self.recompute_fc1 = False
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(
-        self, x: Tensor, *, last_bias: bool = True, low_weights: tuple[Tensor | None, Tensor | None] = (None, None)
-    ) -> Tensor:
-        """(…, C) → (…, C); without ``last_bias`` the caller adds that of ``fc2``."""
+        self,
+        x: Tensor,
+        *,
+        last_bias: bool = True,
+        low_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+        hand_on: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(…, C) → (…, C); without ``last_bias`` the caller adds that of ``fc2``; ``hand_on`` returns x beside it."""
         fc1, fc2 = self.fc1, self.fc2
-        return fk.mlp(
+        return (fk.mlp_and_input if hand_on else fk.mlp)(
             x,
             fc1.weight,
             fc1.bias,
@@ -84,6 +90,7 @@ class Mlp(nn.Module):
             fc2.bias if last_bias else None,
             low_weight1=low_weights[0],
             low_weight2=low_weights[1],
+            recompute_fc1=self.recompute_fc1,
             impl=self.impl,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,20 +51,24 @@ class WindowAttention(nn.Module):
             self.v_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, shared: Shared, *, last_bias: bool = True) -> Tensor:
-        """(B, H, W, C) → (B, H, W, C); without ``last_bias`` the caller adds that of ``proj``."""
+    def forward(
+        self, x: Tensor, shared: Shared, *, last_bias: bool = True, hand_on: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, H, W, C) → (B, H, W, C).
+
+        Without ``last_bias`` the caller adds that of ``proj``; ``hand_on`` returns x beside the result.
+        """
+        stream = x
         height, width = x.shape[1:3]
         pad = (-height % self.window_size[0], -width % self.window_size[1])
         if any(pad):
             x = self._pad(x, pad)
-        qkv = fk.linear(
-            x,
-            self.qkv.weight,
-            shared.qkv_bias,
-            low_weight=shared.low_qkv,
-            low_bias=shared.low_qkv_bias,
-            impl=self.impl,
-        )
+        tensors = x, self.qkv.weight, shared.qkv_bias
+        low = {"low_weight": shared.low_qkv, "low_bias": shared.low_qkv_bias}
+        if hand_on and not any(pad):
+            qkv, stream = fk.linear_and_input(*tensors, **low, impl=self.impl)
+        else:
+            qkv = fk.linear(*tensors, **low, impl=self.impl)
         x = fk.window_attention(
             qkv,
             shared.bias,
@@ -76,7 +81,8 @@ class WindowAttention(nn.Module):
         if any(pad):
             x = self._unpad(x, height, width)
         bias = self.proj.bias if last_bias else None
-        return fk.linear(x, self.proj.weight, bias, low_weight=shared.low_proj, impl=self.impl)
+        out = fk.linear(x, self.proj.weight, bias, low_weight=shared.low_proj, impl=self.impl)
+        return (out, stream) if hand_on else out
 
     def _pad(self, x: Tensor, pad: Pair) -> Tensor:
         """Zeros at the end of the *rolled* map, as timm does, expressed in the layout before the roll."""
@@ -125,14 +131,18 @@ class SwinBlock(nn.Module):
             The stream, and ``next_norm`` of it (without one, or for SwinV2, the stream again).
         """
         # The gradient of a bias is nearly free in the pass of the norm; on a CPU the product adds the bias for less.
-        inside = not picks_triton(self.attn.impl, x.device)
+        inside = not picks_triton("residual_norm", self.attn.impl, x.device)
         attn_drop, mlp_drop = shared.drop
-        branch = self.attn(y, shared, last_bias=inside)
+        # Where the product reads the stream itself, its backward pass adds the gradients of the two readers.
+        hand_on = self.version == 2 and not inside and x.dtype == y.dtype
+        branch = self.attn(y, shared, last_bias=inside, hand_on=hand_on)
         bias = None if inside else self.attn.proj.bias
         if self.version == 2:
+            branch, x = branch if hand_on else (branch, x)
             x, y = self._add(x, branch, self.norm1, bias, attn_drop)
             last = self.norm3 is None
-            branch = self._mlp(y, shared, inside)
+            branch = self._mlp(y, shared, inside, hand_on)
+            branch, x = branch if hand_on else (branch, x)
             x, y = self._add(x, branch, self.norm2, self._mlp_bias(inside), mlp_drop, merge and last)
             return (x, y) if last else start_stream(x, self.norm3, x.dtype, self.attn.impl, merge)
         x, y = self._add(x, branch, self.norm2, bias, attn_drop)
@@ -147,8 +157,8 @@ class SwinBlock(nn.Module):
         """Those of the four products, in the order of the copies in :class:`Shared`."""
         return [self.attn.qkv.weight, self.attn.proj.weight, self.mlp.fc1.weight, self.mlp.fc2.weight]
 
-    def _mlp(self, x: Tensor, shared: Shared, last_bias: bool) -> Tensor:
-        return self.mlp(x, last_bias=last_bias, low_weights=(shared.low_fc1, shared.low_fc2))
+    def _mlp(self, x: Tensor, shared: Shared, last_bias: bool, hand_on: bool = False) -> Any:
+        return self.mlp(x, last_bias=last_bias, low_weights=(shared.low_fc1, shared.low_fc2), hand_on=hand_on)
 
     def _mlp_bias(self, inside: bool) -> Tensor | None:
         return None if inside else self.mlp.fc2.bias

@@ -137,7 +137,7 @@ class SharedInputs(nn.Module):
         dtype = product_dtype(x)
         spread = hasattr(blocks[0].norm1.weight, "ds_id")
         casts = others[0].dtype == torch.float32 != dtype
-        if not casts or spread or not picks_triton(self.impl, x.device):
+        if not casts or spread or not picks_triton("low_copies", self.impl, x.device):
             return nothing
         given = [b for b in biases if b is not None]
         weights = [w for block in blocks for w in block.weights()]

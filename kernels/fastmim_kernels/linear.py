@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import resolve
 from .rows import column_sum, refuse_float64, statistics_dtype
+from .two_readers import and_input
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,
@@ -38,12 +39,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight:
     Raises:
         ValueError: Shapes do not belong together.
     """
-    _check(x, weight, bias, low_weight, low_bias)
-    function = resolve("linear", impl, _IMPLEMENTATIONS, x.device)
+    return _call(_IMPLEMENTATIONS, x, weight, bias, low_weight, low_bias, impl)
+
+
+def linear_and_input(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,
+                     low_bias: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """(:func:`linear`, x), the second for another reader of x: one product then adds both gradients up."""
+    if x.dtype != product_dtype(x):
+        return linear(x, weight, bias, low_weight=low_weight, low_bias=low_bias, impl=impl), x
+    return _call(_AND_INPUT, x, weight, bias, low_weight, low_bias, impl)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else that of x; float64 stays."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+def _call(implementations: dict[str, Callable], x: Tensor, weight: Tensor, bias: Tensor | None,
+          low_weight: Tensor | None, low_bias: Tensor | None, impl: str) -> Any:
+    _check(x, weight, bias, low_weight, low_bias)
+    function = resolve("linear", impl, implementations, x.device)
+    x = x.to(product_dtype(x))
+    with torch.autocast(x.device.type, enabled=False):
         return function(x, weight, bias, fitting(low_weight, x.dtype), fitting(low_bias, x.dtype))
 
 
@@ -112,11 +131,22 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None,
 
 @torch.library.custom_op("fastmim::linear_backward", mutates_args=())
 def _backward_op(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype,
-                 impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(d x, d W in ``weight_dtype``, d b); empty where not wanted."""
+                 impl: str, add: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(d x + ``add``, d W in ``weight_dtype``, d b); empty where not wanted."""
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
-    dx = (grad @ weight).view(x.shape) if need_x else x.new_empty(0)
+    dx = input_gradient(grad, weight, add, impl).view(x.shape) if need_x else x.new_empty(0)
     return dx, *parameter_gradients(grad, x.reshape(-1, x.shape[-1]), weight_dtype, has_bias, impl)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None, impl: str) -> Tensor:
+    """``grad·W`` of (M, N) and (N, K), plus ``add`` (…, K) of as many values where there is one."""
+    if add is None:
+        return grad @ weight
+    add = add.reshape(-1, add.shape[-1])
+    if impl == "triton":
+        from .triton import product_add as kernels
+        return kernels.product_add(grad, weight, add)
+    return torch.addmm(add, grad, weight)
 
 
 def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool, impl: str
@@ -131,8 +161,8 @@ def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: b
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype, impl: str
-      ) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype, impl: str,
+      add: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return (x.new_empty(x.shape if need_x else (0,)), weight.new_empty(weight.shape, dtype=weight_dtype),
             x.new_empty(weight.shape[0] if has_bias else 0, dtype=statistics_dtype(x.dtype)))
 
@@ -147,15 +177,16 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _autograd(ctx, grad, _low):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad, _low, add=None):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 6
-    dx, dw, db = _backward_op(grad, *ctx.saved_tensors, *ctx.settings)
+        return add, *(None,) * 5
+    dx, dw, db = _backward_op(grad, *ctx.saved_tensors, *ctx.settings, add)
     need_x = ctx.needs_input_grad[0]
     return dx if need_x else None, dw, None if ctx.bias_dtype is None else db.to(ctx.bias_dtype), None, None, None
 
 
 torch.library.register_autograd("fastmim::linear", _autograd, setup_context=_setup_context)
+_run_and_input = and_input(_op, _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.fastmim.linear)
@@ -184,3 +215,6 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *low: Tensor | No
 
 
 _IMPLEMENTATIONS: dict[str, Callable] = {"torch": _torch, "triton": _triton, "reference": _reference}
+_AND_INPUT: dict[str, Callable] = {
+    "torch": lambda *args: _run_and_input(*args, "torch"), "triton": lambda *args: _run_and_input(*args, "triton"),
+    "reference": lambda x, *args: (_reference(x, *args), x)}

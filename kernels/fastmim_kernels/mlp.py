@@ -20,8 +20,9 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 from .dispatch import resolve
 from .eager import shortcut, shortcut_with_grad
-from .linear import check_low, fitting
+from .linear import check_low, fitting, input_gradient, product_dtype
 from .rows import column_sum, refuse_float64, statistics_dtype
+from .two_readers import and_input
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
@@ -48,15 +49,29 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     Raises:
         ValueError: Shapes do not belong together.
     """
+    return _call(_IMPLEMENTATIONS, x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, impl)
+
+
+def mlp_and_input(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
+                  low_weight1: Tensor | None = None, low_weight2: Tensor | None = None, recompute_fc1: bool = False,
+                  impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """(:func:`mlp`, x), the second for another reader of x: one product then adds both gradients up."""
+    args = x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, impl
+    if x.dtype != product_dtype(x):
+        return _call(_IMPLEMENTATIONS, *args), x
+    return _call(_AND_INPUT, *args)
+
+
+def _call(implementations: dict[str, Callable], x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
+          bias2: Tensor | None, low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str
+          ) -> Any:
     _check(x, weight1, bias1, weight2, bias2)
     check_low("mlp", {"low_weight1": (low_weight1, weight1), "low_weight2": (low_weight2, weight2)})
-    function = resolve("mlp", impl, _IMPLEMENTATIONS, x.device)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    function = resolve("mlp", impl, implementations, x.device)
+    x = x.to(product_dtype(x))
     # Without a graph the pre-activation is of no use to anybody: its buffer takes the activation.
     recompute_fc1 = recompute_fc1 or not torch.is_grad_enabled()
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return function(x, weight1, bias1, weight2, bias2, fitting(low_weight1, x.dtype),
                         fitting(low_weight2, x.dtype), recompute_fc1)
 
@@ -125,9 +140,9 @@ def _(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: 
 
 
 def _backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
-              has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(d x, d W1, d b1, d W2, d b2), the weights' in the dtypes given; ``pre`` empty is recomputed."""
+              has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str,
+              add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(d x + ``add``, d W1, d b1, d W2, d b2), the weights' in the dtypes given; ``pre`` empty is recomputed."""
     rows = x.reshape(-1, x.shape[-1])
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
     if not pre.numel():
@@ -136,7 +151,8 @@ def _backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tens
     d_weight2, d_bias2 = _parameter_gradients(grad, activation, weight2_dtype, has_bias2, impl)
     del activation
     d_weight1 = _weight_gradient(d_hidden, rows, weight1_dtype)
-    return (d_hidden @ weight1).view(x.shape), d_weight1, d_bias1, d_weight2, d_bias2
+    dx = input_gradient(d_hidden, weight1, add, impl).view(x.shape)
+    return dx, d_weight1, d_bias1, d_weight2, d_bias2
 
 
 _backward_op = torch.library.custom_op("fastmim::mlp_backward", _backward, mutates_args=())
@@ -144,8 +160,8 @@ _backward_op = torch.library.custom_op("fastmim::mlp_backward", _backward, mutat
 
 @_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
-      has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str
-      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+      has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str,
+      add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = statistics_dtype(x.dtype)
     return (x.new_empty(x.shape), weight1.new_empty(weight1.shape, dtype=weight1_dtype),
             x.new_empty((0,) if bias1 is None else bias1.shape, dtype=wide),
@@ -215,10 +231,10 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias1, bias2)]
 
 
-def _autograd(ctx, grad, _pre, _low1, _low2):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad, _pre, _low1, _low2, add=None):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 9
-    dx, dw1, db1, dw2, db2 = _run_backward(grad, *ctx.saved_tensors, *ctx.settings)
+        return add, *(None,) * 8
+    dx, dw1, db1, dw2, db2 = _run_backward(grad, *ctx.saved_tensors, *ctx.settings, add)
     db1, db2 = (None if t is None else b.to(t) for b, t in zip((db1, db2), ctx.bias_dtypes, strict=True))
     return dx, dw1, db1, dw2, db2, None, None, None, None
 
@@ -226,6 +242,7 @@ def _autograd(ctx, grad, _pre, _low1, _low2):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("fastmim::mlp", _autograd, setup_context=_setup_context)
 _run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
 _run_backward = shortcut(_backward_op, _backward)
+_run_and_input = and_input(_op, _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.fastmim.mlp)
@@ -252,3 +269,6 @@ def _reference(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor
 
 _IMPLEMENTATIONS: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
                     "reference": _reference}
+_AND_INPUT: dict[str, Callable] = {
+    "torch": lambda *args: _run_and_input(*args, "torch"), "triton": lambda *args: _run_and_input(*args, "triton"),
+    "reference": lambda x, *args: (_reference(x, *args), x)}

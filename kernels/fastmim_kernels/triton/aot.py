@@ -7,6 +7,7 @@ process without ``TRITON_INTERPRET``: interpreted functions cannot be compiled.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import re
 import subprocess
@@ -60,11 +61,14 @@ class AotCase:
     persistent: bool = False
     archs: tuple[int, ...] = (80, 90, 100)
 
-    def identity(self) -> str:
-        """The same for two cases that the JIT would compile once: only the values of run-time arguments differ."""
-        parts = (self.kernel.__module__, self.kernel.__name__, sorted(self.signature.items()),
-                 sorted(self.constexprs.items()), sorted(self.divisible), self.num_warps, self.num_stages)
-        return repr(parts)
+    def key(self, arch: int) -> str:
+        """Of the machine code: equal for cases that differ only in the values of run-time arguments.
+
+        It changes with the source of the kernel and of what it calls, and with Triton's version.
+        """
+        parts = (self.kernel.cache_key, sorted(self.signature.items()), sorted(self.constexprs.items()),
+                 sorted(self.divisible), self.num_warps, self.num_stages, arch, triton.__version__)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def kernel_modules() -> list[str]:

@@ -151,12 +151,16 @@ def forward_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dic
     return {"BM": 128, "BN": block(columns, 128), "BK": deep, "num_warps": 8, "num_stages": 3 if deep == 64 else 4}
 
 
-def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
-    """As :func:`forward_config`, for :func:`gelu_gradient_kernel`, which holds more values at once."""
+def narrow_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
+    """As :func:`forward_config`, for kernels that also read a tile of the result's shape: on sm_80 half as wide."""
     narrow = {} if sm >= 90 or dtype == torch.float32 else {"BN": block(columns, 64)}
-    shape = forward_config(columns, depth, dtype, sm) | narrow
-    # Its tile is taken apart in four.
-    return {**shape, "BN": max(shape["BN"], 64), "SHARE": 64}
+    return forward_config(columns, depth, dtype, sm) | narrow
+
+
+def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
+    """For :func:`gelu_gradient_kernel`, whose tile is taken apart in four."""
+    tiles = narrow_config(columns, depth, dtype, sm)
+    return {**tiles, "BN": max(tiles["BN"], 64), "SHARE": 64}
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool

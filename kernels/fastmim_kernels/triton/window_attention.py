@@ -270,8 +270,8 @@ def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cos
         f"window_attention/{direction}/{name}", kernel, present | dict.fromkeys(_SIZES, "i32"),
         common | sizes | absent, num_warps=tiling.num_warps,
         divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
-        quick=name.removesuffix("_sm80") in ("swin_b_w6", "swinv2_b_w12"), wide_target=0.5 if window % 2 else 0.95, dot=True,
-        persistent=tiling.blocks_per_sm == 1, archs=archs)
+        quick=name.removesuffix("_sm80") in ("swin_b_w6", "swinv2_b_w12"),
+        wide_target=0.5 if window % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs)
 
 
 def aot_cases() -> list[AotCase]:

@@ -86,23 +86,34 @@ Builder.create_atomic_rmw, Builder.create_atomic_cas = no_float_atomics, no_cas
 
 
 class ByteCounter:
-    """Bytes that kernels request from global memory: ``read``, ``written``; ``sectors`` of 32 bytes touched."""
+    """Bytes that kernels request from global memory: ``read``, ``written``; ``sectors`` of 32 bytes touched.
+
+    ``distinct``: bytes of the sectors, each counted once for reading and once for writing, however often it is
+    touched: what passes between memory and caches that never forget.
+    """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.read = self.written = self.sectors = 0
+        self._touched: dict[str, set[int]] = {"read": set(), "written": set()}
 
     @property
     def total(self) -> int:
         return self.read + self.written
 
+    @property
+    def distinct(self) -> int:
+        return 32 * sum(map(len, self._touched.values()))
+
     def add(self, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle, kind: str) -> None:
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         chosen = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
         chosen = chosen[np.broadcast_to(mask.data, chosen.shape)]
-        self.sectors += np.unique(chosen // 32).size
+        sectors = np.unique(chosen // 32)
+        self.sectors += sectors.size
+        self._touched[kind].update(sectors.tolist())
         setattr(self, kind, getattr(self, kind) + chosen.size * size)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmim_kernels.triton import arrival
 from fastmim_kernels.triton import linear_gelu as kernels
+from fastmim_kernels.triton.product_add import product_add
 from tests.kernels.oracle import FLOOR, relative_error
 from tests.kernels.triton.conftest import Builder
 
@@ -62,6 +63,13 @@ def test_gradient(name: str, dtype: torch.dtype) -> None:
     judge(out, F.gelu(pre), F.gelu(pre.double()))
     without = kernels.gelu_gradient(grad, weight, pre, False)
     assert torch.equal(without[0], dx) and torch.equal(without[2], out) and without[1].numel() == 0
+
+
+@pytest.mark.parametrize("name, dtype", CASES)
+def test_product_onto_a_tensor(name: str, dtype: torch.dtype) -> None:
+    t = make(SHAPES[name], dtype)
+    out = product_add(t["x"], t["back"], t["pre"])
+    judge(out, t["x"] @ t["back"] + t["pre"], t["x"].double() @ t["back"].double() + t["pre"].double())
 
 
 def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
