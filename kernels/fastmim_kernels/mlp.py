@@ -21,7 +21,7 @@ from . import reference
 from .dispatch import resolve
 from .eager import shortcut, shortcut_with_grad
 from .gelu import traffic as gelu_traffic
-from .linear import check_low, fitting
+from .linear import check_low, fitting, input_gradient, product, weight_gradient
 from .rows import column_sum, refuse_float64, statistics_dtype
 
 
@@ -107,7 +107,7 @@ def _forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, 
     low1 = weight1.to(x.dtype) if low_weight1 is None else low_weight1
     low2 = weight2.to(x.dtype) if low_weight2 is None else low_weight2
     pre, activation = _hidden(rows, low1, bias1, not recompute_fc1, impl)
-    out = _linear(activation, low2, bias2).view(*x.shape[:-1], -1)
+    out = product(activation, low2, bias2).view(*x.shape[:-1], -1)
     low1, low2 = (x.new_empty(0) if w.dtype == x.dtype or given is not None else low
                   for w, given, low in ((weight1, low_weight1, low1), (weight2, low_weight2, low2)))
     return out, pre, low1, low2
@@ -137,8 +137,8 @@ def _backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tens
     d_hidden, d_bias1, activation = _hidden_gradient(grad, weight2, pre, bias1 is not None, impl)
     d_weight2, d_bias2 = _parameter_gradients(grad, activation, weight2_dtype, has_bias2, impl)
     del activation
-    d_weight1 = _weight_gradient(d_hidden, rows, weight1_dtype)
-    return (d_hidden @ weight1).view(x.shape), d_weight1, d_bias1, d_weight2, d_bias2
+    d_weight1 = weight_gradient(d_hidden, rows, weight1_dtype)
+    return input_gradient(d_hidden, weight1).view(x.shape), d_weight1, d_bias1, d_weight2, d_bias2
 
 
 _backward_op = torch.library.custom_op("fastmim::mlp_backward", _backward, mutates_args=())
@@ -155,10 +155,6 @@ def _(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | Non
             x.new_empty(weight2.shape[0] if has_bias2 else 0, dtype=wide))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
-
-
 def _hidden(x: Tensor, weight1: Tensor, bias1: Tensor | None, keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     """(pre-activation, or empty unless ``keep``; activation)."""
     if impl == "triton":
@@ -166,7 +162,7 @@ def _hidden(x: Tensor, weight1: Tensor, bias1: Tensor | None, keep: bool, impl: 
         refuse_float64("mlp", x)
         pre, activation = matmul.linear_gelu(x, weight1, bias1, pre=keep, gelu=True)
         return x.new_empty(0) if pre is None else pre, activation
-    pre = _linear(x, weight1, bias1)
+    pre = product(x, weight1, bias1)
     return (pre, F.gelu(pre)) if keep else (x.new_empty(0), torch.ops.aten.gelu_(pre))
 
 
@@ -175,7 +171,7 @@ def _pre_activation(x: Tensor, weight1: Tensor, bias1: Tensor | None, impl: str)
     if impl == "triton":
         from .triton import matmul
         return matmul.linear_gelu(x, weight1, bias1, pre=True, gelu=False)[0]
-    return _linear(x, weight1, bias1)
+    return product(x, weight1, bias1)
 
 
 def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, impl: str
@@ -184,7 +180,7 @@ def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, imp
     if impl == "triton":
         from .triton import matmul
         return matmul.gelu_gradient(grad, weight2, pre, bias)
-    d_hidden = grad @ weight2
+    d_hidden = input_gradient(grad, weight2)
     torch.ops.aten.gelu_backward.grad_input(d_hidden, pre, grad_input=d_hidden)
     wide = statistics_dtype(pre.dtype)
     return d_hidden, column_sum(d_hidden).to(wide) if bias else pre.new_empty(0, dtype=wide), F.gelu(pre)
@@ -196,14 +192,7 @@ def _parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, bias: bool
         from .triton import matmul
         return matmul.weight_gradient(grad, x, dtype)
     wide = statistics_dtype(x.dtype)
-    return _weight_gradient(grad, x, dtype), column_sum(grad).to(wide) if bias else x.new_empty(0, dtype=wide)
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradᵀ·x in ``dtype``: cuBLAS writes its float32 sums as they are, without a rounding and a cast."""
-    if grad.is_cuda and dtype == torch.float32 != grad.dtype:
-        return torch.mm(grad.t(), x, out_dtype=dtype)
-    return (grad.t() @ x).to(dtype)
+    return weight_gradient(grad, x, dtype), column_sum(grad).to(wide) if bias else x.new_empty(0, dtype=wide)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
