@@ -7,7 +7,8 @@
 ``reference`` is the plain oracle, ``compiled`` is ``torch.compile`` of it, ``triton`` needs a GPU. There each time is
 ``triton.testing.do_bench``'s median, and GB/s are the op's closed-form bytes over it, as a share of what a copy
 reaches in the same run; on a CPU the providers take turns. A provider whose output or gradient is further from
-float64 than twice the reference's error is not timed, and the exit status is 1. The plot is drawn from the CSV.
+float64 than twice the reference's error and one rounding is not timed, and the exit status is 1. The plot is drawn
+from the CSV.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fastmim_kernels.window_attention import traffic as window_attention_traffic
 
 EXTRA = ("size", "direction", "device", "gb_per_s", "copy_gb_per_s", "copy_share", "error", "error_limit")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FACTOR, FLOOR = 2.0, 5e-7  # of the reference's own error, and what is always forgiven
+FACTOR, FLOOR = 2.0, 5e-7  # of the reference's own error, and what is always forgiven beside one rounding
 CHECK_BATCH = 2
 GRID = 48  # tokens a side in the first stage at 192 px, where the maps are largest
 COPY_BYTES = 2**30
@@ -174,7 +175,8 @@ def errors(op: str, work: Work, names: list[str], dtype: torch.dtype, device: to
     found = {}
     for name in names:
         ours = results(provider(op, name), work, low, device)
-        pairs = [(_relative(o, t), FACTOR * _relative(p, t) + FLOOR)
+        # The reference may keep in float32 what an op rounds once to the low precision.
+        pairs = [(_relative(o, t), FACTOR * _relative(p, t) + torch.finfo(dtype).eps / 2 + FLOOR)
                  for o, p, t in zip(ours, plain, truth, strict=True)]  # fmt: skip
         found[name] = max(pairs, key=lambda pair: pair[0] / pair[1])
     return found
@@ -246,8 +248,8 @@ def measure(op: str, size: str, names: list[str], args: argparse.Namespace, devi
             if "reference" in seconds:
                 row["ratio"] = f"{seconds['reference'][0] / values[0]:.3f}"
             if moved:
-                row |= {"gb_per_s": f"{moved / values[0] / 1e9:.2f}",
-                        "copy_share": f"{moved / values[0] / 1e9 / copy:.3f}"}  # fmt: skip
+                row |= {"gb_per_s": f"{moved / values[0] / 1e9:.4g}",
+                        "copy_share": f"{moved / values[0] / 1e9 / copy:.4g}"}  # fmt: skip
             rows.append(row)
     return rows
 
