@@ -11,7 +11,6 @@ import torch
 from fastmim.interop import load_reference
 from tests.test_golden import CASES, build, check_first_gradients, read_case
 
-
 # The others differ in the window (3) and, for Swin, in the plain softmax, which the ops' own tests cover.
 FAST = ("simmim_vit_64_p16", "simmim_swinv2_96_w6_norm47")
 
