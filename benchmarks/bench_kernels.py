@@ -307,7 +307,7 @@ def main() -> int:
     for size in args.sizes:
         for op in args.ops:
             rows = measure(op, size, args.providers, args, device, copy)
-            harness.append_rows(args.out, rows, extra=EXTRA)
+            harness.append_rows(args.out, rows, columns=(*harness.COLUMNS, *EXTRA))
             for r in rows:
                 red += "seconds" not in r
                 result = f"{r['seconds']} s, {r.get('ratio', '-')}x, {r.get('gb_per_s', '-')} GB/s" \

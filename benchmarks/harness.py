@@ -118,13 +118,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]], extra: tuple[str, ...] = ()) -> None:
-    """Append rows of :data:`COLUMNS`, then ``extra`` ones, to a CSV, with a header where the file is new.
+def append_rows(path: Path, rows: list[dict[str, Any]], *, columns: tuple[str, ...] = COLUMNS) -> None:
+    """Append rows of ``columns`` to a CSV, with a header where the file is new.
 
     Raises:
         ValueError: a row has a column that the schema does not know.
     """
-    columns = (*COLUMNS, *extra)
     unknown = sorted({key for row in rows for key in row} - set(columns))
     if unknown:
         raise ValueError(f"columns {unknown} are not in the schema; it has {', '.join(columns)}")

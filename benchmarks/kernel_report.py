@@ -40,6 +40,7 @@ COLUMNS = (
     "hgmma",
     "tcgen05",
     "atomics",
+    "arrivals",
     "loads",
     "stores",
 )

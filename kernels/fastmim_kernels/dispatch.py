@@ -44,14 +44,18 @@ def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device:
     """
     check_impl(impl)
     if impl == "auto":
-        use_torch = "triton" not in implementations or bool(no_triton(device)) or failed_self_test(op, device)
-        impl = "torch" if use_torch else "triton"
+        impl = "triton" if "triton" in implementations and picks_triton(op, impl, device) else "torch"
     if impl not in implementations:
         have = ", ".join(["auto", *implementations])
         raise ValueError(f"impl={impl!r}: {op} has no such implementation; use one of {have}")
     if impl == "triton" and (reason := no_triton(device)):
         raise ValueError(f"impl='triton': {op} cannot run its Triton kernel: {reason}; use impl='auto'")
     return implementations[impl]
+
+
+def picks_triton(op: str, impl: str, device: torch.device) -> bool:
+    """Whether ``op``, if it has Triton kernels, runs them for ``impl`` on ``device``."""
+    return impl == "triton" or (impl == "auto" and not no_triton(device) and not failed_self_test(op, device))
 
 
 def failed_self_test(op: str, device: torch.device) -> bool:

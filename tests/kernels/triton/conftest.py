@@ -63,15 +63,26 @@ def exact_dot(self: Builder, a: interpreter.TensorHandle, b: interpreter.TensorH
     return _dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
 
-def no_atomics(self: Builder, *args: object) -> None:
-    raise AssertionError("atomics make the order of a sum undefined: write partials and reduce them in order")
+_atomic_rmw = Builder.create_atomic_rmw
+
+
+def no_float_atomics(self: Builder, kind: object, pointers: interpreter.TensorHandle, *args: object
+                     ) -> interpreter.TensorHandle:
+    """Counting arrivals in integers is fine; a sum of floating-point values is not."""
+    assert not pointers.get_element_ty().is_floating(), \
+        "atomics make the order of a sum undefined: write partials and reduce them in order"
+    return _atomic_rmw(self, kind, pointers, *args)
+
+
+def no_cas(self: Builder, *args: object) -> None:
+    raise AssertionError("compare-and-swap: no kernel needs it")
 
 
 # At import: compiled kernels of this process, if any, do not pass through the interpreter.
 Builder.cast_impl = exact_cast
 Builder.create_fp_to_fp = exact_fp_to_fp
 Builder.create_dot = exact_dot
-Builder.create_atomic_rmw = Builder.create_atomic_cas = no_atomics
+Builder.create_atomic_rmw, Builder.create_atomic_cas = no_float_atomics, no_cas
 
 
 class ByteCounter:
