@@ -116,7 +116,7 @@ def position_bias(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tupl
                              f"{[tuple(p.shape) for p in own]}")
     given = [p for own in params for p in own]
     device, wide = given[0].device, statistics_dtype(given[0].dtype)
-    function = resolve("position_bias", impl, _FLOAT64 if wide == torch.float64 else _IMPLEMENTATIONS, device)
+    function = resolve("cpb_bias", impl, _FLOAT64 if wide == torch.float64 else _IMPLEMENTATIONS, device)
     # The MLP is tiny and its output decides logits of magnitude 16: always full precision.
     with torch.autocast(device.type, enabled=False):
         return function(plan, blocks, torch.cat([p.reshape(-1) for p in given]).to(wide), hidden)
@@ -136,6 +136,7 @@ def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weig
         (L, heads, N, N).
     """
     plan, blocks = bias_plan([index], [len(weight1)], [weight2.shape[1]], [len(coords)], [coords], bias1.shape[-1])
+    plan = BiasPlan(*(tensor.to(index.device) for tensor in plan))
     params = list(zip(weight1.unbind(0), bias1.unbind(0), weight2.unbind(0), strict=True))
     return torch.stack(position_bias(plan, blocks, params, impl=impl))
 
