@@ -33,14 +33,16 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 import fastmim_kernels as fk  # noqa: E402
 from benchmarks.baseline import TimmSimMIM, average_pool_target  # noqa: E402
-from benchmarks.cuda_autocast import cuda_autocast  # noqa: E402
-from benchmarks.dispatch_counter import GPUS, DispatchCounter, SavedTensors  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
+from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
+from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
+from fastmim.plan.hardware import GPUS as KNOWN_GPUS  # noqa: E402
+from fastmim.plan.masked import closed_forms  # noqa: E402
 from fastmim_kernels import dispatch  # noqa: E402
-from fastmim_kernels.mask_tokens import traffic as mask_tokens_traffic  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"
+GPUS = KNOWN_GPUS["h100-80g"], KNOWN_GPUS["a100-80g"]
 MASKED = 0.6
 MODELS = ("swin_base", "swinv2_base", "swinv2_large", "swinv2_huge", "swinv2_giant")
 
@@ -112,10 +114,10 @@ def count_step(
     # Values do not exist, and torch's truncated normal looks at some.
     with fake, mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor):
         module = build().train()
-    counter = DispatchCounter(closed_forms=_closed_forms(), watch=watch, sites=sites)
+    counter = DispatchCounter(closed_forms=closed_forms(MASKED), watch=watch, sites=sites)
     known = [*module.parameters(), *module.buffers()]
     # The Triton implementations accept what is on the CPU: nothing is executed.
-    with fake, mock.patch.object(dispatch, "no_triton", lambda device: ""):
+    with fake, dispatch.as_on_a_gpu():
         images = torch.empty(batch, 3, img_size, img_size)
         grid = img_size // module.patch_size
         mask = torch.empty(batch, grid, grid, dtype=torch.bool)
@@ -126,36 +128,6 @@ def count_step(
             counter.phase = "backward"
             loss.backward()
     return Count(counter, saved, batch)
-
-
-def _closed_forms() -> dict[str, Callable[[Sequence[Any]], tuple[int, int]]]:
-    """Ops whose kernels read only what the mask hides, or does not hide."""
-
-    def mask_tokens(args: Sequence[Any]) -> tuple[int, int]:
-        x, _, _, weight, _, pos, _, out_dtype, _ = args
-        forward, _ = mask_tokens_traffic(
-            tuple(x.shape),
-            visible=1 - MASKED,
-            itemsize=x.element_size(),
-            out_itemsize=out_dtype.itemsize,
-            norm=weight is not None,
-            pos=pos is not None,
-        )
-        return forward[0], forward[1]
-
-    def mask_tokens_backward(args: Sequence[Any]) -> tuple[int, int]:
-        grad, _, _, _, _, weight, pos, dtype, _ = args
-        _, backward = mask_tokens_traffic(
-            tuple(grad.shape),
-            visible=1 - MASKED,
-            itemsize=dtype.itemsize,
-            out_itemsize=grad.element_size(),
-            norm=weight is not None,
-            pos=pos,
-        )
-        return backward[0], backward[1]
-
-    return {"fastmim::mask_tokens": mask_tokens, "fastmim::mask_tokens_backward": mask_tokens_backward}
 
 
 def ours(name: str, impl: str = "auto", **encoder: Any) -> Callable[[], nn.Module]:
@@ -195,7 +167,7 @@ def baseline(name: str, **encoder: Any) -> Callable[[], nn.Module]:
 def count_target(function: Callable[[Tensor, int], Tensor], batch: int, img_size: int = 192) -> Count:
     """The normalised target by itself."""
     counter, saved = DispatchCounter(), SavedTensors([])
-    with FakeTensorMode(), mock.patch.object(dispatch, "no_triton", lambda device: ""):
+    with FakeTensorMode(), dispatch.as_on_a_gpu():
         images = torch.empty(batch, 3, img_size, img_size)
         with counter, cuda_autocast():
             function(images, 47)
@@ -260,7 +232,7 @@ def row(model: str, side: str, count: Count) -> dict[str, Any]:
         "mb_backward": round(backward[1] / count.batch / 1e6, 2),
         "gflop": round((forward[2] + backward[2]) / count.batch / 1e9, 2),
         "saved_mb": round(count.saved_megabytes, 2),
-        **{f"modelled_us_{gpu.name.lower()}": round(count.microseconds(i), 1) for i, gpu in enumerate(GPUS)},
+        **{f"modelled_us_{gpu.name.partition('-')[0]}": round(count.microseconds(i), 1) for i, gpu in enumerate(GPUS)},
     }
 
 

@@ -24,6 +24,7 @@ examples:
   fastmim pretrain configs/demo.yaml train.steps=50 output.dir=runs/short
   fastmim pretrain configs/simmim/swinv2_base.yaml data.path=/path/to/images
   fastmim config show configs/simmim/swinv2_base.yaml optim.lr=2e-4
+  fastmim plan configs/simmim/swinv2_giant.yaml --gpus 8 --gpu h100-80g
   fastmim doctor
   torchrun --nproc_per_node 8 -m fastmim pretrain CONFIG data.path=/path/to/images
 """
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, unknown = _parser().parse_known_args(arguments)
     _log_to_stderr()
     try:
+        unknown = _late_overrides(options, unknown)
         if unknown:
             raise ValueError(_unknown_option(unknown[0]))
         return int(options.command(options))
@@ -122,6 +124,21 @@ def _doctor(options: argparse.Namespace) -> int:
     return status
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from fastmim.config import load_config
+
+    cfg = load_config(options.config, options.overrides)
+    from fastmim.plan.command import make_plan
+    from fastmim.plan.hardware import find_gpu
+    from fastmim.plan.report import as_json, as_text, save_picture
+
+    plan = make_plan(cfg, gpu=find_gpu(options.gpu), gpus=options.gpus, images=options.images)
+    if options.picture:
+        save_picture(plan, options.picture)
+    _print(as_json(plan) if options.json else as_text(plan))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", default=False, help="show where an error came from")
@@ -156,6 +173,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", metavar="DIR", help="folder of images, nested or flat")
     check.set_defaults(command=_data_check)
 
+    plan = commands.add_parser("plan", parents=[common], help="memory and modelled speed on a machine, before launch")
+    _takes_config(plan)
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default 1)")
+    plan.add_argument("--gpu", default="h100-80g", help="a known GPU, or name=mine,memory=48,tflops=180,bandwidth=…")
+    plan.add_argument("--images", type=int, metavar="N", help="size of the data set (default: data.path, ImageNet-1k)")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--picture", metavar="FILE", help="draw the memory of every stage and policy")
+    plan.set_defaults(command=_plan)
+
     doctor = commands.add_parser("doctor", parents=[common], help="check the installation and every op on this machine")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     doctor.set_defaults(command=_doctor)
@@ -177,6 +203,15 @@ def _take_local_rank(argv: list[str]) -> list[str]:
         else:
             kept.append(argument)
     return kept
+
+
+def _late_overrides(options: argparse.Namespace, unknown: list[str]) -> list[str]:
+    """Take ``key=value`` that stands behind an option; argparse gives up on positionals there."""
+    late = [word for word in unknown if "=" in word and not word.startswith("-")]
+    if not hasattr(options, "overrides"):
+        return unknown
+    options.overrides = [*options.overrides, *late]
+    return [word for word in unknown if word not in late]
 
 
 def _unknown_option(option: str) -> str:

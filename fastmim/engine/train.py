@@ -84,8 +84,15 @@ def make_objective(cfg: Config, world: World) -> Any:
     if cfg.efficiency.threads:
         torch.set_num_threads(cfg.efficiency.threads)
     torch.manual_seed(cfg.train.seed)
+    objective = build_objective(cfg)
+    checkpoint.seed_rank(cfg.train.seed, world.rank)
+    return objective.to(world.device)
+
+
+def build_objective(cfg: Config) -> Any:
+    """The objective with weights from torch's generator, on torch's default device; `fastmim plan` traces it."""
     section = cfg.objective
-    objective = create_objective(
+    return create_objective(
         section.name,
         encoder=cfg.model.encoder_kwargs(),
         impl=cfg.efficiency.kernels,
@@ -97,8 +104,6 @@ def make_objective(cfg: Config, world: World) -> Any:
         mean=cfg.data.mean,
         std=cfg.data.std,
     )
-    checkpoint.seed_rank(cfg.train.seed, world.rank)
-    return objective.to(world.device)
 
 
 def make_loader(cfg: Config, objective: Any, world: World, accum: int, **changes: Any) -> Any:

@@ -24,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from .hardware import Gpu
+from .live import LiveBytes
+
 NAMESPACE = "fastmim"
 VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -33,21 +36,6 @@ H100_PROCESSORS = 132
 
 ClosedForm = Callable[[Sequence[Any]], tuple[int, int]]
 """Arguments of a custom op → (bytes read, bytes written) by its kernels."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """Ceilings that were measured on the device: bf16 FLOP/s and bytes/s."""
-
-    name: str
-    flops: float
-    bandwidth: float
-
-    def seconds(self, bytes_moved: float, flops: float) -> float:
-        return max(flops / self.flops, bytes_moved / self.bandwidth)
-
-
-GPUS = (Gpu("H100", 798e12, 3.0e12), Gpu("A100", 312e12, 1.75e12))
 
 
 @dataclasses.dataclass
@@ -103,6 +91,7 @@ class DispatchCounter(TorchDispatchMode):
         closed_forms: Bytes of custom ops ("fastmim::name") whose kernels read as much as the data say.
         watch: Called with (op, tensor) for every tensor that an op returns, also inside custom ops.
         sites: Find the source line of each forward op and, through autograd, of its backward (slower).
+        live: Told what every op makes and, of a custom op, how much its body holds beyond that.
     """
 
     def __init__(
@@ -110,6 +99,7 @@ class DispatchCounter(TorchDispatchMode):
         closed_forms: dict[str, ClosedForm] | None = None,
         watch: Callable[[str, Tensor], None] | None = None,
         sites: bool = False,
+        live: LiveBytes | None = None,
     ) -> None:
         super().__init__()
         self.launches: list[Launch] = []
@@ -117,6 +107,9 @@ class DispatchCounter(TorchDispatchMode):
         self.closed_forms = closed_forms or {}
         self.watch = watch
         self.sites = sites
+        self.live = live
+        self._inner: LiveBytes | None = None
+        self._opened: dict[Any, tuple[list[Launch], int]] = {}
         self._inside = ""
         self._site = ""
         self._forward_sites: dict[int, str] = {}
@@ -130,8 +123,9 @@ class DispatchCounter(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
+        transient = 0
         if func.namespace == NAMESPACE and not self._inside:
-            self._open(func, args, kwargs)
+            transient = self._launch(func, args, kwargs)
         elif not launches_nothing(func):
             self._record(
                 func.name().removeprefix("aten::"),
@@ -139,6 +133,9 @@ class DispatchCounter(TorchDispatchMode):
                 _flops(func, args, kwargs, out),
                 out,
             )
+        live = self._inner if self._inside else self.live
+        if live is not None:
+            live.tick(tensors_of(out), transient)
         if self.watch is not None:
             for tensor in tensors_of(out):
                 self.watch(self._inside or func.name(), tensor)
@@ -160,8 +157,21 @@ class DispatchCounter(TorchDispatchMode):
         site = self._site or (self._find_site() if self.sites else "")
         self.launches.append(Launch(self.phase, name, site, moved, flops, shapes))
 
-    def _open(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Run the body of a custom op on fake CUDA tensors."""
+    def _launch(self, func: Any, args: Any, kwargs: Any) -> int:
+        """Record what a custom op launches; the same op on the same shapes is opened once. Returns transient bytes."""
+        key = (func, _signature((args, kwargs)))
+        if self.watch is None and key in self._opened:
+            launches, transient = self._opened[key]
+            site = self._find_site() if self.sites else ""
+            self.launches += [dataclasses.replace(x, phase=self.phase, site=site) for x in launches]
+            return transient
+        first = len(self.launches)
+        transient = self._open(func, args, kwargs)
+        self._opened[key] = self.launches[first:], transient
+        return transient
+
+    def _open(self, func: Any, args: Any, kwargs: Any) -> int:
+        """Run the body of a custom op on fake CUDA tensors; returns the bytes that it holds beyond its outputs."""
         from torch._library.custom_ops import OPDEFS
 
         name = func._schema.name
@@ -170,11 +180,13 @@ class DispatchCounter(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, _on_cuda, (args, kwargs))
         self._site = self._find_site() if self.sites else ""
         self._inside, first = name.partition("::")[2], len(self.launches)
+        self._inner = inner = LiveBytes(tensors_of((args, kwargs)))
         try:
             with self, torch.no_grad(), _kernels_counted_by(self._kernel):
-                body(*args, **kwargs)
+                out = body(*args, **kwargs)
         finally:
             self._inside = self._site = ""
+            self._inner = None
         mine = self.launches[first:]
         kernels = [x for x in mine if "/triton." in x.op]
         if kernels:
@@ -185,6 +197,7 @@ class DispatchCounter(TorchDispatchMode):
                 share = sum(self.closed_forms[name](args)) / sum(x.bytes for x in kernels)
                 for launch in kernels:
                     launch.bytes = round(launch.bytes * share)
+        return inner.peak() - LiveBytes().tick(tensors_of(out))
 
     def _kernel(self, name: str, args: Any) -> None:
         found = tensors_of(args)
@@ -207,6 +220,14 @@ class DispatchCounter(TorchDispatchMode):
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def _signature(tree: Any) -> Any:
+    """What the launches of an op depend on: shapes, strides and dtypes, and plain arguments as they are."""
+    return tuple(
+        (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else repr(x)
+        for x in tree_leaves(tree, is_leaf=lambda x: x is None)
+    )
 
 
 def _short(tensor: Tensor) -> str:
