@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from functools import cache
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-
 from fastmim.config import Config
 from fastmim.data.source import open_index
+from fastmim.engine.recompute import apply_recompute
 from fastmim.engine.stream import batch_sizes
 from fastmim.engine.train import build_objective
 
 from .hardware import Gpu
-from .recommend import Model, Setting, best, options, smallest_machine
+from .recommend import Model, Setting, best, options, smallest_machine, stages_for
 from .report import Plan
-from .trace import BATCHES, Footprint, trace
+from .trace import Footprint, trace
 
 IMAGENET_1K = 1_281_167
-POLICIES = ("none",)
+RECOMPUTE = ("none", "fc1", "gemm", "fc1_qkv", "full/2", "full")
+"""Policies of every plan: ``efficiency.recompute``, ``/n`` for every n-th block."""
 
 
 def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) -> Plan:
@@ -38,40 +43,71 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
         global_batch_size=cfg.train.global_batch_size,
         world_size=gpus,
     )
-    model = _model(cfg)
-    setting = Setting(0, POLICIES[0], cfg.train.micro_batch_size, accum, gpus)
-    configured = model.option(gpu, setting)
-    found = options(model, gpu, gpus, global_batch)
-    fitting = [option for option in [*found, configured] if option.fits]
-    smallest = None
-    if not configured.fits:
-        smallest = smallest_machine(model, setting, global_batch) or smallest_machine(model, None, global_batch)
+    setting = Setting(0, RECOMPUTE[0], cfg.train.micro_batch_size, accum, gpus)
     total, source = _images(cfg, global_batch, images)
-    return Plan(
-        title=cfg.model.name,
-        parameters=model.trace(setting.policy, False).parameters,
-        gpu=gpu,
-        gpus=gpus,
-        configured=configured,
-        options=found,
-        recommended=best(fitting) if fitting else None,
-        smallest=smallest,
-        images=total,
-        images_from=source,
-    )
-
-
-def _model(cfg: Config) -> Model:
-    precision = "fp32" if cfg.efficiency.precision == "fp32" else "bf16"
-
-    @cache
-    def footprint(policy: str, low_weights: bool) -> Footprint:
-        small, large = (
-            trace(lambda: build_objective(cfg), n, precision=precision, low_weights=low_weights) for n in BATCHES
+    layouts = {stage > 0 for stage in stages_for(gpus, setting.offload)} | {setting.stage > 0}
+    with closing(Tracer(cfg)) as tracer:
+        tracer.start((policy, low) for low in sorted(layouts) for policy in RECOMPUTE)
+        model = Model(tracer.footprint, RECOMPUTE)
+        configured = model.option(gpu, setting)
+        found = options(model, gpu, gpus, global_batch)
+        fitting = [option for option in [*found, configured] if option.fits]
+        smallest = None
+        if not configured.fits:
+            smallest = smallest_machine(model, setting, global_batch) or smallest_machine(model, None, global_batch)
+        return Plan(
+            title=cfg.model.name,
+            parameters=tracer.footprint(setting.policy, setting.stage > 0).parameters,
+            gpu=gpu,
+            gpus=gpus,
+            configured=configured,
+            options=found,
+            recommended=best(fitting) if fitting else None,
+            smallest=smallest,
+            images=total,
+            images_from=source,
         )
-        return Footprint(small, large)
 
-    return Model(footprint, POLICIES)
+
+class Tracer:
+    """Footprints of a config by (policy, weights are bfloat16), each traced once, in a process of its own."""
+
+    def __init__(self, cfg: Config) -> None:
+        self._cfg = cfg
+        # Not a fork of this process: autograd's threads do not survive one.
+        context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+        if os.name == "posix":
+            context.set_forkserver_preload([__name__])
+        self._pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context)
+        self._found: dict[tuple[str, bool], Future[Footprint]] = {}
+
+    def start(self, wanted: Iterable[tuple[str, bool]]) -> None:
+        """Begin the traces that :meth:`footprint` will be asked for."""
+        for key in wanted:
+            if key not in self._found:
+                self._found[key] = self._pool.submit(trace_config, self._cfg, *key)
+
+    def footprint(self, policy: str, low_weights: bool) -> Footprint:
+        """Of a micro-batch under a policy."""
+        self.start([(policy, low_weights)])
+        return self._found[policy, low_weights].result()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
+    """The footprint of a config under a recomputation policy."""
+    precision = "fp32" if cfg.efficiency.precision == "fp32" else "bf16"
+    name, _, every = policy.partition("/")
+
+    def build() -> Any:
+        objective = build_objective(cfg)
+        apply_recompute(objective, name, every=int(every or 1))
+        return objective
+
+    return Footprint(*trace(build, precision=precision, low_weights=low_weights))
 
 
 def _images(cfg: Config, global_batch: int, images: int | None) -> tuple[int, str]:

@@ -23,7 +23,7 @@ class Gpu:
     bandwidth: float
     memory: float = 0.0
     link: float = 0.0
-    network: float = 25e9
+    network: float = 0.0
     bf16: bool = True
     source: str = ""
 
@@ -32,22 +32,32 @@ class Gpu:
         return max(flops / self.flops, bytes_moved / self.bandwidth)
 
 
-def _gpu(name: str, memory: float, tflops: float, bandwidth: float, link: float, source: str, **more: float) -> Gpu:
-    return Gpu(name, tflops * 1e12, bandwidth * 1e9, memory, link * 1e9, source=source, **more)  # type: ignore[arg-type]
+def _gpu(
+    name: str,
+    memory: float,
+    tflops: float,
+    bandwidth: float,
+    link: float,
+    source: str,
+    *,
+    network: float = 25.0,
+    bf16: bool = True,
+) -> Gpu:
+    return Gpu(name, tflops * 1e12, bandwidth * 1e9, memory, link * 1e9, network * 1e9, bf16, source)
 
 
 _MEASURED = "FLOP/s and bandwidth: ceilings measured on the device; memory and links: data sheet"
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("v100-16g", 15, 125, 900, 150, "V100 SXM2 data sheet; fp16, it has no bf16", network=12.5e9, bf16=False),
-        _gpu("v100-32g", 31, 125, 900, 150, "V100 SXM2 data sheet; fp16, it has no bf16", network=12.5e9, bf16=False),
+        _gpu("v100-16g", 15, 125, 900, 150, "V100 SXM2 data sheet; fp16, it has no bf16", network=12.5, bf16=False),
+        _gpu("v100-32g", 31, 125, 900, 150, "V100 SXM2 data sheet; fp16, it has no bf16", network=12.5, bf16=False),
         _gpu("a100-40g", 39, 312, 1555, 300, "A100 SXM data sheet"),
         _gpu("a100-80g", 78, 312, 1750, 300, _MEASURED),
-        _gpu("h100-80g", 78, 798, 3000, 450, _MEASURED, network=50e9),
-        _gpu("h200-141g", 138, 798, 4800, 450, "data sheet; FLOP/s: the H100's ceiling, same chip", network=50e9),
-        _gpu("b200-180g", 177, 2250, 8000, 900, "HGX B200 data sheet", network=50e9),
-        _gpu("rtx4090-24g", 23, 165.2, 1008, 32, "Ada data sheet; link: PCIe 4.0 x16", network=12.5e9),
+        _gpu("h100-80g", 78, 798, 3000, 450, _MEASURED, network=50),
+        _gpu("h200-141g", 138, 798, 4800, 450, "data sheet; FLOP/s: the H100's ceiling, same chip", network=50),
+        _gpu("b200-180g", 177, 2250, 8000, 900, "HGX B200 data sheet", network=50),
+        _gpu("rtx4090-24g", 23, 165.2, 1008, 32, "Ada data sheet; link: PCIe 4.0 x16", network=12.5),
     )
 }
 """By name, smallest and oldest first. ``network``: one 100, 200 or 400 Gb/s adapter a GPU, as is usual for each."""
@@ -89,8 +99,7 @@ def _custom(text: str) -> Gpu:
     if missing:
         raise ValueError(f"--gpu {text}: {missing[0]} is missing; give {missing[0]}=NUMBER ({_CUSTOM[missing[0]]})")
     values = {key: _positive(text, key, value) for key, value in pairs.items()}
-    values["network"] = values.get("network", 25.0) * 1e9
-    return _gpu(name, *(values.pop(key) for key in ("memory", "tflops", "bandwidth", "link")), "as given", **values)
+    return _gpu(name, source="as given", **values)
 
 
 def _positive(text: str, key: str, value: str) -> float:

@@ -154,9 +154,7 @@ def smallest_machine(
     return None
 
 
-def _on(
-    model: Model, gpu: Gpu, count: int, setting: Setting | None, global_batch: int, offload: str
-) -> list[Option]:
+def _on(model: Model, gpu: Gpu, count: int, setting: Setting | None, global_batch: int, offload: str) -> list[Option]:
     """The setting on a machine; without one every stage and policy at a micro-batch of one image."""
     micro = setting.micro_batch if setting else 1
     accum, rest = divmod(global_batch, micro * count)

@@ -38,7 +38,7 @@ class Plan:
         return self.images / option.images_per_sec * option.setting.gpus / 86400
 
 
-def sentence(plan: Plan, option: Option, gpu: Gpu) -> str:
+def sentence(option: Option, gpu: Gpu) -> str:
     """Whether an option fits, and why: its components beside the limit."""
     parts = [f"{_label(name)} {getattr(option.memory, name) / 1e9:.1f}" for name in COMPONENTS]
     verdict = "fits" if option.fits else "does not fit"
@@ -75,16 +75,18 @@ def conclusions(plan: Plan) -> list[str]:
         f"{16 * plan.parameters / 1e9:.1f} GB; GB are 10^9 bytes",
         f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s, "
         f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s ({plan.gpu.source})",
-        f"as configured: {sentence(plan, plan.configured, plan.gpu)}",
+        f"as configured: {sentence(plan.configured, plan.gpu)}",
     ]
     if plan.configured.fits:
         lines.append(f"    {speed(plan, plan.configured)}")
     if plan.recommended is not None:
-        lines.append(f"recommended: {sentence(plan, plan.recommended, plan.gpu)}")
+        lines.append(f"recommended: {sentence(plan.recommended, plan.gpu)}")
         lines.append(f"    {speed(plan, plan.recommended)}")
     if plan.smallest is not None:
         gpu, option = plan.smallest
-        lines.append(f"smallest known machine for it: {option.setting.gpus} x {gpu.name}: {sentence(plan, option, gpu)}")
+        lines.append(
+            f"smallest known machine for it: {option.setting.gpus} x {gpu.name}: {sentence(option, gpu)}"
+        )
     elif plan.recommended is None:
         lines.append("does not fit on any known machine")
     return lines
@@ -98,7 +100,9 @@ def as_text(plan: Plan) -> str:
     left = {0, 1}
 
     def line(row: list[str]) -> str:
-        cells = [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         return "  ".join(cells).rstrip()
 
     table = [line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:])]

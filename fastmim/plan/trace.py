@@ -7,7 +7,7 @@ traced; every byte and FLOP count is linear in the batch, so that they give any 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from .counter import DispatchCounter, Launch
 from .cuda_autocast import cuda_autocast
 from .hardware import Gpu
 from .live import LiveBytes
+from .masked import closed_forms
 
 BATCHES = (16, 32)
 LOW = torch.bfloat16
@@ -43,39 +44,48 @@ class Trace:
     grads: tuple[int, ...]
     kept: int
     largest_block: int
+    """Parameters of the largest block, which ZeRO-3 gathers at once."""
 
 
 def trace(
-    build: Callable[[], Any], batch: int, *, precision: str = "bf16", low_weights: bool = False, on_gpu: bool = True
-) -> Trace:
-    """Forward and backward of ``build()(images, mask)["loss"]``.
+    build: Callable[[], Any],
+    batches: Sequence[int] = BATCHES,
+    *,
+    precision: str = "bf16",
+    low_weights: bool = False,
+    on_gpu: bool = True,
+) -> list[Trace]:
+    """Forward and backward of ``build()(images, mask)["loss"]``, once for each batch size.
 
     Args:
         build: Makes the objective; called under a ``FakeTensorMode``.
-        batch: Images.
+        batches: Numbers of images.
         precision: "bf16" (autocast as on CUDA) or "fp32".
         low_weights: The weights themselves are bfloat16, as DeepSpeed keeps them.
         on_gpu: Ops choose their implementation as on a CUDA device; False: as on a CPU.
     """
-    fake = FakeTensorMode()
     where: AbstractContextManager[Any] = as_on_a_gpu() if on_gpu else nullcontext()
-    with fake, where:
+    with FakeTensorMode(), where:
         objective = _built(build, low_weights)
-        known = [*objective.parameters(), *objective.buffers()]
-        images = torch.empty(batch, objective.in_chans, *objective.img_size, dtype=torch.uint8)
-        mask = torch.empty(batch, *objective.encoder.grid, dtype=torch.bool)
-        live = LiveBytes([*known, images, mask])
-        counter = DispatchCounter(_closed_forms(objective), live=live)
-        with counter:
-            with cuda_autocast(LOW) if precision == "bf16" else nullcontext():
-                loss = objective(images, mask)["loss"]
-            kept = live.now
-            counter.phase = "backward"
-            loss.backward()
-        gradients = [p.grad for p in objective.parameters() if p.grad is not None]
-        others, grads = live.history(gradients)
-    count = sum(p.numel() for p in objective.parameters())
-    return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, _largest_block(objective))
+        return [_traced(objective, batch, precision) for batch in batches]
+
+
+def _traced(objective: Any, batch: int, precision: str) -> Trace:
+    parameters = list(objective.parameters())
+    images = torch.empty(batch, objective.in_chans, *objective.img_size, dtype=torch.uint8)
+    mask = torch.empty(batch, *objective.encoder.grid, dtype=torch.bool)
+    live = LiveBytes([*parameters, *objective.buffers(), images, mask])
+    counter = DispatchCounter(closed_forms(objective.mask_ratio), live=live)
+    with counter:
+        with cuda_autocast(LOW) if precision == "bf16" else nullcontext():
+            loss = objective(images, mask)["loss"]
+        kept = live.now
+        counter.phase = "backward"
+        loss.backward()
+    others, grads = live.history(p.grad for p in parameters if p.grad is not None)
+    objective.zero_grad(set_to_none=True)
+    count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
+    return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest)
 
 
 def _built(build: Callable[[], Any], low_weights: bool) -> nn.Module:
@@ -86,12 +96,6 @@ def _built(build: Callable[[], Any], low_weights: bool) -> nn.Module:
         for parameter in objective.parameters():
             parameter.data = parameter.data.to(LOW)
     return objective
-
-
-def _closed_forms(objective: Any) -> dict[str, Any]:
-    from .masked import closed_forms
-
-    return closed_forms(objective.mask_ratio)
 
 
 def _largest_block(objective: nn.Module) -> int:
@@ -160,7 +164,7 @@ class Footprint:
     def seconds(self, gpu: Gpu, batch: int) -> tuple[float, float]:
         """Modelled (forward, backward) time: every launch at its roofline, free of latency, none overlapping."""
         small, large = self._seconds(gpu)
-        forward, backward = (max(self._line(s, l, batch), 0.0) for s, l in zip(small, large, strict=True))
+        forward, backward = (max(self._line(a, b, batch), 0.0) for a, b in zip(small, large, strict=True))
         return forward, backward
 
     def _seconds(self, gpu: Gpu) -> tuple[tuple[float, float], ...]:
