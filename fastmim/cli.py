@@ -27,6 +27,8 @@ examples:
   fastmim plan configs/simmim/swinv2_giant.yaml --gpus 8 --gpu h100-80g
   fastmim doctor
   torchrun --nproc_per_node 8 -m fastmim pretrain CONFIG data.path=/path/to/images
+  deepspeed --num_gpus 8 --module fastmim pretrain CONFIG data.path=/path/to/images
+  fastmim convert runs/short encoder.safetensors
 """
 _OVERRIDES = "section.key=value, the value in YAML; may be repeated and wins over the file"
 
@@ -139,6 +141,13 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from fastmim.engine.convert import convert
+
+    _print(f"{convert(options.checkpoint, options.out, whole=options.whole)}\n")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", default=False, help="show where an error came from")
@@ -181,6 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--picture", metavar="FILE", help="draw the memory of every stage and policy")
     plan.set_defaults(command=_plan)
+
+    convert = commands.add_parser("convert", parents=[common], help="write the encoder of any checkpoint as one file")
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-... folder, or a run's output folder")
+    convert.add_argument("out", metavar="OUT", help="file to write, for example encoder.safetensors")
+    convert.add_argument("--whole", action="store_true", help="the whole objective under its own names")
+    convert.set_defaults(command=_convert)
 
     doctor = commands.add_parser("doctor", parents=[common], help="check the installation and every op on this machine")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")

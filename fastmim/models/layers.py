@@ -62,12 +62,13 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, impl: str) -> None:
         super().__init__()
         self.impl = impl
+        self.recompute_fc1 = False
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
-        return fk.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, impl=self.impl)
+        return fk.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, recompute_fc1=self.recompute_fc1, impl=self.impl)
 
 
 class DropPath(nn.Module):

@@ -7,6 +7,7 @@ traced; every byte and FLOP count is linear in the batch, so that they give any 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -65,9 +66,22 @@ def trace(
         on_gpu: Ops choose their implementation as on a CUDA device; False: as on a CPU.
     """
     where: AbstractContextManager[Any] = as_on_a_gpu() if on_gpu else nullcontext()
-    with FakeTensorMode(), where:
-        objective = _built(build, low_weights)
-        return [_traced(objective, batch, precision) for batch in batches]
+    _forget_caches()
+    try:
+        with FakeTensorMode(), where:
+            objective = _built(build, low_weights)
+            return [_traced(objective, batch, precision) for batch in batches]
+    finally:
+        _forget_caches()
+
+
+def _forget_caches() -> None:
+    """What the ops remember between calls, such as a shift mask, would be fake afterwards, or real inside."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastmim_kernels."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 def _traced(objective: Any, batch: int, precision: str) -> Trace:
