@@ -126,11 +126,14 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
         if init_from is not None:
             load_weights(objective, init_from)
 
+    def build() -> Any:
+        return build_objective(cfg)
+
     if efficiency.zero_stage == 3 and deepspeed is not None:
         precision = precision_on(cfg, world)
-        objective = build_partitioned(lambda: build_objective(cfg), load, config=deepspeed, precision=precision, device=world.device)
+        objective = build_partitioned(build, load, config=deepspeed, precision=precision, device=world.device)
     else:
-        objective = build_objective(cfg)
+        objective = build()
         load(objective)
     checkpoint.seed_rank(cfg.train.seed, world.rank)
     every, offload = efficiency.recompute_every, efficiency.recompute_offload

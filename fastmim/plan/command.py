@@ -17,6 +17,7 @@ from fastmim.engine.stream import batch_sizes
 from fastmim.engine.train import build_objective
 
 from .hardware import Gpu
+from .memory import LAYOUTS, Buckets
 from .recommend import Model, Setting, best, options, smallest_machine, stages_for
 from .report import Plan
 from .trace import Footprint, trace
@@ -43,18 +44,20 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
         global_batch_size=cfg.train.global_batch_size,
         world_size=gpus,
     )
-    setting = Setting(0, RECOMPUTE[0], cfg.train.micro_batch_size, accum, gpus)
+    setting = _configured(cfg, accum, gpus)
+    policies = list(dict.fromkeys([*RECOMPUTE, setting.policy]))
     total, source = _images(cfg, global_batch, images)
     layouts = {stage > 0 for stage in stages_for(gpus, setting.offload)} | {setting.stage > 0}
     with closing(Tracer(cfg)) as tracer:
-        tracer.start((policy, low) for low in sorted(layouts) for policy in RECOMPUTE)
-        model = Model(tracer.footprint, RECOMPUTE)
+        tracer.start((policy, low) for low in sorted(layouts) for policy in policies)
+        model = Model(tracer.footprint, policies, _buckets(cfg), LAYOUTS[_precision(cfg)])
         configured = model.option(gpu, setting)
-        found = options(model, gpu, gpus, global_batch)
+        found = options(model, gpu, gpus, global_batch, setting.offload)
         fitting = [option for option in [*found, configured] if option.fits]
         smallest = None
         if not configured.fits:
-            smallest = smallest_machine(model, setting, global_batch) or smallest_machine(model, None, global_batch)
+            near = smallest_machine(model, setting, global_batch, setting.offload)
+            smallest = near or smallest_machine(model, None, global_batch, setting.offload)
         return Plan(
             title=cfg.model.name,
             parameters=tracer.footprint(setting.policy, setting.stage > 0).parameters,
@@ -99,7 +102,7 @@ class Tracer:
 
 def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
     """The footprint of a config under a recomputation policy."""
-    precision = "fp32" if cfg.efficiency.precision == "fp32" else "bf16"
+    precision = _precision(cfg)
     name, _, every = policy.partition("/")
 
     def build() -> Any:
@@ -107,7 +110,30 @@ def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
         apply_recompute(objective, name, every=int(every or 1))
         return objective
 
-    return Footprint(*trace(build, precision=precision, low_weights=low_weights))
+    low_weights = low_weights and precision != "fp32"
+    # float16 takes the same bytes and the same kernels as bfloat16.
+    return Footprint(*trace(build, precision=precision.replace("fp16", "bf16"), low_weights=low_weights))
+
+
+def _precision(cfg: Config) -> str:
+    """What ``auto`` means on a GPU."""
+    return "bf16" if cfg.efficiency.precision == "auto" else cfg.efficiency.precision
+
+
+def _configured(cfg: Config, accum: int, gpus: int) -> Setting:
+    """The config's own way to run."""
+    efficiency = cfg.efficiency
+    moved = efficiency.offload_optimizer != "none", efficiency.offload_param != "none"
+    offload = {(False, False): "none", (True, False): "optimizer", (False, True): "param", (True, True): "all"}[moved]
+    every = f"/{efficiency.recompute_every}" if efficiency.recompute_every > 1 else ""
+    policy = efficiency.recompute if efficiency.recompute == "none" else f"{efficiency.recompute}{every}"
+    return Setting(efficiency.zero_stage or 0, policy, cfg.train.micro_batch_size, accum, gpus, offload)
+
+
+def _buckets(cfg: Config) -> Buckets:
+    given = cfg.efficiency.deepspeed.get("zero_optimization", {})
+    sizes = {"reduce": given.get("reduce_bucket_size"), "prefetch": given.get("stage3_prefetch_bucket_size")}
+    return Buckets(**{name: int(size) for name, size in sizes.items() if isinstance(size, int | float)})
 
 
 def _images(cfg: Config, global_batch: int, images: int | None) -> tuple[int, str]:

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -125,7 +126,7 @@ class DispatchCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         transient = 0
         if func.namespace == NAMESPACE and not self._inside:
-            transient = self._launch(func, args, kwargs)
+            transient = self._launch(func, args, kwargs, out)
         elif not launches_nothing(func):
             self._record(
                 func.name().removeprefix("aten::"),
@@ -157,7 +158,7 @@ class DispatchCounter(TorchDispatchMode):
         site = self._site or (self._find_site() if self.sites else "")
         self.launches.append(Launch(self.phase, name, site, moved, flops, shapes))
 
-    def _launch(self, func: Any, args: Any, kwargs: Any) -> int:
+    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
         """Record what a custom op launches; the same op on the same shapes is opened once. Returns transient bytes."""
         key = (func, _signature((args, kwargs)))
         if self.watch is None and key in self._opened:
@@ -166,7 +167,14 @@ class DispatchCounter(TorchDispatchMode):
             self.launches += [dataclasses.replace(x, phase=self.phase, site=site) for x in launches]
             return transient
         first = len(self.launches)
-        transient = self._open(func, args, kwargs)
+        try:
+            transient = self._open(func, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            # A body that asks for values (the torch implementations may) counts as one launch, from outside.
+            del self.launches[first:]
+            transient = 0
+            name = func._schema.name.partition("::")[2]
+            self._record(name, op_bytes(func, args, kwargs, out), _flops(func, args, kwargs, out), out)
         self._opened[key] = self.launches[first:], transient
         return transient
 

@@ -4,9 +4,9 @@ States of P parameters in two layouts (Rajbhandari et al. 2020, section 3.1, cou
 
 - stage 0 is :class:`LocalEngine <fastmim.engine.local.LocalEngine>`: float32 weights 4P, gradients 4P and moments
   8P; autocast's bfloat16 copies of the weights are activations, because autograd keeps them.
-- stages 1 to 3 are DeepSpeed's bf16: weights 2P, gradients accumulated and reduced in float32 4P (2P where that is
-  bfloat16), float32 master weights and moments 12P. Each stage divides one more of them by the number of GPUs:
-  optimiser, gradients, weights.
+- stages 1 to 3 are DeepSpeed's, see :data:`LAYOUTS`: low-precision weights, gradients, and a float32 copy of the
+  weights with the two moments. Each stage divides one more of them by the number of GPUs: optimiser, gradients,
+  weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import dataclass, fields
 from .trace import Footprint
 
 STAGES = (0, 1, 2, 3)
-OFFLOADS = ("none", "optimizer", "all")
+OFFLOADS = ("none", "optimizer", "param", "all")
+LAYOUTS = {"bf16": (2, 4, 12), "fp16": (2, 2, 12), "fp32": (4, 4, 12)}
+"""Bytes a parameter of weights, gradients and optimiser under DeepSpeed: bf16 accumulates gradients in float32."""
 LIBRARIES = 0.25e9
 """cuBLAS and NCCL buffers, bytes: constants of the libraries, not of the model."""
 
@@ -63,32 +65,34 @@ class States:
         return self.weights + self.gradients + self.optimizer
 
 
-def states(parameters: int, stage: int, gpus: int, offload: str = "none", gradient_bytes: int = 4) -> States:
+def states(
+    parameters: int, stage: int, gpus: int, offload: str = "none", layout: tuple[int, int, int] = LAYOUTS["bf16"]
+) -> States:
     """Weights, gradients and optimiser states of one of ``gpus`` ranks.
 
     Args:
         parameters: Elements.
         stage: 0 to 3.
         gpus: Ranks that share what the stage divides.
-        offload: "optimizer": moments, master weights and the rank's gradients live in host RAM (stages 1 to 3);
-            "all": the weights too (stage 3).
-        gradient_bytes: Of a gradient that is kept at stages 1 to 3.
+        offload: What lives in host RAM (or on a drive): "optimizer" (stages 1 to 3; with the rank's gradients from
+            stage 2 on), "param" (the weights, stage 3), "all".
+        layout: Bytes a parameter of weights, gradients and optimiser, for stages 1 to 3.
 
     Raises:
         ValueError: The stage cannot offload that.
     """
-    if offload not in OFFLOADS or (offload != "none" and stage == 0) or (offload == "all" and stage != 3):
+    if offload not in OFFLOADS or (offload != "none" and stage == 0) or (offload in ("param", "all") and stage != 3):
         raise ValueError(f"offload={offload!r}: not possible at ZeRO stage {stage}; use one of {', '.join(OFFLOADS)}")
     if stage == 0:
         return States(4.0 * parameters, 4.0 * parameters, 8.0 * parameters)
     share = parameters / gpus
-    weights = 2.0 * (share if stage == 3 else parameters)
-    gradients = float(gradient_bytes) * (parameters if stage == 1 else share)
-    optimizer, host = 12.0 * share, 0.0
-    if offload != "none":
+    weights = layout[0] * (share if stage == 3 else parameters)
+    gradients = layout[1] * (share if stage >= 2 else parameters)
+    optimizer, host = layout[2] * share, 0.0
+    if offload in ("optimizer", "all"):
         host, optimizer = optimizer + 4.0 * share, 0.0
-        gradients = 0.0 if stage > 1 else gradients
-    if offload == "all":
+        gradients = gradients if stage == 1 else 0.0
+    if offload in ("param", "all"):
         host, weights = host + weights, 0.0
     return States(weights, gradients, optimizer, host)
 
@@ -102,24 +106,25 @@ def memory(
     grad_accum_steps: int,
     offload: str = "none",
     buckets: Buckets = Buckets(),  # noqa: B008  frozen
+    layout: tuple[int, int, int] = LAYOUTS["bf16"],
 ) -> Memory:
     """The fullest point of a training step on one GPU.
 
     Args:
         footprint: Traced with float32 weights for stage 0, with bfloat16 weights for the others.
-        stage, gpus, offload: See :func:`states`.
+        stage, gpus, offload, layout: See :func:`states`.
         micro_batch: Images in one forward and backward.
         grad_accum_steps: Micro-batches of an update. With one, stage 0 has no gradients before backward, and
             they take the place of activations that are freed.
         buckets: Buffers of stages 1 to 3.
     """
-    held = states(footprint.parameters, stage, gpus, offload)
+    held = states(footprint.parameters, stage, gpus, offload, layout)
     growing = stage == 0 and grad_accum_steps == 1
     moment = footprint.peak(micro_batch, accumulating=not growing)
     gradients = moment.gradients if growing else held.gradients
     extra = 0.0 if stage == 0 else 4.0 * min(buckets.reduce, footprint.parameters)
     if stage == 3:
-        extra += 2.0 * (min(buckets.prefetch, footprint.parameters) + 2 * footprint.largest_block)
+        extra += layout[0] * (min(buckets.prefetch, footprint.parameters) + 2 * footprint.largest_block)
     within = Memory(
         held.weights, gradients, held.optimizer, moment.activations, moment.workspace + LIBRARIES, extra, held.host
     )
@@ -128,5 +133,5 @@ def memory(
 
 def _at_update(footprint: Footprint, held: States, stage: int, gpus: int, offload: str, buckets: float) -> Memory:
     """While the optimiser runs: all gradients, no activations; ZeRO makes a float32 copy of its share of them."""
-    copy = 4.0 * footprint.parameters / gpus if stage > 0 and offload == "none" else 0.0
+    copy = 4.0 * footprint.parameters / gpus if stage > 0 and offload in ("none", "param") else 0.0
     return Memory(held.weights, held.gradients, held.optimizer, 0.0, copy + LIBRARIES, buckets, held.host)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .hardware import GIB, GPUS, Gpu
-from .memory import Buckets, Memory, memory
+from .memory import LAYOUTS, Buckets, Memory, memory
 from .roofline import StepTime, step_time
 from .trace import Footprint
 
@@ -55,11 +55,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Model:
-    """The traced objective: a footprint by (policy, weights are bfloat16), filled when first asked for."""
+    """The traced objective: a footprint by (policy, weights are DeepSpeed's), traced when first asked for."""
 
     trace: Callable[[str, bool], Footprint]
     policies: Sequence[str]
     buckets: Buckets = Buckets()
+    layout: tuple[int, int, int] = LAYOUTS["bf16"]
 
     def option(self, gpu: Gpu, setting: Setting) -> Option:
         """Memory and time of one setting."""
@@ -73,6 +74,7 @@ class Model:
             grad_accum_steps=s.grad_accum_steps,
             offload=s.offload,
             buckets=self.buckets,
+            layout=self.layout,
         )
         time = step_time(
             footprint,
@@ -81,7 +83,7 @@ class Model:
             gpus=s.gpus,
             micro_batch=s.micro_batch,
             grad_accum_steps=s.grad_accum_steps,
-            gathers=2 if s.policy == self.policies[0] else 3,
+            gathers=3 if s.policy.startswith("full") else 2,
             offload=s.offload,
         )
         # The useful work is that of a step in which nothing is computed twice.
@@ -92,7 +94,7 @@ class Model:
 
 def stages_for(gpus: int, offload: str) -> tuple[int, ...]:
     """ZeRO stages that make sense: one GPU has nothing to share, offloading needs a stage that can."""
-    if offload == "all":
+    if offload in ("param", "all"):
         return (3,)
     if offload == "optimizer":
         return (1, 2, 3) if gpus > 1 else (2,)

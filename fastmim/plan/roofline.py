@@ -58,7 +58,7 @@ def step_time(
     forward, backward = footprint.seconds(gpu, micro_batch)
     share = footprint.parameters / (gpus if stage else 1)
     update = share * (UPDATE + (CLIP if stage == 0 else CLIP / 2)) / gpu.bandwidth
-    if offload != "none":
+    if offload in ("optimizer", "all"):
         update = share * (4 / PCIE + UPDATE / HOST_BANDWIDTH)
     exposed = _exposed(footprint.parameters, gpu, stage, gpus, grad_accum_steps, forward, backward, gathers)
     return StepTime(grad_accum_steps * (forward + backward), update, exposed)
