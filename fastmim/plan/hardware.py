@@ -99,7 +99,8 @@ def _custom(text: str) -> Gpu:
     if missing:
         raise ValueError(f"--gpu {text}: {missing[0]} is missing; give {missing[0]}=NUMBER ({_CUSTOM[missing[0]]})")
     values = {key: _positive(text, key, value) for key, value in pairs.items()}
-    return _gpu(name, source="as given", **values)
+    network = values.pop("network", 25.0)
+    return _gpu(name, source="as given", network=network, **values)
 
 
 def _positive(text: str, key: str, value: str) -> float:

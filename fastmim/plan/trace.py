@@ -102,9 +102,13 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest)
 
 
+def fake_values() -> AbstractContextManager[Any]:
+    """Inside, models are built without values: the truncated normal looks at some, and a fake tensor has none."""
+    return mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor)
+
+
 def _built(build: Callable[[], Any], low_weights: bool) -> nn.Module:
-    # Values do not exist, and the truncated normal looks at some.
-    with mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor):
+    with fake_values():
         objective = build().train()
     if low_weights:
         for parameter in objective.parameters():
@@ -146,7 +150,7 @@ class Footprint:
         self.small, self.large = small, large
         self.parameters, self.largest_block = small.parameters, small.largest_block
         self._times: dict[Gpu, tuple[tuple[float, float], ...]] = {}
-        self._flops = [sum(x.flops for x in t.launches) for t in (small, large)]
+        self._flops = tuple(sum(x.flops for x in t.launches) for t in (small, large))
         self._others = np.array([small.others, large.others], dtype=np.float64)
         self._grads = np.array(small.grads, dtype=np.float64)
 
@@ -191,7 +195,8 @@ class Footprint:
 
     def flops(self, batch: int) -> float:
         """Of the matrix products of forward and backward."""
-        return self._line(*self._flops, batch)
+        small, large = self._flops
+        return self._line(small, large, batch)
 
 
 def _time(trace: Trace, gpu: Gpu, phase: str) -> float:
