@@ -141,6 +141,18 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastmim.config import load_config
+
+    cfg = load_config(options.config, options.overrides)
+    from fastmim.profile.command import profile_run
+
+    _print(profile_run(cfg, steps=options.steps, out=Path(options.out) if options.out else None))
+    return 0
+
+
 def _convert(options: argparse.Namespace) -> int:
     from fastmim.engine.convert import convert
 
@@ -190,6 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--picture", metavar="FILE", help="draw the memory of every stage and policy")
     plan.set_defaults(command=_plan)
+
+    profile = commands.add_parser("profile", parents=[common], help="profile real steps: time by op, memory, power")
+    _takes_config(profile)
+    profile.add_argument("--steps", type=int, default=3, metavar="N", help="profiled steps (default 3)")
+    profile.add_argument("--out", metavar="DIR", help="where the trace goes (default: profile in output.dir)")
+    profile.set_defaults(command=_profile)
 
     convert = commands.add_parser("convert", parents=[common], help="write the encoder of any checkpoint as one file")
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-... folder, or a run's output folder")

@@ -38,6 +38,8 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
     """
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
+    if images is not None and images < 1:
+        raise ValueError(f"--images {images}: must be at least 1")
     accum, global_batch = batch_sizes(
         micro_batch_size=cfg.train.micro_batch_size,
         grad_accum_steps=cfg.train.grad_accum_steps,

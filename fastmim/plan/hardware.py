@@ -81,10 +81,10 @@ def find_gpu(text: str) -> Gpu:
         return GPUS[found[0]]
     if found:
         raise ValueError(f"--gpu {text}: there is more than one; use {' or '.join(found)}")
-    close = difflib.get_close_matches(name, GPUS, n=1, cutoff=0)
-    hint = f"the nearest is {close[0]}; " if close else ""
+    chips = {known.split("-")[0]: known for known in GPUS} | {known: known for known in GPUS}
+    close = difflib.get_close_matches(name, chips, n=1, cutoff=0)[0]
     raise ValueError(
-        f"--gpu {text}: unknown; {hint}known are {', '.join(GPUS)}, or give "
+        f"--gpu {text}: unknown; the nearest is {chips[close]}; known are {', '.join(GPUS)}, or give "
         "name=mine,memory=48,tflops=180,bandwidth=900,link=50"
     )
 
@@ -95,12 +95,13 @@ def _custom(text: str) -> Gpu:
     unknown = [key for key in pairs if key not in _CUSTOM]
     if unknown:
         raise ValueError(f"--gpu {text}: unknown key {unknown[0]!r}; use name, {', '.join(_CUSTOM)}")
-    missing = [key for key in ("memory", "tflops", "bandwidth", "link") if key not in pairs]
+    required = ("memory", "tflops", "bandwidth", "link")
+    missing = [key for key in required if key not in pairs]
     if missing:
         raise ValueError(f"--gpu {text}: {missing[0]} is missing; give {missing[0]}=NUMBER ({_CUSTOM[missing[0]]})")
     values = {key: _positive(text, key, value) for key, value in pairs.items()}
-    network = values.pop("network", 25.0)
-    return _gpu(name, source="as given", network=network, **values)
+    memory, tflops, bandwidth, link = (values[key] for key in required)
+    return _gpu(name, memory, tflops, bandwidth, link, "as given", network=values.get("network", 25.0))
 
 
 def _positive(text: str, key: str, value: str) -> float:
