@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit": dict(name="vit", img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, init_values=0.1,
                 shared_rel_pos_bias=True, drop_path_rate=0.1),
 }  # fmt: skip
-POLICIES = ("none", "fc1", "gemm", "fc1_qkv", "full")
+CASES = [(model, policy) for model in MODELS for policy in ("none", "fc1_qkv", "full")]
+CASES += [("swinv2", "fc1"), ("vit", "gemm")]
 BATCH = 6
 
 
@@ -36,6 +38,12 @@ def builder(model: str, policy: str = "none", norm_target: int = 0) -> Callable[
         return objective
 
     return build
+
+
+@cache
+def kept(model: str, policy: str) -> float:
+    """By the planner, from traces of other batch sizes."""
+    return Footprint(*trace(builder(model, policy), (2, 4), on_gpu=False)).kept(BATCH)
 
 
 def inputs(objective: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,8 +59,7 @@ def allocated_by(run: Callable[[], object]) -> tuple[object, int]:
     return result, sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("model, policy", CASES)
 def test_kept_bytes_are_what_the_allocator_says(model: str, policy: str) -> None:
     objective = builder(model, policy)().train()
     images, mask = inputs(objective)
@@ -60,8 +67,7 @@ def test_kept_bytes_are_what_the_allocator_says(model: str, policy: str) -> None
         objective(images, mask)["loss"].backward()  # whatever is cached at first use is there
         objective.zero_grad(set_to_none=True)
         loss, measured = allocated_by(lambda: objective(images, mask)["loss"])
-    planned = Footprint(*trace(builder(model, policy), on_gpu=False)).kept(BATCH)
-    assert measured == pytest.approx(planned, rel=0.05), (loss, measured, planned)
+    assert measured == pytest.approx(kept(model, policy), rel=0.05) and loss is not None
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -71,4 +77,4 @@ def test_kept_bytes_are_what_autograd_saves(model: str) -> None:
     saved = SavedTensors([*objective.parameters(), *objective.buffers(), images, mask])
     with saved, cuda_autocast():
         objective(images, mask)
-    assert saved.bytes == pytest.approx(Footprint(*trace(builder(model), on_gpu=False)).kept(BATCH), rel=0.05)
+    assert saved.bytes == pytest.approx(kept(model, "none"), rel=0.05)
