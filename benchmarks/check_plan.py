@@ -59,7 +59,8 @@ def tracked_peak(build: Callable[[], Any], batch: int, dtype: torch.dtype = torc
         tracker = MemTracker()
         tracker.track_external(objective, optimizer)
         with tracker, cuda_autocast(dtype):
-            for _ in range(2 * ACCUM):
+            for micro in range(2 * ACCUM):
+                objective.set_micro_batch(micro % ACCUM, ACCUM)
                 images = torch.empty(batch, objective.in_chans, *objective.img_size, dtype=torch.uint8)
                 mask = torch.empty(batch, *objective.encoder.grid, dtype=torch.bool)
                 loss = engine(images, mask)["loss"]

@@ -26,7 +26,7 @@ ALLOWED = {
         "fastmim_kernels",
     },
     "fastmim.doctor": {"fastmim_kernels"},
-    "fastmim.plan": {"fastmim.engine", "fastmim.data", "fastmim_kernels"},
+    "fastmim.plan": {"fastmim.engine", "fastmim.data", "fastmim.objectives", "fastmim_kernels"},
     "fastmim.profile": {"fastmim.engine"},
     "fastmim.evaluate": {"fastmim.objectives", "fastmim.models", "fastmim.data", "fastmim_kernels"},
     "fastmim.interop": {"fastmim.objectives", "fastmim.models", "fastmim_kernels"},

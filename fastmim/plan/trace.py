@@ -7,6 +7,7 @@ traced; every byte and FLOP count is linear in the batch, so that they give any 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,13 +20,14 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from fastmim.objectives.masking import masked_units
 from fastmim_kernels.dispatch import as_on_a_gpu
 
 from .counter import DispatchCounter, Launch
 from .cuda_autocast import cuda_autocast
 from .hardware import Gpu
 from .live import LiveBytes
-from .masked import closed_forms
+from .closed_forms import closed_forms
 
 BATCHES = (16, 32)
 LOW = torch.bfloat16
@@ -89,7 +91,9 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     images = torch.empty(batch, objective.in_chans, *objective.img_size, dtype=torch.uint8)
     mask = torch.empty(batch, *objective.encoder.grid, dtype=torch.bool)
     live = LiveBytes([*parameters, *objective.buffers(), images, mask])
-    counter = DispatchCounter(closed_forms(objective.mask_ratio), live=live)
+    # Tokens without a pixel that is scored are not projected.
+    shares = {"fastmim::linear_masked_l1": _masked_share(objective) if objective.loss_on == "masked" else 1.0}
+    counter = DispatchCounter(closed_forms(objective.mask_ratio), shares, live=live)
     with counter:
         with cuda_autocast(LOW) if precision == "bf16" else nullcontext():
             loss = objective(images, mask)["loss"]
@@ -100,6 +104,11 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     objective.zero_grad(set_to_none=True)
     count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
     return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest)
+
+
+def _masked_share(objective: Any) -> float:
+    units = math.prod(-(-edge // objective.unit) for edge in objective.img_size)
+    return masked_units(objective.mask_ratio, units) / units
 
 
 def fake_values() -> AbstractContextManager[Any]:

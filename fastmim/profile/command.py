@@ -60,7 +60,8 @@ def profile_run(cfg: Config, *, steps: int = 3, out: Path | None = None) -> str:
         engine.set_lr(cfg.optim.lr)
 
         def step(phase: Callable[[str], Any]) -> None:
-            for _ in range(accum):
+            for micro in range(accum):
+                objective.set_micro_batch(micro, accum)
                 with phase("data"):
                     images, mask = next(batches)
                 with phase("forward"):

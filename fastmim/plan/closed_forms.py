@@ -1,10 +1,11 @@
-"""Bytes of the ops whose kernels read only what the mask hides, or does not hide."""
+"""Bytes of the ops whose kernels read only what the mask hides, or do not get their tensors one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from fastmim_kernels.low_copies import traffic as low_copies_traffic
 from fastmim_kernels.mask_tokens import traffic as mask_tokens_traffic
 
 from .counter import ClosedForm
@@ -26,7 +27,7 @@ def closed_forms(masked: float) -> dict[str, ClosedForm]:
         return forward[0], forward[1]
 
     def mask_tokens_backward(args: Sequence[Any]) -> tuple[int, int]:
-        grad, _, _, _, _, weight, pos, dtype, _ = args
+        grad, more, _, _, _, _, weight, pos, dtype, _ = args
         _, backward = mask_tokens_traffic(
             tuple(grad.shape),
             visible=1 - masked,
@@ -35,6 +36,16 @@ def closed_forms(masked: float) -> dict[str, ClosedForm]:
             norm=weight is not None,
             pos=pos,
         )
-        return backward[0], backward[1]
+        again = 0 if more is None else more.numel() * more.element_size()
+        return backward[0] + again, backward[1]
 
-    return {"fastmim::mask_tokens": mask_tokens, "fastmim::mask_tokens_backward": mask_tokens_backward}
+    def low_copies(args: Sequence[Any]) -> tuple[int, int]:
+        tensors, dtype, _ = args
+        read, written, _ = low_copies_traffic(sum(t.numel() for t in tensors), dtype.itemsize)
+        return read, written
+
+    return {
+        "fastmim::low_copies": low_copies,
+        "fastmim::mask_tokens": mask_tokens,
+        "fastmim::mask_tokens_backward": mask_tokens_backward,
+    }
