@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import yaml
 from torch import Tensor, nn
@@ -29,8 +30,8 @@ KINDS = {
     "microsoft-swin": ("main_simmim_pt.py", ("swin", "swinv2")),
 }
 # Published pretraining configs, from which a run starts; the sizes of the case are put over them.
-_CONFIGS = {"swin": "*pretrain__swin_base*window6*.yaml", "swinv2": "*pretrain__swinv2_base*.yaml",
-            "vit": "*pretrain__vit_base*.yaml"}  # fmt: skip
+_CONFIGS = {"swin": "*pretrain__swin_base*800ep.yaml", "swinv2": "*pretrain__swinv2_base*800ep.yaml",
+            "vit": "*pretrain__vit_base*800ep.yaml"}  # fmt: skip
 _TOP_LEVEL = ("models", "data", "config", "optimizer", "lr_scheduler", "utils", "logger", "kernels")
 _KEYS = {"embed_dim": "EMBED_DIM", "depths": "DEPTHS", "num_heads": "NUM_HEADS", "window_size": "WINDOW_SIZE",
          "patch_size": "PATCH_SIZE", "in_chans": "IN_CHANS", "depth": "DEPTH", "init_values": "INIT_VALUES",
@@ -62,7 +63,12 @@ def find_clones(folder: str | Path) -> dict[str, Path]:
 
 def load_modules(clone: Path, *names: str) -> list[ModuleType]:
     """Import modules of a clone by their own top-level names."""
-    with _isolated(clone), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    import timm.data.transforms as transforms
+
+    # Fine-tuning asks for a function that timm renamed, and sits in the same package as pretraining's loader.
+    renamed = mock.patch.object(transforms, "_pil_interp", transforms.str_to_pil_interp, create=True)
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with _isolated(clone), renamed, quiet, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [importlib.import_module(name) for name in names]
 
