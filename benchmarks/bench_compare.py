@@ -71,37 +71,31 @@ def describe(case: Case, source: Any, ranks: int, args: argparse.Namespace) -> d
 
 
 def gpu_columns(step: Any, case: Case, images: Any, mask: Any, images_per_sec: float) -> dict[str, str]:
-    """Share of the peak and energy, where there is a GPU."""
+    """Shares of the peak and of the modelled roofline, and energy, where there is a GPU."""
     if case.device != "cuda":
         return {}
-    out = {}
-    flops = count_flops(step, images, mask)
-    share = measure.mfu(flops / case.batch / 1e9, images_per_sec, torch.cuda.get_device_name())
-    out["gflop_per_image"] = f"{flops / case.batch / 1e9:.2f}"
-    if share is not None and case.dtype == "bf16":
-        out["mfu"] = f"{share:.4f}"
+    from benchmarks.bench_counts import model_gflop, modelled_seconds
+
+    name = torch.cuda.get_device_name()
+    gflop = model_gflop(case)
+    out = {"gflop_per_image": f"{gflop:.2f}"}
+    if case.dtype == "bf16":
+        share = measure.mfu(gflop, images_per_sec, name)
+        modelled = modelled_seconds(case, name)
+        out |= {} if share is None else {"mfu": f"{share:.4f}"}
+        out |= {} if modelled is None else {"roofline_share": f"{modelled * images_per_sec:.4f}"}
     try:
         with measure.nvml() as (lib, handle):
             joules = measure.joules_per_image(
                 lambda: measure.run_step(step, images, mask, measure.HostClock()) and None,
                 case.batch,
                 lambda: lib.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3,
-                clock=measure.HostClock(),
+                wait=torch.cuda.synchronize,
             )
         out["joules_per_image"] = f"{joules:.3f}"
     except Exception as error:  # no driver, no permission, or a card without the counter
         print(f"  energy not measured: {type(error).__name__}: {error}", file=sys.stderr)
     return out
-
-
-def count_flops(step: Any, images: Any, mask: Any) -> int:
-    """FLOPs of a step's matrix products, as the closed forms of a plain implementation give them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        step.backward(step.forward(images, mask))
-        step.update()
-    return counter.get_total_flops()
 
 
 def show(row: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
@@ -34,6 +35,8 @@ def measure_here(name: str, case: Case, reference: str | None, steps: int) -> di
     images, mask = case.inputs(source)
     step = providers.build(name, case, source, reference=reference)
     del source
+    gc.collect()
+    measure.return_freed_memory()
     measure.reset_peak_memory(case.device)
     start = measure.resident() if case.device == "cpu" else torch.cuda.memory_allocated()
     losses = [float(measure.run_step(step, images, mask, measure.HostClock())[1]) for _ in range(steps)]

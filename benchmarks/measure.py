@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,6 +162,12 @@ def reset_peak_memory(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def return_freed_memory() -> None:
+    """Give what was freed back to the system, so that building a model does not count as training it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident(field: str = "VmRSS") -> int:
     """Bytes of this process in memory, or its peak (``VmHWM``)."""
     try:
@@ -197,13 +204,19 @@ def nvml() -> Any:
 
 
 def joules_per_image(
-    run: Callable[[], None], images: int, joules: Callable[[], float], *, least: float = 2.0, clock: Clock | None = None
+    run: Callable[[], None],
+    images: int,
+    joules: Callable[[], float],
+    *,
+    least: float = 2.0,
+    wait: Callable[[], None] = lambda: None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Energy of a stretch of at least ``least`` seconds: the counter is too slow for one step."""
-    clock = clock or HostClock()
-    steps, start, before = 0, clock.mark(), joules()
-    while steps == 0 or clock.seconds(start, clock.mark()) < least:
+    """Energy of a stretch of at least ``least`` seconds of steps: the counter is too slow for a single one."""
+    wait()
+    steps, start, before = 0, now(), joules()
+    while steps == 0 or now() - start < least:
         run()
-        clock.wait()
+        wait()
         steps += 1
     return (joules() - before) / (steps * images)

@@ -112,7 +112,7 @@ def build(name: str, case: Case, source: nn.Module, *, reference: str | None = N
     compiled = name.endswith(COMPILED)
     if plain in PRESETS:
         return _ours(name, case, source, PRESETS[plain] | {"compile": compiled}, world)
-    module = _foreign(plain, case, source, reference).to(case.device).train()
+    module = foreign_module(plain, case, source, reference).to(case.device).train()
     return _plain_step(name, module, case, compiled, world)
 
 
@@ -151,7 +151,12 @@ def _plain_step(name: str, module: nn.Module, case: Case, compiled: bool, world:
     return Provider(name, module, forward, lambda loss: loss.backward(), update)
 
 
-def _foreign(name: str, case: Case, source: nn.Module, reference: str | None) -> nn.Module:
+def foreign_module(name: str, case: Case, source: nn.Module, reference: str | None) -> nn.Module:
+    """Somebody else's objective with the weights of ``source``.
+
+    Raises:
+        Unavailable: it is not installed, not given, or has no such model.
+    """
     makers: dict[str, Callable[..., nn.Module]] = {
         "timm": timm_objective, "lightly": lightly_objective, "mmpretrain": mmpretrain_objective
     }  # fmt: skip
