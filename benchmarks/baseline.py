@@ -102,7 +102,8 @@ def timm_objective(encoder: dict[str, Any], norm_target: int, source: nn.Module)
         names = {"shared_rel_pos_bias": "use_shared_rel_pos_bias", "rel_pos_bias": "use_rel_pos_bias",
                  "abs_pos_embed": "use_abs_pos_emb"}  # fmt: skip
         kwargs = {"use_abs_pos_emb": False} | {names.get(k, k): v for k, v in kwargs.items()}
-        net: nn.Module = TimmVitSimMIM(Beit(num_classes=0, global_pool="token", use_fc_norm=False, **kwargs), norm_target)
+        vit = Beit(num_classes=0, global_pool="token", use_fc_norm=False, **kwargs)
+        net: nn.Module = TimmVitSimMIM(vit, norm_target)
     else:
         kind = SwinTransformerV2 if encoder["name"] == "swinv2" else SwinTransformer
         net = TimmSimMIM(kind(num_classes=0, **kwargs), norm_target)

@@ -134,7 +134,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[4 if device == "cpu" else 128], help="images a rank")
     parser.add_argument("--img-size", type=int, nargs="+", default=[None], help="pixels; default: the size's own")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), help="each also with -compiled")
-    parser.add_argument("--reference", metavar="DIR", help="clone(s) of microsoft/SimMIM and microsoft/Swin-Transformer")
+    parser.add_argument("--reference", metavar="DIR", help="clone(s) of microsoft/SimMIM, Swin-Transformer")
     parser.add_argument("--threads", type=int, help="CPU threads of torch; default: torch's choice")
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=RESULTS)

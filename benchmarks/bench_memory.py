@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         harness.append_rows(args.out, rows)
         for row in rows:
             print(
-                f"{row['case']:15} {row['dtype']} b{row['batch']} {row['provider']:22} peak {row['peak_memory_gib']} GiB"
-                f" ({row['memory_kind']}; {row['start_memory_gib']} before the first step)"
+                f"{row['case']:15} {row['dtype']} b{row['batch']} {row['provider']:22}"
+                f" peak {row['peak_memory_gib']} GiB ({row['memory_kind']}; {row['start_memory_gib']} before a step)"
                 f"  saved {row.get('saved_mb_per_image', '-')} MB/image",
                 flush=True,
             )

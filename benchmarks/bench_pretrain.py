@@ -193,16 +193,16 @@ def compare(spec: dict[str, Any], names: Sequence[str], rounds: int) -> dict[str
 
 def columns(own: list[dict[str, Any]], baseline: list[dict[str, Any]], batch: int) -> dict[str, str]:
     """CSV columns of one provider; ratios are taken interval by interval of the same round."""
-    steady = [[r for r in run["rows"][SKIPPED:]] for run in own]
-    other = [[r for r in run["rows"][SKIPPED:]] for run in baseline]
-    seconds = [r["seconds"] for run in steady for r in run]
-    ratios = [b["seconds"] / a["seconds"] for x, y in zip(steady, other, strict=True) for a, b in zip(x, y, strict=True)]
+    steady = [r for run in own for r in run["rows"][SKIPPED:]]
+    other = [r for run in baseline for r in run["rows"][SKIPPED:]]
+    seconds = [r["seconds"] for r in steady]
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(steady, other, strict=True)]
     out = {}
     for name, values, digits in (("seconds", seconds, 4), ("images_per_sec", [batch / s for s in seconds], 3),
                                  ("ratio", ratios, 3)):  # fmt: skip
         for suffix, value in zip(("", "_p20", "_p80"), harness.quantiles(values), strict=True):
             out[name + suffix] = f"{value:.{digits}f}"
-    out["data_s"] = f"{statistics.median(r['data'] for run in steady for r in run):.4f}"
+    out["data_s"] = f"{statistics.median(r['data'] for r in steady):.4f}"
     out["wall_s"] = f"{statistics.median(run['wall'] for run in own):.1f}"
     out["peak_memory_gib"] = f"{max(float(run['peak_memory_gib']) for run in own):.3f}"
     out["memory_kind"] = own[0]["memory_kind"]

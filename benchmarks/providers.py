@@ -39,6 +39,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+PLAIN_VIT = {"abs_pos_embed": True, "shared_rel_pos_bias": False, "init_values": None}
+
+
 class Unavailable(Exception):
     """A provider that cannot be built here; says why, and what would help."""
 
@@ -48,7 +51,8 @@ class Case:
     """One step to be measured.
 
     Args:
-        name: A size of ``fastmim.models.sizes``, ``+47`` behind it for the normalised target of 47 pixels.
+        name: A size of ``fastmim.models.sizes``, ``+47`` behind it for the normalised target of 47 pixels;
+            ``vit_…_plain`` is a ViT with absolute positions and without LayerScale.
         dtype: "fp32", or "bf16" (autocast).
         batch: Images a step and rank.
         img_size: Pixels; None takes the size's own.
@@ -64,8 +68,11 @@ class Case:
 
     def encoder(self) -> dict[str, Any]:
         """Keyword arguments of ``create_encoder``; no stochastic depth, whose noise would hide a wrong loss."""
+        name = self.name.partition("+")[0]
         size = {} if self.img_size is None else {"img_size": self.img_size}
-        return expand_size({"name": self.name.partition("+")[0], "drop_path_rate": 0.0, **size, **dict(self.overrides)})
+        plain = PLAIN_VIT if name.endswith("_plain") else {}
+        known = {"name": name.removesuffix("_plain"), "drop_path_rate": 0.0}
+        return expand_size(known | plain | size | dict(self.overrides))
 
     @property
     def norm_target(self) -> int:

@@ -76,7 +76,8 @@ def text(rows: list[Row]) -> str:
     ):
         if len(lines) > 2:
             parts.append("\n".join([f"{title}:", "", *lines]))
-    said = dict.fromkeys(f"{r['machine']}, {r['threads']} threads" for r in rows if r["benchmark"] in ("step", "pretrain"))
+    timed = [r for r in rows if r["benchmark"] in ("step", "memory", "pretrain")]
+    said = dict.fromkeys(f"{r['machine']}, {r['threads']} threads" for r in timed)
     dates = sorted({r["date"] for r in rows})
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     parts.append(f"Measured on {'; '.join(said)}; {dates[0]} to {dates[-1]}, commit {commits}. Brackets are the 20 % "

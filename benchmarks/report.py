@@ -103,12 +103,13 @@ def cell(row: Row, column: str) -> str:
 
 def where(rows: list[Row]) -> str:
     """Machines, versions, commits and dates of a section, in one sentence each."""
-    said = dict.fromkeys(
-        f"{r['machine']}, {r['threads']} threads, load average {r['load_average']}; torch {r['torch']}, "
-        f"timm {r['timm']}{', ' + r['reference'] if r['reference'] else ''}; commit {r['commit']}, {r['date']}"
-        for r in rows
-    )
-    return "".join(f'<p class="where">{html.escape(line)}</p>' for line in said)
+    loads: dict[str, list[float]] = {}
+    for r in rows:
+        said = (f"{r['machine']}, {r['threads']} threads; torch {r['torch']}, timm {r['timm']}"
+                f"{', ' + r['reference'] if r['reference'] else ''}; commit {r['commit']}, {r['date']}")  # fmt: skip
+        loads.setdefault(said, []).append(float(r["load_average"]))
+    lines = [f"{said}; load average {min(own):.1f} to {max(own):.1f}" for said, own in loads.items()]
+    return "".join(f'<p class="where">{html.escape(line)}</p>' for line in lines)
 
 
 def page(rows: list[Row]) -> str:
