@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.dispatch_counter import GPUS
 
 Row = dict[str, Any]
-KEY = ("benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "machine", "provider")
+KEY = ("benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "machine", "provider", "note")
 COLOURS = {"fastmim": "#1b7837", "timm": "#4393c3", "microsoft-simmim": "#b2182b", "microsoft-swin": "#d6604d"}
 OTHERS = ("#8073ac", "#b35806", "#666666", "#35978f")
 
@@ -74,21 +74,36 @@ def grouped_bars(rows: Sequence[Row], column: str, unit: str, title: str, base: 
     return figure
 
 
+def _line(row: Row) -> str:
+    return f"{row['provider']}   {row['case']} {row['dtype']}"
+
+
 def phases(rows: Sequence[Row]) -> Figure:
-    """Forward, backward and optimiser of each provider's step, stacked."""
-    names = [f"{row['provider']}   {row['case']} {row['dtype']}" for row in rows]
-    figure = Figure(figsize=(8.0, 1.2 + 0.26 * len(rows)), layout="constrained")
+    """Forward, backward and optimiser of each provider's step."""
+    parts = {phase: [number(row, f"{phase}_s") for row in rows] for phase in ("forward", "backward", "optimizer")}
+    return _stacked([_line(row) for row in rows], parts, "Phases of a step, medians")
+
+
+def profile(rows: Sequence[Row]) -> Figure:
+    """Where the time of each provider's step goes, by kind of op."""
+    lines, kinds = _names(rows, _line), _names(rows, lambda row: row["note"])
+    spent = {(_line(row), row["note"]): number(row, "seconds") for row in rows}
+    parts = {kind: [spent.get((line, kind), 0.0) for line in lines] for kind in kinds}
+    return _stacked(lines, parts, "Time of a step by kind of op, under the profiler")
+
+
+def _stacked(lines: Sequence[str], parts: dict[str, list[float]], title: str) -> Figure:
+    figure = Figure(figsize=(8.0, 1.3 + 0.26 * len(lines)), layout="constrained")
     axes = figure.subplots()
-    left = [0.0] * len(rows)
-    for phase, shade in (("forward_s", "#4393c3"), ("backward_s", "#d6604d"), ("optimizer_s", "#b8a52d")):
-        values = [number(row, phase) for row in rows]
-        axes.barh(range(len(rows)), values, left=left, color=shade, label=phase.removesuffix("_s"))
+    left = [0.0] * len(lines)
+    for shade, (name, values) in zip(("#4393c3", "#d6604d", "#b8a52d", "#1b7837", *OTHERS), parts.items(), strict=False):
+        axes.barh(range(len(lines)), values, left=left, color=shade, label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set_yticks(range(len(lines)), lines, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds a step (medians)")
-    axes.set_title("Phases of a step")
-    axes.legend(fontsize=8)
+    axes.set_xlabel("seconds a step")
+    axes.set_title(title)
+    axes.legend(fontsize=7)
     return figure
 
 

@@ -22,6 +22,7 @@ from benchmarks.plots import Row, faster, latest  # noqa: E402
 COLUMNS = {
     "step": ("case", "dtype", "batch", "img_size", "ranks", "provider", "images_per_sec", "fastmim_faster",
              "forward_s", "backward_s", "optimizer_s", "mfu", "roofline_share", "joules_per_image", "loss"),
+    "profile": ("case", "dtype", "batch", "provider", "note", "seconds"),
     "memory": ("case", "dtype", "batch", "provider", "peak_memory_gib", "memory_kind", "start_memory_gib",
                "nvml_memory_gib", "saved_mb_per_image"),
     "pretrain": ("case", "dtype", "batch", "provider", "images_per_sec", "fastmim_faster", "data_s", "wall_s",
@@ -31,6 +32,7 @@ COLUMNS = {
 }  # fmt: skip
 TITLES = {
     "step": "Training steps",
+    "profile": "Where a step's time goes",
     "memory": "Peak memory",
     "pretrain": "Whole runs from JPEG files",
     "counts": "Counts, and a modelled H100 (not measured)",
@@ -57,6 +59,9 @@ def pictures(rows: list[Row]) -> dict[str, list[tuple[str, Any]]]:
         ]
         for axis, name in (("batch", "batch"), ("img_size", "image size"), ("ranks", "ranks")):
             out["step"] += [(f"Scaling over {name}", plots.scaling(step, axis, name))]
+    profile = latest(rows, "profile")
+    if profile:
+        out["profile"] = [("Time by kind of op", plots.profile(profile))]
     if memory:
         bars = plots.grouped_bars(memory, "peak_memory_gib", "GiB", "Peak memory (dark: before the first step)",
                                   base="start_memory_gib")  # fmt: skip

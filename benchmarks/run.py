@@ -1,6 +1,6 @@
 """Everything that can be measured, from one entry:
 
-    python benchmarks/run.py {kernels,step,data,memory,pretrain,counts,import,report,all} [--help | options]
+    python benchmarks/run.py {kernels,step,data,profile,memory,pretrain,counts,import,report,all} [--help | options]
 
 ``all`` runs them one after the other with ``--reference``, ``--threads`` and ``--quick`` and draws the report.
 Options of a benchmark are shown by ``run.py NAME --help``.
@@ -9,27 +9,28 @@ Options of a benchmark are shown by ``run.py NAME --help``.
 from __future__ import annotations
 
 import argparse
-import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
+HERE = Path(__file__).resolve().parent
 MODULES = {
     "kernels": "bench_kernels",
     "step": "bench_compare",
     "data": "bench_data",
+    "profile": "bench_profile",
     "memory": "bench_memory",
     "pretrain": "bench_pretrain",
     "counts": "bench_counts",
     "import": "bench_import",
     "report": "report",
 }
-COMPARED = ("step", "memory", "pretrain", "counts")  # take --reference
+COMPARED = ("step", "profile", "memory", "pretrain", "counts")  # take --reference
 QUICK = {
     "step": ["--rounds", "3", "--dtypes", "bf16", "--cases", "swin_base"],
+    "profile": ["--dtypes", "bf16", "--cases", "swin_base"],
     "memory": ["--dtypes", "bf16", "--cases", "swin_base"],
     "pretrain": ["--steps", "20", "--dtypes", "bf16", "--cases", "swin_base"],
     "counts": ["--cases", "swin_base"],
@@ -37,8 +38,14 @@ QUICK = {
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """One benchmark; its exit status."""
-    return importlib.import_module(f"benchmarks.{MODULES[name]}").main(list(argv)) or 0
+    """One benchmark in a process of its own, so that none inherits another's memory or threads; its exit status."""
+    command = [sys.executable, str(HERE / f"{MODULES[name]}.py"), *argv]
+    return subprocess.run(command, check=False, env=_env()).returncode
+
+
+def _env() -> dict[str, str]:
+    paths = [str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def arguments(name: str, args: argparse.Namespace) -> list[str]:
@@ -60,11 +67,7 @@ def run_all(argv: Sequence[str]) -> int:
     status = 0
     for name in MODULES:
         print(f"== {name}", flush=True)
-        try:
-            status |= run(name, arguments(name, args))
-        except Exception as error:
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-            status = 1
+        status |= int(run(name, arguments(name, args)) != 0)
     return status
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_compare, bench_pretrain, harness, measure, providers
+from benchmarks import bench_compare, bench_pretrain, bench_profile, harness, measure, providers
 from benchmarks.plots import faster
 from benchmarks.providers import Case
 
@@ -191,6 +191,17 @@ def test_whole_runs_are_compared_interval_by_interval() -> None:
     found = bench_pretrain.columns(theirs, ours, batch=4)
     assert (found["ratio"], found["seconds"], found["images_per_sec"]) == ("0.500", "2.2000", "1.818")
     assert found["data_s"] == "0.2200" and found["wall_s"] == "43.0"
+
+
+def test_time_is_told_apart_by_kind_of_op() -> None:
+    events = [("aten::mm", 1.0), ("aten::addmm", 2.0), ("mkldnn::_linear_pointwise", 0.5), ("aten::mul_", 0.25),
+              ("fastmim::window_attention_backward", 0.5), ("aten::_softmax", 0.25), ("aten::_fused_adamw_", 1.0),
+              ("aten::copy_", 0.1), ("aten::avg_pool2d", 0.2), ("aten::native_layer_norm", 0.3), ("made up", 0.05),
+              ("aten::mkldnn_convolution", 0.5)]  # fmt: skip
+    assert bench_profile.by_kind(events) == pytest.approx({
+        "matrix products": 4.0, "optimiser": 1.0, "attention": 0.75, "norms": 0.3, "elementwise, sums": 0.25,
+        "target": 0.2, "copies": 0.1, "everything else": 0.05,
+    })  # fmt: skip
 
 
 def test_photographs(tmp_path: Path) -> None:

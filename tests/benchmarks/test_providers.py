@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from benchmarks.providers import Case
 
 SWIN = (("img_size", 64), ("embed_dim", 8), ("depths", (2, 1, 1, 1)), ("num_heads", (1, 2, 4, 8)), ("window_size", 2))
 VIT = (("img_size", 64), ("embed_dim", 32), ("depth", 2), ("num_heads", 2))
-CASES = {"swin_base": SWIN, "swinv2_base+47": SWIN, "vit_base": VIT}
+CASES = {"swin_base": SWIN, "swinv2_base+47": SWIN, "vit_base": VIT, "vit_base_plain": VIT}
+THIRD_PARTY = [name for name in ("lightly", "mmpretrain") if importlib.util.find_spec(name)]
 CLONES = os.environ.get("FASTMIM_REFERENCE")
 
 
@@ -33,17 +35,17 @@ def test_providers_take_the_same_step(name: str, dtype: str) -> None:
     source = case.weights()
     images, mask = case.inputs(source)
     names = ["fastmim", "fastmim-reference", "fastmim-plain-adamw", "timm"]
-    names += [*reference.KINDS] if CLONES else []
+    names += [*(reference.KINDS if CLONES else ()), *THIRD_PARTY]
     steps, missing = providers.available(names, case, source, reference=CLONES)
-    assert len(steps) + len(missing) == len(names) and len(steps) >= 4 + bool(CLONES)
+    assert len(steps) + len(missing) == len(names) and len(steps) >= 4
     if dtype == "fp32":
         norms = [gradient_norm(step, images, mask) for step in steps]
         torch.testing.assert_close(norms, [norms[0]] * len(norms), rtol=1e-4, atol=0)
     losses = {step.name: measure.first_losses(step, images, mask) for step in steps}
     assert measure.refusals(losses, "timm", measure.TOLERANCE[dtype]) == {}
-    # A step without its update would be seen.
-    first, later = losses["timm"]
-    assert measure.refusals({"timm": (first, later), "idle": (first, first)}, "timm", measure.TOLERANCE[dtype])
+    if dtype == "fp32":  # a step without its update would be seen
+        first, later = losses["timm"]
+        assert measure.refusals({"timm": (first, later), "idle": (first, first)}, "timm", measure.TOLERANCE[dtype])
 
 
 def test_what_cannot_be_built_says_why() -> None:
