@@ -26,7 +26,7 @@ from benchmarks.providers import Case  # noqa: E402
 PROVIDERS = ("fastmim", "timm", "microsoft-simmim", "microsoft-swin")
 # The first that fits the op's name.
 KINDS = (
-    ("matrix products", r"\b(mm|addmm|bmm|baddbmm|_?addmm_activation|linear|matmul|_linear_pointwise|\w*convolution\w*)$"),
+    ("matrix products", r"\b(mm|addmm|bmm|baddbmm|linear|matmul|_linear_pointwise|\w*convolution\w*)$"),
     ("attention", r"attention|softmax|normalize|linalg_vector_norm"),
     ("norms", r"layer_norm|residual_norm|patch_merge"),
     ("GELU", r"gelu"),

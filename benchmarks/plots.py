@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,7 +97,8 @@ def _stacked(lines: Sequence[str], parts: dict[str, list[float]], title: str) ->
     figure = Figure(figsize=(8.0, 1.3 + 0.26 * len(lines)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(lines)
-    for shade, (name, values) in zip(("#4393c3", "#d6604d", "#b8a52d", "#1b7837", *OTHERS), parts.items(), strict=False):
+    shades = ("#4393c3", "#d6604d", "#b8a52d", "#1b7837", *OTHERS)
+    for shade, (name, values) in zip(itertools.cycle(shades), parts.items(), strict=False):
         axes.barh(range(len(lines)), values, left=left, color=shade, label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.set_yticks(range(len(lines)), lines, fontsize=7)
