@@ -105,7 +105,7 @@ def _stacked(lines: Sequence[str], parts: dict[str, list[float]], title: str) ->
     axes.invert_yaxis()
     axes.set_xlabel("seconds a step")
     axes.set_title(title)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

@@ -22,7 +22,6 @@ from benchmarks.plots import Row, faster, latest  # noqa: E402
 COLUMNS = {
     "step": ("case", "dtype", "batch", "img_size", "ranks", "provider", "images_per_sec", "fastmim_faster",
              "forward_s", "backward_s", "optimizer_s", "mfu", "roofline_share", "joules_per_image", "loss"),
-    "profile": ("case", "dtype", "batch", "provider", "note", "seconds"),
     "memory": ("case", "dtype", "batch", "provider", "peak_memory_gib", "memory_kind", "start_memory_gib",
                "nvml_memory_gib", "saved_mb_per_image"),
     "pretrain": ("case", "dtype", "batch", "provider", "images_per_sec", "fastmim_faster", "data_s", "wall_s",
@@ -132,7 +131,7 @@ def page(rows: list[Row]) -> str:
         for text, figure in drawn.get(name, []):
             data = base64.b64encode(plots.png(figure)).decode()
             parts.append(f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></figure>')
-        parts += [table(own, COLUMNS[name]), where(own)]
+        parts += [table(own, COLUMNS[name]) if name in COLUMNS else "", where(own)]
     return "\n".join(parts) + "</body></html>\n"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_compare, bench_pretrain, bench_profile, harness, measure, providers
+from benchmarks import bench_compare, bench_memory, bench_pretrain, bench_profile, harness, measure, providers
 from benchmarks.plots import faster
 from benchmarks.providers import Case
 
@@ -168,6 +168,15 @@ def test_the_peak_is_that_since_the_reset() -> None:
     after = measure.resident("VmHWM")
     assert held.sum() == size // 2
     assert 0.9 * size / 2 < after - before < 0.9 * size
+
+
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    case = Case("swin_base", "fp32", 2, overrides=TINY)
+    args = argparse.Namespace(reference=None, steps=2, threads=1)
+    found = bench_memory.measure_apart("timm", case, args)
+    assert isinstance(found, dict) and found["memory_kind"] == "resident"
+    assert float(found["peak_memory_gib"]) >= float(found["start_memory_gib"]) > 0.05
+    assert float(found["saved_mb_per_image"]) > 0 and float(found["loss"]) > 0
 
 
 def test_csv_rows_keep_one_schema(tmp_path: Path) -> None:
