@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastmim.config.messages import nearest, problem, show
 
 if TYPE_CHECKING:
-    from fastmim.config.sections import OptimSection, TrainSection
+    from fastmim.config.sections import EfficiencySection, OptimSection, TrainSection
 
 
 def resolve(encoder: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +143,27 @@ def batch(train: TrainSection) -> None:
         low, high = total // micro * micro, -(-total // micro) * micro
         options = " or ".join(map(str, [low, high] if low else [high]))
         raise problem(f"train.global_batch_size={total}: not a multiple of micro_batch_size {micro}; use {options}")
+
+
+def zero(efficiency: EfficiencySection) -> None:
+    """What DeepSpeed does or needs is asked for only together with it."""
+    given = {
+        "offload_optimizer": efficiency.offload_optimizer != "none",
+        "offload_param": efficiency.offload_param != "none",
+        "deepspeed": bool(efficiency.deepspeed),
+        "precision": efficiency.precision == "fp16",
+    }
+    for key, is_given in given.items():
+        if is_given and efficiency.zero_stage is None:
+            value = "{...}" if key == "deepspeed" else getattr(efficiency, key)
+            raise problem(f"efficiency.{key}={value}: needs efficiency.zero_stage, for example 2")
+    if efficiency.zero_stage is not None and efficiency.compile:
+        raise problem(
+            f"efficiency.compile=true: not with zero_stage={efficiency.zero_stage}; DeepSpeed gathers weights in "
+            "hooks that torch.compile cannot see through; use compile=false, or zero_stage=null"
+        )
+    if efficiency.recompute_offload and efficiency.recompute != "full":
+        raise problem(f"efficiency.recompute_offload=true: not with recompute={efficiency.recompute}; use full")
 
 
 def schedule(optim: OptimSection) -> None:

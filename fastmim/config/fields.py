@@ -74,6 +74,15 @@ def _auto_or_bool(value: Any) -> Any:
     raise ValueError("expected auto, true or false")
 
 
+def _fused(value: Any) -> Any:
+    if value in ("apex", "cpu_adam"):
+        return value
+    try:
+        return _auto_or_bool(value)
+    except ValueError:
+        raise ValueError("expected auto, true, false, apex or cpu_adam") from None
+
+
 def _path(value: str) -> str:
     if not value.strip():
         raise ValueError("expected a path")
@@ -105,7 +114,10 @@ Path = Annotated[str, AfterValidator(_path)]
 # The validator runs before the union, which would report one error per member.
 Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
 IntOrInts = Annotated[int | tuple[int, ...], BeforeValidator(_int_or_ints)]
+Tree = Annotated[dict[str, Any], BeforeValidator(lambda v: {} if v is None else v)]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
+
+Fused = Annotated[Literal["auto", "apex", "cpu_adam"] | bool, BeforeValidator(_fused)]
 
 
 def describe(annotation: Any) -> str:
@@ -120,6 +132,8 @@ def describe(annotation: Any) -> str:
         return " | ".join(map(str, arguments))
     if getattr(annotation, "__origin__", None) is tuple:
         return "list"
+    if getattr(annotation, "__origin__", None) is dict:
+        return "section"
     if arguments:
         return " or ".join(describe(a) for a in arguments)
     plain = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}

@@ -131,21 +131,28 @@ def _parse_overrides(overrides: Sequence[str]) -> Tree:
 
 
 def _check_key(override: str, parts: list[str]) -> None:
-    """The key exists, at most one level deep; checked here so that the value can be read for its field."""
+    """The key exists, one level deep (but below a field that holds a tree); checked before the value is read."""
     if parts[0] == "base":
         raise ValueError(f"override '{override}': base is a key of files only; name another file instead")
     for depth, part in enumerate(parts, start=1):
         location = tuple(parts[:depth])
+        if depth > 2 and _holds_tree(parts):
+            return
         if depth > 2:
             raise ValueError(f"override '{override}': {'.'.join(parts[:2])} is a value, not a section")
         if part not in section_at(Config, location).model_fields:
             raise ValueError(unknown_key(Config, location))
 
 
+def _holds_tree(parts: list[str]) -> bool:
+    return describe(section_at(Config, parts[:2]).model_fields[parts[1]].annotation) == "section"
+
+
 def _parse_value(override: str, parts: list[str], text: str) -> Any:
     """YAML; but what a text field gets is taken as it is, unless it is quoted or null."""
     text = text.strip()
-    takes_text = describe(section_at(Config, parts).model_fields[parts[-1]].annotation).startswith("text")
+    field = None if len(parts) > 2 else section_at(Config, parts).model_fields[parts[-1]]
+    takes_text = field is not None and describe(field.annotation).startswith("text")
     if text and takes_text and text[0] not in "'\"" and text != "null":
         return text
     try:

@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from fastmim.config import checks
 from fastmim.config.fields import (
     AboveZero,
-    AutoOrBool,
     BelowOne,
     Betas,
     Channels,
     Count,
     Counts,
     Fraction,
+    Fused,
     IntOrInts,
     Path,
     Positive,
@@ -26,6 +26,7 @@ from fastmim.config.fields import (
     Section,
     Size,
     Spreads,
+    Tree,
     UnitRange,
 )
 
@@ -86,10 +87,14 @@ class ObjectiveSection(Section):
 class DataSection(Section):
     """Where the images are and how they are read and augmented."""
 
-    path: Path | None = Field(None, description="folder of images, nested or flat; this or file_list is required")
+    path: Path | None = Field(
+        None, description="folder of images, nested or flat, or tar shards: a folder of them, a.tar, a-{000..127}.tar"
+    )
     val_path: Path | None = Field(None, description="held-out folder for the validation reconstruction loss")
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
-    loader: Literal["auto", "torchvision", "pil"] = Field("auto", description="decoder and augmentation backend")
+    loader: Literal["auto", "dali", "torchvision", "pil", "synthetic"] = Field(
+        "auto", description="auto = dali on a GPU if installed, else torchvision; synthetic = noise, reads nothing"
+    )
     num_workers: Count = Field(2, description="reader processes per rank")
     scale: UnitRange = Field((0.67, 1.0), description="crop area as a share of the image, [low, high]")
     ratio: Range = Field((3 / 4, 4 / 3), description="crop aspect ratio, [low, high]")
@@ -175,10 +180,31 @@ class EfficiencySection(Section):
     """Speed and memory. Nothing here changes the loss, except precision, by its rounding."""
 
     kernels: Literal["auto", "triton", "torch", "reference"] = Field("auto", description="implementation of every op")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 autocast on a GPU, else fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto = bf16 on a GPU, else fp32; fp16 (loss scaling) only with zero_stage"
+    )
     compile: bool = Field(False, description="torch.compile the objective")
-    fused_optimizer: AutoOrBool = Field("auto", description="one kernel for the optimiser step")
+    fused_optimizer: Fused = Field(
+        "auto", description="one kernel for the optimiser step; apex: NVIDIA's; cpu_adam: DeepSpeed's, for offload"
+    )
     threads: Positive | None = Field(None, description="CPU threads of torch, null = torch's choice")
+    recompute: Literal["none", "fc1", "fc1_qkv", "gemm", "full"] = Field(
+        "none", description="what backward computes again: fc1, fc1 and qkv, all but matrix products, whole blocks"
+    )
+    recompute_every: Positive = Field(1, description="apply recompute to every n-th block")
+    recompute_offload: bool = Field(False, description="keep what the recomputed blocks save in the CPU's memory")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        None, description="DeepSpeed ZeRO: 1 cuts optimiser states, 2 also gradients, 3 also weights; null = plain DDP"
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where optimiser states live")
+    offload_param: Literal["none", "cpu", "nvme"] = Field("none", description="zero_stage 3: where weights live")
+    nvme_path: Path | None = Field(None, description="folder on a local drive for offload to nvme")
+    deepspeed: Tree = Field({}, description="further keys for DeepSpeed's own configuration")
+
+    @model_validator(mode="after")
+    def _check(self) -> EfficiencySection:
+        checks.zero(self)
+        return self
 
 
 class OutputSection(Section):

@@ -1,7 +1,7 @@
 """Checkpoints that a kill at any moment cannot damage.
 
-A checkpoint is a folder ``checkpoints/step-00000020``: weights and optimiser moments (safetensors), the
-random generators of every rank (safetensors) and ``state.json``. It is written under another name, flushed to
+A checkpoint is a folder ``checkpoints/step-00000020``: weights and optimiser moments (safetensors, in one
+piece or as :mod:`fastmim.engine.shards`), the random generators of every rank (safetensors) and ``state.json``. It is written under another name, flushed to
 the disk, and renamed; so a folder with that name is complete. Nothing in it is a pickle.
 """
 
@@ -33,7 +33,12 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class Saves(Protocol):
-    """What an engine offers: ``LocalEngine`` is one."""
+    """What an engine offers: ``LocalEngine`` and ``ZeroEngine`` do.
+
+    ``sharded``: every rank calls ``save`` and writes its own file, instead of rank 0 alone.
+    """
+
+    sharded: bool
 
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
@@ -111,7 +116,8 @@ def save_checkpoint(root: Path, engine: Saves, extra: Mapping[str, Any], *, keep
         engine: its ``state()["step"]`` names the folder.
         extra: JSON values to store beside (configuration, position).
         keep: how many of the newest checkpoints stay, at least 1.
-        world: this process; rank 0 writes.
+        world: this process; rank 0 writes, and the others their shards if the engine is sharded. The folder
+            must then be one that all of them see.
 
     Returns:
         The folder. One that is already there is left as it is: :func:`set_aside` has made sure that it holds
@@ -120,19 +126,25 @@ def save_checkpoint(root: Path, engine: Saves, extra: Mapping[str, Any], *, keep
     state = {"format": FORMAT, **extra, "engine": engine.state()}
     final = root / f"step-{state['engine']['step']:08d}"
     rng = distributed.gather(rng_state(world.device))
-    if world.is_main and not final.exists():
-        _write(root, final, engine, state, rng)
+    if distributed.broadcast(final.exists()):
+        return final
+    partial = root / f".partial-{final.name}"
+    if world.is_main:
+        root.mkdir(parents=True, exist_ok=True)
+        clean_unfinished(root)
+        partial.mkdir()
+    distributed.barrier()
+    if world.is_main or engine.sharded:
+        engine.save(partial)
+    distributed.barrier()
+    if world.is_main:
+        _complete(root, partial, final, state, rng)
         _prune(root, keep)
     distributed.barrier()
     return final
 
 
-def _write(root: Path, final: Path, engine: Saves, state: dict[str, Any], rng: list[dict[str, Tensor]]) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    clean_unfinished(root)
-    partial = root / f".partial-{final.name}"
-    partial.mkdir()
-    engine.save(partial)
+def _complete(root: Path, partial: Path, final: Path, state: dict[str, Any], rng: list[dict[str, Tensor]]) -> None:
     generators = {f"{rank}.{kind}": one for rank, states in enumerate(rng) for kind, one in states.items()}
     save_file(generators, partial / RNG_FILE)
     (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")

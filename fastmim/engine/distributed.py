@@ -57,17 +57,25 @@ def world_from_env() -> World:
 
 
 @contextmanager
-def distributed() -> Iterator[World]:
+def distributed(always: bool = False) -> Iterator[World]:
     """Join the process group for the duration of the block, if there is more than one process.
 
-    A group that the caller has already initialised is used and left as it is.
+    A group that the caller has already initialised is used and left as it is. With ``always`` a process that
+    is alone gets a group too, and the environment of a launcher: DeepSpeed needs both.
     """
     world = world_from_env()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    joined = world.size > 1 and not dist.is_initialized()
-    if joined:
-        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+    joined = (world.size > 1 or always) and not dist.is_initialized()
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if always:
+        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
+            os.environ.setdefault(name, str(value))
+    if joined and world.size > 1:
+        dist.init_process_group(backend)
+    elif joined:
+        # A store in this process: no port that another run could hold.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield world
         if joined:

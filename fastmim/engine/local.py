@@ -15,7 +15,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastmim.engine import distributed
 from fastmim.engine.distributed import World
+from fastmim.engine.fragments import STEP
 from fastmim.engine.nonfinite import NonFiniteError, find_nonfinite
+from fastmim.engine.shards import WEIGHT, Shards, is_sharded
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -44,6 +46,9 @@ class LocalEngine:
         check_every_step: look for non-finite values after every update; None: only on the CPU, where it is
             free.
     """
+
+    #: Rank 0 alone writes a checkpoint, and a forward pass needs no other rank.
+    sharded = collective = False
 
     def __init__(
         self,
@@ -206,14 +211,33 @@ class LocalEngine:
         Raises:
             RuntimeError: a weight is missing, left over or has another shape.
         """
-        load_model(self.objective, folder / MODEL_FILE, strict=True)
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(folder / OPTIMIZER_FILE).items():
-            name, _, slot = key.rpartition("|")
-            moments.setdefault(name, {})[slot] = tensor
+        moments = self._load_shards(folder) if is_sharded(folder) else self._load_whole(folder)
         names: dict[Tensor, str] = {param: name for name, param in self.objective.named_parameters()}
         current = self.optimizer.state_dict()
         order = [param for group in self.optimizer.param_groups for param in group["params"]]
         # Groups, rates and flags stay those of this run; the moments are found by name, not by position.
         current["state"] = {i: moments[names[p]] for i, p in enumerate(order) if names[p] in moments}
         self.optimizer.load_state_dict(current)
+
+    def _load_whole(self, folder: Path) -> dict[str, dict[str, Tensor]]:
+        load_model(self.objective, folder / MODEL_FILE, strict=True)
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in load_file(folder / OPTIMIZER_FILE).items():
+            name, _, slot = key.rpartition("|")
+            moments.setdefault(name, {})[slot] = tensor
+        return moments
+
+    def _load_shards(self, folder: Path) -> dict[str, dict[str, Tensor]]:
+        """What ``ZeroEngine`` has written, on any number of ranks."""
+        shards = Shards(folder)
+        model = self.objective.state_dict()
+        shards.check({name: tensor.shape for name, tensor in model.items()})
+        moments: dict[str, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for name, tensor in model.items():
+                tensor.copy_(shards.tensor(name))
+                slots = [slot for slot in shards.slots(name) if slot not in (WEIGHT, STEP)]
+                whole = {slot: shards.read(name, slot, 0, tensor.numel()).view_as(tensor) for slot in slots}
+                if whole:
+                    moments[name] = whole | {STEP: torch.tensor(shards.scalar(name, STEP))}
+        return moments

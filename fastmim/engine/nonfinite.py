@@ -78,9 +78,14 @@ class _Watch:
 
 
 def find_nonfinite(
-    objective: nn.Module, images: Tensor, mask: Tensor, autocast: AbstractContextManager[Any] | None = None
+    objective: nn.Module,
+    images: Tensor,
+    mask: Tensor,
+    autocast: AbstractContextManager[Any] | None = None,
+    *,
+    backward: bool = True,
 ) -> str | None:
-    """Run forward and backward once more and name the first non-finite value.
+    """Run forward and (if asked for) backward once more and name the first non-finite value.
 
     Looked for in the order: parameters, module inputs and outputs, the loss, gradients of module inputs in
         the
@@ -97,9 +102,9 @@ def find_nonfinite(
     with watch.attached(), warnings.catch_warnings():
         # Images need no gradient: torch remarks on it for every module that they enter.
         warnings.simplefilter("ignore", UserWarning)
-        with autocast or nullcontext():
+        with autocast or nullcontext(), torch.set_grad_enabled(backward):
             loss = objective(images, mask)["loss"]
-        if watch.found is None and not _bad(loss):
+        if backward and watch.found is None and not _bad(loss):
             loss.backward()
     if watch.found is None:
         name = _bad_name((name, param.grad) for name, param in objective.named_parameters())
@@ -119,7 +124,8 @@ def find_culprit(engine: Any, loader: Any, *, step: int, seed: int) -> str | Non
     try:
         for epoch, batch in stream(loader, start=step - 1, stop=step, grad_accum_steps=accum):
             mask = engine.objective.random_mask(batch.sample_ids, seed=seed, epoch=epoch)
-            found = found or engine.diagnose(batch.images, mask)
+            place = engine.diagnose(batch.images, mask)  # on every rank, even where something was found already
+            found = found or place
     except Exception:
         log.warning("could not look for the module behind the non-finite step", exc_info=True)
     return next((place for place in distributed.gather(found) if place), None)

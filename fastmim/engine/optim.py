@@ -58,6 +58,11 @@ def param_groups(obj: nn.Module, weight_decay: float, policy: str = "parity") ->
     return [group for group in groups if group["params"]]
 
 
+def _ndim(param: Tensor) -> int:
+    """Dimensions of a parameter; ZeRO-3 leaves none of them in the tensor itself."""
+    return len(getattr(param, "ds_shape", param.shape))
+
+
 def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
@@ -67,13 +72,13 @@ def _spared_by_parity(name: str, param: Tensor, is_vit: bool) -> bool:
     # Exactly one level below the objective: the reference's list holds "encoder.mask_token", never a deeper
     # name.
     is_listed = name.count(".") <= 1 and _last(name) in listed
-    return param.ndim == 1 or name.endswith(".bias") or is_listed
+    return _ndim(param) == 1 or name.endswith(".bias") or is_listed
 
 
 def _spared(name: str, param: Tensor) -> bool:
     parts = name.split(".")
     return (
-        param.ndim <= 1 or parts[-1] == "bias" or parts[-1] in _DEFAULT_TOKENS or not _DEFAULT_PARTS.isdisjoint(parts)
+        _ndim(param) <= 1 or parts[-1] == "bias" or parts[-1] in _DEFAULT_TOKENS or not _DEFAULT_PARTS.isdisjoint(parts)
     )
 
 
@@ -94,17 +99,42 @@ def build_optimizer(
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         fused: ``"auto"`` takes torch's fused kernel where the parameters' device and dtype have one;
-            ``True`` demands it; ``False`` takes the foreach loop.
+            ``True`` demands it; ``False`` takes the foreach loop; ``"apex"`` takes NVIDIA apex' FusedAdam, and
+            ``"cpu_adam"`` DeepSpeed's for states in CPU memory (compiled at first use).
 
     Raises:
-        ValueError: unknown optimiser, or ``fused=True`` where torch has no fused kernel.
+        ValueError: unknown optimiser, or a kernel that is not there.
     """
     if name != "adamw":
         raise ValueError(f"optim.name={name!r}: unknown optimiser; use adamw")
     groups = list(groups)
+    if fused == "apex":
+        return _apex_adam()(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, adam_w_mode=True)
+    if fused == "cpu_adam":
+        return _cpu_adam()(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, adamw_mode=True)
     params = [param for group in groups for param in group["params"]]
     available = all(param.device.type in ("cpu", "cuda") and param.is_floating_point() for param in params)
     if fused is True and not available:
         raise ValueError("efficiency.fused_optimizer=true: torch has no fused AdamW here; use auto")
     use_fused = available if fused == "auto" else bool(fused)
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=use_fused)
+
+
+def _apex_adam() -> Any:
+    try:
+        # PyPI's "apex" is an unrelated package without this attribute.
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        raise ValueError(
+            "efficiency.fused_optimizer=apex: NVIDIA's apex is not installed (it is not the apex of PyPI); "
+            "build it from github.com/NVIDIA/apex, or use auto"
+        ) from None
+    return FusedAdam
+
+
+def _cpu_adam() -> Any:
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+    except ImportError:
+        raise ValueError("efficiency.fused_optimizer=cpu_adam: needs DeepSpeed; pip install 'fastmim[zero]'") from None
+    return DeepSpeedCPUAdam

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from fastmim.engine import distributed
 from fastmim.engine.checkpoint import save_checkpoint
+from fastmim.engine.convert import consolidate
 from fastmim.engine.distributed import World
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
 from fastmim.engine.progress import Progress
+from fastmim.engine.zero import ZeroEngine
 from fastmim.evaluate.curve import save_curve
 from fastmim.evaluate.reconstruct import save_reconstruction
 from fastmim.evaluate.validation import validation_loss
-from fastmim.interop import export_encoder
 
 _NAMED_BAD_FILES = 50
 
@@ -75,7 +76,7 @@ class Run:
         self,
         *,
         folder: Path,
-        engine: LocalEngine,
+        engine: LocalEngine | ZeroEngine,
         world: World,
         start: int,
         total: int,
@@ -137,16 +138,19 @@ class Run:
     def _validate(self) -> float:
         batches, autocast = self.val_loader.epoch(0), self.engine.autocast()
         objective, most = self.engine.objective, self.val_batches
-        return validation_loss(objective, batches, max_batches=most, autocast=autocast)
+        everyone = self.engine.collective
+        return validation_loss(objective, batches, max_batches=most, autocast=autocast, collective=everyone)
 
     def picture_path(self, step: int) -> Path:
         """Where the picture of a step lies."""
         return self.folder / "reconstructions" / f"step-{step:08d}.png"
 
     def _picture(self, step: int) -> None:
-        if self.picture_batch is not None and self.world.is_main:
+        main = self.world.is_main
+        if self.picture_batch is not None and (main or self.engine.collective):
             path, autocast = self.picture_path(step), self.engine.autocast()
-            save_reconstruction(self.engine.objective, *self.picture_batch, path, autocast=autocast)
+            save_reconstruction(self.engine.objective, *self.picture_batch, path, autocast=autocast, write=main)
+        if self.picture_batch is not None and main:
             self.metrics.picture("reconstructions", path, step)
 
     def save(self) -> Path:
@@ -169,10 +173,10 @@ class Run:
         checkpoint = self.save()
         encoder, picture = self.folder / "encoder.safetensors", self.picture_path(self.total)
         curve = None
+        if not distributed.broadcast(picture.exists()):
+            self._picture(self.total)  # resumed at the very end
         if self.world.is_main:
-            if not picture.exists():
-                self._picture(self.total)  # resumed at the very end
-            export_encoder(self.engine.objective, encoder, encoder=self.encoder)
+            consolidate(checkpoint, encoder, encoder=self.encoder)
             curve = save_curve(read_rows(self.folder / "metrics.jsonl"), self.folder / "loss.png")
         distributed.barrier()
         result = self._result(

@@ -18,9 +18,13 @@ from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
 from fastmim.engine.optim import build_optimizer, param_groups
+from fastmim.engine.recompute import apply_recompute
 from fastmim.engine.run import Intervals, Run, TrainResult
 from fastmim.engine.schedule import Schedule, scale_lr
 from fastmim.engine.stream import batch_sizes, stream
+from fastmim.engine.zero import ZeroEngine
+from fastmim.engine.zero_build import build_partitioned
+from fastmim.engine.zero_config import deepspeed_config, import_deepspeed
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.interop import load_weights
 from fastmim.objectives import create_objective
@@ -39,7 +43,8 @@ def train(cfg: Config) -> TrainResult:
         ValueError: a setting that cannot work, in one line.
         FloatingPointError: the loss or a gradient became non-finite; names the step and the module.
     """
-    with distributed.distributed() as world, ExitStack() as stack:
+    zero = cfg.efficiency.zero_stage is not None
+    with distributed.distributed(always=zero) as world, ExitStack() as stack:
         settings = cfg.train
         accum, global_batch = batch_sizes(
             micro_batch_size=settings.micro_batch_size,
@@ -47,13 +52,14 @@ def train(cfg: Config) -> TrainResult:
             global_batch_size=settings.global_batch_size,
             world_size=world.size,
         )
-        objective = make_objective(cfg, world)
+        deepspeed = make_deepspeed_config(cfg, world, accum) if zero else None
+        objective = make_objective(cfg, world, deepspeed)
         loader = stack.enter_context(closing(make_loader(cfg, objective, world, accum)))
-        engine = make_engine(cfg, objective, world, accum)
+        engine = make_engine(cfg, objective, world, accum, deepspeed)
         total = settings.steps or (settings.epochs or 0) * loader.steps_per_epoch
         schedule = make_schedule(cfg, total, loader.steps_per_epoch, global_batch)
         stored = {"run": run_identity(cfg, global_batch), "total": total, "images": loader.fingerprint}
-        shown = held_out_images(cfg, objective, world, stack)
+        shown = held_out_images(cfg, objective, world, stack, everywhere=engine.collective)
         start = resume(cfg, engine, world, stored)
         run = make_run(cfg, engine, world, stored, start, loader=loader, **shown)
         stack.enter_context(closing(run))
@@ -63,7 +69,8 @@ def train(cfg: Config) -> TrainResult:
             for step in range(start, total):
                 lr = schedule(step)
                 engine.set_lr(lr)
-                for _ in range(accum):
+                for micro in range(accum):
+                    objective.set_micro_batch(micro, accum)
                     with run.clock.waiting():
                         epoch, batch = next(batches)
                     mask = objective.random_mask(batch.sample_ids, seed=settings.seed, epoch=epoch)
@@ -79,25 +86,70 @@ def train(cfg: Config) -> TrainResult:
         return run.finish()
 
 
-def make_objective(cfg: Config, world: World) -> Any:
-    """The objective on this rank's device, with the same first weights on every rank."""
+def make_deepspeed_config(cfg: Config, world: World, accum: int) -> dict[str, Any]:
+    """What DeepSpeed is told.
+
+    Raises:
+        ValueError: settings that it cannot serve, in one line.
+    """
+    efficiency = cfg.efficiency
+    import_deepspeed(world.device)
+    return deepspeed_config(
+        stage=efficiency.zero_stage or 0,
+        micro_batch_size=cfg.train.micro_batch_size,
+        grad_accum_steps=accum,
+        world_size=world.size,
+        clip_grad=cfg.optim.clip_grad,
+        precision=precision_on(cfg, world),
+        offload_optimizer=efficiency.offload_optimizer,
+        offload_param=efficiency.offload_param,
+        nvme_path=efficiency.nvme_path,
+        extra=efficiency.deepspeed,
+    )
+
+
+def precision_on(cfg: Config, world: World) -> str:
+    """``efficiency.precision``, where auto has become fp32 or bf16."""
+    precision = cfg.efficiency.precision
+    if precision == "auto":
+        precision = "bf16" if world.device.type == "cuda" else "fp32"
+    return precision
+
+
+def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None = None) -> Any:
+    """The objective on this rank's device, with the same first weights on every rank, or its share of them."""
     if cfg.efficiency.threads:
         torch.set_num_threads(cfg.efficiency.threads)
     torch.manual_seed(cfg.train.seed)
-    section = cfg.objective
-    objective = create_objective(
-        section.name,
-        encoder=cfg.model.encoder_kwargs(),
-        impl=cfg.efficiency.kernels,
-        mask_ratio=section.mask_ratio,
-        unit=section.unit,
-        norm_target=section.norm_target,
-        loss=section.loss,
-        loss_on=section.loss_on,
-        mean=cfg.data.mean,
-        std=cfg.data.std,
-    )
+    section, efficiency, init_from = cfg.objective, cfg.efficiency, cfg.model.init_from
+
+    def build() -> Any:
+        return create_objective(
+            section.name,
+            encoder=cfg.model.encoder_kwargs(),
+            impl=efficiency.kernels,
+            mask_ratio=section.mask_ratio,
+            unit=section.unit,
+            norm_target=section.norm_target,
+            loss=section.loss,
+            loss_on=section.loss_on,
+            mean=cfg.data.mean,
+            std=cfg.data.std,
+        )
+
+    def load(objective: Any) -> None:
+        if init_from is not None:
+            load_weights(objective, init_from)
+
+    if efficiency.zero_stage == 3 and deepspeed is not None:
+        precision = precision_on(cfg, world)
+        objective = build_partitioned(build, load, config=deepspeed, precision=precision, device=world.device)
+    else:
+        objective = build()
+        load(objective)
     checkpoint.seed_rank(cfg.train.seed, world.rank)
+    every, offload = efficiency.recompute_every, efficiency.recompute_offload
+    apply_recompute(objective, efficiency.recompute, every=every, offload=offload)
     return objective.to(world.device)
 
 
@@ -133,16 +185,19 @@ def make_loader(cfg: Config, objective: Any, world: World, accum: int, **changes
     return build_loader(**arguments | changes)
 
 
-def make_engine(cfg: Config, objective: Any, world: World, accum: int) -> LocalEngine:
-    """Optimiser and engine, on the initial weights of ``model.init_from`` if it is given."""
-    if cfg.model.init_from is not None:
-        load_weights(objective, cfg.model.init_from)
+def make_engine(
+    cfg: Config, objective: Any, world: World, accum: int, deepspeed: dict[str, Any] | None = None
+) -> LocalEngine | ZeroEngine:
+    """Optimiser and engine; with ``deepspeed`` its configuration."""
     optim, efficiency = cfg.optim, cfg.efficiency
     groups = param_groups(objective, optim.weight_decay, optim.policy)
-    optimizer = build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps, fused=efficiency.fused_optimizer)
-    precision = efficiency.precision
-    if precision == "auto":
-        precision = "bf16" if world.device.type == "cuda" else "fp32"
+    fused = efficiency.fused_optimizer
+    if fused == "auto" and efficiency.offload_optimizer != "none" and world.device.type == "cuda":
+        fused = "cpu_adam"
+    optimizer = build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps, fused=fused)
+    precision = precision_on(cfg, world)
+    if deepspeed is not None:
+        return ZeroEngine(objective, optimizer, config=deepspeed, precision=precision, world=world)
     return LocalEngine(
         objective,
         optimizer,
@@ -189,7 +244,7 @@ def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
     return flat | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
 
 
-def resume(cfg: Config, engine: LocalEngine, world: World, stored: dict[str, Any]) -> int:
+def resume(cfg: Config, engine: LocalEngine | ZeroEngine, world: World, stored: dict[str, Any]) -> int:
     """Load the checkpoint that ``train.resume`` means, if any, and return the steps already done.
 
     Raises:
@@ -236,8 +291,13 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"output.dir={folder}: cannot be written to; choose another folder")
 
 
-def held_out_images(cfg: Config, objective: Any, world: World, stack: ExitStack) -> dict[str, Any]:
-    """The validation loader, and the few images that pictures show: held-out ones if there are any."""
+def held_out_images(
+    cfg: Config, objective: Any, world: World, stack: ExitStack, *, everywhere: bool = False
+) -> dict[str, Any]:
+    """The validation loader, and the few images that pictures show: held-out ones if there are any.
+
+    Rank 0 draws the pictures; with ``everywhere`` its forward pass needs the others, who get the same images.
+    """
     held_out: dict[str, Any] = {}
     if cfg.data.val_path is not None:
         held_out = dict(path=cfg.data.val_path, file_list=None, field="data.val_path")
@@ -249,10 +309,15 @@ def held_out_images(cfg: Config, objective: Any, world: World, stack: ExitStack)
         alone = dict(rank=0, world_size=1, micro_batch_size=1, num_workers=0, verify="none")
         with closing(make_loader(cfg, objective, world, 1, train=False, **alone, **held_out)) as loader:
             batch = spread_images(loader, cfg.output.pictures)
+    if everywhere:
+        batch = distributed.broadcast(batch and tuple(part.cpu() for part in batch))
+        batch = batch and tuple(part.to(world.device) for part in batch)
     return {"val_loader": val_loader, "picture_batch": batch}
 
 
-def make_run(cfg: Config, engine: LocalEngine, world: World, stored: dict[str, Any], start: int, **images: Any) -> Run:
+def make_run(
+    cfg: Config, engine: LocalEngine | ZeroEngine, world: World, stored: dict[str, Any], start: int, **images: Any
+) -> Run:
     """The outputs of the run; ``images`` holds its loaders."""
     train = cfg.train
     return Run(

@@ -91,6 +91,7 @@ def save_reconstruction(
     path: str | Path,
     *,
     autocast: AbstractContextManager[Any] | None = None,
+    write: bool = True,
 ) -> Path:
     """Write the grid of a batch as a PNG, with the masks that validation uses.
 
@@ -100,10 +101,14 @@ def save_reconstruction(
         sample_ids: (B,) int64.
         path: the PNG to write; it appears complete or not at all.
         autocast: precision of the forward pass.
+        write: False only takes part in a forward pass that needs all ranks.
     """
     path = Path(path)
     mask = objective.random_mask(sample_ids, seed=MASK_SEED, epoch=0)
-    picture = draw_grid(reconstruction_columns(objective, images, mask, autocast))
+    columns = reconstruction_columns(objective, images, mask, autocast)
+    if not write:
+        return path
+    picture = draw_grid(columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     picture.save(partial, format="PNG")

@@ -34,6 +34,7 @@ def validation_loss(
     *,
     max_batches: int | None = None,
     autocast: AbstractContextManager[Any] | None = None,
+    collective: bool = False,
 ) -> float:
     """Mean loss over held-out images; every rank calls it with its share of them.
 
@@ -44,6 +45,8 @@ def validation_loss(
         batches: pairs of images (B, C, H, W) and sample_ids (B,), on the objective's device.
         max_batches: micro-batches to use on each rank; None: all.
         autocast: precision of the forward pass.
+        collective: a forward pass needs all ranks (ZeRO-3): one that has no images left repeats its last ones,
+            uncounted, until all are done.
 
     Returns:
         The mean over all samples of all ranks.
@@ -53,13 +56,37 @@ def validation_loss(
     """
     total = torch.zeros(2, dtype=torch.float64, device=next(objective.parameters()).device)
     with evaluating(objective), autocast or nullcontext():
-        for images, sample_ids in islice(batches, max_batches):
+        chosen = islice(batches, max_batches)
+        for images, sample_ids, count in _in_step(objective, chosen) if collective else _counted(chosen):
             mask = objective.random_mask(sample_ids, seed=MASK_SEED, epoch=0)
-            total[0] += objective(images, mask)["loss"].double() * len(images)
-            total[1] += len(images)
+            total[0] += objective(images, mask)["loss"].double() * count
+            total[1] += count
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     loss, count = total.tolist()
     if not count:
         raise ValueError("data.val_path: no readable image there; give another folder or leave it out")
     return loss / count
+
+
+Counted = Iterator[tuple[Tensor, Tensor, int]]
+
+
+def _counted(batches: Iterable[tuple[Tensor, Tensor]]) -> Counted:
+    for images, sample_ids in batches:
+        yield images, sample_ids, len(images)
+
+
+def _in_step(objective: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> Counted:
+    """The batches with their number of samples, on every rank as many as on the rank that has most."""
+    remaining = _counted(batches)
+    device = next(objective.parameters()).device
+    images = torch.zeros(1, objective.in_chans, *objective.img_size, device=device)
+    sample_ids = torch.zeros(1, dtype=torch.int64, device=device)
+    while True:
+        images, sample_ids, count = next(remaining, (images, sample_ids, 0))
+        left = torch.tensor(count, device=device)
+        dist.all_reduce(left)
+        if not int(left):
+            return
+        yield images, sample_ids, count

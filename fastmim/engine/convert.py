@@ -1,0 +1,68 @@
+"""One file of weights from any checkpoint, sharded or not, a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from fastmim.engine.checkpoint import find_resume, read_state
+from fastmim.engine.shards import Entry, Shards, write_safetensors
+
+_ENCODER = "encoder."
+
+
+def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False) -> Path:
+    """Write the encoder of a checkpoint under timm's names, as ``encoder.safetensors`` of a finished run is.
+
+    Whatever the number of ranks and the ZeRO stage that wrote it, one tensor is in memory at a time.
+
+    Args:
+        checkpoint: a ``step-…`` folder, a ``checkpoints`` folder or a run's output folder (its last checkpoint).
+        out: the .safetensors file to write; it appears complete or not at all.
+        whole: all weights of the objective, under its own names, instead.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: no checkpoint there, a damaged one, or a name that does not end in .safetensors.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: must end in .safetensors, for example encoder.safetensors")
+    try:
+        folder = find_resume(str(checkpoint), Path())
+    except ValueError:
+        folder = None
+    if folder is None:
+        raise ValueError(f"{checkpoint}: no complete checkpoint there; give a step-… folder or a run's output folder")
+    run = read_state(folder)["run"]
+    keys = {key.removeprefix("model."): value for key, value in run.items() if key.startswith("model.")}
+    return consolidate(folder, out, encoder={k: v for k, v in keys.items() if v is not None}, whole=whole)
+
+
+def consolidate(folder: Path, out: Path, *, encoder: dict[str, Any] | None = None, whole: bool = False) -> Path:
+    """:func:`convert` for a checkpoint folder; ``encoder`` is noted in the file's metadata."""
+    try:
+        shards = Shards(folder)
+        prefix = "" if whole else _ENCODER
+        names = [name for name in shards.shapes if name.startswith(prefix)]
+        # The mask token belongs to pretraining: timm's models have none.
+        names = [name for name in names if whole or name != f"{_ENCODER}mask_token"]
+        entries = [
+            Entry(name.removeprefix(prefix), torch.float32, shards.shapes[name], lambda n=name: shards.tensor(n).float())
+            for name in names
+        ]
+        metadata = {"format": "pt", "source": "fastmim", "encoder": json.dumps(encoder or {})}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        write_safetensors(temporary, entries, metadata)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from None
+    os.replace(temporary, out)
+    return out

@@ -1,0 +1,119 @@
+"""What the backward pass computes again instead of keeping: memory for time, the same bits.
+
+Every policy works block by block with torch's non-reentrant checkpointing, which repeats a block under the same
+random state and autocast, and inside which ZeRO-3 gathers weights as in any forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+
+from fastmim.models.layers import Mlp
+from fastmim.models.swin_block import SwinBlock
+from fastmim.models.vit import VitBlock
+
+POLICIES = ("none", "fc1", "fc1_qkv", "gemm", "full")
+
+# Kept under the selective policies: what is dear to compute again for what it takes to keep.
+_KEPT = {
+    "fastmim::linear",
+    "fastmim::mlp",
+    "fastmim::window_attention",
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+}
+
+
+def apply_recompute(objective: nn.Module, policy: str, *, every: int = 1, offload: bool = False) -> int:
+    """Let the blocks of an objective be recomputed in the backward pass.
+
+    Args:
+        objective: with Swin or ViT blocks somewhere inside.
+        policy: ``"none"``; ``"fc1"``: the first layer of each MLP; ``"fc1_qkv"``: that, the qkv projection and
+            everything but matrix products and attention; ``"gemm"``: everything but matrix products and
+            attention; ``"full"``: the whole block, of which only the input is kept.
+        every: apply it to every n-th block, from the first on.
+        offload: keep the inputs of recomputed blocks in (pinned) CPU memory.
+
+    Returns:
+        The number of blocks that it applies to.
+
+    Raises:
+        ValueError: unknown policy, or ``offload`` with another than ``"full"``.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"efficiency.recompute={policy!r}: unknown; use one of {', '.join(POLICIES)}")
+    if offload and policy != "full":
+        raise ValueError(f"efficiency.recompute_offload=true: not with recompute={policy}; use full")
+    blocks = [part for part in objective.modules() if isinstance(part, (SwinBlock, VitBlock))][::every]
+    if policy == "none":
+        return 0
+    for block in blocks:
+        if policy in ("fc1", "fc1_qkv"):
+            for part in block.modules():
+                if isinstance(part, Mlp):
+                    part.recompute_fc1 = True
+        if policy != "fc1":
+            block.forward = _recomputed(block.forward, policy, offload)  # type: ignore[method-assign]
+    return len(blocks)
+
+
+def _recomputed(forward: Callable[..., Any], policy: str, offload: bool) -> Callable[..., Any]:
+    selective = {} if policy == "full" else {"context_fn": functools.partial(_contexts, policy == "fc1_qkv")}
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # Without the early stop a repetition ends as a forward pass does: ZeRO-3's hooks come in pairs.
+        with _offloaded(offload, args), set_checkpoint_early_stop(False):
+            return checkpoint(forward, *args, use_reentrant=False, **selective, **kwargs)
+
+    return run
+
+
+def _offloaded(offload: bool, args: Any) -> AbstractContextManager[Any]:
+    if not offload:
+        return nullcontext()
+    on_gpu = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+    return save_on_cpu(pin_memory=on_gpu)
+
+
+def _contexts(again_qkv: bool) -> Any:
+    return create_selective_checkpoint_contexts(functools.partial(_policy, again_qkv))
+
+
+def _policy(again_qkv: bool, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = op._schema.name
+    if name not in _KEPT or (again_qkv and _is_qkv(name, args)):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE
+
+
+def _is_qkv(name: str, args: Any) -> bool:
+    """Whether a product has three times as many outputs as inputs."""
+    if name == "fastmim::linear":
+        outputs, inputs = args[1].shape
+    elif name in ("aten::mm", "aten::addmm"):
+        inputs, outputs = args[-1].shape
+    else:
+        return False
+    return outputs == 3 * inputs

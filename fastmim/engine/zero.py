@@ -1,0 +1,243 @@
+"""Training under DeepSpeed's ZeRO: weights, gradients and optimiser states cut among the ranks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from fastmim.engine import distributed, fragments
+from fastmim.engine.distributed import World
+from fastmim.engine.nonfinite import NonFiniteError
+from fastmim.engine.shards import WEIGHT, Piece, Shards, write_shard
+from fastmim.engine.zero_config import import_deepspeed
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ZeroEngine:
+    """Forward, backward and update of an objective: the contract of ``LocalEngine``, on DeepSpeed.
+
+    Stage 0 keeps everything on every rank, 1 cuts the optimiser's states, 2 also the gradients, 3 also the
+    weights. With ``precision="bf16"`` (stages 1–3) the weights are bf16, and the master weights, the moments and
+    the reduction of gradients are fp32; ``"fp16"`` adds dynamic loss scaling.
+
+    An update with a non-finite gradient is not applied. Under fp16 it lowers the loss scale and training goes
+    on; otherwise :meth:`step` raises.
+
+    Args:
+        objective: module with ``forward(images, mask) -> {"loss": scalar}``; for stage 3 built by
+            :func:`fastmim.engine.zero_build.build_partitioned`.
+        optimizer: a torch optimiser over its parameters.
+        config: from :func:`fastmim.engine.zero_config.deepspeed_config`.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        world: this process among all.
+
+    Raises:
+        ValueError: DeepSpeed is not installed, or refuses the configuration.
+    """
+
+    #: Every rank writes its share of a checkpoint.
+    sharded = True
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        config: dict[str, Any],
+        precision: str = "fp32",
+        world: World,
+    ) -> None:
+        if precision == "fp16" and world.device.type == "cpu":
+            raise ValueError("efficiency.precision=fp16: not on a CPU; use bf16 or fp32")
+        deepspeed = import_deepspeed(world.device)
+        self.objective, self.world, self.precision = objective, world, precision
+        self.device = world.device
+        self.stage: int = config["zero_optimization"]["stage"]
+        self.grad_accum_steps: int = config["gradient_accumulation_steps"]
+        self.steps = 0
+        self._micro = 0
+        self._grad_norm = torch.zeros(())
+        self._loss_count = 0
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        if precision != "fp32":
+            # Inside DeepSpeed's engine, which would switch off an autocast around it.
+            objective.forward = _in_autocast(objective.forward, self.autocast)  # type: ignore[method-assign]
+        try:
+            self._engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=objective, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        except (AssertionError, NotImplementedError) as error:
+            raise ValueError(f"efficiency.zero_stage={self.stage}: DeepSpeed: {' '.join(str(error).split())}") from None
+
+    @property
+    def collective(self) -> bool:
+        """Whether even a forward pass needs all ranks, because each holds only a part of the weights."""
+        return self.stage == 3 and self.world.size > 1
+
+    @property
+    def at_boundary(self) -> bool:
+        """True while the current micro-batch is the last one of its update."""
+        return self._micro == self.grad_accum_steps - 1
+
+    @property
+    def _base(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer if self.stage else self.optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the forward pass runs in."""
+        dtype = _DTYPES.get(self.precision, torch.bfloat16)
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next update; a group's ``lr_scale`` multiplies it."""
+        for group in self._base.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def __call__(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Forward of one micro-batch: images (B, C, H, W), mask (B, H/p, W/p) bool -> {"loss": scalar}."""
+        return self._engine(images, mask)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's loss; the last of an update also reduces them."""
+        value = loss.detach()
+        # As in LocalEngine: an infinite L1 loss has finite gradients, which must not pass as a good step.
+        self._engine.backward(loss * (value * 0 + 1))
+        self._loss_sum += value
+        self._loss_count += 1
+
+    def step(self) -> None:
+        """Count one micro-batch and update the parameters if it was the last of its update.
+
+        Raises:
+            NonFiniteError: the update met a non-finite gradient (but under fp16, which lowers its scale).
+        """
+        if not self.at_boundary:
+            self._micro += 1
+            self._engine.step()
+            return
+        self._micro = 0
+        self.steps += 1
+        if self.stage == 0:
+            grads = [param.grad for param in self.objective.parameters() if param.grad is not None]
+            self._grad_norm = get_total_norm(grads)
+            if not bool(torch.isfinite(self._grad_norm)):
+                self._base.zero_grad(set_to_none=True)
+                raise NonFiniteError(self.steps)
+        self._engine.step()
+        if self.stage:
+            norm = self._engine.get_global_grad_norm()
+            self._grad_norm = torch.as_tensor(math.nan if norm is None else norm).detach()
+            if self.optimizer.overflow and self.precision != "fp16":
+                raise NonFiniteError(self.steps)
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss since the last call (over ranks too) and the last gradient norm before clipping."""
+        mean = distributed.all_reduce_mean(self._loss_sum / max(self._loss_count, 1))
+        loss, norm = torch.stack([mean.cpu(), self._grad_norm.double().cpu()]).tolist()
+        self._loss_sum.zero_()
+        self._loss_count = 0
+        return loss, norm
+
+    def diagnose(self, images: Tensor, mask: Tensor) -> str | None:
+        """Name the first non-finite value of a micro-batch: from the forward pass only.
+
+        A backward pass outside DeepSpeed's engine would upset its bookkeeping of gradients.
+        """
+        from fastmim.engine.nonfinite import find_nonfinite
+
+        return find_nonfinite(self.objective, images, mask, self.autocast(), backward=False)
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of ``weights``, ``master`` weights and ``moments`` on this rank."""
+        return fragments.partition_bytes(
+            self.objective, self.optimizer, stage=self.stage, rank=self.world.rank, world_size=self.world.size
+        )
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that, with the files of :meth:`save`, restore this engine."""
+        state: dict[str, Any] = {"step": self.steps}
+        if self.precision == "fp16" and self.stage:
+            state["loss_scale"] = float(self.optimizer.loss_scale)
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over the values of :meth:`state`."""
+        self.steps = int(state["step"])
+        self._micro = 0
+        if self.precision == "fp16" and "loss_scale" in state:
+            self.optimizer.loss_scaler.cur_scale = state["loss_scale"]
+
+    def _fragments(self) -> list[fragments.Fragment]:
+        return list(
+            fragments.fragments(
+                self.objective, self.optimizer, stage=self.stage, rank=self.world.rank, world_size=self.world.size
+            )
+        )
+
+    def _whole(self) -> dict[str, Tensor]:
+        """Frozen parameters and persistent buffers: never cut by the optimiser, so rank 0 stores them."""
+        trainable = {name for name, param in self.objective.named_parameters() if param.requires_grad}
+        return {name: tensor for name, tensor in self.objective.state_dict().items() if name not in trainable}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {name: fragments.full_shape(param) for name, param in self.objective.named_parameters()}
+        return {name: tuple(tensor.shape) for name, tensor in self._whole().items()} | shapes
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of weights and moments; every rank calls it."""
+        pieces: list[Piece] = []
+        for one in self._fragments():
+            pieces.append(Piece(one.name, WEIGHT, one.start, self._get(one, None)))
+            for slot in fragments.moments(self._base, one):
+                pieces.append(Piece(one.name, slot, one.start, self._get(one, slot)))
+            count = fragments.step_count(self._base, one)
+            pieces.append(Piece(one.name, fragments.STEP, one.start, torch.tensor([count])))
+        if self.world.is_main:
+            pieces += [Piece(name, WEIGHT, 0, value.reshape(-1)) for name, value in self._whole().items()]
+        write_shard(folder, self.world.rank, pieces, self._shapes())
+
+    def load(self, folder: Path) -> None:
+        """Read a checkpoint that any engine, stage and number of ranks has written; every rank calls it.
+
+        Raises:
+            RuntimeError: a weight is missing, left over or has another shape.
+        """
+        shards = Shards(folder)
+        shards.check(self._shapes())
+        for one in self._fragments():
+            stop = one.start + one.count
+            self._put(one, None, shards.read(one.name, WEIGHT, one.start, stop))
+            slots = [slot for slot in fragments.MOMENTS if slot in shards.slots(one.name)]
+            if slots:
+                count = shards.scalar(one.name, fragments.STEP)
+                fragments.create_state(self._base, one.key, count)
+            for slot in slots:
+                self._put(one, slot, shards.read(one.name, slot, one.start, stop))
+        with torch.no_grad():
+            for name, tensor in self._whole().items():
+                tensor.copy_(shards.tensor(name))
+        fragments.publish(self.optimizer, stage=self.stage)
+
+    def _get(self, one: fragments.Fragment, slot: str | None) -> Tensor:
+        return one.of(one.key if slot is None else self._base.state[one.key][slot]).detach()
+
+    def _put(self, one: fragments.Fragment, slot: str | None, values: Tensor) -> None:
+        with torch.no_grad():
+            self._get(one, slot).copy_(values)
+
+
+def _in_autocast(forward: Any, autocast: Any) -> Any:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with autocast():
+            return forward(*args, **kwargs)
+
+    return run
