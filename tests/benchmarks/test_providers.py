@@ -34,7 +34,7 @@ def test_providers_take_the_same_step(name: str, dtype: str) -> None:
     case = Case(name, dtype, 2, overrides=CASES[name])
     source = case.weights()
     images, mask = case.inputs(source)
-    names = ["fastmim", "fastmim-reference", "fastmim-plain-adamw", "timm"]
+    names = ["fastmim", "fastmim-reference", "fastmim-plain-adamw", "fastmim-recompute-gemm", "timm"]
     names += [*(reference.KINDS if CLONES else ()), *THIRD_PARTY]
     steps, missing = providers.available(names, case, source, reference=CLONES)
     assert len(steps) + len(missing) == len(names) and len(steps) >= 4
