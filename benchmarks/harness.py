@@ -20,9 +20,12 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = (
-    "benchmark", "case", "dtype", "batch", "provider", "baseline", "seconds", "seconds_p20", "seconds_p80", "ratio",
-    "ratio_p20", "ratio_p80", "rounds", "loss", "saved_mb_per_image", "peak_rss_gib", "load_average", "machine",
-    "threads", "python", "torch", "timm", "commit", "date",
+    "benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "provider", "baseline", "seconds",
+    "seconds_p20", "seconds_p80", "images_per_sec", "images_per_sec_p20", "images_per_sec_p80", "ratio", "ratio_p20",
+    "ratio_p80", "rounds", "loss", "data_s", "forward_s", "backward_s", "optimizer_s", "wall_s", "peak_memory_gib",
+    "memory_kind", "start_memory_gib", "nvml_memory_gib", "saved_mb_per_image", "launches", "mb_per_image",
+    "gflop_per_image", "modelled_us_per_image", "roofline_share", "mfu", "joules_per_image", "peak_rss_gib", "note",
+    "load_average", "machine", "threads", "python", "torch", "timm", "reference", "commit", "date",
 )  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def environment() -> dict[str, Any]:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]], *, columns: tuple[str, ...] = COLUMNS) -> None:
-    """Append rows of ``columns`` to a CSV, with a header where the file is new.
+    """Append rows of ``columns`` to a CSV, with a header where the file is new; fewer older columns are filled up.
 
     Raises:
         ValueError: a row has a column that the schema does not know.
@@ -134,13 +137,18 @@ def append_rows(path: Path, rows: list[dict[str, Any]], *, columns: tuple[str, .
     unknown = sorted({key for row in rows for key in row} - set(columns))
     if unknown:
         raise ValueError(f"columns {unknown} are not in the schema; it has {', '.join(columns)}")
+    rows = [*read_rows(path, columns), *rows] if path.exists() else rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        if new:
-            writer.writeheader()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
         writer.writerows(rows)
+
+
+def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[dict[str, Any]]:
+    """Rows of a CSV that :func:`append_rows` wrote; a column it lacks is empty."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [dict.fromkeys(columns, "") | row for row in csv.DictReader(file)]
 
 
 def _cpu_name() -> str:
