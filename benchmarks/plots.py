@@ -7,9 +7,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from benchmarks.dispatch_counter import GPUS
+from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 KEY = ("benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "machine", "provider", "note")
