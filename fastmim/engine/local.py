@@ -21,7 +21,6 @@ from fastmim.engine.shards import WEIGHT, Shards, is_sharded
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class LocalEngine:
@@ -137,19 +136,10 @@ class LocalEngine:
         self.steps += 1
         grads = [param.grad for param in self._params if param.grad is not None]
         self._grad_norm = get_total_norm(grads)
-        self._clip()
+        if self.clip_grad:
+            clip_grads_with_norm_(self._params, self.clip_grad, self._grad_norm)
         self._guarded_update()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _clip(self) -> None:
-        if not self.clip_grad:
-            return
-        if self._fused:
-            # The fused kernel divides each gradient where it reads it: the same factor without a pass of its own.
-            scale = ((self._grad_norm.float() + _CLIP_EPS) / self.clip_grad).clamp_(min=1)
-            self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        else:
-            clip_grads_with_norm_(self._params, self.clip_grad, self._grad_norm)
 
     def _guarded_update(self) -> None:
         bad = ~torch.isfinite(self._grad_norm) & (self._first_bad < 0)

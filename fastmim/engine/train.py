@@ -125,25 +125,14 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.train.seed)
-    section, efficiency, init_from = cfg.objective, cfg.efficiency, cfg.model.init_from
-
-    def build() -> Any:
-        return create_objective(
-            section.name,
-            encoder={**cfg.model.encoder_kwargs(), "residual_dtype": efficiency.residual_dtype},
-            impl=efficiency.kernels,
-            mask_ratio=section.mask_ratio,
-            unit=section.unit,
-            norm_target=section.norm_target,
-            loss=section.loss,
-            loss_on=section.loss_on,
-            mean=cfg.data.mean,
-            std=cfg.data.std,
-        )
+    efficiency, init_from = cfg.efficiency, cfg.model.init_from
 
     def load(objective: Any) -> None:
         if init_from is not None:
             load_weights(objective, init_from)
+
+    def build() -> Any:
+        return build_objective(cfg)
 
     if efficiency.zero_stage == 3 and deepspeed is not None:
         precision = precision_on(cfg, world)
@@ -155,6 +144,23 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
     every, offload = efficiency.recompute_every, efficiency.recompute_offload
     apply_recompute(objective, efficiency.recompute, every=every, offload=offload)
     return objective.to(world.device)
+
+
+def build_objective(cfg: Config) -> Any:
+    """The objective with weights from torch's generator, on torch's default device."""
+    section = cfg.objective
+    return create_objective(
+        section.name,
+        encoder={**cfg.model.encoder_kwargs(), "residual_dtype": cfg.efficiency.residual_dtype},
+        impl=cfg.efficiency.kernels,
+        mask_ratio=section.mask_ratio,
+        unit=section.unit,
+        norm_target=section.norm_target,
+        loss=section.loss,
+        loss_on=section.loss_on,
+        mean=cfg.data.mean,
+        std=cfg.data.std,
+    )
 
 
 def make_loader(cfg: Config, objective: Any, world: World, accum: int, **changes: Any) -> Any:

@@ -96,9 +96,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """``grad·W`` of (M, N) and (N, K)."""
-    return product(grad, weight.t(), None)
+def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None, impl: str) -> Tensor:
+    """``grad·W`` of (M, N) and (N, K), plus ``add`` (…, K) of as many values where there is one."""
+    if add is None:
+        return product(grad, weight.t(), None)
+    add = add.reshape(-1, add.shape[-1])
+    if impl == "triton":
+        from .triton import product_add as kernels
+        return kernels.product_add(grad, weight, add)
+    return product(grad, weight.t(), None).add_(add) if _is_onednn(grad) else torch.addmm(add, grad, weight)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,22 +158,11 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: b
               impl: str, add: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(d x + ``add``, d W in ``weight_dtype``, d b); empty where not wanted."""
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
-    dx = input_gradient_onto(grad, weight, add, impl).view(x.shape) if need_x else x.new_empty(0)
+    dx = input_gradient(grad, weight, add, impl).view(x.shape) if need_x else x.new_empty(0)
     return dx, *parameter_gradients(grad, x.reshape(-1, x.shape[-1]), weight_dtype, has_bias, impl)
 
 
 _backward_op = torch.library.custom_op("fastmim::linear_backward", _backward, mutates_args=())
-
-
-def input_gradient_onto(grad: Tensor, weight: Tensor, add: Tensor | None, impl: str) -> Tensor:
-    """:func:`input_gradient`, plus ``add`` (…, K) of as many values where there is one."""
-    if add is None:
-        return input_gradient(grad, weight)
-    add = add.reshape(-1, add.shape[-1])
-    if impl == "triton":
-        from .triton import product_add as kernels
-        return kernels.product_add(grad, weight, add)
-    return torch.addmm(add, grad, weight)
 
 
 def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool, impl: str
@@ -209,7 +204,7 @@ def _autograd(ctx, grad, _low, add=None):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("fastmim::linear", _autograd, setup_context=_setup_context)
 _run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
 _run_backward = shortcut(_backward_op, _backward)
-_run_and_input = and_input(_op, _setup_context, _autograd)
+_run_and_input = and_input(shortcut(_op, _forward), _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.fastmim.linear)

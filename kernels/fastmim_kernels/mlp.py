@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 from .dispatch import resolve
 from .eager import shortcut, shortcut_with_grad
-from .linear import check_low, fitting, input_gradient, input_gradient_onto, product, product_dtype, weight_gradient
+from .linear import check_low, fitting, input_gradient, parameter_gradients, product, product_dtype, weight_gradient
 from .rows import column_sum, refuse_float64, statistics_dtype
 from .two_readers import and_input
 
@@ -148,10 +148,10 @@ def _backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tens
     if not pre.numel():
         pre = _pre_activation(rows, weight1, bias1, impl)
     d_hidden, d_bias1, activation = _hidden_gradient(grad, weight2, pre, bias1 is not None, impl)
-    d_weight2, d_bias2 = _parameter_gradients(grad, activation, weight2_dtype, has_bias2, impl)
+    d_weight2, d_bias2 = parameter_gradients(grad, activation, weight2_dtype, has_bias2, impl)
     del activation
     d_weight1 = weight_gradient(d_hidden, rows, weight1_dtype)
-    dx = input_gradient_onto(d_hidden, weight1, add, impl).view(x.shape)
+    dx = input_gradient(d_hidden, weight1, add, impl).view(x.shape)
     return dx, d_weight1, d_bias1, d_weight2, d_bias2
 
 
@@ -193,19 +193,10 @@ def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, imp
     if impl == "triton":
         from .triton import linear_gelu
         return linear_gelu.gelu_gradient(grad, weight2, pre, bias)
-    d_hidden = input_gradient(grad, weight2)
+    d_hidden = input_gradient(grad, weight2, None, impl)
     torch.ops.aten.gelu_backward.grad_input(d_hidden, pre, grad_input=d_hidden)
     wide = statistics_dtype(pre.dtype)
     return d_hidden, column_sum(d_hidden).to(wide) if bias else pre.new_empty(0, dtype=wide), F.gelu(pre)
-
-
-def _parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, bias: bool, impl: str) -> tuple[Tensor, Tensor]:
-    """(gradᵀ·x in ``dtype``, sum of the rows of grad or empty)."""
-    if bias and impl == "triton":
-        from .triton import weight_gradient as kernels
-        return kernels.weight_gradient(grad, x, dtype)
-    wide = statistics_dtype(x.dtype)
-    return weight_gradient(grad, x, dtype), column_sum(grad).to(wide) if bias else x.new_empty(0, dtype=wide)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -231,7 +222,7 @@ def _autograd(ctx, grad, _pre, _low1, _low2, add=None):  # type: ignore[no-untyp
 torch.library.register_autograd("fastmim::mlp", _autograd, setup_context=_setup_context)
 _run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
 _run_backward = shortcut(_backward_op, _backward)
-_run_and_input = and_input(_op, _setup_context, _autograd)
+_run_and_input = and_input(shortcut(_op, _forward), _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.fastmim.mlp)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,8 +22,10 @@ from fastmim_kernels.window_attention import traffic as window_attention_traffic
 pytest.importorskip("triton")
 
 from benchmarks import op_count  # noqa: E402
-from benchmarks.cuda_autocast import cuda_autocast  # noqa: E402
-from benchmarks.dispatch_counter import GPUS, DispatchCounter, Gpu, SavedTensors  # noqa: E402
+from fastmim.plan.closed_forms import closed_forms  # noqa: E402
+from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
+from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
+from fastmim.plan.hardware import Gpu  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -32,7 +33,7 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def fake() -> Iterator[None]:
     """Every tensor is fake, and the Triton implementations accept it."""
-    with FakeTensorMode(), mock.patch.object(dispatch, "no_triton", lambda device: ""):
+    with FakeTensorMode(), dispatch.as_on_a_gpu():
         yield
 
 
@@ -87,7 +88,7 @@ class TestCounter:
         with DispatchCounter() as counter:
             torch.empty(10) + 1  # noqa: B018
         assert counter.seconds(gpu) == 80 / 10
-        assert [(g.name, g.flops, g.bandwidth) for g in GPUS] == [("H100", 798e12, 3.0e12), ("A100", 312e12, 1.75e12)]
+        assert [(g.flops, g.bandwidth) for g in op_count.GPUS] == [(798e12, 3.0e12), (312e12, 1.75e12)]
 
     def test_saved_tensors(self) -> None:
         weight, x = nn.Parameter(torch.empty(3, 5)), torch.empty(7, 5)
@@ -168,7 +169,7 @@ class TestCustomOps:
         tokens, mask = torch.empty(8, 16, 16, 64, dtype=BF16), torch.empty(8, 16, 16, dtype=torch.bool)
         (_, moved, _), = counted(lambda: fk.mask_tokens(tokens, mask, torch.empty(64)))
         n = tokens.numel() * 2
-        with DispatchCounter(closed_forms=op_count._closed_forms()) as counter:
+        with DispatchCounter(closed_forms=closed_forms(op_count.MASKED)) as counter:
             fk.mask_tokens(tokens, mask, torch.empty(64))
         assert moved > 2 * n and counter.totals()[1] == pytest.approx(1.4 * n, rel=0.02)
 
