@@ -35,10 +35,10 @@ import fastmim_kernels as fk  # noqa: E402
 from benchmarks.baseline import TimmSimMIM, average_pool_target  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
+from fastmim.plan.closed_forms import closed_forms  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors  # noqa: E402
 from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.hardware import GPUS as KNOWN_GPUS  # noqa: E402
-from fastmim.plan.closed_forms import closed_forms  # noqa: E402
 from fastmim_kernels import dispatch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"
@@ -290,8 +290,10 @@ def show(name: str, ours: Count, eager: Count) -> None:
         )
     cast = sum(x.bytes for x in ours.casts) / ours.batch / 1e6
     seconds = sum(x.seconds(GPUS[0]) for x in ours.casts) / ours.batch
-    print(f"  besides, once an optimiser step: weight casts, {len(ours.casts)} launch, {cast:.1f} MB/img if of one batch"
-          f", {seconds * 1e6:.1f} us/img")
+    print(
+        f"  besides, once an optimiser step: {len(ours.casts)} launch for weight casts, {cast:.1f} MB and "
+        f"{seconds * 1e6:.1f} us an image of one micro-batch"
+    )
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:

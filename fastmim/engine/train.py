@@ -14,6 +14,7 @@ from fastmim.config import Config, save_config
 from fastmim.data import build_loader
 from fastmim.engine import checkpoint, distributed
 from fastmim.engine.distributed import World
+from fastmim.engine.host_memory import keep_freed_memory
 from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
@@ -37,6 +38,7 @@ log = logging.getLogger("fastmim")
 def train(cfg: Config) -> TrainResult:
     """Pretrain as the config says, from the start or from the last checkpoint; alone or on every rank alike.
 
+    On a CPU the process keeps the memory that it frees (:func:`~fastmim.engine.host_memory.keep_freed_memory`).
     SIGTERM and SIGINT end the run after the current step, with a checkpoint.
 
     Raises:
@@ -120,6 +122,8 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
     """The objective on this rank's device, with the same first weights on every rank, or its share of them."""
     if cfg.efficiency.threads:
         torch.set_num_threads(cfg.efficiency.threads)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(cfg.train.seed)
     efficiency, init_from = cfg.efficiency, cfg.model.init_from
 
@@ -147,7 +151,7 @@ def build_objective(cfg: Config) -> Any:
     section = cfg.objective
     return create_objective(
         section.name,
-        encoder=cfg.model.encoder_kwargs(),
+        encoder={**cfg.model.encoder_kwargs(), "residual_dtype": cfg.efficiency.residual_dtype},
         impl=cfg.efficiency.kernels,
         mask_ratio=section.mask_ratio,
         unit=section.unit,
