@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,7 +80,6 @@ class Phases:
 class Step(Protocol):
     """What is timed: a ``benchmarks.providers.Provider``."""
 
-    name: str
     forward: Callable[[Tensor, Tensor], Tensor]
     backward: Callable[[Tensor], None]
     update: Callable[[], None]
@@ -118,15 +117,12 @@ def refusals(losses: Mapping[str, Sequence[float]], baseline: str, tolerances: S
     return found
 
 
-def interleave(
-    steps: Iterable[Step], images: Tensor, mask: Tensor, *, rounds: int, clock: Clock
-) -> dict[str, list[Phases]]:
+def interleave(steps: Mapping[str, Callable[[], Phases]], rounds: int) -> dict[str, list[Phases]]:
     """Each step once a round, in turn, in alternating order: a drift of the machine meets all of them alike."""
-    steps = list(steps)
-    phases: dict[str, list[Phases]] = {step.name: [] for step in steps}
+    phases: dict[str, list[Phases]] = {name: [] for name in steps}
     for i in range(rounds):
-        for step in steps if i % 2 == 0 else reversed(steps):
-            phases[step.name].append(run_step(step, images, mask, clock)[0])
+        for name in list(steps) if i % 2 == 0 else reversed(list(steps)):
+            phases[name].append(steps[name]())
     return phases
 
 
