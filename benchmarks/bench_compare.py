@@ -37,8 +37,9 @@ def measure_case(
     case: Case, args: argparse.Namespace, world: World | None = None, *, apart: bool = True
 ) -> tuple[list[dict[str, Any]], int]:
     """CSV rows of one case, and how many providers were refused. ``apart``: a process for each."""
+    group = None if apart else world
     seats, losses, reasons = take_seats(
-        args.providers, case, args.reference, args.threads, apart=apart, world=world
+        args.providers, case, args.reference, args.threads, apart=apart, world=group, clock=args.clock
     )
     quiet = world is not None and not world.is_main
     for reason in [] if quiet else reasons:
@@ -55,7 +56,8 @@ def measure_case(
     steps = {name: functools.partial(seat.call, "step") for name, seat in kept.items()}
     phases = measure.interleave(steps, args.rounds)
     ranks = world.size if world else 1
-    shared = {"benchmark": "step", "baseline": args.baseline, "rounds": args.rounds, **describe(case, ranks, args)}
+    shared = {"benchmark": "step", "baseline": args.baseline, "rounds": args.rounds,
+              "note": "CPU seconds" if args.clock == "cpu" else "", **describe(case, ranks, args)}  # fmt: skip
     rows = []
     for name, seat in kept.items():
         columns = measure.speed_columns(phases[name], case.batch * ranks, phases[args.baseline])
@@ -105,7 +107,8 @@ def show(row: dict[str, Any]) -> None:
         f"{row['case']:15} {row['dtype']} b{row['batch']} {row['img_size']}px x{row['ranks']} {row['provider']:22}"
         f" {row['images_per_sec']:>8} img/s [{row['images_per_sec_p20']}, {row['images_per_sec_p80']}]"
         f"  fwd {row['forward_s']} bwd {row['backward_s']} opt {row['optimizer_s']} s"
-        f"  {row['ratio']}x {row['baseline']} [{row['ratio_p20']}, {row['ratio_p80']}]",
+        f"  {row['ratio']}x {row['baseline']} [{row['ratio_p20']}, {row['ratio_p80']}]"
+        f"  {row['note']}",
         flush=True,
     )
 
@@ -115,6 +118,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_shared(parser)
     parser.add_argument("--baseline", default="fastmim", help="provider that ratios are against")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each provider")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU seconds, of a busy machine")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes, data-parallel")
     args = parser.parse_args(argv)
     if args.baseline not in args.providers:

@@ -35,10 +35,10 @@ import fastmim_kernels as fk  # noqa: E402
 from benchmarks.baseline import TimmSimMIM, average_pool_target  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
+from fastmim.plan.closed_forms import closed_forms  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors  # noqa: E402
 from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.hardware import GPUS as KNOWN_GPUS  # noqa: E402
-from fastmim.plan.closed_forms import closed_forms  # noqa: E402
 from fastmim_kernels import dispatch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"

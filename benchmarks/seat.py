@@ -25,7 +25,7 @@ class Seat:
 
     def __init__(
         self, name: str, case: Case, reference: str | None, threads: int | None, apart: bool = True,
-        world: World | None = None,
+        world: World | None = None, clock: str = "wall",
     ) -> None:  # fmt: skip
         if threads:
             torch.set_num_threads(threads)
@@ -36,7 +36,7 @@ class Seat:
         self.images, self.mask = case.inputs(source)
         self.provider = providers.build(name, case, source, reference=reference, world=world)
         del source
-        self.clock = measure.clock_for(case.device)
+        self.clock = measure.clock_for(case.device, clock)
 
     def losses(self) -> tuple[float, float]:
         """On the given weights, and after two updates."""
@@ -94,8 +94,9 @@ class Here:
 
 
 def take_seats(
-    names: list[str], case: Case, reference: str | None, threads: int | None, *, apart: bool, world: World | None = None
-) -> tuple[dict[str, Caller], dict[str, tuple[float, float]], list[str]]:
+    names: list[str], case: Case, reference: str | None, threads: int | None, *, apart: bool,
+    world: World | None = None, clock: str = "wall",
+) -> tuple[dict[str, Caller], dict[str, tuple[float, float]], list[str]]:  # fmt: skip
     """Provider → caller and → its losses, of those that can be built; and why the others cannot.
 
     Raises:
@@ -107,8 +108,8 @@ def take_seats(
     for name in names:
         providers.check_name(name)
         try:
-            seat: Caller = Remote(Seat, name, case, reference, threads) if apart else Here(
-                name, case, reference, threads, False, world)  # fmt: skip
+            arguments = (name, case, reference, threads, apart, world, clock)
+            seat: Caller = Remote(Seat, *arguments) if apart else Here(*arguments)
             losses[name] = seat.call("losses")
             seats[name] = seat
         except (RuntimeError, Unavailable) as error:

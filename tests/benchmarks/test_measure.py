@@ -114,7 +114,9 @@ class OffByOnePercent(nn.Module):
 
 
 def arguments(*names: str, baseline: str = "fastmim") -> argparse.Namespace:
-    return argparse.Namespace(providers=list(names), reference=None, baseline=baseline, rounds=1, threads=None)
+    return argparse.Namespace(
+        providers=list(names), reference=None, baseline=baseline, rounds=1, threads=None, clock="wall"
+    )
 
 
 def test_no_ratio_where_losses_disagree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,10 +22,10 @@ from fastmim_kernels.window_attention import traffic as window_attention_traffic
 pytest.importorskip("triton")
 
 from benchmarks import op_count  # noqa: E402
+from fastmim.plan.closed_forms import closed_forms  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
 from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.hardware import Gpu  # noqa: E402
-from fastmim.plan.closed_forms import closed_forms  # noqa: E402
 
 BF16 = torch.bfloat16
 
