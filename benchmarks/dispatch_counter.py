@@ -101,6 +101,7 @@ class DispatchCounter(TorchDispatchMode):
 
     Args:
         closed_forms: Bytes of custom ops ("fastmim::name") whose kernels read as much as the data say.
+        flop_shares: Of what a custom op's formula says, where it counts work that the data leave out.
         watch: Called with (op, tensor) for every tensor that an op returns, also inside custom ops.
         sites: Find the source line of each forward op and, through autograd, of its backward (slower).
     """
@@ -108,6 +109,7 @@ class DispatchCounter(TorchDispatchMode):
     def __init__(
         self,
         closed_forms: dict[str, ClosedForm] | None = None,
+        flop_shares: dict[str, float] | None = None,
         watch: Callable[[str, Tensor], None] | None = None,
         sites: bool = False,
     ) -> None:
@@ -115,6 +117,7 @@ class DispatchCounter(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.phase = "forward"
         self.closed_forms = closed_forms or {}
+        self.flop_shares = flop_shares or {}
         self.watch = watch
         self.sites = sites
         self._inside = ""
@@ -166,7 +169,7 @@ class DispatchCounter(TorchDispatchMode):
 
         name = func._schema.name
         body = OPDEFS[name]._init_fn
-        total = _flops(func, args, kwargs, None)
+        total = round(_flops(func, args, kwargs, None) * self.flop_shares.get(name, 1))
         args, kwargs = tree_map_only(Tensor, _on_cuda, (args, kwargs))
         self._site = self._find_site() if self.sites else ""
         self._inside, first = name.partition("::")[2], len(self.launches)
@@ -178,18 +181,18 @@ class DispatchCounter(TorchDispatchMode):
         mine = self.launches[first:]
         kernels = [x for x in mine if "/triton." in x.op]
         if kernels:
-            # What the op's formula says beyond its matrix products belongs to its largest kernel.
-            largest = max(kernels, key=lambda x: x.bytes)
-            largest.flops = max(total - sum(x.flops for x in mine), 0)
+            # What the op's formula says beyond what its matrix products and kernels state is its largest kernel's.
+            largest = max(kernels, key=lambda x: (x.flops == 0, x.bytes))
+            largest.flops += max(total - sum(x.flops for x in mine), 0)
             if name in self.closed_forms:
                 share = sum(self.closed_forms[name](args)) / sum(x.bytes for x in kernels)
                 for launch in kernels:
                     launch.bytes = round(launch.bytes * share)
 
-    def _kernel(self, name: str, args: Any) -> None:
+    def _kernel(self, name: str, args: Any, flops: int) -> None:
         found = tensors_of(args)
         # Each pointer once: a buffer that is passed twice is read and written.
-        self._record(f"triton.{name}", sum(map(tensor_bytes, found)), 0, found[:1])
+        self._record(f"triton.{name}", sum(map(tensor_bytes, found)), flops, found[:1])
         if self.watch is not None:
             for tensor in found:
                 self.watch(self._inside, tensor)
@@ -231,26 +234,48 @@ def _caller() -> str:
 
 
 @contextlib.contextmanager
-def _kernels_counted_by(count: Callable[[str, Any], None]) -> Iterator[None]:
-    """Launches of Triton kernels call ``count(name, arguments)`` instead; the device is an H100 by size."""
+def _kernels_counted_by(count: Callable[[str, Any, int], None]) -> Iterator[None]:
+    """Launches of Triton kernels call ``count(name, arguments, FLOPs)`` instead; the device is an H100 by size."""
     try:
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
+
+        from fastmim_kernels.triton import arrival, low_copies
     except ModuleNotFoundError:
         yield
         return
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        count(self.fn.__name__, (args, kwargs))
+        count(self.fn.__name__, (args, kwargs), _stated_flops(self, grid, args, kwargs))
+
+    def zeros(count: int, device: torch.device) -> Tensor:
+        # They stay from launch to launch, so a step neither makes nor clears them.
+        return torch.empty(count, dtype=torch.int32, device=device)
+
+    def table(tensors: Any) -> Tensor:
+        # So does this one, as long as parameters keep their places.
+        return torch.empty(1, 3, dtype=torch.int64, device="cuda:0")
 
     properties = SimpleNamespace(multi_processor_count=H100_PROCESSORS, major=9, minor=0, name="H100")
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(InterpretedFunction, "run", run),
+        mock.patch.object(arrival, "counters", zeros),
         mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+        mock.patch.object(low_copies, "table", table),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
     ):
         yield
+
+
+def _stated_flops(kernel: Any, grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """What the kernel's ``launch_metadata`` says, which profilers read too; 0 without."""
+    # An interpreted function keeps its options in a dictionary.
+    metadata = getattr(kernel, "launch_metadata", None) or getattr(kernel, "kwargs", {}).get("launch_metadata")
+    if metadata is None:
+        return 0
+    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    return int(metadata(grid, SimpleNamespace(name=kernel.fn.__name__), named).get("flops", 0))
 
 
 class SavedTensors:

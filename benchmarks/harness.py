@@ -118,19 +118,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows of :data:`COLUMNS` to a CSV, with a header where the file is new.
+def append_rows(path: Path, rows: list[dict[str, Any]], *, columns: tuple[str, ...] = COLUMNS) -> None:
+    """Append rows of ``columns`` to a CSV, with a header where the file is new.
 
     Raises:
         ValueError: a row has a column that the schema does not know.
     """
-    unknown = sorted({key for row in rows for key in row} - set(COLUMNS))
+    unknown = sorted({key for row in rows for key in row} - set(columns))
     if unknown:
-        raise ValueError(f"columns {unknown} are not in the schema; it has {', '.join(COLUMNS)}")
+        raise ValueError(f"columns {unknown} are not in the schema; it has {', '.join(columns)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         if new:
             writer.writeheader()
         writer.writerows(rows)

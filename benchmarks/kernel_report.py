@@ -1,11 +1,11 @@
 """What the compiler makes of every Triton kernel, without a GPU.
 
 Compiles every case of ``aot_cases()`` in ``fastmim_kernels.triton`` ahead of time for the given
-architectures; prints registers, spills, shared memory, the share of global bytes in 128-bit accesses and the
+architectures (those among them on which the case is launched; what the JIT would share is compiled once); prints registers, spills, shared memory, the share of global bytes in 128-bit accesses and the
 tensor-core instructions, and writes them as JSON and CSV to ``benchmarks/results/``.
 
     python benchmarks/kernel_report.py [--arch 80 90 100] [--module NAME …] [--match REGEX] [--quick]
-                                          [--jobs 2] [--out STEM]
+                                          [--jobs 2] [--known REPORT.json] [--out STEM]
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ COLUMNS = (
     "hgmma",
     "tcgen05",
     "atomics",
+    "arrivals",
     "loads",
     "stores",
 )
+MEASURED = (*COLUMNS[COLUMNS.index("registers") : COLUMNS.index("wide_target")], *COLUMNS[COLUMNS.index("hmma") :])
 
 
 def faults(row: dict[str, Any]) -> list[str]:
@@ -63,43 +65,65 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def measure(module: str, name: str, arch: int) -> dict[str, Any]:
-    """One row; a compiler error becomes the column ``error``."""
+    """What the compiler makes of one case; its error becomes the column ``error``."""
     from fastmim_kernels.triton import aot
 
     case = next(c for c in aot.cases_of(module) if c.name == name)
-    row = {
-        "module": module,
-        "case": name,
-        "arch": arch,
-        "num_warps": case.num_warps,
-        "dot": case.dot,
-        "wide_target": case.wide_target,
-        "persistent": case.persistent,
-    }
     try:
-        return row | aot.compile_case(case, arch)
+        return aot.compile_case(case, arch)
     except Exception as error:  # the report shows every kernel, also when one does not compile
-        return row | {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+        return {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
 
 
 def report(
-    archs: list[int], match: str = "", quick: bool = False, jobs: int = 1, modules: list[str] | None = None
+    archs: list[int],
+    match: str = "",
+    quick: bool = False,
+    jobs: int = 1,
+    modules: list[str] | None = None,
+    known: dict[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of every selected case and architecture, in a fixed order."""
+    """Rows of every selected case and architecture, in a fixed order; ``known`` measurements by key are taken."""
     from fastmim_kernels.triton import aot
 
-    work, broken = [], []
+    broken: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for module in modules or aot.kernel_modules():
         try:
-            names = [case.name for case in aot.cases_of(module) if case.quick or not quick]
+            cases = [case for case in aot.cases_of(module) if case.quick or not quick]
         except Exception as error:  # one broken module must not hide the others
             broken += [{"module": module, "case": "aot_cases()", "arch": arch, "error": repr(error)} for arch in archs]
             continue
-        work += [(module, name, arch) for name in names if re.search(match, f"{module}/{name}") for arch in archs]
+        cases = [case for case in cases if re.search(match, f"{module}/{case.name}")]
+        rows += [_head(module, case, arch) for case in cases for arch in archs if arch in case.archs]
+    measured = dict(known or {})
+    # One compilation for all cases of a key: the first of them stands for the rest.
+    work = {row["key"]: (row["module"], row["case"], row["arch"]) for row in reversed(rows)}
+    missing = {key: item for key, item in work.items() if key not in measured}
+    print(f"{len(rows)} cases, {len(work)} distinct, {len(missing)} to compile", file=sys.stderr)
+    measured |= zip(missing, _measure_all(list(missing.values()), jobs), strict=True)
+    return broken + [row | measured[row["key"]] for row in rows]
+
+
+def _head(module: str, case: Any, arch: int) -> dict[str, Any]:
+    """What a row says of the case itself."""
+    own = {name: getattr(case, name) for name in ("num_warps", "dot", "wide_target", "persistent")}
+    return {"module": module, "case": case.name, "arch": arch, "key": case.key(arch), **own}
+
+
+def read_known(path: Path) -> dict[str, dict[str, Any]]:
+    """Measurements by key of an earlier report; of a case that did not compile there is none."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {row["key"]: {k: row[k] for k in MEASURED} for row in rows if "error" not in row}
+
+
+def _measure_all(work: list[tuple[str, str, int]], jobs: int) -> list[dict[str, Any]]:
     if jobs == 1 or len(work) < 2:
-        return broken + [measure(*item) for item in work]
+        return [measure(*item) for item in work]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return broken + list(pool.map(measure, *zip(*work, strict=True)))
+        return list(pool.map(measure, *zip(*work, strict=True)))
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -124,7 +148,9 @@ def write(rows: list[dict[str, Any]], stem: Path) -> None:
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     head = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-    stem.with_suffix(".json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n'
+    stem.with_suffix(".json").write_text(text, encoding="utf-8")
     with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*head, *COLUMNS], extrasaction="ignore")
         writer.writeheader()
@@ -140,9 +166,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--match", default="", help="regular expression on module/case")
     parser.add_argument("--quick", action="store_true", help="only the subset that every test run compiles")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--known", type=Path, help="earlier report (.json): only what changed since is compiled")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernel_report", help="stem of the .json and .csv")
     args = parser.parse_args(argv)
-    rows = report(args.arch, args.match, args.quick, args.jobs, args.module)
+    known = read_known(args.known) if args.known else {}
+    rows = report(args.arch, args.match, args.quick, args.jobs, args.module, known)
     show(rows)
     write(rows, args.out)
     return 1 if any(faults(row) for row in rows) else 0

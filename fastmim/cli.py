@@ -10,7 +10,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from fastmim._version import __version__
@@ -21,6 +22,7 @@ _DESCRIPTION = "Masked image modelling pretraining for Swin, SwinV2 and ViT enco
 _EXAMPLES = """\
 examples:
   fastmim data demo demo/data
+  fastmim data pack /path/to/images /path/to/shards --short-side 256
   fastmim pretrain configs/demo.yaml train.steps=50 output.dir=runs/short
   fastmim pretrain configs/simmim/swinv2_base.yaml data.path=/path/to/images
   fastmim config show configs/simmim/swinv2_base.yaml optim.lr=2e-4
@@ -76,7 +78,7 @@ def _pretrain(options: argparse.Namespace) -> int:
     from fastmim.config import load_config
 
     cfg = load_config(options.config, options.overrides)
-    if cfg.data.path is None and cfg.data.file_list is None:
+    if cfg.data.path is None and cfg.data.file_list is None and cfg.data.loader != "synthetic":
         raise ValueError("data.path=null: give a folder of images, for example data.path=/path/to/images")
     from fastmim.engine.train import train
 
@@ -114,6 +116,50 @@ def _data_check(options: argparse.Namespace) -> int:
     lines = [f"{path}: {reason}" for path, reason in sorted(bad.items())]
     _print("\n".join([*lines, f"{options.folder}: {usable} usable images, {len(bad)} bad files"]) + "\n")
     return 1 if bad else 0
+
+
+def _data_index(options: argparse.Namespace) -> int:
+    from fastmim.data import index_shards
+
+    counts = index_shards(options.shards)
+    _print(f"{options.shards}: {sum(counts.values())} images in {len(counts)} shards, an .idx beside each\n")
+    return 0
+
+
+def _data_pack(options: argparse.Namespace) -> int:
+    from fastmim.data import pack_images
+
+    with _bar() as progress:
+        report = pack_images(
+            options.folder,
+            options.target,
+            shard_bytes=round(options.shard_mb * 1e6),
+            short_side=options.short_side,
+            quality=options.quality,
+            progress=progress,
+        )
+    lines = [f"left out {path}: {reason}" for path, reason in sorted(report.bad.items())]
+    written = f"{report.images} images in {len(report.shards)} shards, {report.total_bytes / 1e6:.1f} MB"
+    _print("\n".join([*lines, f"{options.target}: {written}, every one read back; {len(report.bad)} bad files"]) + "\n")
+    return 0
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error, a row a stage."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=_rank() != 0) as bar:
+        rows: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in rows:
+                rows[stage] = bar.add_task(stage, total=total)
+            bar.update(rows[stage], completed=done)
+
+        yield tell
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -156,14 +202,24 @@ def _parser() -> argparse.ArgumentParser:
     keys = config_commands.add_parser("keys", parents=[common], help="print every key, its type and default")
     keys.set_defaults(command=_config_keys)
 
-    data = commands.add_parser("data", help="make the demo's photographs, or check a folder")
+    data = commands.add_parser("data", help="make the demo's photographs, check a folder, pack and index shards")
     data_commands = data.add_subparsers(metavar="COMMAND", required=True)
     demo = data_commands.add_parser("demo", parents=[common], help="write a few hundred real photograph tiles")
     demo.add_argument("folder", metavar="DIR", help="gets the folders train and val")
     demo.set_defaults(command=_data_demo)
     check = data_commands.add_parser("check", parents=[common], help="decode every image, name the bad files")
-    check.add_argument("folder", metavar="DIR", help="folder of images, nested or flat")
+    check.add_argument("folder", metavar="DIR", help="folder of images, nested or flat, or tar shards")
     check.set_defaults(command=_data_check)
+    index = data_commands.add_parser("index", parents=[common], help="write the index beside every tar shard")
+    index.add_argument("shards", metavar="SHARDS", help="folder of .tar files, one of them, or a-{000..127}.tar")
+    index.set_defaults(command=_data_index)
+    pack = data_commands.add_parser("pack", parents=[common], help="write a folder of images into tar shards")
+    pack.add_argument("folder", metavar="DIR", help="folder of images, nested or flat")
+    pack.add_argument("target", metavar="TARGET", help="new folder for the shards, their indices and names.txt")
+    pack.add_argument("--short-side", type=int, metavar="PX", help="make larger images this small (default: copy)")
+    pack.add_argument("--quality", type=int, default=90, metavar="Q", help="of those JPEGs, 1 to 100 (default 90)")
+    pack.add_argument("--shard-mb", type=float, default=1000, metavar="MB", help="size of a shard (default 1000)")
+    pack.set_defaults(command=_data_pack)
 
     convert = commands.add_parser("convert", parents=[common], help="write the encoder of any checkpoint as one file")
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-... folder, or a run's output folder")

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +20,11 @@ from torch import Tensor
 import fastmim_kernels as fk
 from fastmim._version import __version__
 from fastmim_kernels.dispatch import no_triton
+from fastmim_kernels.self_test import CASES, Case, errors, inputs_of, listed, run_case
+from fastmim_kernels.self_test import failure as self_test_failure
 
 OPTIONAL = ("triton", "deepspeed", "apex", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _NO_KERNEL = "torch is its only fast implementation"
-FACTOR, FLOOR = 4.0, 1e-6
-"""Wider than the tests' rule on errors (2 x plain torch): what is looked for is a kernel that is wrong."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One op of :mod:`fastmim_kernels` on made-up inputs."""
-
-    op: str
-    variant: str
-    build: Callable[[bool], dict[str, Any]]
-    """``build(large)`` → keyword arguments, float ones in float32 on the CPU."""
-    low: tuple[str, ...]
-    """Arguments that come in the low precision; parameters stay float32."""
-    grads: tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -62,150 +48,6 @@ class Finding:
         return self.implementation == "torch" and self.reason != _NO_KERNEL
 
 
-def _normal(*shape: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def _hidden(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < 0.6
-
-
-# The odd sizes leave a remainder in every tile; the large ones are a stage of Swin-B.
-def _mask_tokens(large: bool) -> dict[str, Any]:
-    b, h, w, c = (64, 48, 48, 128) if large else (3, 6, 5, 40)
-    return {
-        "tokens": _normal(b, h, w, c),
-        "mask": _hidden(b, h, w),
-        "mask_token": _normal(c),
-        "norm_weight": 1 + _normal(c, scale=0.1),
-        "norm_bias": _normal(c),
-    }
-
-
-def _masked_l1(large: bool) -> dict[str, Any]:
-    b, n = (64, 6) if large else (3, 2)
-    return {
-        "prediction": _normal(b, n, n, 3 * 32**2),
-        "target": _normal(b, 3, 32 * n, 32 * n),
-        "mask": _hidden(b, 8 * n, 8 * n),
-        "stride": 32,
-    }
-
-
-def _linear_masked_l1(large: bool) -> dict[str, Any]:
-    b, n, d = (64, 6, 1024) if large else (3, 2, 40)
-    return {
-        "tokens": _normal(b, n, n, d),
-        "weight": _normal(3 * 32**2, d, scale=d**-0.5),
-        "bias": _normal(3 * 32**2),
-        "target": _normal(b, 3, 32 * n, 32 * n),
-        "mask": _hidden(b, 8 * n, 8 * n),
-        "stride": 32,
-    }
-
-
-def _window_attention(large: bool, cosine: bool) -> dict[str, Any]:
-    b, h, w, heads, d, edge = (32, 48, 48, 4, 32, 12 if cosine else 6) if large else (2, 12, 18, 2, 16, 6)
-    out = {
-        "qkv": _normal(b, h, w, 3 * heads * d),
-        "bias": _normal(heads, edge**2, edge**2),
-        "num_heads": heads,
-        "window_size": (edge, edge),
-        "shift_size": (edge // 2, edge // 2),
-    }
-    return out | ({"logit_scale": 2 + _normal(heads, scale=0.1)} if cosine else {})
-
-
-def _residual_norm(large: bool, order: str) -> dict[str, Any]:
-    shape = (64, 48, 48, 128) if large else (3, 5, 7, 72)
-    c = shape[-1]
-    return {
-        "residual": _normal(*shape),
-        "branch": _normal(*reversed(shape)).reshape(shape),
-        "order": order,
-        "weight": 1 + _normal(c, scale=0.1),
-        "bias": _normal(c),
-        "drop_scale": 1.25 * (~_hidden(shape[0])).float(),
-    }
-
-
-def _patch_merge(large: bool) -> dict[str, Any]:
-    return {"x": _normal(*((64, 48, 48, 128) if large else (3, 5, 6, 40)))}
-
-
-def _gelu(large: bool) -> dict[str, Any]:
-    rows, c = (64 * 48 * 48, 512) if large else (37, 72)
-    return {"x": _normal(rows, c), "bias": _normal(c)}
-
-
-def _mlp(large: bool) -> dict[str, Any]:
-    rows, c = (64 * 48 * 48, 128) if large else (37, 24)
-    return {
-        "x": _normal(rows, c),
-        "weight1": _normal(4 * c, c, scale=c**-0.5),
-        "bias1": _normal(4 * c),
-        "weight2": _normal(c, 4 * c, scale=c**-0.5),
-        "bias2": _normal(c),
-    }
-
-
-def _linear(large: bool) -> dict[str, Any]:
-    rows, c = (64 * 48 * 48, 128) if large else (37, 24)
-    return {"x": _normal(rows, c), "weight": _normal(3 * c, c, scale=c**-0.5), "bias": _normal(3 * c)}
-
-
-def _local_norm_target(large: bool) -> dict[str, Any]:
-    return {"images": _normal(*((64, 3, 192, 192) if large else (2, 3, 33, 50))), "kernel_size": 47 if large else 13}
-
-
-def _cpb_bias(large: bool) -> dict[str, Any]:
-    edge, heads, depth = (12, 16, 18) if large else (3, 2, 2)
-    table = (2 * edge - 1) ** 2
-    index = torch.arange(edge**4).reshape(edge**2, edge**2) % table
-    return {
-        "coords": _normal(table, 2),
-        "index": index,
-        "weight1": _normal(depth, 512, 2),
-        "bias1": _normal(depth, 512),
-        "weight2": _normal(depth, heads, 512, scale=0.05),
-    }
-
-
-CASES = (
-    Case("mask_tokens", "norm", _mask_tokens, ("tokens",), ("tokens", "mask_token", "norm_weight", "norm_bias")),
-    Case(
-        "residual_norm",
-        "pre",
-        lambda large: _residual_norm(large, "pre"),
-        ("branch",),
-        ("residual", "branch", "weight", "bias"),
-    ),
-    Case(
-        "residual_norm",
-        "post",
-        lambda large: _residual_norm(large, "post"),
-        ("branch",),
-        ("residual", "branch", "weight", "bias"),
-    ),
-    Case("window_attention", "scaled dot", lambda large: _window_attention(large, False), ("qkv",), ("qkv", "bias")),
-    Case(
-        "window_attention",
-        "cosine",
-        lambda large: _window_attention(large, True),
-        ("qkv",),
-        ("qkv", "bias", "logit_scale"),
-    ),
-    Case("mlp", "", _mlp, ("x",), ("x", "weight1", "bias1", "weight2", "bias2")),
-    Case("linear", "", _linear, ("x",), ("x", "weight", "bias")),
-    Case("gelu", "bias", _gelu, ("x",), ("x", "bias")),
-    Case("patch_merge", "", _patch_merge, ("x",), ("x",)),
-    Case("cpb_bias", "", _cpb_bias, (), ("weight1", "bias1", "weight2")),
-    Case("masked_l1", "", _masked_l1, ("prediction",), ("prediction",)),
-    Case("linear_masked_l1", "", _linear_masked_l1, ("tokens",), ("tokens", "weight", "bias")),
-    Case("local_norm_target", "", _local_norm_target, (), ()),
-)
-
-
 def examine(device: torch.device) -> list[Finding]:
     """Run every case on ``device``."""
     return [_examine(case, device) for case in CASES]
@@ -215,7 +57,7 @@ def _examine(case: Case, device: torch.device) -> Finding:
     finding = Finding(case.op, case.variant, *_choice(case, device))
     try:
         error, limit = max(
-            (_errors(case, device, dtype) for dtype in (torch.float32, torch.bfloat16)),
+            (errors(case, device, dtype, "auto") for dtype in (torch.float32, torch.bfloat16)),
             key=lambda pair: pair[0] / pair[1],
         )
         finding.error, finding.limit = error, limit
@@ -232,67 +74,26 @@ def _choice(case: Case, device: torch.device) -> tuple[str, str]:
     """(implementation that "auto" takes, why it is not Triton)."""
     with contextlib.suppress(Exception):  # "auto" would take Triton and fail in the same way: the check reports it
         try:
-            _run(case, case.build(False), {}, device, "triton")
+            run_case(case, case.build(False), {}, device, "triton")
         except ValueError as error:
             reason = no_triton(device)
             return "torch", reason if reason and reason in str(error) else _NO_KERNEL
-    return "triton", ""
-
-
-def _inputs(arguments: dict[str, Any], dtypes: dict[str, torch.dtype], device: torch.device) -> dict[str, Any]:
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    return moved | {name: moved[name].to(dtype) for name, dtype in dtypes.items()}
-
-
-def _listed(out: Any) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else list(out)
-
-
-def _run(
-    case: Case, arguments: dict[str, Any], dtypes: dict[str, torch.dtype], device: torch.device, impl: str
-) -> list[Tensor]:
-    """Outputs and gradients of a fixed cotangent."""
-    inputs = _inputs(arguments, dtypes, device)
-    for name in case.grads:
-        inputs[name] = inputs[name].detach().requires_grad_()
-    outputs = _listed(getattr(fk, case.op)(**inputs, impl=impl))
-    if case.grads:
-        cotangents = [_normal(*o.shape).to(device, o.dtype) for o in outputs]
-        outputs += torch.autograd.grad(outputs, [inputs[n] for n in case.grads], cotangents)
-    return [o.detach() for o in outputs]
-
-
-def _errors(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(error, limit) of the output or gradient that is nearest to its limit or furthest beyond it."""
-    arguments = case.build(False)
-    low = {name: dtype for name in case.low}
-    rounded = {k: v.to(dtype).float() if k in low else v for k, v in arguments.items()}
-    double = {k: torch.float64 for k, v in rounded.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    truth = _run(case, rounded, double, torch.device("cpu"), "reference")
-    plain = _run(case, rounded, low, device, "reference")
-    ours = _run(case, rounded, low, device, "auto")
-    pairs = [(_relative(o, t), FACTOR * _relative(p, t) + FLOOR) for o, p, t in zip(ours, plain, truth, strict=True)]
-    return max(pairs, key=lambda pair: pair[0] / pair[1])
-
-
-def _relative(value: Tensor, truth: Tensor) -> float:
-    error = (value.cpu().double() - truth).square().mean().sqrt().item()
-    scale = truth.square().mean().sqrt().item() or 1.0
-    return error / scale if error == error else float("inf")
+    failed = self_test_failure(case.op, device)
+    return ("torch", f"its Triton kernel failed the self-test: {failed}") if failed else ("triton", "")
 
 
 def _speed(case: Case, device: torch.device) -> tuple[float, float | None, float]:
     """(forward µs, backward µs or None, GB/s of forward) in bfloat16; bytes are those of inputs and outputs."""
-    inputs = _inputs(case.build(True), {name: torch.bfloat16 for name in case.low}, device)
+    inputs = inputs_of(case.build(True), {name: torch.bfloat16 for name in case.low}, device)
     op = getattr(fk, case.op)
     with torch.no_grad():
-        outputs = _listed(op(**inputs))
+        outputs = listed(op(**inputs))
         forward = _microseconds(lambda: op(**inputs))
     moved = sum(t.numel() * t.element_size() for t in [*inputs.values(), *outputs] if isinstance(t, Tensor))
     if not case.grads:
         return forward, None, moved / forward / 1e3
     wrt = [inputs[name].requires_grad_() for name in case.grads]
-    outputs = _listed(op(**inputs))
+    outputs = listed(op(**inputs))
     cotangents = [torch.ones_like(o) for o in outputs]
     backward = _microseconds(lambda: torch.autograd.grad(outputs, wrt, cotangents, retain_graph=True))
     return forward, backward, moved / forward / 1e3

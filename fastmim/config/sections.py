@@ -87,10 +87,14 @@ class ObjectiveSection(Section):
 class DataSection(Section):
     """Where the images are and how they are read and augmented."""
 
-    path: Path | None = Field(None, description="folder of images, nested or flat; this or file_list is required")
+    path: Path | None = Field(
+        None, description="folder of images, nested or flat, or tar shards: a folder of them, a.tar, a-{000..127}.tar"
+    )
     val_path: Path | None = Field(None, description="held-out folder for the validation reconstruction loss")
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
-    loader: Literal["auto", "torchvision", "pil"] = Field("auto", description="decoder and augmentation backend")
+    loader: Literal["auto", "dali", "torchvision", "pil", "synthetic"] = Field(
+        "auto", description="auto = dali on a GPU if installed, else torchvision; synthetic = noise, reads nothing"
+    )
     num_workers: Count = Field(2, description="reader processes per rank")
     scale: UnitRange = Field((0.67, 1.0), description="crop area as a share of the image, [low, high]")
     ratio: Range = Field((3 / 4, 4 / 3), description="crop aspect ratio, [low, high]")

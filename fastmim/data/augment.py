@@ -1,7 +1,8 @@
-"""SimMIM's augmentation on uint8: random resized crop and horizontal flip, keyed per sample.
+"""Random resized crops and flips on uint8, keyed per sample: one description for every loader.
 
 The box is drawn as torchvision's RandomResizedCrop draws it (same formulas, same order of draws), but from a
-generator per sample: torchvision can only draw from the process-wide one. Resizing is torchvision's.
+generator per sample: torchvision can only draw from the process-wide one. What differs between the loaders is
+only who resizes: torchvision here, DALI in ``dali.py``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,6 +19,56 @@ from torchvision.transforms.v2 import functional as tv
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 _BOX_TRIES = 10
+
+
+@dataclass(frozen=True)
+class View:
+    """`count` crops of one kind that are made from every image."""
+
+    size: tuple[int, int]  # (H, W) in pixels
+    count: int = 1
+    scale: tuple[float, float] = (0.67, 1.0)  # area of the box as a share of the image
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the box
+    hflip: float = 0.5
+    interpolation: str = "bilinear"
+
+
+def simmim_views(size: tuple[int, int]) -> tuple[View, ...]:
+    """SimMIM (arXiv:2111.09886, appendix A)."""
+    return (View(size),)
+
+
+def mae_views(size: tuple[int, int]) -> tuple[View, ...]:
+    """MAE (arXiv:2111.06377, appendix A.1): wider scale, bicubic."""
+    return (View(size, scale=(0.2, 1.0), interpolation="bicubic"),)
+
+
+def ibot_views(
+    size: tuple[int, int], *, local_size: tuple[int, int] = (96, 96), local_count: int = 10, split: float = 0.25
+) -> tuple[View, ...]:
+    """Multi-crop of iBOT (arXiv:2111.07832): two global crops above `split` of the area, local ones below."""
+    local = View(local_size, local_count, (0.05, split), interpolation="bicubic")
+    return (View(size, 2, (split, 1.0), interpolation="bicubic"), *([local] if local_count else []))
+
+
+def check_views(views: Sequence[View]) -> None:
+    """Raise ValueError, naming the config key, for a view that cannot be made."""
+    if not views:
+        raise ValueError("views=(): give at least one View")
+    for view in views:
+        if len(view.size) != 2 or min(view.size) < 1:
+            raise ValueError(f"model.img_size={list(view.size)}: must be two positive numbers, height and width")
+        if view.count < 1:
+            raise ValueError(f"View.count={view.count}: must be at least 1")
+        if not 0 < view.scale[0] <= view.scale[1] <= 1:
+            raise ValueError(f"data.scale={list(view.scale)}: must satisfy 0 < low <= high <= 1")
+        if not 0 < view.ratio[0] <= view.ratio[1]:
+            raise ValueError(f"data.ratio={list(view.ratio)}: must satisfy 0 < low <= high")
+        if not 0 <= view.hflip <= 1:
+            raise ValueError(f"data.hflip={view.hflip}: must lie in [0, 1]")
+        if view.interpolation not in INTERPOLATIONS:
+            known = ", ".join(INTERPOLATIONS)
+            raise ValueError(f"data.interpolation={view.interpolation!r}: unknown; use one of {known}")
 
 
 class Crop(NamedTuple):
@@ -55,6 +107,15 @@ def draw_crop(
         w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
         top, left = (height - h) // 2, (width - w) // 2
     return Crop(top, left, h, w, rng.random() < hflip)
+
+
+def draw_crops(views: Sequence[View], height: int, width: int, rng: random.Random) -> list[Crop]:
+    """The crops of one image, view after view; a single view draws what :func:`draw_crop` draws."""
+    return [
+        draw_crop(height, width, scale=view.scale, ratio=view.ratio, hflip=view.hflip, rng=rng)
+        for view in views
+        for _ in range(view.count)
+    ]
 
 
 def apply_crop(image: Tensor, crop: Crop, size: tuple[int, int], interpolation: str) -> Tensor:

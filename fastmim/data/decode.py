@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _JPEG_NOT_SOF = frozenset({0xC4, 0xC8, 0xCC})
+_JPEG_EOI, _TRAILER = b"\xff\xd9", 64  # some writers pad behind the end-of-image marker
+#: Adobe's APP14 segment may say that the three components are RGB or YCCK, which decoders treat differently.
+_ADOBE, _ADOBE_WITHIN, _ADOBE_YCBCR = b"\xff\xee\x00\x0eAdobe", 1 << 16, b"\x01"
 _JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
@@ -140,7 +144,39 @@ def _png_size(data: bytes | bytearray) -> tuple[int, int] | None:
 
 
 def _jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
-    """(H, W) from the first start-of-frame segment (ITU T.81, B.2.2), None when there is none."""
+    frame = jpeg_frame(data)
+    return frame and (frame.height, frame.width)
+
+
+class JpegFrame(NamedTuple):
+    """What the start-of-frame segment of a JPEG says."""
+
+    height: int
+    width: int
+    components: int
+    precision: int  # bits per sample
+
+
+def plain_jpeg(data: bytes | bytearray, min_size: int) -> JpegFrame | None:
+    """The frame of a whole 8-bit grey or YCbCr JPEG, which every decoder reads alike; None for anything else.
+
+    Looks at the header and the end only: data that is corrupt in the middle passes.
+
+    Raises:
+        DecodeError: empty, or its size is out of bounds.
+    """
+    if not data:
+        raise DecodeError("empty file")
+    frame = jpeg_frame(data) if data.startswith(_JPEG_MAGIC) else None
+    if frame is None or frame.components not in (1, 3) or frame.precision != 8 or _JPEG_EOI not in data[-_TRAILER:]:
+        return None
+    _check_size((frame.height, frame.width), min_size)
+    adobe = data.find(_ADOBE, 0, _ADOBE_WITHIN)
+    return frame if adobe < 0 or data[adobe + 15 : adobe + 16] == _ADOBE_YCBCR else None
+
+
+def jpeg_frame(data: bytes | bytearray) -> JpegFrame | None:
+    """The first start-of-frame segment (ITU T.81, B.2.2), None when there is none."""
     pos = 2
     while pos + 9 <= len(data) and data[pos] == 0xFF:
         marker = data[pos + 1]
@@ -150,7 +186,8 @@ def _jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
             pos += 2
         elif 0xC0 <= marker <= 0xCF and marker not in _JPEG_NOT_SOF:
             height, width = data[pos + 5 : pos + 7], data[pos + 7 : pos + 9]
-            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
+            components = data[pos + 9] if pos + 9 < len(data) else 0
+            return JpegFrame(int.from_bytes(height, "big"), int.from_bytes(width, "big"), components, data[pos + 4])
         else:
             pos += 2 + int.from_bytes(data[pos + 2 : pos + 4], "big")
     return None

@@ -12,19 +12,41 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 
+from fastmim.data import shards
 from fastmim.data.decode import DecodeError, check_decode_options, decode_image
+from fastmim.data.names import EXTENSIONS, is_image, printable, shown
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 VERIFY = ("auto", "full", "none")
 #: `verify="auto"` decodes every file up front when there are at most this many.
 VERIFY_AUTO_LIMIT = 2000
 
 _LOG = logging.getLogger("fastmim")
-_NAMES_SHOWN = 5
 _CHUNK = 64
+
+
+class ImageIndex(Protocol):
+    """An immutable, ordered list of images, wherever they lie; all methods may be called in worker processes."""
+
+    root: str
+
+    def __len__(self) -> int: ...
+
+    def label(self, index: int) -> str:
+        """The name of image `index`, safe to print and to write as UTF-8."""
+        ...
+
+    def read(self, index: int) -> bytearray:
+        """The encoded bytes of image `index`; DecodeError when they cannot be read."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of names and order."""
+        ...
 
 
 class FileIndex:
@@ -50,7 +72,11 @@ class FileIndex:
 
     def label(self, index: int) -> str:
         """The path of file `index`, safe to print and to write as UTF-8 whatever bytes the name holds."""
-        return _printable(self.path(index))
+        return printable(self.path(index))
+
+    def read(self, index: int) -> bytearray:
+        """The bytes of file `index`; DecodeError when it cannot be read."""
+        return read_image_file(self.path(index))
 
     @property
     def fingerprint(self) -> str:
@@ -60,8 +86,10 @@ class FileIndex:
 
 def open_index(
     path: str | os.PathLike[str] | None, file_list: str | os.PathLike[str] | None = None, *, field: str = "data.path"
-) -> FileIndex:
-    """List the images of a folder (recursive, sorted by name as bytes) or of a file list (in its own order).
+) -> ImageIndex:
+    """List the images of a folder (recursive, sorted by name as bytes), a file list (in its own order) or shards.
+
+    `path` means shards when it is a folder with .tar files, a .tar file or a pattern of them: see ``shards.py``.
 
     Hidden files and folders are skipped; so are linked folders and links that lead out of `path`, with a
     warning. `field` is the config key that messages name.
@@ -73,13 +101,16 @@ def open_index(
         return _index_from_list(path, os.fspath(file_list))
     if path is None:
         raise ValueError(f"{field}=null: give a folder of images, for example {field}=/path/to/images")
+    tars = shards.find_tars(os.fspath(path), field)
+    if tars:
+        return shards.open_shards(os.fspath(path), tars, field)
     root = _existing_folder(os.fspath(path), field)
     links: list[str] = []
     names = sorted(_walk(root, links), key=os.fsencode)
     if links:
-        _LOG.warning("%s=%s: did not follow %d links: %s", field, _printable(root), len(links), _shown(links))
+        _LOG.warning("%s=%s: did not follow %d links: %s", field, printable(root), len(links), shown(links))
     if not names:
-        raise ValueError(f"{field}={_printable(root)}: no images here or below (looked for {' '.join(EXTENSIONS)})")
+        raise ValueError(f"{field}={printable(root)}: no images here or below (looked for {' '.join(EXTENSIONS)})")
     return FileIndex(root, names)
 
 
@@ -91,7 +122,7 @@ def _walk(root: str, links: list[str]) -> Iterator[str]:
         try:
             entries = list(os.scandir(os.path.join(root, folder)))
         except OSError as err:
-            _LOG.warning("cannot list %s (%s)", _printable(os.path.join(root, folder)), err.strerror)
+            _LOG.warning("cannot list %s (%s)", printable(os.path.join(root, folder)), err.strerror)
             continue
         for entry in entries:
             name = os.path.join(folder, entry.name)
@@ -101,32 +132,28 @@ def _walk(root: str, links: list[str]) -> Iterator[str]:
                 stack.append(name)
             elif entry.is_symlink() and _leads_out(entry, inside):
                 links.append(name)
-            elif _is_image(name) and entry.is_file():
+            elif is_image(name) and entry.is_file():
                 yield name
 
 
 def _leads_out(entry: os.DirEntry[str], inside: str) -> bool:
     # A linked folder may form a loop or list images twice, so none is followed, wherever it leads.
-    return entry.is_dir() or (_is_image(entry.name) and not os.path.realpath(entry.path).startswith(inside))
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+    return entry.is_dir() or (is_image(entry.name) and not os.path.realpath(entry.path).startswith(inside))
 
 
 def _index_from_list(path: str | os.PathLike[str] | None, file_list: str) -> FileIndex:
     if not os.path.isfile(file_list):
-        raise ValueError(f"data.file_list={_printable(file_list)}: no such file; give a text file, one path a line")
+        raise ValueError(f"data.file_list={printable(file_list)}: no such file; give a text file, one path a line")
     root = _existing_folder(os.fspath(path) if path is not None else os.path.dirname(file_list) or ".", "data.path")
     with open(file_list, encoding="utf-8-sig", errors="surrogateescape") as lines:
         names = [_inside(root, line.strip(), file_list, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not names:
-        raise ValueError(f"data.file_list={_printable(file_list)}: the list is empty; write one path a line")
+        raise ValueError(f"data.file_list={printable(file_list)}: the list is empty; write one path a line")
     missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
     if missing:
         raise ValueError(
-            f"data.file_list={_printable(file_list)}: {len(missing)} of {len(names)} entries are not files"
-            f" under {_printable(root)} ({_shown(missing)})"
+            f"data.file_list={printable(file_list)}: {len(missing)} of {len(names)} entries are not files"
+            f" under {printable(root)} ({shown(missing)})"
         )
     return FileIndex(root, names)
 
@@ -135,8 +162,8 @@ def _inside(root: str, entry: str, file_list: str, number: int) -> str:
     name = os.path.relpath(os.path.join(root, entry), root)
     if name == os.pardir or name.startswith(os.path.join(os.pardir, "")):
         raise ValueError(
-            f"data.file_list={_printable(file_list)} line {number}: {_printable(entry)} lies outside"
-            f" data.path={_printable(root)}; set data.path to a folder that holds it"
+            f"data.file_list={printable(file_list)} line {number}: {printable(entry)} lies outside"
+            f" data.path={printable(root)}; set data.path to a folder that holds it"
         )
     return name
 
@@ -144,7 +171,7 @@ def _inside(root: str, entry: str, file_list: str, number: int) -> str:
 def _existing_folder(root: str, field: str) -> str:
     if not os.path.isdir(root):
         kind = "is a file, not a folder" if os.path.exists(root) else "no such folder"
-        raise ValueError(f"{field}={_printable(root)}: {kind}; give a folder of images")
+        raise ValueError(f"{field}={printable(root)}: {kind}; give a folder of images")
     return root
 
 
@@ -164,7 +191,7 @@ def read_image_file(path: str) -> bytearray:
 
 
 def find_bad_files(
-    index: FileIndex,
+    index: ImageIndex,
     *,
     verify: str = "full",
     in_chans: int = 3,
@@ -186,7 +213,7 @@ def find_bad_files(
         bad = {}
         for i in range(start, min(start + _CHUNK, len(index))):
             try:
-                decode_image(read_image_file(index.path(i)), in_chans=in_chans, loader=loader, min_size=min_size)
+                decode_image(index.read(i), in_chans=in_chans, loader=loader, min_size=min_size)
             except DecodeError as err:
                 bad[i] = str(err)
         return bad
@@ -204,7 +231,7 @@ def check_bad_fraction(bad: dict[str, str], num_images: int, max_bad_fraction: f
     """Raise ValueError when more than `max_bad_fraction` of the files, or all of them, cannot be used."""
     if not bad or (len(bad) <= max_bad_fraction * num_images and len(bad) < num_images):
         return
-    names = _shown([f"{path}: {reason}" for path, reason in bad.items()])
+    names = shown([f"{path}: {reason}" for path, reason in bad.items()])
     advice = "none is left" if len(bad) >= num_images else "remove them or raise data.max_bad_fraction"
     raise ValueError(
         f"data.max_bad_fraction={max_bad_fraction:g}: {len(bad)} of {num_images} files"
@@ -230,12 +257,3 @@ def check_images(
     index = open_index(path, file_list)
     bad = find_bad_files(index, in_chans=in_chans, loader=loader, min_size=min_size, num_threads=num_threads)
     return len(index) - len(bad), {index.label(i): reason for i, reason in bad.items()}
-
-
-def _printable(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _shown(names: list[str]) -> str:
-    more = f"; and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return "; ".join(_printable(name) for name in names[:_NAMES_SHOWN]) + more

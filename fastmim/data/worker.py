@@ -1,21 +1,27 @@
-"""What runs inside a worker process: a request for sample ids becomes a finished uint8 micro-batch."""
+"""What runs inside a worker process: a request for sample ids becomes a finished micro-batch.
+
+Two kinds share the choice of file, the crops and the stand-ins: pixels, for the torchvision loader, and encoded
+bytes with their crops, for DALI.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastmim.data.augment import apply_crop, centre_crop, draw_crop
-from fastmim.data.decode import DecodeError, decode_image
+from fastmim.data.augment import Crop, View, apply_crop, centre_crop, draw_crops
+from fastmim.data.decode import DecodeError, decode_image, plain_jpeg
 from fastmim.data.order import augment_random, substitute_file
-from fastmim.data.source import FileIndex, read_image_file
+from fastmim.data.source import ImageIndex
 
 _SUBSTITUTES = 64
+T = TypeVar("T")
 
 
 class Request(NamedTuple):
@@ -28,62 +34,53 @@ class Request(NamedTuple):
 class Result(NamedTuple):
     """One micro-batch made."""
 
-    images: Tensor
+    views: list[Tensor]  # one a View, uint8 (count, B, C, h, w)
+    crops: Tensor  # int32 (sum of counts, B, 5): top, left, height, width, flip
     sample_ids: Tensor
     bad: list[tuple[int, str]]  # (file index, reason) of files met and not used
     error: str  # not empty: no substitute was found
 
 
-class ImageDataset(Dataset[Result]):
-    """Turns a request for sample ids into a finished uint8 micro-batch (runs inside the workers).
+class Encoded(NamedTuple):
+    """One micro-batch ready for a decoder elsewhere."""
 
-    A whole micro-batch per item: each image is written once, into its place in the batch, and nothing is
-    collated.
-    """
+    data: Tensor  # uint8 (bytes,), one image behind the other
+    ends: Tensor  # int64 (B,)
+    crops: Tensor  # int32 (sum of counts, B, 5)
+    files: Tensor  # int64 (B,), the files used, stand-ins included
+    sample_ids: Tensor
+    bad: list[tuple[int, str]]
+    error: str
+
+
+class SampleDataset(Dataset[Any]):
+    """Chooses the file of a sample: its own, in training a stand-in's where that is bad."""
 
     def __init__(
         self,
-        index: FileIndex,
+        index: ImageIndex,
         known_bad: frozenset[int],
         *,
-        img_size: tuple[int, int],
+        views: Sequence[View],
         in_chans: int,
         seed: int,
-        loader: str,
+        decoder: str,
         train: bool,
-        scale: Sequence[float],
-        ratio: Sequence[float],
-        hflip: float,
-        interpolation: str,
         min_size: int,
     ) -> None:
         self.index, self.known_bad, self.seed, self.train = index, known_bad, seed, train
-        self.img_size, self.interpolation = img_size, interpolation
-        self.decode_options: dict[str, Any] = {"in_chans": in_chans, "loader": loader, "min_size": min_size}
-        self.crop_options: dict[str, Any] = {"scale": scale, "ratio": ratio, "hflip": hflip}
-        self.in_chans = in_chans
+        self.views, self.in_chans, self.min_size = tuple(views), in_chans, min_size
+        self.decode_options: dict[str, Any] = {"in_chans": in_chans, "loader": decoder, "min_size": min_size}
 
-    def __getitem__(self, request: Request) -> Result:
-        images = torch.empty((len(request.sample_ids), self.in_chans, *self.img_size), dtype=torch.uint8)
-        bad: list[tuple[int, str]] = []
-        kept: list[int] = []
-        for sample_id in request.sample_ids.tolist():
-            image = self._usable_image(request.epoch, sample_id, bad)
-            if image is not None:
-                images[len(kept)] = self._transform(image, request.epoch, sample_id)
-                kept.append(sample_id)
-            elif self.train:
-                error = f"{_SUBSTITUTES} files in a row cannot be used, the last: {self._last(bad)}"
-                return Result(images[:0], request.sample_ids[:0], bad, error)
-        return Result(images[: len(kept)], torch.tensor(kept, dtype=torch.int64), bad, "")
-
-    def _usable_image(self, epoch: int, sample_id: int, bad: list[tuple[int, str]]) -> Tensor | None:
-        """The sample's image, in training that of a stand-in where the file is bad; None without one."""
+    def usable(
+        self, epoch: int, sample_id: int, bad: list[tuple[int, str]], use: Callable[[int], T]
+    ) -> tuple[int, T] | None:
+        """The first (file, use(file)) that raises no DecodeError; None without one."""
         file = sample_id % len(self.index)
         for attempt in range(1, _SUBSTITUTES + 1):
             if file not in self.known_bad:
                 try:
-                    return decode_image(read_image_file(self.index.path(file)), **self.decode_options)
+                    return file, use(file)
                 except DecodeError as err:
                     bad.append((file, str(err)))
             if not self.train:  # a stand-in would count some held-out image twice
@@ -91,15 +88,100 @@ class ImageDataset(Dataset[Result]):
             file = substitute_file(self.seed, epoch, sample_id, attempt, len(self.index))
         return None
 
-    def _transform(self, image: Tensor, epoch: int, sample_id: int) -> Tensor:
-        if not self.train:
-            return centre_crop(image, self.img_size, self.interpolation)
-        rng = augment_random(self.seed, epoch, sample_id)
-        crop = draw_crop(image.shape[-2], image.shape[-1], rng=rng, **self.crop_options)
-        return apply_crop(image, crop, self.img_size, self.interpolation)
+    def crops(self, epoch: int, sample_id: int, height: int, width: int) -> list[Crop]:
+        """Where this sample is cut in this epoch, one crop after the other."""
+        return draw_crops(self.views, height, width, augment_random(self.seed, epoch, sample_id))
 
-    def _last(self, bad: list[tuple[int, str]]) -> str:
-        return f"{self.index.label(bad[-1][0])}: {bad[-1][1]}" if bad else "found bad at the start"
+    def no_substitute(self, bad: list[tuple[int, str]]) -> str:
+        """The message when `usable` found nothing."""
+        last = f"{self.index.label(bad[-1][0])}: {bad[-1][1]}" if bad else "found bad at the start"
+        return f"{_SUBSTITUTES} files in a row cannot be used, the last: {last}"
+
+
+class ImageDataset(SampleDataset):
+    """Pixels. A whole micro-batch per item: each crop is written once, into its place, and nothing is collated."""
+
+    def __getitem__(self, request: Request) -> Result:
+        count = len(request.sample_ids)
+        views = [torch.empty((v.count, count, self.in_chans, *v.size), dtype=torch.uint8) for v in self.views]
+        crops = torch.zeros((sum(v.count for v in self.views), count, 5), dtype=torch.int32)
+        bad: list[tuple[int, str]] = []
+        kept: list[int] = []
+        for sample_id in request.sample_ids.tolist():
+            found = self.usable(request.epoch, sample_id, bad, self._decode)
+            if found is not None:
+                self._write(found[1], request.epoch, sample_id, views, crops, len(kept))
+                kept.append(sample_id)
+            elif self.train:
+                return Result([], crops, request.sample_ids[:0], bad, self.no_substitute(bad))
+        ids = torch.tensor(kept, dtype=torch.int64)
+        if len(kept) < count:
+            views, crops = [view[:, : len(kept)].clone() for view in views], crops[:, : len(kept)].clone()
+        return Result(views, crops, ids, bad, "")
+
+    def _decode(self, file: int) -> Tensor:
+        return decode_image(self.index.read(file), **self.decode_options)
+
+    def _write(
+        self, image: Tensor, epoch: int, sample_id: int, views: list[Tensor], crops: Tensor, place: int
+    ) -> None:
+        if not self.train:
+            views[0][0, place] = centre_crop(image, self.views[0].size, self.views[0].interpolation)
+            return
+        drawn = self.crops(epoch, sample_id, image.shape[-2], image.shape[-1])
+        crops[:, place] = torch.tensor(drawn, dtype=torch.int32)
+        rest = iter(drawn)
+        for view, out in zip(self.views, views, strict=True):
+            for k in range(view.count):
+                out[k, place] = apply_crop(image, next(rest), view.size, view.interpolation)
+
+
+class EncodedDataset(SampleDataset):
+    """Bytes and crops. What decoders disagree about (CMYK, 16 bits, alpha, other formats) is decoded here, by
+    `decode_image`, and handed on as an uncompressed PNM image: it then has the same pixels in every loader.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.on_host: frozenset[int] = frozenset()  # JPEGs that the other decoder is known to refuse
+
+    def __getitem__(self, request: Request) -> Encoded:
+        data: list[bytes | bytearray] = []
+        crops: list[list[Crop]] = []
+        files: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for sample_id in request.sample_ids.tolist():
+            found = self.usable(request.epoch, sample_id, bad, self._encode)
+            if found is None:
+                empty = torch.zeros(0, dtype=torch.int64)
+                return Encoded(empty, empty, empty, empty, empty, bad, self.no_substitute(bad))
+            file, (encoded, height, width) = found
+            files.append(file)
+            data.append(encoded)
+            crops.append(self.crops(request.epoch, sample_id, height, width))
+        joined = torch.from_numpy(np.frombuffer(bytearray().join(data), dtype=np.uint8))
+        ends = torch.tensor([len(part) for part in data]).cumsum(0)
+        table = torch.tensor(crops, dtype=torch.int32).transpose(0, 1).contiguous()
+        return Encoded(joined, ends, table, torch.tensor(files), request.sample_ids, bad, "")
+
+    def _encode(self, file: int) -> tuple[bytes | bytearray, int, int]:
+        return self.encode(file, as_is=file not in self.on_host)
+
+    def encode(self, file: int, *, as_is: bool = True) -> tuple[bytes | bytearray, int, int]:
+        """(bytes, H, W) of a file; `as_is=False` decodes JPEGs here too."""
+        data = self.index.read(file)
+        frame = plain_jpeg(data, self.min_size) if as_is else None
+        if frame is not None:
+            return data, frame.height, frame.width
+        image = decode_image(data, **self.decode_options)
+        return encode_pnm(image), image.shape[-2], image.shape[-1]
+
+
+def encode_pnm(image: Tensor) -> bytes:
+    """uint8 (1 or 3, H, W) as a binary PGM or PPM file."""
+    chans, height, width = image.shape
+    head = f"P{'5' if chans == 1 else '6'}\n{width} {height}\n255\n".encode()
+    return head + image.permute(1, 2, 0).contiguous().numpy().tobytes()
 
 
 def init_worker(_: int) -> None:

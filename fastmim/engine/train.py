@@ -69,7 +69,8 @@ def train(cfg: Config) -> TrainResult:
             for step in range(start, total):
                 lr = schedule(step)
                 engine.set_lr(lr)
-                for _ in range(accum):
+                for micro in range(accum):
+                    objective.set_micro_batch(micro, accum)
                     with run.clock.waiting():
                         epoch, batch = next(batches)
                     mask = objective.random_mask(batch.sample_ids, seed=settings.seed, epoch=epoch)

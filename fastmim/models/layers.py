@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
@@ -39,21 +38,28 @@ class PatchEmbed(nn.Module):
     over patches, which also leaves the tokens channels-last.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, norm: bool) -> None:
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, norm: bool, impl: str) -> None:
         super().__init__()
+        self.impl = impl
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self.project(images))
+        return self.norm(self.project(self.patches(images)))
 
-    def project(self, images: Tensor) -> Tensor:
-        """The tokens before their norm."""
+    def patches(self, images: Tensor) -> Tensor:
+        """(B, H/p, W/p, C·p²) in the dtype of the products, in one pass."""
         b, c, height, width = images.shape
         p = self.patch_size
-        patches = images.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        cut = images.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = torch.empty(cut.shape, dtype=product_dtype(images), device=images.device)
+        return patches.copy_(cut).flatten(3)
+
+    def project(self, patches: Tensor, low_weight: Tensor | None = None, low_bias: Tensor | None = None) -> Tensor:
+        """The tokens before their norm."""
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias
+        return fk.linear(patches, weight, bias, low_weight=low_weight, low_bias=low_bias, impl=self.impl)
 
 
 class Mlp(nn.Module):
@@ -66,27 +72,80 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        last_bias: bool = True,
+        low_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+        hand_on: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(…, C) → (…, C); without ``last_bias`` the caller adds that of ``fc2``; ``hand_on`` returns x beside it."""
         fc1, fc2 = self.fc1, self.fc2
-        return fk.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, recompute_fc1=self.recompute_fc1, impl=self.impl)
+        return (fk.mlp_and_input if hand_on else fk.mlp)(
+            x,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias if last_bias else None,
+            low_weight1=low_weights[0],
+            low_weight2=low_weights[1],
+            recompute_fc1=self.recompute_fc1,
+            impl=self.impl,
+        )
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): yields each sample's factor, 0 or 1/keep, for ``residual_norm``."""
+class DropPaths(nn.Module):
+    """Stochastic depth (Huang et al. 2016) of all blocks: each sample's factor, 0 or 1/keep, for ``residual_norm``.
 
-    def __init__(self, rate: float) -> None:
+    Every branch of every block has its own independent draw for every sample; they come from one call of the
+    generator a step, because a call each would be two per cent of all launches.
+
+    Args:
+        rates: Of each block, which has two branches.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rates: list[float]) -> None:
         super().__init__()
-        self.rate = rate
+        self.rates = rates
+        keep = [1 - rate for rate in rates for _ in range(2) if rate]
+        self.register_buffer("keep", torch.tensor(keep, device="cpu").unsqueeze(1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor | None:
-        """(B,) float32 factors for the samples of ``x``; None when nothing is dropped."""
-        if self.rate == 0 or not self.training:
-            return None
-        keep = 1 - self.rate
-        return torch.rand(x.shape[0], device=x.device).lt(keep).float().div_(keep)
+    def forward(self, batch: int) -> list[tuple[Tensor | None, Tensor | None]]:
+        """(B,) float32 factors of both branches of each block; None where nothing is dropped."""
+        if not self.training or not any(self.rates):
+            return [(None, None)] * len(self.rates)
+        factors = torch.rand(len(self.keep), batch, device=self.keep.device).lt(self.keep) / self.keep
+        drawn = iter(factors.unbind(0))
+        return [(next(drawn), next(drawn)) if rate else (None, None) for rate in self.rates]
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate:g}"
+        return f"rates={[round(rate, 4) for rate in self.rates]}"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products compute in: autocast's dtype where it is on, else that of x."""
+    device = x.device.type
+    enabled = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if enabled else x.dtype
+
+
+RESIDUAL_DTYPES = ("auto", "fp32")
+
+
+def stream_dtype(x: Tensor, residual_dtype: str) -> torch.dtype:
+    """Dtype of the residual stream.
+
+    "auto" is that of the products, for half the traffic of everything between them; every norm still has
+    float32 statistics, and what is rounded to bfloat16 is the stored stream alone. The range of float16 is too
+    small for a stream, and "fp32" is what the references have under autocast: both keep float32.
+    """
+    dtype = product_dtype(x)
+    if residual_dtype == "fp32" or dtype == torch.float16:
+        return torch.promote_types(dtype, torch.float32)
+    return dtype
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

@@ -10,25 +10,17 @@ from torch import Tensor, nn
 import fastmim_kernels as fk
 
 from .layers import (
+    RESIDUAL_DTYPES,
     PatchEmbed,
     drop_path_rates,
-    relative_position_index,
+    stream_dtype,
     to_pair,
     trunc_normal_,
 )
-from .swin_block import PatchMerging, SwinBlock, WindowAttention, init_attention
+from .swin_block import PatchMerging, SwinBlock, WindowAttention, init_attention, normalise, start_stream
+from .swin_shared import Shared, SharedInputs
 
 Pair = tuple[int, int]
-
-
-def relative_coords_table(window_size: Pair, pretrained_window_size: Pair) -> Tensor:
-    """((2·wh − 1)(2·ww − 1), 2) log-spaced relative coordinates of SwinV2 (section 3.3, equation 4)."""
-    axes = []
-    for size, pretrained in zip(window_size, pretrained_window_size, strict=True):
-        # A window of one token has the single offset 0.
-        r = torch.arange(1 - size, size, dtype=torch.float32, device="cpu") / max((pretrained or size) - 1, 1)
-        axes.append(r.sign() * torch.log2(1 + 8 * r.abs()) / math.log2(8))
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
 
 
 class SwinStage(nn.Module):
@@ -43,10 +35,8 @@ class SwinStage(nn.Module):
         depth: int,
         num_heads: int,
         window_size: Pair,
-        pretrained_window_size: Pair,
         mlp_ratio: float,
         qkv_bias: bool,
-        drop_path: list[float],
         version: int,
         extra_norm: list[bool],
         impl: str,
@@ -55,51 +45,37 @@ class SwinStage(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: must divide the stage's {dim} channels")
         self.version, self.impl = version, impl
-        # A window larger than the map shrinks to it, and then there is nothing to shift.
-        window = (min(window_size[0], resolution[0]), min(window_size[1], resolution[1]))
-        shift = tuple(0 if r <= w else w // 2 for r, w in zip(resolution, window, strict=True))
+        # A window as large as the map has nothing to shift.
+        shift = tuple(0 if r <= w else w // 2 for r, w in zip(resolution, window_size, strict=True))
         self.downsample = PatchMerging(dim // 2, version, impl) if downsample else nn.Identity()
         self.blocks = nn.ModuleList(
             SwinBlock(
                 dim,
-                WindowAttention(dim, num_heads, window, shift if i % 2 else (0, 0), qkv_bias, version, impl),
+                WindowAttention(dim, num_heads, window_size, shift if i % 2 else (0, 0), qkv_bias, version, impl),
                 mlp_ratio,
-                drop_path[i],
                 version,
                 extra_norm[i],
             )
             for i in range(depth)
         )
-        self.register_buffer("bias_index", relative_position_index(window), persistent=False)
-        if version == 2:
-            self.register_buffer("coords", relative_coords_table(window, pretrained_window_size), persistent=False)
 
-    def position_bias(self) -> Tensor:
-        """(depth, heads, N, N) additive attention bias of every block, in one evaluation."""
-        attns = [block.attn for block in self.blocks]
-        if self.version == 2:
-            return fk.cpb_bias(
-                self.coords,
-                self.bias_index,
-                torch.stack([a.cpb_mlp[0].weight for a in attns]),
-                torch.stack([a.cpb_mlp[0].bias for a in attns]),
-                torch.stack([a.cpb_mlp[2].weight for a in attns]),
-                impl=self.impl,
-            )
-        tables = torch.stack([a.relative_position_bias_table.T for a in attns])
-        return tables.index_select(2, self.bias_index.reshape(-1)).unflatten(2, self.bias_index.shape)
-
-    def forward(self, x: Tensor, final_norm: nn.LayerNorm | None = None) -> Tensor:
-        """The stage's map; with ``final_norm``, normalised by it."""
-        x = self.downsample(x)
+    def forward(
+        self, x: Tensor, y: Tensor, shared: list[Shared], low_reduction: Tensor | None, final_norm: nn.LayerNorm | None
+    ) -> Tensor:
+        """The stage's map from the stream x, which y is too; with ``final_norm``, normalised by it."""
+        if not isinstance(self.downsample, nn.Identity):
+            x, y = self.downsample(x, low_reduction)
         pre = self.version == 1
-        y = self.blocks[0].norm1(x) if pre else x
+        if pre:
+            x, y = normalise(x, self.blocks[0].norm1, self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [final_norm]
-        for block, bias, norm in zip(self.blocks, self.position_bias().unbind(0), norms, strict=True):
-            x, y = block(x, y, bias, norm if pre else None)
+        for block, own, norm in zip(self.blocks, shared, norms, strict=True):
+            x, y = block(x, y, own, norm if pre else None)
         if pre:
             return y
-        return x if final_norm is None else final_norm(x)
+        if final_norm is None:
+            return x
+        return fk.layer_norm(x, final_norm.weight, final_norm.bias, eps=final_norm.eps, impl=self.impl)
 
 
 class SwinTransformer(nn.Module):
@@ -112,6 +88,8 @@ class SwinTransformer(nn.Module):
             stage); 0 means ``window_size``.
         extra_norm_period: Every so many blocks a LayerNorm on the residual stream (SwinV2-H and -G: 6); 0 = none.
         extra_norm_scope: Count blocks within a "stage" (the public ports) or over the "global" depth.
+        residual_dtype: "auto", or "fp32" for the residual stream that the references have under autocast; see
+            :func:`fastmim.models.layers.stream_dtype`.
     """
 
     def __init__(
@@ -130,11 +108,15 @@ class SwinTransformer(nn.Module):
         pretrained_window_size: int | tuple[int, ...] = 0,
         extra_norm_period: int = 0,
         extra_norm_scope: str = "stage",
+        residual_dtype: str = "auto",
         version: int = 1,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         fk.check_impl(impl)
+        if residual_dtype not in RESIDUAL_DTYPES:
+            raise ValueError(f"residual_dtype={residual_dtype!r}: must be one of {', '.join(RESIDUAL_DTYPES)}")
+        self.residual_dtype = residual_dtype
         self.img_size = to_pair(img_size, "img_size")
         self.grid = _grid(self.img_size, patch_size)
         if len(depths) != len(num_heads):
@@ -143,11 +125,14 @@ class SwinTransformer(nn.Module):
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
         self.stride = patch_size * 2 ** (len(depths) - 1)
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=True)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=True, impl=impl)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        rates = drop_path_rates(drop_path_rate, sum(depths))
         extra = _extra_norms(depths, extra_norm_period, extra_norm_scope)
         pretrained = _per_stage(pretrained_window_size, len(depths))
+        maps = [(math.ceil(self.grid[0] / 2**s), math.ceil(self.grid[1] / 2**s)) for s in range(len(depths))]
+        largest = to_pair(window_size, "window_size")
+        # A window larger than the map shrinks to it.
+        windows = [(min(largest[0], rows), min(largest[1], columns)) for rows, columns in maps]
         self.layers = nn.ModuleList()
         for s, depth in enumerate(depths):
             first = sum(depths[:s])
@@ -158,38 +143,63 @@ class SwinTransformer(nn.Module):
                     depth=depth,
                     num_heads=num_heads[s],
                     version=version,
-                    resolution=(math.ceil(self.grid[0] / 2**s), math.ceil(self.grid[1] / 2**s)),
+                    resolution=maps[s],
                     impl=impl,
-                    window_size=to_pair(window_size, "window_size"),
-                    pretrained_window_size=(pretrained[s],) * 2,
+                    window_size=windows[s],
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
-                    drop_path=rates[first : first + depth],
                     extra_norm=extra[first : first + depth],
                 )
             )
+        self.shared = SharedInputs(
+            windows=windows,
+            pretrained_windows=[(p, p) for p in pretrained],
+            depths=depths,
+            num_heads=num_heads,
+            drop_path=drop_path_rates(drop_path_rate, sum(depths)),
+            dim=self.num_features,
+            version=version,
+            impl=impl,
+        )
         self.norm = nn.LayerNorm(self.num_features)
         self.reset_parameters()
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) images and (B, H/p, W/p) mask → (B, h, w, num_features) tokens of ``stride`` pixels."""
-        embed = self.patch_embed
+        patches = self.patch_embed.patches(images)
+        blocks = [block for layer in self.layers for block in layer.blocks]
+        reductions = [layer.downsample.reduction.weight for layer in self.layers[1:]]
+        proj = self.patch_embed.proj
+        shared, low = self.shared(blocks, [proj.weight.flatten(1), proj.bias, *reductions], patches)
+        low_embed, low_reductions = (low[0], low[1]), low[2:]
+        x, y = self._embed(patches, low_embed, mask)
+        for layer, low in zip(self.layers, [None, *low_reductions], strict=True):
+            own, shared = shared[: len(layer.blocks)], shared[len(layer.blocks) :]
+            x = y = layer(x, y, own, low, self.norm if layer is self.layers[-1] else None)
+        return x
+
+    def set_micro_batch(self, index: int, count: int) -> None:
+        """See :meth:`SharedInputs.set_micro_batch`."""
+        self.shared.set_micro_batch(index, count)
+
+    def _embed(
+        self, patches: Tensor, low: tuple[Tensor | None, Tensor | None], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The first residual stream, for its two readers."""
+        x, norm = self.patch_embed.project(patches, *low), self.patch_embed.norm
+        dtype, eps = stream_dtype(x, self.residual_dtype), norm.eps
         if mask is None:
-            x = embed(images)
-        else:
-            norm = embed.norm
-            x = fk.mask_tokens(
-                embed.project(images),
-                mask,
-                self.mask_token,
-                norm_weight=norm.weight,
-                norm_bias=norm.bias,
-                eps=norm.eps,
-                impl=self.impl,
-            )
-        for layer in self.layers[:-1]:
-            x = layer(x)
-        return self.layers[-1](x, self.norm)
+            return start_stream(x, norm, dtype, self.impl)
+        return fk.mask_tokens_twice(
+            x,
+            mask,
+            self.mask_token,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=eps,
+            out_dtype=dtype,
+            impl=self.impl,
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

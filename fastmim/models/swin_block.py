@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.dispatch import picks_triton
 
-from .layers import DropPath, Mlp, joint_bias, trunc_normal_
+from .layers import Mlp, trunc_normal_
+from .swin_shared import Shared
 
 Pair = tuple[int, int]
 
@@ -48,16 +51,27 @@ class WindowAttention(nn.Module):
             self.v_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, shared: Shared, *, last_bias: bool = True, hand_on: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, H, W, C) → (B, H, W, C).
+
+        Without ``last_bias`` the caller adds that of ``proj``; ``hand_on`` returns x beside the result.
+        """
+        stream = x
         height, width = x.shape[1:3]
         pad = (-height % self.window_size[0], -width % self.window_size[1])
         if any(pad):
             x = self._pad(x, pad)
-        qkv_bias = self.qkv.bias if self.logit_scale is None else joint_bias(self.q_bias, self.v_bias)
-        qkv = fk.linear(x, self.qkv.weight, qkv_bias, impl=self.impl)
+        tensors = x, self.qkv.weight, shared.qkv_bias
+        low = {"low_weight": shared.low_qkv, "low_bias": shared.low_qkv_bias}
+        if hand_on and not any(pad):
+            qkv, stream = fk.linear_and_input(*tensors, **low, impl=self.impl)
+        else:
+            qkv = fk.linear(*tensors, **low, impl=self.impl)
         x = fk.window_attention(
             qkv,
-            bias,
+            shared.bias,
             num_heads=self.num_heads,
             window_size=self.window_size,
             shift_size=self.shift_size,
@@ -66,7 +80,9 @@ class WindowAttention(nn.Module):
         )
         if any(pad):
             x = self._unpad(x, height, width)
-        return fk.linear(x, self.proj.weight, self.proj.bias, impl=self.impl)
+        bias = self.proj.bias if last_bias else None
+        out = fk.linear(x, self.proj.weight, bias, low_weight=shared.low_proj, impl=self.impl)
+        return (out, stream) if hand_on else out
 
     def _pad(self, x: Tensor, pad: Pair) -> Tensor:
         """Zeros at the end of the *rolled* map, as timm does, expressed in the layout before the roll."""
@@ -88,7 +104,6 @@ class SwinBlock(nn.Module):
         dim: int,
         attn: WindowAttention,
         mlp_ratio: float,
-        drop_path: float,
         version: int,
         extra_norm: bool,
     ) -> None:
@@ -98,40 +113,69 @@ class SwinBlock(nn.Module):
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), attn.impl)
-        self.drop_path = DropPath(drop_path)
         self.norm3 = nn.LayerNorm(dim) if extra_norm else None
 
-    def forward(self, x: Tensor, y: Tensor, bias: Tensor, next_norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, shared: Shared, next_norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor]:
         """One block on the residual stream.
 
         Args:
             x: (B, H, W, C) residual stream.
             y: What attention reads: ``norm1(x)`` for Swin, x itself for SwinV2, in the dtype of the products.
-            bias: (heads, N, N) attention bias.
+            shared: This block's.
             next_norm: Swin: the norm that reads this block's result, applied in the pass that adds to the stream.
 
         Returns:
             The stream, and ``next_norm`` of it (without one, or for SwinV2, the stream again).
         """
-        if self.version == 1:
-            x, y = self._add(x, self.attn(y, bias), "pre", self.norm2)
-            if next_norm is not None and self.norm3 is None:
-                return self._add(x, self.mlp(y), "pre", next_norm)
-            branch = self.mlp(y)
-            scale = self.drop_path(branch)
-            x = x + branch if scale is None else x + branch * scale.view(-1, 1, 1, 1).to(branch.dtype)
-            x = x if self.norm3 is None else self.norm3(x)
-            return x, x if next_norm is None else next_norm(x)
-        x, y = self._add(x, self.attn(y, bias), "post", self.norm1)
-        x, y = self._add(x, self.mlp(y), "post", self.norm2)
-        if self.norm3 is not None:
-            x = y = self.norm3(x)
-        return x, y
+        # The gradient of a bias is nearly free in the pass of the norm; on a CPU the product adds the bias for less.
+        inside = not picks_triton("residual_norm", self.attn.impl, x.device)
+        attn_drop, mlp_drop = shared.drop
+        # Where the product reads the stream itself, its backward pass adds the gradients of the two readers.
+        hand_on = self.version == 2 and not inside and x.dtype == y.dtype
+        branch = self.attn(y, shared, last_bias=inside, hand_on=hand_on)
+        bias = None if inside else self.attn.proj.bias
+        if self.version == 2:
+            branch, x = branch if hand_on else (branch, x)
+            x, y = self._add(x, branch, self.norm1, bias, attn_drop)
+            branch = self._mlp(y, shared, inside, hand_on)
+            branch, x = branch if hand_on else (branch, x)
+            x, y = self._add(x, branch, self.norm2, self._mlp_bias(inside), mlp_drop)
+            if self.norm3 is not None:
+                x, y = start_stream(x, self.norm3, x.dtype, self.attn.impl)
+            return x, y
+        x, y = self._add(x, branch, self.norm2, bias, attn_drop)
+        if next_norm is not None and self.norm3 is None:
+            return self._add(x, self._mlp(y, shared, inside), next_norm, self._mlp_bias(inside), mlp_drop)
+        branch = self._mlp(y, shared, True)
+        x = x + (branch if mlp_drop is None else branch * mlp_drop.view(-1, 1, 1, 1).to(branch.dtype))
+        x = x if self.norm3 is None else start_stream(x, self.norm3, x.dtype, self.attn.impl)[0]
+        return (x, x) if next_norm is None else normalise(x, next_norm, self.attn.impl)
 
-    def _add(self, x: Tensor, branch: Tensor, order: str, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        scale = self.drop_path(branch)
+    def weights(self) -> list[Tensor]:
+        """Those of the four products, in the order of the copies in :class:`Shared`."""
+        return [self.attn.qkv.weight, self.attn.proj.weight, self.mlp.fc1.weight, self.mlp.fc2.weight]
+
+    def _mlp(self, x: Tensor, shared: Shared, last_bias: bool, hand_on: bool = False) -> Any:
+        return self.mlp(x, last_bias=last_bias, low_weights=(shared.low_fc1, shared.low_fc2), hand_on=hand_on)
+
+    def _mlp_bias(self, inside: bool) -> Tensor | None:
+        return None if inside else self.mlp.fc2.bias
+
+    def _add(
+        self, x: Tensor, branch: Tensor, norm: nn.LayerNorm, bias: Tensor | None, drop: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return fk.residual_norm(
-            x, branch, norm.weight, norm.bias, order=order, eps=norm.eps, drop_scale=scale, impl=self.attn.impl
+            x,
+            branch,
+            norm.weight,
+            norm.bias,
+            order="pre" if self.version == 1 else "post",
+            eps=norm.eps,
+            drop_scale=drop,
+            branch_bias=bias,
+            impl=self.attn.impl,
         )
 
 
@@ -144,11 +188,27 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim if version == 1 else 2 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.version == 1:
-            x = fk.patch_merge(x, self.norm.weight, self.norm.bias, eps=self.norm.eps, impl=self.impl)
-            return self.reduction(x)
-        return self.norm(self.reduction(fk.patch_merge(x, impl=self.impl)))
+    def forward(self, x: Tensor, low_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) stream → the (B, ⌈H/2⌉, ⌈W/2⌉, 2C) one for its two readers, see ``residual_norm``."""
+        norm, weight = self.norm, self.reduction.weight
+        if self.version == 2:
+            reduced = fk.linear(fk.patch_merge(x, impl=self.impl), weight, low_weight=low_weight, impl=self.impl)
+            return start_stream(reduced, norm, x.dtype, self.impl)
+        merged = fk.patch_merge(x, norm.weight, norm.bias, eps=norm.eps, impl=self.impl)
+        reduced = fk.linear(merged, weight, low_weight=low_weight, impl=self.impl).to(x.dtype)
+        return reduced, reduced
+
+
+def start_stream(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+    """``norm(x)`` as a residual stream in ``dtype`` and for the next product."""
+    return fk.residual_norm(
+        None, x, norm.weight, norm.bias, order="post", eps=norm.eps, stream_dtype=dtype, impl=impl
+    )
+
+
+def normalise(x: Tensor, norm: nn.LayerNorm, impl: str) -> tuple[Tensor, Tensor]:
+    """The stream x, and ``norm(x)`` for the next product."""
+    return fk.residual_norm(x, None, norm.weight, norm.bias, order="pre", eps=norm.eps, impl=impl)
 
 
 def init_attention(attn: WindowAttention) -> None:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 import fastmim_kernels as fk
 
 from .layers import (
-    DropPath,
+    RESIDUAL_DTYPES,
+    DropPaths,
     Mlp,
     PatchEmbed,
     drop_path_rates,
     joint_bias,
     relative_position_index,
+    stream_dtype,
     to_pair,
     trunc_normal_,
 )
@@ -89,7 +91,6 @@ class VitBlock(nn.Module):
         dim: int,
         attn: Attention,
         mlp_ratio: float,
-        drop_path: float,
         init_values: float | None,
         impl: str,
     ) -> None:
@@ -99,21 +100,27 @@ class VitBlock(nn.Module):
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), impl)
-        self.drop_path = DropPath(drop_path)
         self.gamma_1 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
 
     def forward(
-        self, x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor | None, next_norm: nn.LayerNorm
+        self,
+        x: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        index: Tensor | None,
+        drop: tuple[Tensor | None, Tensor | None],
+        next_norm: nn.LayerNorm,
     ) -> tuple[Tensor, Tensor]:
         """Stream x and y = norm1(x) in; the new stream and ``next_norm`` of it out."""
-        x, y = self._add(x, self.attn(y, bias, index), self.gamma_1, self.norm2)
-        return self._add(x, self.mlp(y), self.gamma_2, next_norm)
+        x, y = self._add(x, self.attn(y, bias, index), self.gamma_1, drop[0], self.norm2)
+        return self._add(x, self.mlp(y), self.gamma_2, drop[1], next_norm)
 
-    def _add(self, x: Tensor, branch: Tensor, gamma: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        scale = self.drop_path(branch)
+    def _add(
+        self, x: Tensor, branch: Tensor, gamma: Tensor | None, drop: Tensor | None, norm: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
         return fk.residual_norm(
-            x, branch, norm.weight, norm.bias, order="pre", eps=norm.eps, drop_scale=scale, gamma=gamma, impl=self.impl
+            x, branch, norm.weight, norm.bias, order="pre", eps=norm.eps, drop_scale=drop, gamma=gamma, impl=self.impl
         )
 
 
@@ -126,6 +133,7 @@ class VisionTransformer(nn.Module):
         shared_rel_pos_bias: One relative position bias for all blocks (SimMIM pretraining).
         rel_pos_bias: One per block.
         abs_pos_embed: Learned absolute positions.
+        residual_dtype: "auto" or "fp32", see :func:`fastmim.models.layers.stream_dtype`.
     """
 
     def __init__(
@@ -144,10 +152,14 @@ class VisionTransformer(nn.Module):
         shared_rel_pos_bias: bool = False,
         rel_pos_bias: bool = False,
         abs_pos_embed: bool = False,
+        residual_dtype: str = "auto",
         impl: str = "auto",
     ) -> None:
         super().__init__()
         fk.check_impl(impl)
+        if residual_dtype not in RESIDUAL_DTYPES:
+            raise ValueError(f"residual_dtype={residual_dtype!r}: must be one of {', '.join(RESIDUAL_DTYPES)}")
+        self.residual_dtype = residual_dtype
         if embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: must divide embed_dim={embed_dim}")
         self.img_size = to_pair(img_size, "img_size")
@@ -155,7 +167,7 @@ class VisionTransformer(nn.Module):
         self.impl = impl
         self.patch_size = self.stride = patch_size
         self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=False)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=False, impl=impl)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         positions = self.grid[0] * self.grid[1] + 1
@@ -163,17 +175,16 @@ class VisionTransformer(nn.Module):
         self.rel_pos_bias = RelativePositionBias(self.grid, num_heads) if shared_rel_pos_bias else None
         index = cls_position_index(self.grid) if shared_rel_pos_bias or rel_pos_bias else None
         self.register_buffer("bias_index", index, persistent=False)
-        rates = drop_path_rates(drop_path_rate, depth)
+        self.drop_paths = DropPaths(drop_path_rates(drop_path_rate, depth))
         self.blocks = nn.ModuleList(
             VitBlock(
                 embed_dim,
                 Attention(embed_dim, num_heads, qkv_bias, self.grid if rel_pos_bias else None),
                 mlp_ratio,
-                rates[i],
                 init_values,
                 impl,
             )
-            for i in range(depth)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.reset_parameters()
@@ -186,12 +197,18 @@ class VisionTransformer(nn.Module):
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
+        x = x.to(stream_dtype(x, self.residual_dtype))
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
-        y = self.blocks[0].norm1(x)
+        first = self.blocks[0].norm1
+        x, y = fk.residual_norm(x, None, first.weight, first.bias, order="pre", eps=first.eps, impl=self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [self.norm]
-        for block, norm in zip(self.blocks, norms, strict=True):
-            x, y = block(x, y, bias, self.bias_index, norm)
+        drops = self.drop_paths(x.shape[0])
+        for block, drop, norm in zip(self.blocks, drops, norms, strict=True):
+            x, y = block(x, y, bias, self.bias_index, drop, norm)
         return y[:, 1:].unflatten(1, self.grid)
+
+    def set_micro_batch(self, index: int, count: int) -> None:
+        """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

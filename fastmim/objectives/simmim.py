@@ -107,6 +107,13 @@ class SimMIM(nn.Module):
         )
         return {"loss": loss}
 
+    def set_micro_batch(self, index: int, count: int) -> None:
+        """Say that the next forward pass is number ``index`` of ``count`` before the weights change.
+
+        Optional: it saves the encoder from casting its weights for each of them.
+        """
+        self.encoder.set_micro_batch(index, count)
+
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """(B, C, H, W) prediction in the space of the target (normalised pixels, or locally normalised ones)."""

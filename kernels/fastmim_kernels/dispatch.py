@@ -30,8 +30,8 @@ def check_impl(impl: str) -> str:
 def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device: torch.device) -> Callable:
     """Pick the function that runs ``op``.
 
-    ``auto`` takes Triton on a CUDA device where the op has a Triton kernel, and torch elsewhere.
-    An explicit name never falls back.
+    ``auto`` takes Triton on a CUDA device where the op has a Triton kernel that passed its self-test there, and
+    torch elsewhere. An explicit name never falls back.
 
     Args:
         op: Name of the op, for messages.
@@ -44,13 +44,30 @@ def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device:
     """
     check_impl(impl)
     if impl == "auto":
-        impl = "torch" if "triton" not in implementations or no_triton(device) else "triton"
+        impl = "triton" if "triton" in implementations and picks_triton(op, impl, device) else "torch"
     if impl not in implementations:
         have = ", ".join(["auto", *implementations])
         raise ValueError(f"impl={impl!r}: {op} has no such implementation; use one of {have}")
     if impl == "triton" and (reason := no_triton(device)):
         raise ValueError(f"impl='triton': {op} cannot run its Triton kernel: {reason}; use impl='auto'")
     return implementations[impl]
+
+
+def picks_triton(op: str, impl: str, device: torch.device) -> bool:
+    """Whether ``op``, if it has Triton kernels, runs them for ``impl`` on ``device``."""
+    return impl == "triton" or (impl == "auto" and not no_triton(device) and not failed_self_test(op, device))
+
+
+def failed_self_test(op: str, device: torch.device) -> bool:
+    """Whether ``op``'s Triton kernel gives wrong results on this GPU, see :mod:`.self_test`."""
+    from . import self_test
+
+    return bool(self_test.failure(op, device))
+
+
+# As ``torch.compiler.assume_constant_result`` would: the compiler runs it while it traces and keeps the answer. That
+# function would import the compiler with this package.
+failed_self_test._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def no_triton(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 def shortcut(op: Callable, function: Callable) -> Callable:
     """Calls ``op``, or ``function``, of which it was made, where only the time differs. No autograd."""
-    return lambda *args: function(*args) if _unwatched(args) else op(*args)
+    return lambda *args: function(*args) if unwatched(args) else op(*args)
 
 
 def shortcut_with_grad(op: Callable, function: Callable, setup_context: Callable, backward: Callable) -> Callable:
@@ -30,10 +30,11 @@ def shortcut_with_grad(op: Callable, function: Callable, setup_context: Callable
 
     direct = type(f"{function.__module__.rsplit('.', 1)[-1]}_direct", (torch.autograd.Function,), {
         "forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))})
-    return lambda *args: direct.apply(*args) if _unwatched(args) else op(*args)  # type: ignore[attr-defined]
+    return lambda *args: direct.apply(*args) if unwatched(args) else op(*args)  # type: ignore[attr-defined]
 
 
-def _unwatched(args: tuple[Any, ...]) -> bool:
+def unwatched(args: tuple[Any, ...]) -> bool:
+    """Plain CPU tensors, and nobody who wants to see the op."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     tensors = [a for a in args if isinstance(a, Tensor)]

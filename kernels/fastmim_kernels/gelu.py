@@ -35,18 +35,17 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor
         return function(x, bias)
 
 
-def traffic(rows: int, columns: int, *, itemsize: int = 2, param_itemsize: int = 4, bias: bool = True,
-            recompute: bool = False) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def traffic(rows: int, columns: int, *, itemsize: int = 2, param_itemsize: int = 4, bias: bool = True
+            ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Least (bytes read, bytes written, FLOPs) of forward and of backward.
 
     Args:
         rows, columns: Of x.
         itemsize, param_itemsize: Bytes of a value of x, of the bias.
         bias: Given.
-        recompute: Backward also writes the activation.
     """
     n, parameter = rows * columns * itemsize, columns * param_itemsize * bias
-    return (n + parameter, n, 0), (2 * n + parameter, n * (1 + recompute) + 4 * columns * bias, 0)
+    return (n + parameter, n, 0), (2 * n + parameter, n + 4 * columns * bias, 0)
 
 
 def _forward(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
@@ -66,28 +65,25 @@ def _(x: Tensor, bias: Tensor | None, impl: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, recompute: bool, impl: str
-              ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d x, d bias, activation); the latter two empty where there is no bias, and unless ``recompute``."""
+def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    """(d x, d bias, empty where there is no bias)."""
     grad, x = grad.contiguous(), x.contiguous()
     if impl == "triton":
         from .triton import gelu as kernels
-        return kernels.backward(grad, x, bias, recompute)
+        return kernels.backward(grad, x, bias)
     z = x if bias is None else x + bias.to(x.dtype)
     dx = torch.ops.aten.gelu_backward(grad, z)
     wide = statistics_dtype(x.dtype)
-    d_bias = x.new_empty(0, dtype=wide) if bias is None else column_sum(dx).to(wide)
-    return dx, d_bias, F.gelu(z) if recompute else x.new_empty(0)
+    return dx, x.new_empty(0, dtype=wide) if bias is None else column_sum(dx).to(wide)
 
 
 _backward_op = torch.library.custom_op("fastmim::gelu_backward", _backward, mutates_args=())
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, bias: Tensor | None, recompute: bool, impl: str
-      ) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, bias: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     d_bias = x.new_empty((0,) if bias is None else bias.shape, dtype=statistics_dtype(x.dtype))
-    return x.new_empty(x.shape), d_bias, x.new_empty(x.shape if recompute else (0,))
+    return x.new_empty(x.shape), d_bias
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -97,7 +93,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
     x, bias = ctx.saved_tensors
-    dx, d_bias, _ = _run_backward(grad, x, bias, False, ctx.impl)
+    dx, d_bias = _run_backward(grad, x, bias, ctx.impl)
     return dx, None if bias is None else d_bias.to(bias.dtype), None
 
 

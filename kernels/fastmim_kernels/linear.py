@@ -1,4 +1,4 @@
-"""Linear layer whose matrix products are laid out for a CPU; on a GPU it is ``F.linear``.
+"""Linear layer: matrix products laid out for a CPU, and on a GPU the bias gradient within the weight gradient's.
 
 oneDNN's bfloat16 products (AMX) are two to three times slower with a transposed left operand, which is what the
 weight gradient ``gradᵀ·x`` has, and torch adds a bias by filling the result with it first.
@@ -7,6 +7,7 @@ weight gradient ``gradᵀ·x`` has, and torch adds a bias by filling the result 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,17 +16,22 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import resolve
-from .rows import column_sum, statistics_dtype
+from .rows import column_sum, refuse_float64, statistics_dtype
+from .two_readers import and_input
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,
+           low_bias: Tensor | None = None, impl: str = "auto") -> Tensor:
     """``x·Wᵀ + b`` in autocast's dtype where it is on, else in the dtype of x.
 
     Args:
         x: (…, K) floating point.
         weight: (N, K), cast to that dtype once for forward and backward.
         bias: (N,) or None.
-        impl: See :mod:`fastmim_kernels.dispatch`; "triton" is cuBLAS as torch calls it.
+        low_weight, low_bias: The two in the dtype of the computation already, where the caller has cast all
+            parameters of a step at once. Gradients go to ``weight`` and ``bias`` only.
+        impl: See :mod:`fastmim_kernels.dispatch`. "triton": the products that need no fusion are cuBLAS's; the
+            gradient of the weight comes with that of the bias out of one kernel.
 
     Returns:
         (…, N). Gradients of weight and bias come in their own dtypes.
@@ -33,15 +39,51 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
     Raises:
         ValueError: Shapes do not belong together.
     """
+    return _call(_IMPLEMENTATIONS, x, weight, bias, low_weight, low_bias, impl)
+
+
+def linear_and_input(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,
+                     low_bias: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """(:func:`linear`, x), the second for another reader of x: one product then adds both gradients up."""
+    if x.dtype != product_dtype(x):
+        return linear(x, weight, bias, low_weight=low_weight, low_bias=low_bias, impl=impl), x
+    return _call(_AND_INPUT, x, weight, bias, low_weight, low_bias, impl)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else that of x; float64 stays."""
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+def _call(implementations: dict[str, Callable], x: Tensor, weight: Tensor, bias: Tensor | None,
+          low_weight: Tensor | None, low_bias: Tensor | None, impl: str) -> Any:
+    _check(x, weight, bias, low_weight, low_bias)
+    function = resolve("linear", impl, implementations, x.device)
+    x = x.to(product_dtype(x))
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x, weight, bias, fitting(low_weight, x.dtype), fitting(low_bias, x.dtype))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None) -> None:
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"linear: weight must be (N, {x.shape[-1]}) and bias (N,), got {tuple(weight.shape)} and "
                          f"{None if bias is None else tuple(bias.shape)}")
-    function = resolve("linear", impl, _IMPLEMENTATIONS, x.device)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        return function(x, weight, bias)
+    check_low("linear", {"low_weight": (low_weight, weight), "low_bias": (low_bias, bias)})
+
+
+def check_low(op: str, pairs: dict[str, tuple[Tensor | None, Tensor | None]]) -> None:
+    """Raise ``ValueError`` unless each (copy, parameter) has one shape, where there is a copy."""
+    for name, (low, parameter) in pairs.items():
+        if low is not None and (parameter is None or low.shape != parameter.shape):
+            raise ValueError(f"{op}: {name} must have the shape of its parameter, got {tuple(low.shape)} and "
+                             f"{None if parameter is None else tuple(parameter.shape)}")
+
+
+def fitting(low: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``low`` cut off from autograd; None when it is not in ``dtype`` and therefore of no use."""
+    return None if low is None or low.dtype != dtype else low.detach()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,54 +112,81 @@ def _is_onednn(x: Tensor) -> bool:
 
 
 @torch.library.custom_op("fastmim::linear", mutates_args=())
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(result, W in the dtype of x, empty when that is its own)."""
-    low = weight.to(x.dtype)
-    out = product(x.reshape(-1, x.shape[-1]), low, bias).view(*x.shape[:-1], -1)
-    return out, x.new_empty(0) if low is weight else low
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None,
+        impl: str) -> tuple[Tensor, Tensor]:
+    """(result, W in the dtype of x, empty when that is its own or given)."""
+    if impl == "triton":
+        refuse_float64("linear", x)
+    low = weight.to(x.dtype) if low_weight is None else low_weight
+    out = product(x.reshape(-1, x.shape[-1]), low, bias if low_bias is None else low_bias).view(*x.shape[:-1], -1)
+    return out, x.new_empty(0) if low is weight or low is low_weight else low
 
 
 @_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((0,) if weight.dtype == x.dtype else weight.shape)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None,
+      impl: str) -> tuple[Tensor, Tensor]:
+    cast = weight.dtype != x.dtype and low_weight is None
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(weight.shape if cast else (0,))
 
 
 @torch.library.custom_op("fastmim::linear_backward", mutates_args=())
-def _backward_op(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype
-                 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d x, d W in ``weight_dtype``, d b); empty where not wanted."""
+def _backward_op(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype,
+                 impl: str, add: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(d x + ``add``, d W in ``weight_dtype``, d b); empty where not wanted."""
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
-    dx = (grad @ weight).view(x.shape) if need_x else x.new_empty(0)
-    dw = weight_gradient(grad, x.reshape(-1, x.shape[-1]), weight_dtype)
+    dx = input_gradient(grad, weight, add, impl).view(x.shape) if need_x else x.new_empty(0)
+    return dx, *parameter_gradients(grad, x.reshape(-1, x.shape[-1]), weight_dtype, has_bias, impl)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None, impl: str) -> Tensor:
+    """``grad·W`` of (M, N) and (N, K), plus ``add`` (…, K) of as many values where there is one."""
+    if add is None:
+        return grad @ weight
+    add = add.reshape(-1, add.shape[-1])
+    if impl == "triton":
+        from .triton import product_add as kernels
+        return kernels.product_add(grad, weight, add)
+    return torch.addmm(add, grad, weight)
+
+
+def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool, impl: str
+                        ) -> tuple[Tensor, Tensor]:
+    """(``gradᵀ·x`` in ``dtype``, sum of the rows of grad in float32 at least, or empty) of (M, N) and (M, K)."""
+    if has_bias and impl == "triton":
+        from .triton import weight_gradient as kernels
+        return kernels.weight_gradient(grad, x.contiguous(), dtype)
     wide = statistics_dtype(x.dtype)
-    return dx, dw, column_sum(grad).to(wide) if has_bias else x.new_empty(0, dtype=wide)
+    d_bias = column_sum(grad).to(wide) if has_bias else x.new_empty(0, dtype=wide)
+    return weight_gradient(grad, x, dtype), d_bias
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype
-      ) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype, impl: str,
+      add: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return (x.new_empty(x.shape if need_x else (0,)), weight.new_empty(weight.shape, dtype=weight_dtype),
             x.new_empty(weight.shape[0] if has_bias else 0, dtype=statistics_dtype(x.dtype)))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias = inputs
+    x, weight, bias, low_weight, _, impl = inputs
     _, low = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(low)
-    ctx.save_for_backward(x, low if low.numel() else weight)
-    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(x, low if low.numel() else weight if low_weight is None else low_weight)
+    ctx.settings = bias is not None, ctx.needs_input_grad[0], weight.dtype, impl
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _autograd(ctx, grad, _low):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad, _low, add=None):  # type: ignore[no-untyped-def]
     if grad is None:
-        return None, None, None
-    x, weight = ctx.saved_tensors
-    dx, dw, db = _backward_op(grad, x, weight, ctx.bias_dtype is not None, ctx.needs_input_grad[0], ctx.weight_dtype)
-    return dx if ctx.needs_input_grad[0] else None, dw, None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+        return add, *(None,) * 5
+    dx, dw, db = _backward_op(grad, *ctx.saved_tensors, *ctx.settings, add)
+    need_x = ctx.needs_input_grad[0]
+    return dx if need_x else None, dw, None if ctx.bias_dtype is None else db.to(ctx.bias_dtype), None, None, None
 
 
 torch.library.register_autograd("fastmim::linear", _autograd, setup_context=_setup_context)
+_run_and_input = and_input(_op, _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.fastmim.linear)
@@ -130,12 +199,22 @@ def _backward_flops(grad: Any, x: Any, weight: Any, has_bias: bool, need_x: bool
     return (1 + need_x) * _flops(x, weight)
 
 
-def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _op(x, weight, bias)[0] if x.device.type == "cpu" else _reference(x, weight, bias)
+def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None
+           ) -> Tensor:
+    if x.device.type != "cpu":
+        return _reference(x, weight, bias)
+    return _op(x, weight, bias, low_weight, low_bias, "torch")[0]
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _triton(*args: Tensor | None) -> Tensor:
+    return _op(*args, "triton")[0]
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *low: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-_IMPLEMENTATIONS = {"torch": _torch, "triton": _reference, "reference": _reference}
+_IMPLEMENTATIONS: dict[str, Callable] = {"torch": _torch, "triton": _triton, "reference": _reference}
+_AND_INPUT: dict[str, Callable] = {
+    "torch": lambda *args: _run_and_input(*args, "torch"), "triton": lambda *args: _run_and_input(*args, "triton"),
+    "reference": lambda x, *args: (_reference(x, *args), x)}

@@ -78,9 +78,8 @@ def _op(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mas
     args = (tokens, weight, bias, target, mask, mean, std, stride, loss, dtype, grads)
     if impl == "triton":
         from .triton import linear_loss as kernels
-        total, found = kernels.forward(*args)
-    else:
-        total, found = _forward(*args)
+        return kernels.forward(*args)
+    total, found = _forward(*args)
     scale = pixel_scale(target, mask, total.dtype)
     return total * scale, scale, *found
 
@@ -141,8 +140,12 @@ def _forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
 
 
 @torch.library.custom_op("fastmim::linear_masked_l1_backward", mutates_args=())
-def _backward_op(factor: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor, weight_dtype: torch.dtype,
-                 bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_op(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor,
+                 weight_dtype: torch.dtype, bias_dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "triton":
+        from .triton import linear_loss as kernels
+        return kernels.backward(grad, scale, d_tokens, d_weight, d_bias, weight_dtype, bias_dtype)
+    factor = grad * scale
     # A 0-d factor would be rounded to the dtype of the tensor it scales: widen first.
     wide = factor.dtype
     return (d_tokens.to(wide) * factor).to(d_tokens.dtype), (d_weight * factor).to(weight_dtype), \
@@ -150,22 +153,24 @@ def _backward_op(factor: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Ten
 
 
 @_backward_op.register_fake
-def _(factor: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor, weight_dtype: torch.dtype,
-      bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor, weight_dtype: torch.dtype,
+      bias_dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(d_tokens), torch.empty_like(d_weight, dtype=weight_dtype), \
         torch.empty_like(d_bias, dtype=bias_dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = inputs[1].dtype, torch.float32 if inputs[2] is None else inputs[2].dtype
-    ctx.has_bias = inputs[2] is not None
+    ctx.has_bias, ctx.impl = inputs[2] is not None, inputs[-1]
 
 
 def _autograd(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    scale, d_tokens, d_weight, d_bias = ctx.saved_tensors
-    d_tokens, d_weight, d_bias = _backward_op(grad * scale, d_tokens, d_weight, d_bias, *ctx.dtypes)
+    if grad is None:
+        return (None,) * 12
+    d_tokens, d_weight, d_bias = _backward_op(grad, *ctx.saved_tensors, *ctx.dtypes, ctx.impl)
     return d_tokens, d_weight, d_bias if ctx.has_bias else None, *[None] * 9
 
 

@@ -6,9 +6,14 @@ tokens of hidden patches are then not even read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -18,6 +23,14 @@ from .dispatch import resolve
 def mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_weight: Tensor | None = None,
                 norm_bias: Tensor | None = None, eps: float = 1e-5, pos_embed: Tensor | None = None,
                 out_dtype: torch.dtype | None = None, impl: str = "auto") -> Tensor:
+    """The first result of :func:`mask_tokens_twice`."""
+    return mask_tokens_twice(tokens, mask, mask_token, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
+                             pos_embed=pos_embed, out_dtype=out_dtype, impl=impl)[0]
+
+
+def mask_tokens_twice(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_weight: Tensor | None = None,
+                      norm_bias: Tensor | None = None, eps: float = 1e-5, pos_embed: Tensor | None = None,
+                      out_dtype: torch.dtype | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Replace the masked tokens: ``LN(tokens)·(1−mask) + mask_token·mask + pos_embed``.
 
     The gradient of a masked token is an exact zero; no gradient depends on the order of threads.
@@ -34,7 +47,8 @@ def mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_weight
         impl: See :mod:`fastmim_kernels.dispatch`.
 
     Returns:
-        (B, H, W, C) in ``out_dtype``. Statistics are float32 (float64 for float64 tokens).
+        (B, H, W, C) in ``out_dtype``, twice: each for one reader, so that the gradients of two are added on the
+        way (both are the same memory). Statistics are float32 (float64 for float64 tokens).
 
     Raises:
         ValueError: Shapes do not belong together, or one of ``norm_weight`` and ``norm_bias`` is missing.
@@ -119,26 +133,26 @@ def _(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, b
 
 
 @torch.library.custom_op("fastmim::mask_tokens_backward", mutates_args=())
-def _backward_op(grad: Tensor, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
-                 weight: Tensor | None, pos: bool, dtype: torch.dtype, impl: str
-                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad = grad.contiguous()
+def _backward_op(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
+                 weight: Tensor | None, pos: bool, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(d tokens, (1 or 3, C) d mask_token[, d weight, d bias], d position or empty); ``more`` is added to ``grad``."""
+    grad, more = grad.contiguous(), None if more is None else more.contiguous()
     if tokens is not None:
         tokens = tokens.contiguous()
     if impl == "triton":
         from .triton import mask_tokens as kernels
-        return kernels.backward(grad, tokens, mask.contiguous(), mean, rstd, weight, pos, dtype)
+        return kernels.backward(grad, more, tokens, mask.contiguous(), mean, rstd, weight, pos, dtype)
+    grad = grad if more is None else grad + more
     return _backward(grad, tokens, mask, mean, rstd, weight, pos, dtype)
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-      pos: bool, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c, wide = grad.shape[-1], _wide(grad.dtype)
-    norm = grad.new_empty((2, c) if weight is not None else (0,), dtype=wide)
+def _(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
+      weight: Tensor | None, pos: bool, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _wide(grad.dtype)
     embed = grad.new_empty(grad.shape[1:] if pos else (0,), dtype=wide)
     d_tokens = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    return d_tokens, grad.new_empty((c,), dtype=wide), norm, embed
+    return d_tokens, grad.new_empty((1 if weight is None else 3, grad.shape[-1]), dtype=wide), embed
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -162,38 +176,58 @@ def _forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | 
 
 
 def _backward(grad: Tensor, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-              pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+              pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     wide = _wide(grad.dtype)
     hidden = mask.unsqueeze(-1)
     d_pos = grad.sum(0, dtype=wide) if pos else grad.new_empty(0, dtype=wide)
     d_token = torch.where(hidden, grad, 0).sum((0, 1, 2), dtype=wide)
     d_tokens = torch.where(hidden, 0, grad)
     if weight is None or tokens is None:
-        return d_tokens.to(dtype), d_token, grad.new_empty(0, dtype=wide), d_pos
+        return d_tokens.to(dtype), d_token[None], d_pos
     statistics = mean.unsqueeze(-1), rstd.unsqueeze(-1)
     d_tokens, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
         d_tokens.to(wide), tokens.to(wide), weight.shape, *statistics, weight.to(wide), weight.to(wide),
         [True, True, True])
-    return d_tokens.masked_fill_(hidden, 0).to(dtype), d_token, torch.stack((d_weight, d_bias)), d_pos
+    return d_tokens.masked_fill_(hidden, 0).to(dtype), torch.stack((d_token, d_weight, d_bias)), d_pos
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     tokens, mask, mask_token, weight, bias, pos_embed, _, _, impl = inputs
     _, mean, rstd = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(tokens if weight is not None else None, mask, mean, rstd, weight)
     ctx.impl, ctx.dtype = impl, tokens.dtype
     ctx.params = [None if p is None else (p.shape, p.dtype) for p in (mask_token, weight, bias, pos_embed)]
 
 
-def _autograd(ctx, grad, _mean, _rstd):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad, _mean, _rstd, more=None):  # type: ignore[no-untyped-def]
+    if grad is None:
+        grad, more = more, None
+    if grad is None:
+        return (None,) * 9
     tokens, mask, mean, rstd, weight = ctx.saved_tensors
-    d_tokens, d_token, d_norm, d_pos = _backward_op(grad, tokens, mask, mean, rstd, weight,
-                                                    ctx.params[3] is not None, ctx.dtype, ctx.impl)
-    found = [d_token, *(d_norm if weight is not None else (None, None)), d_pos]
+    d_tokens, sums, d_pos = _backward_op(grad, more, tokens, mask, mean, rstd, weight, ctx.params[3] is not None,
+                                         ctx.dtype, ctx.impl)
+    found = [*sums, *(None,) * (3 - len(sums)), d_pos]
     d_params = [None if like is None else d.reshape(like[0]).to(like[1])
                 for d, like in zip(found, ctx.params, strict=True)]
     return d_tokens, None, *d_params, None, None, None
+
+
+class _TwoReaders(torch.autograd.Function):
+    """The op with its result twice, so that the backward pass adds the gradients of two readers on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _op(*args)
+        _setup_context(ctx, args, output)
+        return *output, output[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _autograd(ctx, *grads)
 
 
 torch.library.register_autograd("fastmim::mask_tokens", _autograd, setup_context=_setup_context)
@@ -205,13 +239,18 @@ def _flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return 0
 
 
-def _torch(*args) -> Tensor:  # type: ignore[no-untyped-def]
-    return _op(*args, "torch")[0]
+def _run(*args: Any, impl: str) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        x = _op(*args, impl)[0]
+        return x, x
+    x, _, _, again = _TwoReaders.apply(*args, impl)  # type: ignore[no-untyped-call]
+    return x, again
 
 
-def _triton(*args) -> Tensor:  # type: ignore[no-untyped-def]
-    return _op(*args, "triton")[0]
+def _reference_twice(*args: Any) -> tuple[Tensor, Tensor]:
+    x = _reference(*args)
+    return x, x
 
 
-_FLOAT64 = {"torch": _torch, "reference": _reference}
-_IMPLEMENTATIONS = {**_FLOAT64, "triton": _triton}
+_FLOAT64: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "reference": _reference_twice}
+_IMPLEMENTATIONS = {**_FLOAT64, "triton": partial(_run, impl="triton")}

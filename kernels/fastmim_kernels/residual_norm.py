@@ -12,31 +12,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
-from .eager import shortcut, shortcut_with_grad
-from .rows import column_sum, layer_norm, layer_norm_backward, refuse_float64, statistics_dtype
+from .eager import shortcut, unwatched
+from .rows import refuse_float64, statistics_dtype
 
 ORDERS = ("pre", "post")
 
 
-def residual_norm(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *, order: str,
+def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, *, order: str,
                   eps: float = 1e-5, drop_scale: Tensor | None = None, gamma: Tensor | None = None,
-                  branch_bias: Tensor | None = None, out_dtype: torch.dtype | None = None, impl: str = "auto"
-                  ) -> tuple[Tensor, Tensor]:
+                  branch_bias: Tensor | None = None, stream_dtype: torch.dtype | None = None,
+                  out_dtype: torch.dtype | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise.
 
     ``order="pre"`` (Swin, ViT): ``r = residual + s·γ·(branch + b)``, returns ``(r, LN(r))``.
     ``order="post"`` (SwinV2): ``r = residual + s·LN(branch + b)``, returns ``(r, r)``.
 
     The first result is the stream, in the dtype of ``residual``; the second is for the next matrix product,
-    in ``out_dtype``. Feeding each to its own reader saves a cast and the addition of two gradients.
+    in ``out_dtype``. Feeding each to its own reader saves a cast and the addition of two gradients, even where
+    both are the same memory: do not write into them.
 
     Args:
-        residual: (B, …, C), the residual stream.
-        branch: (B, …, C), output of attention or MLP.
+        residual: (B, …, C), the residual stream; None ("post") starts it: ``r = s·LN(branch + b)``.
+        branch: (B, …, C), output of attention or MLP; None ("pre") adds nothing: ``r = residual``.
         weight: (C,) and bias: (C,), the LayerNorm.
         order: "pre" or "post".
         eps: Of the LayerNorm.
@@ -44,26 +46,41 @@ def residual_norm(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor
         gamma: (C,) LayerScale γ ("pre" only), or None for 1.
         branch_bias: (C,) bias b of the linear layer that made ``branch``, or None for 0. On a GPU its
             gradient is nearly free here, where the linear layer would read the whole gradient again.
+        stream_dtype: Of the first result where ``residual`` is None. Default: that of ``branch``.
         out_dtype: Of the second result. Default: autocast's where it is on, else that of ``branch``.
         impl: See :mod:`fastmim_kernels.dispatch`.
 
     Raises:
-        ValueError: Unknown order, γ with "post", or shapes that do not belong together.
+        ValueError: Unknown order, γ with "post", or tensors that do not belong together.
     """
     _check(residual, branch, weight, bias, order, drop_scale, gamma, branch_bias)
-    device = residual.device.type
-    function = resolve("residual_norm", impl, _IMPLEMENTATIONS, residual.device)
+    like = given(residual, branch)
+    device = like.device.type
+    function = resolve("residual_norm", impl, _IMPLEMENTATIONS, like.device)
+    stream_dtype = (stream_dtype or like.dtype) if residual is None else residual.dtype
     if out_dtype is None:
-        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else branch.dtype
+        dtype = like.dtype if branch is None else branch.dtype
+        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
     if drop_scale is not None:
-        drop_scale = drop_scale.detach().to(statistics_dtype(residual.dtype))
+        drop_scale = drop_scale.detach().to(statistics_dtype(like.dtype))
     with torch.autocast(device, enabled=False):
-        return function(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, out_dtype)
+        return function(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype,
+                        out_dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, out_dtype: torch.dtype | None = None,
+               impl: str = "auto") -> Tensor:
+    """LayerNorm of (B, …, C) with float32 statistics that writes ``out_dtype`` at once, see :func:`residual_norm`."""
+    if out_dtype is None and torch.is_autocast_enabled(x.device.type):
+        out_dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = out_dtype or x.dtype
+    return residual_norm(None, x, weight, bias, order="post", eps=eps, stream_dtype=dtype, out_dtype=dtype,
+                         impl=impl)[0]
 
 
 def traffic(rows: int, channels: int, order: str, *, itemsize: int = 2, branch_itemsize: int = 2,
             out_itemsize: int = 2, param_itemsize: int = 4, drop_scale: bool = False, gamma: bool = False,
-            branch_bias: bool = False) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+            branch_bias: bool = False, residual: bool = True, branch: bool = True) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Least (bytes read, bytes written, FLOPs) of forward and of backward, both results in use.
 
     Args:
@@ -71,106 +88,105 @@ def traffic(rows: int, channels: int, order: str, *, itemsize: int = 2, branch_i
         order: As of :func:`residual_norm`.
         itemsize, branch_itemsize, out_itemsize, param_itemsize: Bytes of a value of the stream, the branch,
             the second result ("post": equal to the stream's means there is none), a parameter.
-        drop_scale, gamma, branch_bias: Given.
+        drop_scale, gamma, branch_bias, residual, branch: Given.
     """
     n, parameter, post = rows * channels, channels * param_itemsize, order == "post"
+    itemsize_b = branch_itemsize * branch
     second = 0 if post and out_itemsize == itemsize else out_itemsize
     scales, extras = 4 * rows * drop_scale, gamma + branch_bias
-    forward = (n * (itemsize + branch_itemsize) + parameter * (2 + extras) + scales,
-               n * (itemsize + second) + 8 * rows, 0)
+    forward = (n * (itemsize * residual + itemsize_b) + parameter * (2 + extras) + scales,
+               n * (itemsize * branch + second) + 8 * rows, 0)
+    # "pre" reads the stream again, "post" the branch instead; every result's gradient comes once.
     read = n * (itemsize + second) + 8 * rows + scales + parameter * (1 + extras)
-    read += n * branch_itemsize if post else n * (itemsize + branch_itemsize * gamma)
-    own_branch = post or drop_scale or gamma or itemsize != branch_itemsize
-    written = n * itemsize * (not post or second > 0) + n * branch_itemsize * own_branch
+    read += n * itemsize_b if post else n * (itemsize + itemsize_b * gamma)
+    own_branch = branch and (post or drop_scale or gamma or itemsize != branch_itemsize)
+    written = n * itemsize * (not post or (second > 0 and residual)) + n * itemsize_b * own_branch
     return forward, (read, written + 4 * channels * (2 + extras), 0)
 
 
-def _check(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, order: str,
+def _check(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, order: str,
            drop_scale: Tensor | None, gamma: Tensor | None, branch_bias: Tensor | None) -> None:
     if order not in ORDERS or (order == "post" and gamma is not None):
         raise ValueError(f"residual_norm: order={order!r} with gamma={gamma is not None}: "
                          "order must be 'pre' or 'post', and 'post' takes no gamma")
-    if residual.ndim < 2 or residual.shape != branch.shape:
+    if (residual is None and order == "pre") or (branch is None and order == "post"):
+        raise ValueError(f"residual_norm: order={order!r} needs {'branch' if order == 'post' else 'residual'}")
+    like = given(residual, branch)
+    if like.ndim < 2 or any(t is not None and t.shape != like.shape for t in (residual, branch)):
         raise ValueError("residual_norm: residual and branch must both be (B, …, C), got "
-                         f"{tuple(residual.shape)} and {tuple(branch.shape)}")
-    shape = residual.shape[-1:]
+                         f"{[None if t is None else tuple(t.shape) for t in (residual, branch)]}")
+    shape = like.shape[-1:]
     vectors = {"weight": weight, "bias": bias, "gamma": gamma, "branch_bias": branch_bias}
     for name, vector in vectors.items():
         if vector is not None and vector.shape != shape:
             raise ValueError(f"residual_norm: {name} must be {tuple(shape)}, got {tuple(vector.shape)}")
-    if drop_scale is not None and drop_scale.shape != residual.shape[:1]:
-        raise ValueError(f"residual_norm: drop_scale must be ({residual.shape[0]},), got "
+    if drop_scale is not None and drop_scale.shape != like.shape[:1]:
+        raise ValueError(f"residual_norm: drop_scale must be ({like.shape[0]},), got "
                          f"{tuple(drop_scale.shape)}")
+    if branch is None and any(t is not None for t in (drop_scale, gamma, branch_bias)):
+        raise ValueError("residual_norm: drop_scale, gamma and branch_bias belong to a branch, got branch=None")
 
 
-def _forward(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
-             drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, out_dtype: torch.dtype,
-             impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(new residual, second result, mean, rstd); the second is empty where it would equal the first."""
-    residual, branch = residual.contiguous(), branch.contiguous()
+def given(residual: Tensor | None, branch: Tensor | None) -> Tensor:
+    """The one that is there."""
+    like = residual if branch is None else branch
+    assert like is not None
+    return like
+
+
+def written(order: str, branch: Tensor | None, stream_dtype: torch.dtype, out_dtype: torch.dtype
+            ) -> tuple[bool, bool]:
+    """Whether the two results are tensors of their own, or equal to the residual and to the first result."""
+    return branch is not None, order == "pre" or out_dtype != stream_dtype
+
+
+def _forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
+             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
+             stream_dtype: torch.dtype, out_dtype: torch.dtype, impl: str
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(new residual, second result, mean, rstd); a result is empty where :func:`written` says so."""
+    residual, branch = (None if t is None else t.contiguous() for t in (residual, branch))
+    args = (residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype, out_dtype)
     if impl == "triton":
         from .triton import residual_norm as kernels
-        refuse_float64("residual_norm", residual)
-        return kernels.forward(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps,
-                               out_dtype)
-    if branch_bias is not None:
-        branch = branch + branch_bias.to(branch.dtype)
-    factor = _factor(drop_scale, gamma, residual.ndim, branch.dtype)
-    if order == "post":
-        branch, mean, rstd = layer_norm(branch, weight, bias, eps)
-        out = added = _add(residual, branch, factor)
-        out = out.new_empty(0) if out_dtype == out.dtype else out.to(out_dtype)
-    else:
-        added = _add(residual, branch, factor)
-        out, mean, rstd = layer_norm(added, weight, bias, eps)
-    return added, out.to(out_dtype), mean, rstd
+        refuse_float64("residual_norm", given(residual, branch))
+        return kernels.forward(*args)
+    from . import residual_norm_torch
+    return residual_norm_torch.forward(*args)
 
 
 _op = torch.library.custom_op("fastmim::residual_norm", _forward, mutates_args=())
 
 
 @_op.register_fake
-def _(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
-      drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, out_dtype: torch.dtype,
-      impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = residual.shape
-    out = residual.new_empty(shape if order == "pre" or out_dtype != residual.dtype else (0,), dtype=out_dtype)
-    rows = residual.new_empty(residual.numel() // shape[-1], dtype=statistics_dtype(residual.dtype))
-    return residual.new_empty(shape), out, rows, torch.empty_like(rows)
-
-
-def _factor(drop_scale: Tensor | None, gamma: Tensor | None, ndim: int, dtype: torch.dtype
-            ) -> Tensor | None:
-    """s·γ, broadcastable to (B, …, C)."""
-    factor = None if drop_scale is None else drop_scale.view(-1, *[1] * (ndim - 1))
-    if gamma is not None:
-        factor = gamma if factor is None else factor * gamma
-    return None if factor is None else factor.to(dtype)
-
-
-def _add(residual: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
-    added = residual + branch if factor is None else torch.addcmul(residual, branch, factor)
-    return added.to(residual.dtype)
+def _(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
+      drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
+      out_dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = given(residual, branch)
+    own_added, own_out = written(order, branch, stream_dtype, out_dtype)
+    rows = like.new_empty(like.numel() // like.shape[-1], dtype=statistics_dtype(like.dtype))
+    return (like.new_empty(like.shape if own_added else (0,), dtype=stream_dtype),
+            like.new_empty(like.shape if own_out else (0,), dtype=out_dtype), rows, torch.empty_like(rows))
 
 
 def _backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
               mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
-              drop_scale: Tensor | None, gamma: Tensor | None, order: str, dtype: torch.dtype,
-              branch_dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+              drop_scale: Tensor | None, gamma: Tensor | None, order: str, dtype: torch.dtype | None,
+              branch_dtype: torch.dtype | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """(d residual in ``dtype``, d branch, (2 to 4, C) of d weight, d bias[, d branch_bias][, d gamma]).
 
-    ``saved`` is the branch ("post") or the new residual ("pre"). d residual is empty where it is
-    ``grad_added`` itself, d branch where it is d residual.
+    ``saved`` is the branch ("post") or the new residual ("pre"); a dtype is None where forward had no such
+    tensor. The first two are empty where :func:`owned` says so.
     """
     grad_added, grad_out = (None if g is None else g.contiguous() for g in (grad_added, grad_out))
     saved, branch = saved.contiguous(), None if branch is None else branch.contiguous()
-    args = (saved, branch, mean, rstd, weight, branch_bias, drop_scale, gamma)
+    args = (grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, drop_scale, gamma, order, dtype,
+            branch_dtype)
     if impl == "triton":
         from .triton import residual_norm as kernels
-        return kernels.backward(grad_added, grad_out, *args, order, dtype, branch_dtype)
-    if order == "post":
-        return _backward_post(grad_added, grad_out, saved, mean, rstd, weight, branch_bias, drop_scale, dtype)
-    return _backward_pre(grad_added, grad_out, *args, dtype, branch_dtype)
+        return kernels.backward(*args)
+    from . import residual_norm_torch
+    return residual_norm_torch.backward(*args)
 
 
 _backward_op = torch.library.custom_op("fastmim::residual_norm_backward", _backward, mutates_args=())
@@ -179,97 +195,79 @@ _backward_op = torch.library.custom_op("fastmim::residual_norm_backward", _backw
 @_backward_op.register_fake
 def _(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None, mean: Tensor,
       rstd: Tensor, weight: Tensor, branch_bias: Tensor | None, drop_scale: Tensor | None,
-      gamma: Tensor | None, order: str, dtype: torch.dtype, branch_dtype: torch.dtype, impl: str
+      gamma: Tensor | None, order: str, dtype: torch.dtype | None, branch_dtype: torch.dtype | None, impl: str
       ) -> tuple[Tensor, Tensor, Tensor]:
     own_residual, own_branch = owned(order, grad_out, drop_scale, gamma, dtype, branch_dtype)
     sums = 2 + (branch_bias is not None) + (gamma is not None)
-    return (saved.new_empty(saved.shape if own_residual else (0,), dtype=dtype),
-            saved.new_empty(saved.shape if own_branch else (0,), dtype=branch_dtype),
+    return (saved.new_empty(saved.shape if own_residual else (0,), dtype=dtype or saved.dtype),
+            saved.new_empty(saved.shape if own_branch else (0,), dtype=branch_dtype or saved.dtype),
             saved.new_empty((sums, saved.shape[-1]), dtype=mean.dtype))
 
 
 def owned(order: str, grad_out: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None,
-          dtype: torch.dtype, branch_dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether d residual and d branch are tensors of their own, or equal to grad_added and to d residual."""
+          dtype: torch.dtype | None, branch_dtype: torch.dtype | None) -> tuple[bool, bool]:
+    """Whether d residual and d branch are tensors of their own.
+
+    Otherwise the first equals grad_added, the second d residual, or there is no such input.
+    """
     post = order == "post"
-    return (not post or grad_out is not None,
-            post or drop_scale is not None or gamma is not None or branch_dtype != dtype)
-
-
-def _backward_post(grad_added: Tensor | None, grad_out: Tensor | None, branch: Tensor, mean: Tensor,
-                   rstd: Tensor, weight: Tensor, branch_bias: Tensor | None, drop_scale: Tensor | None,
-                   dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    if grad_out is None:
-        assert grad_added is not None
-        grad, d_residual = grad_added, branch.new_empty(0, dtype=dtype)
-    else:
-        grad = d_residual = grad_out.to(dtype) if grad_added is None else grad_added + grad_out
-    grad = grad.to(branch.dtype)
-    factor = _factor(drop_scale, None, branch.ndim, branch.dtype)
-    grad = grad if factor is None else grad * factor
-    x = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
-    d_branch, sums = layer_norm_backward(grad, x, mean, rstd, weight)
-    d_params = [*sums]
-    if branch_bias is not None:
-        d_params.append(column_sum(d_branch))
-    return d_residual, d_branch, torch.stack([d.to(mean.dtype) for d in d_params])
-
-
-def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Tensor, branch: Tensor | None,
-                  mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
-                  drop_scale: Tensor | None, gamma: Tensor | None, dtype: torch.dtype,
-                  branch_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    if grad_out is None:
-        assert grad_added is not None
-        d_residual, d_params = grad_added.clone(), [mean.new_zeros(weight.shape) for _ in range(2)]
-    else:
-        d_residual, sums = layer_norm_backward(grad_out, added, mean, rstd, weight)
-        d_params = [*sums]
-        if grad_added is not None:
-            d_residual += grad_added
-    factor = _factor(drop_scale, gamma, added.ndim, dtype)
-    if factor is None and branch_dtype == dtype:
-        d_branch = added.new_empty(0)
-    else:
-        d_branch = (d_residual if factor is None else d_residual * factor).to(branch_dtype)
-    if branch_bias is not None:
-        d_params.append(column_sum(d_branch if d_branch.numel() else d_residual))
-    if gamma is not None:
-        assert branch is not None
-        branch = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
-        # Summed within each sample first: then the factor of the samples is a small product.
-        products = (d_residual * branch).flatten(1, -2).sum(1, dtype=mean.dtype)
-        d_params.append(products.sum(0) if drop_scale is None else drop_scale @ products)
-    return d_residual, d_branch, torch.stack([d.to(mean.dtype) for d in d_params])
+    own_branch = post or drop_scale is not None or gamma is not None or branch_dtype != dtype
+    return dtype is not None and (not post or grad_out is not None), branch_dtype is not None and own_branch
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, _, _, impl = inputs
+    residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, _, _, _, impl = inputs
     added, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
-    saved, kept = (branch, None) if order == "post" else (added, branch if gamma is not None else None)
+    if order == "post":
+        saved, kept = branch, None
+    else:
+        saved, kept = residual if branch is None else added, branch if gamma is not None else None
     ctx.save_for_backward(saved, kept, mean, rstd, weight, branch_bias, drop_scale, gamma)
-    ctx.settings = order, residual.dtype, branch.dtype, impl
+    ctx.settings = order, *(None if t is None else t.dtype for t in (residual, branch)), impl
     ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, branch_bias, gamma)]
 
 
 def _autograd(ctx, grad_added, grad_out, _mean, _rstd):  # type: ignore[no-untyped-def]
-    if grad_out is not None and not grad_out.numel():
-        grad_out = None
+    grad_added, grad_out = (None if g is None or not g.numel() else g for g in (grad_added, grad_out))
+    order, dtype, branch_dtype, _ = ctx.settings
     if grad_added is None and grad_out is None:
-        return (None,) * 11
+        return (None,) * 12
+    if order == "post" and grad_added is None and grad_out.dtype == dtype:
+        grad_added, grad_out = grad_out, None
     d_residual, d_branch, found = _run_backward(grad_added, grad_out, *ctx.saved_tensors, *ctx.settings)
-    d_residual = d_residual if d_residual.numel() else grad_added
-    d_branch = d_branch if d_branch.numel() else d_residual
+    own_residual, own_branch = owned(order, grad_out, *ctx.saved_tensors[-2:], dtype, branch_dtype)
+    d_residual = None if dtype is None else d_residual if own_residual else grad_added
+    d_branch = None if branch_dtype is None else d_branch if own_branch else d_residual
     sums = iter(found)
     d_params = [None if dtype is None else next(sums).to(dtype) for dtype in ctx.dtypes]
-    return d_residual, d_branch, *d_params[:3], None, d_params[3], None, None, None, None
+    return d_residual, d_branch, *d_params[:3], None, d_params[3], *[None] * 5
 
 
 torch.library.register_autograd("fastmim::residual_norm", _autograd, setup_context=_setup_context)
-_run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
 _run_backward = shortcut(_backward_op, _backward)
+
+
+class _TwoReaders(torch.autograd.Function):
+    """The op with two results in every case: an op may not return one tensor twice, or its input.
+
+    Each reader's gradient then arrives by itself, and the backward pass adds them on the way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        added, out, mean, rstd = (_forward if unwatched(args) else _op)(*args)
+        _setup_context(ctx, args, (added, out, mean, rstd))
+        residual, branch, order, stream_dtype, out_dtype = args[0], args[1], args[7], args[9], args[10]
+        own_added, own_out = written(order, branch, stream_dtype, out_dtype)
+        added = added if own_added else residual.detach()
+        return added, out if own_out else added.detach(), mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _autograd(ctx, *grads)
 
 
 # No matrix product inside; torch's counter counts nothing else either.
@@ -278,18 +276,27 @@ def _flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return 0
 
 
-def _run(residual: Tensor, *args, impl: str) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    added, out, _, _ = _run_op(residual, *args, impl)
-    order, _, out_dtype = args[-3:]
-    return added, added if order == "post" and out_dtype == residual.dtype else out
+def _run(*args, impl: str) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    if not torch.compiler.is_compiling():
+        return _TwoReaders.apply(*args, impl)[:2]  # type: ignore[no-untyped-call]
+    # The compiler sees the op itself; where both readers share a result, their gradients meet in an addition.
+    residual, branch, *_, order, _, stream_dtype, out_dtype = args
+    added, out, _, _ = _op(*args, impl)
+    own_added, own_out = written(order, branch, stream_dtype, out_dtype)
+    added = added if own_added else residual
+    return added, out if own_out else added
 
 
-def _reference(residual: Tensor, branch: Tensor, weight: Tensor, *args) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    *tensors, order, eps, out_dtype = args
-    wide = torch.promote_types(torch.promote_types(residual.dtype, branch.dtype), weight.dtype)
-    given: list[Any] = [None if t is None else t.to(wide) for t in (residual, branch, weight, *tensors)]
-    added, out = reference.residual_norm(*[*given, order, eps])
-    return added.to(residual.dtype), out.to(out_dtype)
+def _reference(residual: Tensor | None, branch: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, *tensors, order, eps, stream_dtype, out_dtype = args
+    like = given(residual, branch)
+    wide = torch.promote_types(like.dtype if residual is None else residual.dtype, weight.dtype)
+    residual = torch.zeros_like(like) if residual is None else residual
+    branch = torch.zeros_like(like) if branch is None else branch
+    wide = torch.promote_types(wide, branch.dtype)
+    cast: list[Any] = [None if t is None else t.to(wide) for t in (residual, branch, weight, *tensors)]
+    added, out = reference.residual_norm(*[*cast, order, eps])
+    return added.to(stream_dtype), out.to(out_dtype)
 
 
 _IMPLEMENTATIONS: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),

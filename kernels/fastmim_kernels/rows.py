@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,12 @@ from torch import Tensor
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, but float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exactly(padded: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first values of a flat tensor in ``shape``; all of them, as they mostly are, cost backward no copy."""
+    count = math.prod(shape)
+    return (padded if padded.numel() == count else padded[:count]).view(shape)
 
 
 def column_sum(x: Tensor) -> Tensor:

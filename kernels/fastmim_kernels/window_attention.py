@@ -135,6 +135,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     qkv, bias, logit_scale, ctx.num_heads, ctx.window_size, ctx.shift_size, ctx.impl = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # else a launch fills zeros for lse, which has no gradient
     # The torch backward needs no output; the Triton one does, and the projection that reads it saves it anyway.
     ctx.save_for_backward(qkv, bias, logit_scale, out if ctx.impl == "triton" else None, lse)
 

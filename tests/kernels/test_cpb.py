@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmim_kernels import cpb_bias
+from fastmim_kernels import bias_plan, cpb_bias, position_bias
 from fastmim_kernels.cpb import _op, traffic
 from tests.kernels.oracle import check
 
@@ -36,6 +36,43 @@ def with_impl(impl: str):  # type: ignore[no-untyped-def]
     return run
 
 
+# (blocks, heads, window) of the stages of an encoder: an odd window, whose bias ends between two alignments.
+STAGES = [(2, 1, (4, 4)), (1, 3, (3, 3)), (2, 6, (2, 3))]
+
+
+def encoder_inputs(hidden: int) -> dict[str, Any]:
+    """Parameters of every block by name; hidden 0: tables."""
+    stages = [inputs_for(blocks, heads, hidden or 1, window) for blocks, heads, window in STAGES]
+    names = ("weight1", "bias1", "weight2") if hidden else ("table",)
+    found: dict[str, Any] = {}
+    for stage in stages:
+        stage["table"] = torch.randn(*stage["weight2"].shape[:2], len(stage["coords"]), dtype=torch.float64).mT
+        for i in range(len(stage["weight1"])):
+            found |= {f"{len(found)} {name}": stage[name][i] for name in names}
+    return found
+
+
+def encoder_bias(impl: str, hidden: int):  # type: ignore[no-untyped-def]
+    stages = [inputs_for(*stage[:2], 1, stage[2]) for stage in STAGES]
+    coords = [stage["coords"] for stage in stages] if hidden else None
+    plan, blocks = bias_plan([s["index"] for s in stages], [s[0] for s in STAGES], [s[1] for s in STAGES],
+                             [len(s["coords"]) for s in stages], coords, hidden)
+
+    def run(**params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = list(params.values())
+        step = 3 if hidden else 1
+        own = [tuple(values[i : i + step]) for i in range(0, len(values), step)]
+        return tuple(position_bias(plan, blocks, own, impl=impl))
+    return run
+
+
+@pytest.mark.parametrize("hidden", [0, 7])
+def test_all_stages_of_an_encoder_at_once(hidden: int) -> None:
+    inputs = encoder_inputs(hidden)
+    check(encoder_bias("torch", hidden), encoder_bias("reference", hidden), inputs,
+          dict.fromkeys(inputs, torch.float32), wrt=list(inputs))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(case: tuple[Any, ...]) -> None:
     check(with_impl("torch"), with_impl("reference"), inputs_for(*case), dict.fromkeys(NAMES, torch.float32), wrt=NAMES)
@@ -43,7 +80,7 @@ def test_against_float64(case: tuple[Any, ...]) -> None:
 
 def test_any_index_not_only_relative_positions() -> None:
     inputs = inputs_for(*CASES[0])
-    inputs["index"] = torch.randint(0, 9, (5, 3), generator=torch.Generator().manual_seed(2))
+    inputs["index"] = torch.randint(0, 9, (5, 5), generator=torch.Generator().manual_seed(2))
     check(with_impl("torch"), with_impl("reference"), inputs, dict.fromkeys(NAMES, torch.float32), wrt=NAMES)
 
 
@@ -55,13 +92,27 @@ def test_stays_in_float32_under_autocast() -> None:
     assert found.dtype == torch.float32 and torch.equal(found, cpb_bias(**inputs))
 
 
-def test_opcheck_and_compile() -> None:
-    inputs = inputs_for(*CASES[1])
-    inputs |= {n: inputs[n].float().requires_grad_() for n in NAMES}
-    torch.library.opcheck(_op, (*inputs.values(), "torch"))
+def op_args(hidden: int, impl: str) -> tuple[Any, ...]:
+    """Of the op itself, for one stage of two blocks whose biases leave no gaps, which nobody writes."""
+    inputs = inputs_for(2, 2, 5, (2, 4))
+    plan, blocks = bias_plan([inputs["index"]], [2], [2], [len(inputs["coords"])], [inputs["coords"]] if hidden else None, hidden)
+    size = blocks[1].params * 2
+    layout = [value for block in blocks for value in block]
+    return torch.randn(size, requires_grad=True), *plan, layout, hidden, impl
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_opcheck(hidden: int) -> None:
+    torch.library.opcheck(_op, op_args(hidden, "torch"))
+
+
+def test_compiles_without_graph_break() -> None:
+    inputs = {name: value.float() for name, value in encoder_inputs(5).items()}
     torch._dynamo.reset()
-    compiled = torch.compile(cpb_bias, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(**inputs), cpb_bias(**inputs))
+    run = encoder_bias("torch", 5)
+    for ours, theirs in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(**inputs), run(**inputs),
+                            strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_flops_are_those_of_the_plain_layers() -> None:

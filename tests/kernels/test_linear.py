@@ -51,7 +51,8 @@ def test_error_is_at_most_twice_that_of_plain_torch(name, dtype, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_registration_and_repeated_backward(dtype):
     inputs, grad = make("short rows: copied", dtype)
-    torch.library.opcheck(torch.ops.fastmim.linear.default, tuple(t.clone().requires_grad_() for t in inputs))
+    args = *(t.clone().requires_grad_() for t in inputs), None, None, "torch"
+    torch.library.opcheck(torch.ops.fastmim.linear.default, args)
     first, second = (run("torch", inputs, grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -62,6 +63,18 @@ def test_autocast_casts_everything():
         cast = run("torch", inputs, grad)
     expected = run("torch", (inputs[0].bfloat16(), *inputs[1:]), grad)
     assert torch.equal(cast[0], expected[0]) and torch.equal(cast[2], expected[2])
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_copies_in_low_precision_change_nothing(impl):
+    (x, weight, b), grad = make("short rows: copied", torch.bfloat16)
+    found = []
+    for low in ({}, {"low_weight": weight.bfloat16(), "low_bias": b.bfloat16()}, {"low_weight": weight.half()}):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, b)]
+        out = fk.linear(*leaves, **low, impl=impl)
+        found.append([out, *torch.autograd.grad(out, leaves, grad)])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+    assert [t.dtype for t in found[1][2:]] == [torch.float32] * 2
 
 
 def test_frozen_input_costs_no_product():
@@ -76,3 +89,7 @@ def test_frozen_input_costs_no_product():
 def test_message_names_the_shapes():
     with pytest.raises(ValueError, match=r"weight must be \(N, 4\)"):
         fk.linear(torch.zeros(2, 4), torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="low_weight must have the shape"):
+        fk.linear(torch.zeros(2, 4), torch.zeros(3, 4), low_weight=torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="low_bias must have the shape"):
+        fk.linear(torch.zeros(2, 4), torch.zeros(3, 4), low_bias=torch.zeros(3))

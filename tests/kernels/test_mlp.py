@@ -65,6 +65,18 @@ def test_autocast_keeps_parameter_dtypes(recompute_fc1: bool) -> None:
     assert all(g.dtype == F32 and torch.isfinite(g).all() for g in grads)
 
 
+@pytest.mark.parametrize("recompute_fc1", [False, True])
+def test_weights_cast_by_the_caller_change_nothing(recompute_fc1: bool) -> None:
+    inputs, names = inputs_for((6, 24), 40, 16)
+    args = {n: inputs[n].float().requires_grad_() for n in names}
+    args["x"] = args["x"].detach().bfloat16().requires_grad_()
+    low = {f"low_{n}": args[n].bfloat16().detach() for n in ("weight1", "weight2")}
+    outs = [mlp(**args, **given, recompute_fc1=recompute_fc1, impl="torch") for given in ({}, low)]
+    plain, given = ([out, *torch.autograd.grad(out.float().sum(), list(args.values()))] for out in outs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))
+    assert given[2].dtype == F32
+
+
 def saved_sizes(function: Callable[[], Tensor]) -> list[int]:
     """Elements of what is kept for backward, storages counted once."""
     sizes: dict[int, int] = {}
@@ -101,7 +113,7 @@ def test_opcheck(dtype: torch.dtype, recompute_fc1: bool, biases: str) -> None:
     inputs, _ = inputs_for((2, 3, 16), 24, 8, biases)
     args = [None if inputs[n] is None else inputs[n].float().requires_grad_() for n in NAMES]
     args[0] = args[0].detach().to(dtype).requires_grad_()
-    torch.library.opcheck(_op, (*args, recompute_fc1, "torch"))
+    torch.library.opcheck(_op, (*args, None, None, recompute_fc1, "torch"))
 
 
 def test_compiles_without_graph_break() -> None:
@@ -124,16 +136,22 @@ def test_counts_its_products(recompute_fc1: bool) -> None:
     assert counter.get_total_flops() == backward[2] == 4 * 10 * 24 * 24 + 2 * 10 * 16 * 24 * recompute_fc1
 
 
-def test_traffic_is_the_sum_of_its_passes() -> None:
-    forward, backward = traffic(100, 8, 32, itemsize=4, param_itemsize=4, bias=False)
+def test_traffic_is_the_sum_of_its_products() -> None:
     x, h, w = 100 * 8 * 4, 100 * 32 * 4, 32 * 8 * 4
-    assert forward[:2] == (x + w + h + h + w, h + h + x)
-    assert backward[:2] == ((x + w) + 2 * h + (x + h) + (h + x) + (h + w), h + 2 * h + w + w + x)
+    forward, backward = traffic(100, 8, 32, itemsize=4, param_itemsize=4, bias=False)
+    assert forward[:2] == (x + w + h + w, 2 * h + x)
+    assert backward[:2] == ((x + w + h) + (x + h) + (h + x) + (h + w), 2 * h + w + w + x)
+    again, recomputed = traffic(100, 8, 32, itemsize=4, param_itemsize=4, bias=False, recompute_fc1=True)
+    assert again[1] == forward[1] - h and recomputed[:2] == (backward[0] + x + w, backward[1] + h)
+    low = traffic(100, 8, 32, itemsize=2, bias=False, low_weights=True)[0]
+    cast = traffic(100, 8, 32, itemsize=2, bias=False)[0]
+    assert (cast[0] - low[0], cast[1] - low[1]) == (2 * w, w)
 
 
 @pytest.mark.parametrize("change, word", [
     ({"weight1": torch.zeros(6, 5)}, "weight1"), ({"weight2": torch.zeros(3, 5)}, "weight2"),
-    ({"bias1": torch.zeros(4)}, "bias1"), ({"bias2": torch.zeros(6)}, "bias2")])
+    ({"bias1": torch.zeros(4)}, "bias1"), ({"bias2": torch.zeros(6)}, "bias2"),
+    ({"low_weight1": torch.zeros(4, 6)}, "low_weight1")])
 def test_wrong_shapes_are_named(change: dict, word: str) -> None:
     args = {"x": torch.zeros(2, 4), "weight1": torch.zeros(6, 4), "bias1": torch.zeros(6),
             "weight2": torch.zeros(3, 6), "bias2": torch.zeros(3)}

@@ -214,11 +214,15 @@ def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
     encoder = create_encoder(dict(SWIN, name="swin", img_size=32, window_size=4, drop_path_rate=0.5))
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(encoder.eval()(images), encoder(images))
-    drop = encoder.train().layers[1].blocks[1].drop_path
+    drop = encoder.train().shared.drop_paths
     torch.manual_seed(0)
-    factors = drop(torch.empty(20000, 1))
-    assert drop.rate == 0.5 and set(factors.unique().tolist()) == {0.0, 2.0}
-    assert factors.mean().item() == pytest.approx(1.0, abs=4 * (1 / 20000) ** 0.5)
+    factors = drop(20000)
+    assert drop.rates[0] == 0 and drop.rates[-1] == 0.5 and factors[0] == (None, None)
+    assert set(factors[-1][0].unique().tolist()) == {0.0, 2.0}
+    drawn = torch.stack([branch for pair in factors[1:] for branch in pair])
+    # Mean 1, and no two branches share their draws.
+    assert torch.allclose(drawn.mean(1), torch.ones(6), atol=4 * (1 / 20000) ** 0.5)
+    assert torch.corrcoef(drawn).sub(torch.eye(6)).abs().max() < 5 * (1 / 20000) ** 0.5
 
 
 @pytest.mark.parametrize(

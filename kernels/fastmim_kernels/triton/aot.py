@@ -7,6 +7,7 @@ process without ``TRITON_INTERPRET``: interpreted functions cannot be compiled.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import re
 import subprocess
@@ -44,6 +45,7 @@ class AotCase:
             the rows do not allow it.
         dot: The kernel must contain tensor-core instructions.
         persistent: One block an SM is intended.
+        archs: Architectures (90 for sm_90) on which this configuration is ever launched.
     """
 
     name: str
@@ -57,6 +59,16 @@ class AotCase:
     wide_target: float = 0.95
     dot: bool = False
     persistent: bool = False
+    archs: tuple[int, ...] = (80, 90, 100)
+
+    def key(self, arch: int) -> str:
+        """Of the machine code: equal for cases that differ only in the values of run-time arguments.
+
+        It changes with the source of the kernel and of what it calls, and with Triton's version.
+        """
+        parts = (self.kernel.cache_key, sorted(self.signature.items()), sorted(self.constexprs.items()),
+                 sorted(self.divisible), self.num_warps, self.num_stages, arch, triton.__version__)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def kernel_modules() -> list[str]:
@@ -86,7 +98,8 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         ``registers`` a thread, ``spills`` (local loads and stores), ``local_bytes`` a thread, ``shared_bytes``
         a block, ``loads`` and ``stores`` (global instructions by bits a thread), ``share_128`` (share of the
         global bytes that go through accesses of 128 bits or more, see :mod:`.aot_bytes`),
-        ``hmma``, ``hgmma``, ``tcgen05`` (instruction counts), ``atomics`` and ``blocks_per_sm``.
+        ``hmma``, ``hgmma``, ``tcgen05`` (instruction counts), ``atomics`` on floating-point values, ``arrivals``
+        (those on integers, whose order changes no result) and ``blocks_per_sm``.
     """
     names = list(case.kernel.arg_names)
     unknown = {*case.signature, *case.constexprs, *case.divisible} - set(names)
@@ -128,7 +141,7 @@ def _tool(name: str, *args: str) -> str:
 def _count(sass: str) -> dict[str, Any]:
     loads: dict[int, int] = {}
     stores: dict[int, int] = {}
-    seen = {"spills": 0, "hmma": 0, "hgmma": 0, "tcgen05": 0, "atomics": 0}
+    seen = {"spills": 0, "hmma": 0, "hgmma": 0, "tcgen05": 0, "atomics": 0, "arrivals": 0}
     for match in _OPCODE.finditer(sass):
         opcode, suffixes = match[1], match[2]
         if opcode in ("LDL", "STL"):
@@ -140,7 +153,8 @@ def _count(sass: str) -> dict[str, Any]:
         elif opcode.startswith("UTC") and opcode.endswith("MMA"):
             seen["tcgen05"] += 1
         elif opcode.startswith(("ATOMG", "RED")) and opcode != "REDUX" or opcode == "ATOM":
-            seen["atomics"] += 1
+            floating = any(part.startswith(("F16", "F32", "F64", "BF16")) for part in suffixes.split("."))
+            seen["atomics" if floating else "arrivals"] += 1
         elif opcode in ("LDG", "LDGSTS", "STG") or opcode.startswith(("UTMALDG", "UTMASTG")):
             bits = 128 if opcode.startswith("UTMA") else _bits(suffixes)
             table = stores if opcode.startswith(("STG", "UTMAS")) else loads

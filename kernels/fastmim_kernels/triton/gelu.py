@@ -86,8 +86,7 @@ def gelu_backward(
     p_grad,  # (rows, N)
     p_x,  # (rows, N)
     p_bias,  # (N,) or None
-    p_dx,  # (rows, N), out; may be p_grad
-    p_out,  # (rows, N) or None, out: the recomputed activation
+    p_dx,  # (rows, N), out
     p_partial,  # (programs, N) fp32, out: d bias; None without bias
     rows,
     N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -107,8 +106,6 @@ def gelu_backward(
         if p_bias is not None:
             b_x += b_bias
         b_cdf, b_exp = normal_cdf(b_x)
-        if p_out is not None:
-            tl.store(p_out + o_base + o_tile, (b_x * b_cdf).to(p_out.dtype.element_ty), mask=m_tile)
         b_grad *= b_cdf + b_x * b_exp * 0.3989422804014327
         tl.store(p_dx + o_base + o_tile, b_grad.to(p_dx.dtype.element_ty), mask=m_tile)
         b_sum += b_grad
@@ -116,30 +113,24 @@ def gelu_backward(
         tl.store(p_partial + tl.program_id(0) * N + o_n, tl.sum(b_sum, 0), mask=m_n)
 
 
-def forward(x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Launch the forward kernel on a contiguous (…, N); ``out`` may be ``x`` itself."""
+def forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Launch the forward kernel on a contiguous (…, N)."""
     columns = x.shape[-1]
     rows = x.numel() // columns
-    out = torch.empty_like(x) if out is None else out
+    out = torch.empty_like(x)
     gelu_forward[programs(rows, columns, "forward", x.device)](x, bias, out, rows, N=columns, **config(columns))
     return out
 
 
-def backward(grad: Tensor, x: Tensor, bias: Tensor | None, recompute: bool, dx: Tensor | None = None
-             ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel: (d x, d bias fp32, activation), the latter two empty where not wanted.
-
-    ``dx`` may be ``grad`` itself.
-    """
+def backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel: (d x, d bias fp32, empty without one)."""
     columns = x.shape[-1]
     rows = x.numel() // columns
-    dx = torch.empty_like(x) if dx is None else dx
-    out = torch.empty_like(x) if recompute else x.new_empty(0)
+    dx = torch.empty_like(x)
     grid = programs(rows, columns, "backward", x.device)
     partial = torch.empty(grid[0] if bias is not None else 0, columns, dtype=torch.float32, device=x.device)
-    gelu_backward[grid](grad, x, bias, dx, out if recompute else None, partial if bias is not None else None, rows,
-                        N=columns, **config(columns))
-    return dx, partial.sum(0) if bias is not None else partial.new_empty(0), out
+    gelu_backward[grid](grad, x, bias, dx, partial if bias is not None else None, rows, N=columns, **config(columns))
+    return dx, partial.sum(0) if bias is not None else partial.new_empty(0)
 
 
 def _case(name: str, columns: int, direction: str, dtype: str, quick: bool) -> AotCase:

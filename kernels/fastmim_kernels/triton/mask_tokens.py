@@ -7,12 +7,16 @@ masked patches are never loaded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import arrival
 from .aot import AotCase
+from .arrival import GROUP, sum_partials
 
 
 @triton.jit
@@ -61,16 +65,19 @@ def mask_tokens_forward(
 @triton.jit
 def mask_tokens_backward(
     p_g,  # (B, P, C) gradient of the output
+    p_more,  # (B, P, C) gradient from its second reader, or None
     p_x,  # (B, P, C) tokens, None without norm
     p_mask,  # (B, P) bool as uint8
     p_mean,  # (B, P) float32, unused without norm
     p_rstd,  # (B, P) float32, unused without norm
     p_weight,  # (C,) or None
     p_dx,  # (B, P, C)
-    p_partial,  # (programs, K, C) float32: d mask_token, then d weight and d bias with a norm
+    p_partial,  # (programs, K, C) float32, scratch
+    p_counter,  # int32, see .arrival
+    p_sums,  # (K, C) float32, out: d mask_token, then d weight and d bias with a norm
     p_dpos,  # (splits, P, C) float32 or None
     batch, positions, per_program,
-    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
 ):
     i_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_c = tl.arange(0, BLOCK_C)
@@ -91,6 +98,8 @@ def mask_tokens_backward(
         b_hidden = tl.load(p_mask + i_row, mask=m_p, other=1) != 0
         o_x = i_row[:, None] * C + o_c
         b_g = tl.load(p_g + o_x, mask=m_x, other=0).to(tl.float32)
+        if p_more is not None:
+            b_g += tl.load(p_more + o_x, mask=m_x, other=0).to(tl.float32)
         a_token += tl.where(b_hidden[:, None], b_g, 0.0)
         if p_dpos is not None:
             a_pos += b_g
@@ -117,6 +126,8 @@ def mask_tokens_backward(
         tl.store(p_row + 2 * C, tl.sum(a_bias, 0), mask=m_c)
     else:
         tl.store(p_partial + i_program * C + o_c, tl.sum(a_token, 0), mask=m_c)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    sum_partials(p_partial, p_counter, p_sums, i_program, programs, C if p_weight is None else 3 * C, GROUP)
 
 
 def config(channels: int, positions: int, batch: int, norm: bool = False) -> dict[str, int]:
@@ -148,22 +159,21 @@ def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | N
     return out, mean, rstd
 
 
-def backward(grad: Tensor, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-             pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d tokens, d mask_token, (2, C) d norm or empty, d position or empty), parameters in float32."""
+def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
+             weight: Tensor | None, pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(d tokens, (1 or 3, C) d mask_token and d norm, d position or empty), parameters in float32."""
     batch, height, width, c = grad.shape
     cfg = config(c, height * width, batch)
     kinds = 3 if weight is not None else 1
     d_tokens = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     partial = torch.empty((cfg["blocks"] * cfg["splits"], kinds, c), dtype=torch.float32, device=grad.device)
     d_pos = torch.empty((cfg["splits"], height, width, c) if pos else (1, 0), dtype=torch.float32, device=grad.device)
+    sums = torch.empty((kinds, c), dtype=torch.float32, device=grad.device)
     mask_tokens_backward[(cfg["blocks"], cfg["splits"])](
-        grad, tokens, mask.view(torch.uint8), mean, rstd, weight, d_tokens, partial, d_pos if pos else None,
-        batch, height * width, cfg["per_program"],
-        C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], num_warps=cfg["num_warps"])
-    sums = partial.sum(0)
-    return d_tokens, sums[0].clone(), sums[1:].clone() if kinds == 3 else sums.new_empty(0), \
-        d_pos.sum(0) if d_pos.shape[0] > 1 else d_pos[0].clone()
+        grad, more, tokens, mask.view(torch.uint8), mean, rstd, weight, d_tokens, partial,
+        arrival.counters(1 + len(partial), grad.device), sums, d_pos if pos else None, batch, height * width, cfg["per_program"],
+        C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], GROUP=GROUP, num_warps=cfg["num_warps"])
+    return d_tokens, sums, d_pos.sum(0) if d_pos.shape[0] > 1 else d_pos.squeeze(0)
 
 
 def aot_cases() -> list[AotCase]:
@@ -174,13 +184,14 @@ def aot_cases() -> list[AotCase]:
                                      ("vit_b", 768, 196, False)):
         cfg = config(c, positions, 128)
         tiles = {"C": c, "BLOCK_P": cfg["BLOCK_P"], "BLOCK_C": cfg["BLOCK_C"]}
-        absent = {"p_pos": None} if norm else {"p_weight": None, "p_bias": None}
+        absent: dict[str, Any] = {"p_pos": None} if norm else {"p_weight": None, "p_bias": None}
         types = {"p_x": "*bf16", "p_mask": "*u8", "p_token": "*fp32", "p_weight": "*fp32", "p_bias": "*fp32",
                  "p_pos": "*fp32", "p_out": "*bf16", "p_mean": "*fp32", "p_rstd": "*fp32", "batch": "i32",
                  "positions": "i32", "per_program": "i32", "eps": "fp32"}
         cases.append(_case(f"forward/{name}", mask_tokens_forward, types, tiles | absent, cfg["num_warps"]))
-        absent = {"p_dpos": None} if norm else {"p_weight": None, "p_x": None}
-        types = {"p_g": "*bf16", "p_x": "*bf16", "p_mask": "*u8", "p_mean": "*fp32", "p_rstd": "*fp32",
+        absent = {"p_dpos": None} if norm else {"p_weight": None, "p_x": None, "p_more": None}
+        absent["GROUP"] = GROUP
+        types = {"p_g": "*bf16", "p_more": "*bf16", "p_counter": "*i32", "p_sums": "*fp32", "p_x": "*bf16", "p_mask": "*u8", "p_mean": "*fp32", "p_rstd": "*fp32",
                  "p_weight": "*fp32", "p_dx": "*bf16", "p_partial": "*fp32", "p_dpos": "*fp32", "batch": "i32",
                  "positions": "i32", "per_program": "i32"}
         cases.append(_case(f"backward/{name}", mask_tokens_backward, types, tiles | absent, cfg["num_warps"]))

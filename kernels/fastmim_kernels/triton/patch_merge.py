@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import arrival
 from .aot import AotCase
+from .arrival import GROUP, sum_partials
 
 ELEMENTS_PER_THREAD = 8
 """One 128-bit access of bf16 a tensor."""
@@ -106,9 +108,11 @@ def patch_merge_backward(
     p_rstd,  # (rows,) fp32 or None
     p_weight,  # (4C,) or None
     p_dx,  # (B, H, W, C), out
-    p_partial,  # (programs, 2, 4C) fp32 or None, out: d weight, d bias
+    p_partial,  # (programs, 2, 4C) fp32 or None, scratch
+    p_counter,  # int32 or None, see .arrival
+    p_sums,  # (2, 4C) fp32 or None, out: d weight, d bias
     rows, height, width,
-    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
 ):
     o_r = tl.arange(0, BLOCK_R)
     o_c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, None, :]
@@ -140,6 +144,7 @@ def patch_merge_backward(
         p_sum = p_partial + tl.program_id(0) * (8 * C) + o_channel
         tl.store(p_sum, tl.sum(b_d_weight, 0)[None, :, :], mask=m_c)
         tl.store(p_sum + 4 * C, tl.sum(b_d_bias, 0)[None, :, :], mask=m_c)
+        sum_partials(p_partial, p_counter, p_sums, tl.program_id(0), tl.num_programs(0), 8 * C, GROUP)
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
@@ -164,24 +169,26 @@ def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight:
     rows, norm = grad.numel() // (4 * channels), weight is not None
     grid = programs(rows, channels, norm, "backward", grad.device)
     partial = torch.empty(grid[0] if norm else 0, 2, 4 * channels, dtype=torch.float32, device=grad.device)
+    sums = torch.empty((2, 4 * channels) if norm else (0,), dtype=torch.float32, device=grad.device)
+    needed = (partial, arrival.counters(1 + grid[0], grad.device), sums) if norm else (None,) * 3
     patch_merge_backward[grid](
-        grad, x, mean if norm else None, rstd if norm else None, weight, dx, partial if norm else None, rows,
-        height, width, C=channels, **config(channels, norm))
-    return dx, partial.sum(0) if norm else partial.new_empty(0)
+        grad, x, mean if norm else None, rstd if norm else None, weight, dx, *needed, rows, height, width, C=channels,
+        GROUP=GROUP, **config(channels, norm))
+    return dx, sums
 
 
 def _case(name: str, channels: int, norm: bool, stream: str, direction: str, quick: bool) -> AotCase:
     kernel = patch_merge_forward if direction == "forward" else patch_merge_backward
-    types = {"p_x": f"*{stream}", "p_dx": f"*{stream}", "p_out": "*bf16", "p_grad": "*bf16", "rows": "i32",
+    types = {"p_x": f"*{stream}", "p_dx": f"*{stream}", "p_out": "*bf16", "p_grad": "*bf16", "p_counter": "*i32", "rows": "i32",
              "height": "i32", "width": "i32", "eps": "fp32"}
-    absent = set() if norm else {"p_weight", "p_bias", "p_mean", "p_rstd", "p_partial"}
+    absent = set() if norm else {"p_weight", "p_bias", "p_mean", "p_rstd", "p_partial", "p_counter", "p_sums"}
     absent |= {"p_x"} if direction == "backward" and not norm else set()
     signature = {n: types.get(n, "*fp32") for n in kernel.arg_names
                  if (n.startswith("p_") or n in types) and n not in absent}
     shape: dict[str, Any] = config(channels, norm)
     warps = shape.pop("num_warps")
     return AotCase(f"patch_merge/{direction}/{name}-{stream}-c{channels}", kernel, signature,
-                   {"C": channels, **shape, **{n: None for n in absent if n in kernel.arg_names}},
+                   {"C": channels, **shape, **({"GROUP": GROUP} if direction == "backward" else {}), **{n: None for n in absent if n in kernel.arg_names}},
                    num_warps=warps, divisible=tuple(n for n in signature if n.startswith("p_")), quick=quick)
 
 

@@ -1,7 +1,7 @@
 """Triton kernels of ``residual_norm``: one pass over the rows forward, one backward, both persistent.
 
 A program walks over tiles of whole rows, so that the (C,) vectors are read, and the (C,) gradient partials
-written, once a program. Partials are added in a fixed order: gradients are bitwise repeatable.
+written, once a program. The last programs add the partials in a fixed order: gradients are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..residual_norm import owned
+from ..residual_norm import given, owned, written
+from . import arrival
 from .aot import AotCase
+from .arrival import GROUP, sum_partials
 
 ELEMENTS_PER_THREAD = 8
 """One 128-bit access of bf16: 16 and more warps stay resident beside three sums a column in registers."""
@@ -44,14 +46,14 @@ def programs(tiles: int, num_warps: int, direction: str, device: torch.device) -
 
 @triton.jit
 def residual_norm_forward(
-    p_residual,  # (rows, C)
-    p_branch,  # (rows, C)
+    p_residual,  # (rows, C) or None ("post"): zero
+    p_branch,  # (rows, C) or None ("pre"): zero
     p_weight,  # (C,)
     p_bias,  # (C,)
     p_branch_bias,  # (C,) or None
     p_gamma,  # (C,) or None
     p_scale,  # (samples,) or None
-    p_added,  # (rows, C), out: the new residual stream
+    p_added,  # (rows, C) or None, out: the new residual stream; None: it is p_residual
     p_out,  # (rows, C) or None, out: what the next product reads
     p_mean,  # (rows,) fp32, out
     p_rstd,  # (rows,) fp32, out
@@ -73,14 +75,18 @@ def residual_norm_forward(
         o_base = tl.cast(i_row, tl.int64) * C
         m_r = i_row + o_r < rows
         m_tile = m_r[:, None] & m_c[None, :]
-        b_residual = tl.load(p_residual + o_base + o_tile, mask=m_tile, other=0).to(tl.float32)
-        b_branch = tl.load(p_branch + o_base + o_tile, mask=m_tile, other=0).to(tl.float32)
-        if p_branch_bias is not None:
-            b_branch += b_branch_bias
-        if p_gamma is not None:
-            b_branch *= b_gamma
+        if p_residual is not None:
+            b_residual = tl.load(p_residual + o_base + o_tile, mask=m_tile, other=0).to(tl.float32)
+        if p_branch is not None:
+            b_branch = tl.load(p_branch + o_base + o_tile, mask=m_tile, other=0).to(tl.float32)
+            if p_branch_bias is not None:
+                b_branch += b_branch_bias
+            if p_gamma is not None:
+                b_branch *= b_gamma
         if POST:
             b_x = b_branch
+        elif p_branch is None:
+            b_x = b_residual
         else:
             if p_scale is not None:
                 b_branch *= tl.load(p_scale + (i_row + o_r) // rows_per_sample, mask=m_r, other=0)[:, None]
@@ -97,7 +103,8 @@ def residual_norm_forward(
         if POST:
             if p_scale is not None:
                 b_norm *= tl.load(p_scale + (i_row + o_r) // rows_per_sample, mask=m_r, other=0)[:, None]
-            b_norm += b_residual
+            if p_residual is not None:
+                b_norm += b_residual
             tl.store(p_added + o_base + o_tile, b_norm.to(p_added.dtype.element_ty), mask=m_tile)
         if p_out is not None:
             tl.store(p_out + o_base + o_tile, b_norm.to(p_out.dtype.element_ty), mask=m_tile)
@@ -115,12 +122,14 @@ def residual_norm_backward(
     p_branch_bias,  # (C,) or None
     p_gamma,  # (C,) or None
     p_scale,  # (samples,) or None
-    p_d_residual,  # (rows, C) or None, out; None ("post"): it is grad_added
+    p_d_residual,  # (rows, C) or None, out; None ("post"): it is grad_added, or nobody wants it
     p_d_branch,  # (rows, C) or None, out; None ("pre"): it is d_residual
-    p_partial,  # (programs, SUMS, C) fp32, out: d weight, d bias, d branch_bias, d gamma
+    p_partial,  # (programs, SUMS, C) fp32, scratch
+    p_counter,  # int32, see .arrival
+    p_sums,  # (SUMS, C) fp32, out: d weight, d bias, d branch_bias, d gamma
     rows, rows_per_sample,
     POST: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, GROUP: tl.constexpr,
 ):
     o_r = tl.arange(0, BLOCK_R)
     o_c = tl.arange(0, BLOCK_C)
@@ -188,45 +197,49 @@ def residual_norm_backward(
         tl.store(p_sum + 2 * C, tl.sum(b_d_branch_bias, 0), mask=m_c)
     if p_gamma is not None:
         tl.store(p_sum + (SUMS - 1) * C, tl.sum(b_d_gamma, 0), mask=m_c)
+    sum_partials(p_partial, p_counter, p_sums, tl.program_id(0), tl.num_programs(0), SUMS * C, GROUP)
 
 
-def forward(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
-            drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, out_dtype: torch.dtype
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
+            branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
+            stream_dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::residual_norm``."""
-    channels = residual.shape[-1]
-    rows = residual.numel() // channels
-    added = torch.empty_like(residual)
-    wanted = order == "pre" or out_dtype != residual.dtype
-    out = torch.empty(residual.shape if wanted else (0,), dtype=out_dtype, device=residual.device)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=residual.device) for _ in range(2))
+    like = given(residual, branch)
+    channels, device = like.shape[-1], like.device
+    rows = like.numel() // channels
+    own_added, own_out = written(order, branch, stream_dtype, out_dtype)
+    added = torch.empty(like.shape if own_added else (0,), dtype=stream_dtype, device=device)
+    out = torch.empty(like.shape if own_out else (0,), dtype=out_dtype, device=device)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     shape = config(channels)
-    grid = (programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "forward", residual.device),)
+    grid = (programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "forward", device),)
     residual_norm_forward[grid](
-        residual, branch, weight, bias, branch_bias, gamma, drop_scale, added, out if wanted else None, mean,
-        rstd, rows, rows // residual.shape[0], eps, POST=order == "post", C=channels, **shape)
+        residual, branch, weight, bias, branch_bias, gamma, drop_scale, added if own_added else None,
+        out if own_out else None, mean, rstd, rows, rows // like.shape[0], eps, POST=order == "post", C=channels,
+        **shape)
     return added, out, mean, rstd
 
 
 def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
              mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
-             drop_scale: Tensor | None, gamma: Tensor | None, order: str, dtype: torch.dtype,
-             branch_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+             drop_scale: Tensor | None, gamma: Tensor | None, order: str, dtype: torch.dtype | None,
+             branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::residual_norm_backward``."""
-    channels = saved.shape[-1]
+    channels, device = saved.shape[-1], saved.device
     rows = saved.numel() // channels
     own_residual, own_branch = owned(order, grad_out, drop_scale, gamma, dtype, branch_dtype)
-    d_residual = torch.empty(saved.shape if own_residual else (0,), dtype=dtype, device=saved.device)
-    d_branch = torch.empty(saved.shape if own_branch else (0,), dtype=branch_dtype, device=saved.device)
+    d_residual = torch.empty(saved.shape if own_residual else (0,), dtype=dtype or saved.dtype, device=device)
+    d_branch = torch.empty(saved.shape if own_branch else (0,), dtype=branch_dtype or saved.dtype, device=device)
     shape = config(channels)
-    count = programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "backward", saved.device)
-    sums = 2 + (branch_bias is not None) + (gamma is not None)
-    partial = torch.empty(count, sums, channels, dtype=torch.float32, device=saved.device)
+    count = programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "backward", device)
+    sums = torch.empty(2 + (branch_bias is not None) + (gamma is not None), channels, dtype=torch.float32,
+                       device=device)
+    partial = torch.empty(count, *sums.shape, dtype=torch.float32, device=device)
     residual_norm_backward[(count,)](
         grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, gamma, drop_scale,
-        d_residual if own_residual else None, d_branch if own_branch else None, partial,
-        rows, rows // saved.shape[0], POST=order == "post", SUMS=sums, C=channels, **shape)
-    return d_residual, d_branch, partial.sum(0)
+        d_residual if own_residual else None, d_branch if own_branch else None, partial, arrival.counters(1 + count, device), sums,
+        rows, rows // saved.shape[0], POST=order == "post", SUMS=len(sums), C=channels, GROUP=GROUP, **shape)
+    return d_residual, d_branch, sums
 
 
 _BLOCKS = (("swin_b", "pre", 128), ("swinv2_b", "post", 128), ("swinv2_l", "post", 192),
@@ -243,7 +256,8 @@ def _case(name: str, order: str, channels: int, stream: str, direction: str, qui
         "p_residual": wide, "p_branch": narrow, "p_weight": "*fp32", "p_bias": "*fp32", "p_branch_bias": "*fp32",
         "p_gamma": None, "p_scale": "*fp32", "p_added": wide, "p_mean": "*fp32", "p_rstd": "*fp32", "p_out": second,
         "p_grad_added": wide, "p_grad_out": second, "p_saved": narrow if post else wide, "p_d_branch": narrow,
-        "p_d_residual": second and wide, "p_partial": "*fp32", "rows": "i32", "rows_per_sample": "i32",
+        "p_d_residual": second and wide, "p_partial": "*fp32", "p_counter": "*i32",
+        "p_sums": "*fp32", "rows": "i32", "rows_per_sample": "i32",
         "eps": "fp32"}
     if direction == "backward":
         types["p_branch"] = None
@@ -251,11 +265,11 @@ def _case(name: str, order: str, channels: int, stream: str, direction: str, qui
     constexprs: dict[str, Any] = {n: None for n in kernel.arg_names if types.get(n, "") is None}
     constexprs |= {"POST": post, "C": channels, **{k: v for k, v in shape.items() if k != "num_warps"}}
     if direction == "backward":
-        constexprs["SUMS"] = 3
+        constexprs |= {"SUMS": 3, "GROUP": GROUP}
     # Up to 256 channels the (C,) vectors and partials of a program are narrower than its threads' 128 bits.
     return AotCase(f"residual_norm/{direction}/{name}-{stream}-c{channels}", kernel, present, constexprs,
                    num_warps=shape["num_warps"], divisible=tuple(n for n in present if n != "eps"), quick=quick,
-                   wide_target=0.94 if channels <= 256 else 0.95)
+                   wide_target=0.94 if channels <= 256 else 0.95, persistent=True)
 
 
 def aot_cases() -> list[AotCase]:

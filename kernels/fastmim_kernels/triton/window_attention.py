@@ -7,13 +7,15 @@ all tiles of queries attend to one chunk of keys after the other, under an onlin
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .window_attention_backward import backward, backward_kernel, backward_large_kernel, large_config, reduce_kernel
+from .window_attention_backward import backward, backward_kernel, backward_large_kernel, reduce_kernel, single_tile
 from .window_attention_backward import config as backward_config
 from .window_tiles import (
     LOG2E,
@@ -240,42 +242,42 @@ _BACKWARD = {"p_grad": "*bf16", **_FORWARD, "p_dqkv": "*bf16", "p_partial": "*fp
 _SIZES = ("windows", "groups", "height", "width", "heads", "shift_y", "shift_x")
 
 
-def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cosine: bool, arch: int = 90
-          ) -> AotCase:
-    n, dtype = window * window, torch.bfloat16
-    kernel, pointers, tiling = forward_kernel, _FORWARD, config(n, head_dim, dtype)
-    if direction == "backward":
-        single = backward_config(n, head_dim, dtype, arch, cosine)
-        kernel, pointers = backward_kernel if single else backward_large_kernel, _BACKWARD
-        tiling = single or large_config(head_dim, dtype)
-    archs: tuple[int, ...] = (80, 90, 100)
-    if kernel is backward_kernel and backward_config(n, head_dim, dtype, 80, cosine) is None:
-        archs = (90, 100)
-    sizes = tile_constexprs(n, tiling)
-    if kernel is backward_large_kernel:
-        sizes = {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS}
-    common = common_constexprs(head_dim, (window, window), "unshifted" not in name, dtype)
+def _forward_case(name: str, window: int, heads: int, head_dim: int, cosine: bool) -> AotCase:
+    tiling = config(window * window, head_dim, torch.bfloat16)
+    return _case("forward", name, window, heads, head_dim, cosine, forward_kernel, tiling, (80, 90, 100),
+                 tile_constexprs(window * window, tiling))
+
+
+def _backward_cases(name: str, window: int, heads: int, head_dim: int, cosine: bool) -> list[AotCase]:
+    """One case for the architectures that share a kernel and its tiles."""
+    shared: dict[tuple[Any, Tiling], tuple[int, ...]] = {}
+    for arch in (80, 90, 100):
+        which = (window * window, head_dim, torch.bfloat16, arch, cosine)
+        choice = backward_kernel if single_tile(*which) else backward_large_kernel, backward_config(*which)
+        shared[choice] = (*shared.get(choice, ()), arch)
+    return [_case("backward", name if 90 in archs else f"{name}_sm{archs[0]}", window, heads, head_dim, cosine, kernel,
+                  tiling, archs, {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS})
+            for (kernel, tiling), archs in shared.items()]
+
+
+def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cosine: bool, kernel: Any,
+          tiling: Tiling, archs: tuple[int, ...], sizes: dict[str, Any]) -> AotCase:
+    common = common_constexprs(head_dim, (window, window), "unshifted" not in name, torch.bfloat16)
+    pointers = _BACKWARD if direction == "backward" else _FORWARD
     absent = {} if cosine else {p: None for p in ("p_scale", "p_dscale") if p in pointers}
     present = {p: t for p, t in pointers.items() if p not in absent}
     return AotCase(
         f"window_attention/{direction}/{name}", kernel, present | dict.fromkeys(_SIZES, "i32"),
         common | sizes | absent, num_warps=tiling.num_warps,
         divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
-        quick=name in ("swin_b_w6", "swinv2_b_w12"), wide_target=0.5 if n % 4 else 0.95, dot=True,
-        persistent=tiling.blocks_per_sm == 1, **_archs(archs))
-
-
-def _archs(archs: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """``AotCase``'s field for a case that is not launched everywhere, where it has one."""
-    return {"archs": archs} if "archs" in AotCase.__dataclass_fields__ else {}
+        quick=name.removesuffix("_sm80") in ("swin_b_w6", "swinv2_b_w12"),
+        wide_target=0.5 if window % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs)
 
 
 def aot_cases() -> list[AotCase]:
     """Every shipped window and head count, and windows 7, 8, 16 and 24; bfloat16."""
-    cases = [_case(direction, name, *shape) for direction in ("forward", "backward")
-             for name, shape in _SHAPES.items()]
-    cases += [_case("backward", f"{name}_sm80", *_SHAPES[name], arch=80)
-              for name in ("swinv2_b_w12", "swinv2_b_w12_unshifted", "swinv2_b_w6_last_stage", "swinv2_w8")]
+    cases = [_forward_case(name, *shape) for name, shape in _SHAPES.items()]
+    cases += [case for name, shape in _SHAPES.items() for case in _backward_cases(name, *shape)]
     pointers = ("p_partial", "p_dscale", "p_scale", "p_out", "p_dscale_out")
     return [*cases, AotCase(
         "window_attention/reduce/w12", reduce_kernel,

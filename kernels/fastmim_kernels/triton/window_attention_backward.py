@@ -2,7 +2,8 @@
 
 The bias gradient is a sum over all windows: a program walks over a group of windows of one head and sums in
 registers (windows up to 8×8) or in its own N×N buffer in global memory, small enough for L2. A second kernel
-adds the groups in a fixed order: no atomics, so the gradient is bitwise repeatable.
+adds the groups in a fixed order: no atomics, so the gradient is bitwise repeatable. (The last program to arrive
+could add them too, but alone it would read the groups of a head at the speed of one SM.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from .window_gradient_tiles import (
     add_bias,
     add_shares,
     key_side,
-    key_step,
     logit_gradient,
     query_side,
     store_bias,
@@ -29,15 +29,11 @@ from .window_tiles import (
     Tiling,
     architecture,
     bias_tile,
-    chunk_offsets,
     common_constexprs,
-    full_chunks,
-    full_tiles,
     head_scale,
     image_start,
     multiprocessors,
     next_power,
-    tile_constexprs,
     window_groups,
     window_seams,
 )
@@ -56,76 +52,49 @@ def backward_kernel(
     p_dscale,  # (heads, groups) float32, or None
     windows, groups, height, width, heads, shift_y, shift_x,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SHIFTED: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr,
-    HOLD: tl.constexpr, STAGES: tl.constexpr, INNER: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):
-    """All queries of a window stay on chip while chunks of its keys pass by: one read and one write a window.
+    """Up to 64 tokens: one tile holds all queries and keys, and its bias gradient stays in registers.
 
-    HOLD: the one tile of queries keeps its bias gradient in registers over all windows, and meets all keys at
-    once, so that it needs no output of the forward.
+    A row of logits is whole, so that neither the output of the forward nor a second read of q is needed.
     """
     N: tl.constexpr = WH * WW
     COSINE: tl.constexpr = p_scale is not None
-    FULL: tl.constexpr = full_tiles(N, ROWS, TILES)
-    FULL_J: tl.constexpr = full_chunks(N, KEYS, LAST)
+    FULL: tl.constexpr = N == ROWS
     i_head = tl.program_id(0) % heads
     i_group = tl.program_id(0) // heads
     image = (height, width, shift_y, shift_x)
     stride = heads * D
     scale = head_scale(p_scale, i_head, D)
     p_bias += i_head.to(tl.int64) * (N * N)
-    if p_partial is not None:
-        p_partial += (i_head * groups + i_group).to(tl.int64) * (N * N)
-    o_keys = chunk_offsets(N, KEYS, LAST)
-    rows = ()
-    for t in tl.static_range(TILES):
-        rows = rows + (t * ROWS + tl.arange(0, ROWS),)
-    zeros = tl.zeros([ROWS], tl.float32)
-    dscale = zeros
-    sums = ()
-    if HOLD and p_partial is not None:
-        for c in tl.static_range(len(o_keys)):
-            sums = sums + (tl.zeros([ROWS, o_keys[c].shape[0]], tl.float32),)
-    for i_window in tl.range(i_group, windows, groups, num_stages=STAGES, disable_licm=True):
-        start = image_start(i_window, image, WH, WW)
-        p_q = p_qkv + start * (3 * stride) + i_head * D
-        p_dq = p_dqkv + start * (3 * stride) + i_head * D
-        o_head = start * stride + i_head * D
+    o_i = tl.arange(0, ROWS)
+    o_j = tl.arange(0, KEYS)
+    dscale = tl.zeros([ROWS], tl.float32)
+    dbias = tl.zeros([ROWS, KEYS], tl.float32)
+    for i_window in tl.range(i_group, windows, groups, num_stages=1, disable_licm=True):
+        first = image_start(i_window, image, WH, WW)
+        p_q = p_qkv + first * (3 * stride) + i_head * D
+        p_dq = p_dqkv + first * (3 * stride) + i_head * D
+        o_head = first * stride + i_head * D
         p_l = p_lse + (i_window * heads + i_head).to(tl.int64) * N
         pointers = (p_q, p_out + o_head, p_grad + o_head, p_l)
-        queries = ()
-        dq = ()
-        shares = ()
-        for t in tl.static_range(TILES):
-            queries = queries + (query_side(pointers, i_window, rows[t], image, stride, scale, WH, WW, D, DP,
-                                            COSINE, FULL[t], HOLD),)
-            dq = dq + (tl.zeros([ROWS, DP], tl.float32),)
-            shares = shares + ((zeros, zeros, zeros),)
-        later = i_window > i_group
-        if HOLD:
-            new = ()
-            for c in tl.static_range(len(o_keys)):
-                dq, shares, added = key_step(
-                    p_q + stride, p_dq + stride, p_bias, None, sums[c:c + 1], i_window, o_keys[c], rows,
-                    queries, dq, shares, later, image, stride, scale, WH, WW, D, DP, COSINE, SHIFTED, PRECISION, FULL,
-                    FULL_J[c], True)
-                new = new + added
-            sums = new
-        else:
-            for j in tl.range(0, N, KEYS, num_stages=INNER, disable_licm=True):
-                dq, shares, _ = key_step(
-                    p_q + stride, p_dq + stride, p_bias, p_partial, (), i_window, j + tl.arange(0, KEYS),
-                    rows, queries, dq, shares, later, image, stride, scale, WH, WW, D, DP, COSINE, SHIFTED, PRECISION,
-                    FULL, N % KEYS == 0, False)
-            # The next window adds to the sums that other threads of this program may have stored.
-            tl.debug_barrier()
-        for t in tl.static_range(TILES):
-            store_queries(p_q, p_dq, queries[t], dq[t], rows[t], stride, scale, N, D, DP, COSINE, FULL[t], not HOLD)
-            dscale += shares[t][0] - shares[t][1] * shares[t][2]
+        query = query_side(pointers, i_window, o_i, image, stride, scale, WH, WW, D, DP, COSINE, FULL, True)
+        key = key_side(p_q + stride, i_window, o_j, image, stride, WH, WW, D, DP, COSINE, FULL)
+        seams = window_seams(i_window, image, WH, WW)
+        bias = bias_tile(p_bias, o_i, o_j, N, FULL, FULL)
+        p, ds, share = logit_gradient(query, key, seams, bias, COSINE, SHIFTED, PRECISION, True)
+        dscale += share[0] - share[1] * share[2]
+        dbias += ds
+        dv = tl.dot(tl.trans(p.to(key[2].dtype)), query[2], input_precision=PRECISION)
+        low = ds.to(key[2].dtype)
+        dk = tl.dot(tl.trans(low), query[1], input_precision=PRECISION)
+        dq = tl.dot(low, key[1], input_precision=PRECISION)
+        store_keys(p_dq + stride, key, dk, dv, o_j, stride, scale, N, D, DP, COSINE, FULL)
+        store_queries(p_q, p_dq, query, dq, o_i, stride, scale, N, D, DP, COSINE, FULL, False)
     if COSINE:
         tl.store(p_dscale + i_head * groups + i_group, tl.sum(dscale, 0) * LN2)
-    for c in tl.static_range(len(sums)):
-        store_bias(p_partial, sums[c], rows[0], o_keys[c], N, FULL[0] and FULL_J[c])
+    if p_partial is not None:
+        store_bias(p_partial + (i_head * groups + i_group).to(tl.int64) * (N * N), dbias, o_i, o_j, N, FULL)
 
 
 @triton.jit
@@ -221,24 +190,23 @@ def reduce_kernel(
             tl.store(p_dscale_out + i_head, tl.where(clamped, 0.0, total_scale))
 
 
-def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -> Tiling | None:
-    """Tile sizes of ``backward_kernel`` for windows of ``n`` tokens; None: take ``backward_large_kernel``.
+def single_tile(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -> bool:
+    """Whether ``backward_kernel`` takes windows of ``n`` tokens, not ``backward_large_kernel``.
 
-    That one keeps only a tile of queries and of keys on chip: for large windows, for wide rows (float32, heads
-    of 64), and on sm_80, where cosine attention or 144 queries would spill a few registers.
+    That one keeps only a tile of queries and of keys on chip: for more than 64 tokens, for wide rows (float32,
+    heads of 64), and for cosine attention on sm_80, where one tile would spill a few registers.
     """
-    if dtype == torch.float32 or head_dim > 32 or (arch < 90 and (cosine or n > 64)):
-        return None
-    if n <= 64:
+    return n <= 64 and dtype != torch.float32 and head_dim <= 32 and not (arch < 90 and cosine)
+
+
+def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -> Tiling:
+    """Tile sizes of the kernel that :func:`single_tile` chooses: the largest that do not spill."""
+    if single_tile(n, head_dim, dtype, arch, cosine):
         rows, warps = next_power(n), max(next_power(n) // 16, 1)
         return Tiling(rows, 1, rows, True, 2 * warps if cosine else warps, 1, 1, blocks_per_sm=1 if cosine else 2)
-    return Tiling(64, -(-n // 64), 16, False, 8, 1, 2, blocks_per_sm=1) if n <= 192 else None
-
-
-def large_config(head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Tile sizes of ``backward_large_kernel``."""
-    wide = dtype == torch.float32 or head_dim > 32
-    return Tiling(32, 1, 16 if wide else 32, False, 4, 1, 1, blocks_per_sm=2)
+    if dtype == torch.float32 or head_dim > 32:
+        return Tiling(32, 1, 16, False, 4, 1, 1, blocks_per_sm=2)
+    return Tiling(64 if arch >= 90 and n > 64 else 32, 1, 32, False, 4, 1, 1, blocks_per_sm=2)
 
 
 def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor,
@@ -260,8 +228,8 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     batch, height, width, c3 = qkv.shape
     n, head_dim = window_size[0] * window_size[1], c3 // 3 // num_heads
     windows = batch * height * width // n
-    single = config(n, head_dim, qkv.dtype, architecture(qkv.device), logit_scale is not None)
-    tiling = single or large_config(head_dim, qkv.dtype)
+    which = (n, head_dim, qkv.dtype, architecture(qkv.device), logit_scale is not None)
+    tiling = config(*which)
     groups = window_groups(windows, num_heads, multiprocessors(qkv.device) * tiling.blocks_per_sm)
     new = {"dtype": torch.float32, "device": qkv.device}
     dqkv = torch.empty_like(qkv)
@@ -270,12 +238,9 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     common = common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype)
     arguments = (grad_out.contiguous(), qkv, bias.contiguous(), logit_scale, out, lse, dqkv, partial, dscale,
                  windows, groups, height, width, num_heads, *shift_size)
-    if single:
-        backward_kernel[(num_heads * groups,)](
-            *arguments, **common, **tile_constexprs(n, tiling), num_warps=tiling.num_warps)
-    else:
-        backward_large_kernel[(num_heads * groups,)](
-            *arguments, **common, ROWS=tiling.ROWS, KEYS=tiling.KEYS, num_warps=tiling.num_warps)
+    kernel = backward_kernel if single_tile(*which) else backward_large_kernel
+    kernel[(num_heads * groups,)](
+        *arguments, **common, ROWS=tiling.ROWS, KEYS=tiling.KEYS, num_warps=tiling.num_warps)
     return dqkv, *_reduce(partial, dscale, logit_scale)
 
 

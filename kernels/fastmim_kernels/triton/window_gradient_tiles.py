@@ -8,14 +8,12 @@ import triton.language as tl
 from .window_tiles import (
     LOG2E,
     NORM_EPS,
-    bias_tile,
     biased,
     inverse_norm,
     load_tile,
     store_tile,
     token_rows,
     token_sides,
-    window_seams,
 )
 
 
@@ -146,37 +144,3 @@ def add_shares(shares, share, COSINE: tl.constexpr):
         return shares[0] + share[0], shares[1] + share[1], shares[2] + share[2]
     else:
         return shares
-
-
-@triton.jit
-def key_step(p_k, p_dk, p_bias, p_sum, sums, i_window, o_j, rows, queries, dq, shares, later, image, stride, scale,
-             WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COSINE: tl.constexpr,
-             SHIFTED: tl.constexpr, PRECISION: tl.constexpr, FULL_I: tl.constexpr, FULL_J: tl.constexpr,
-             WHOLE: tl.constexpr):
-    """One chunk of keys against every tile of queries: stores dk and dv, returns dq, shares of dλ, the bias gradient.
-
-    The bias gradient is added to ``sums`` (registers) where there are any, else in place at ``p_sum``, where
-    the first window of a program finds nothing to add to.
-    """
-    N: tl.constexpr = WH * WW
-    key = key_side(p_k, i_window, o_j, image, stride, WH, WW, D, DP, COSINE, FULL_J)
-    seams = window_seams(i_window, image, WH, WW)
-    dk = tl.zeros(key[0].shape, tl.float32)
-    dv = tl.zeros(key[0].shape, tl.float32)
-    new = ()
-    new_shares = ()
-    added = ()
-    for t in tl.static_range(len(rows)):
-        bias = bias_tile(p_bias, rows[t], o_j, N, FULL_I[t], FULL_J)
-        p, ds, share = logit_gradient(queries[t], key, seams, bias, COSINE, SHIFTED, PRECISION, WHOLE)
-        dv = tl.dot(tl.trans(p.to(key[2].dtype)), queries[t][2], dv, input_precision=PRECISION)
-        new_shares = new_shares + (add_shares(shares[t], share, COSINE),)
-        low = ds.to(key[2].dtype)
-        dk = tl.dot(tl.trans(low), queries[t][1], dk, input_precision=PRECISION)
-        new = new + (tl.dot(low, key[1], dq[t], input_precision=PRECISION),)
-        if len(sums) > 0:
-            added = added + (sums[t] + ds,)
-        elif p_sum is not None:
-            add_bias(p_sum, ds, rows[t], o_j, later, N, FULL_I[t] and FULL_J)
-    store_keys(p_dk, key, dk, dv, o_j, stride, scale, N, D, DP, COSINE, FULL_J)
-    return new, new_shares, added

@@ -63,35 +63,57 @@ def exact_dot(self: Builder, a: interpreter.TensorHandle, b: interpreter.TensorH
     return _dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
 
-def no_atomics(self: Builder, *args: object) -> None:
-    raise AssertionError("atomics make the order of a sum undefined: write partials and reduce them in order")
+_atomic_rmw = Builder.create_atomic_rmw
+
+
+def no_float_atomics(self: Builder, kind: object, pointers: interpreter.TensorHandle, *args: object
+                     ) -> interpreter.TensorHandle:
+    """Counting arrivals in integers is fine; a sum of floating-point values is not."""
+    assert not pointers.get_element_ty().is_floating(), \
+        "atomics make the order of a sum undefined: write partials and reduce them in order"
+    return _atomic_rmw(self, kind, pointers, *args)
+
+
+def no_cas(self: Builder, *args: object) -> None:
+    raise AssertionError("compare-and-swap: no kernel needs it")
 
 
 # At import: compiled kernels of this process, if any, do not pass through the interpreter.
 Builder.cast_impl = exact_cast
 Builder.create_fp_to_fp = exact_fp_to_fp
 Builder.create_dot = exact_dot
-Builder.create_atomic_rmw = Builder.create_atomic_cas = no_atomics
+Builder.create_atomic_rmw, Builder.create_atomic_cas = no_float_atomics, no_cas
 
 
 class ByteCounter:
-    """Bytes that kernels request from global memory: ``read``, ``written``; ``sectors`` of 32 bytes touched."""
+    """Bytes that kernels request from global memory: ``read``, ``written``; ``sectors`` of 32 bytes touched.
+
+    ``distinct``: bytes of the sectors, each counted once for reading and once for writing, however often it is
+    touched: what passes between memory and caches that never forget.
+    """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.read = self.written = self.sectors = 0
+        self._touched: dict[str, set[int]] = {"read": set(), "written": set()}
 
     @property
     def total(self) -> int:
         return self.read + self.written
 
+    @property
+    def distinct(self) -> int:
+        return 32 * sum(map(len, self._touched.values()))
+
     def add(self, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle, kind: str) -> None:
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         chosen = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
         chosen = chosen[np.broadcast_to(mask.data, chosen.shape)]
-        self.sectors += np.unique(chosen // 32).size
+        sectors = np.unique(chosen // 32)
+        self.sectors += sectors.size
+        self._touched[kind].update(sectors.tolist())
         setattr(self, kind, getattr(self, kind) + chosen.size * size)
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastmim_kernels.cpb import _op
+from fastmim_kernels.cpb import Block, _op
 from fastmim_kernels.triton import cpb as kernels
 from tests.kernels.oracle import check
-from tests.kernels.test_cpb import CASES, NAMES, inputs_for, with_impl
+from tests.kernels.test_cpb import CASES, NAMES, encoder_bias, encoder_inputs, inputs_for, op_args, with_impl
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -19,21 +19,22 @@ def test_against_float64(case: tuple[Any, ...]) -> None:
           wrt=NAMES)
 
 
+# 40 hidden values: two and a half tiles.
+@pytest.mark.parametrize("hidden", [0, 40])
+def test_all_stages_of_an_encoder_at_once(hidden: int) -> None:
+    inputs = encoder_inputs(hidden)
+    check(encoder_bias("triton", hidden), encoder_bias("reference", hidden), inputs,
+          dict.fromkeys(inputs, torch.float32), wrt=list(inputs))
+
+
 def test_rows_that_no_pair_uses_have_gradient_zero() -> None:
-    table, index = torch.full((1, 2, 6), 0.5), torch.tensor([[1, 1], [4, 1]])
-    grad = kernels.scatter(torch.ones(1, 2, 2, 2), index, table)
-    assert torch.equal(grad[0, 0], torch.tensor([0.0, 12.0, 0.0, 0.0, 4.0, 0.0]))
+    block = Block(heads=1, rows=6, pairs=4, params=0, coords=0, index=0, start=0, table=0, bias=0)
+    order, start = torch.tensor([0, 1, 3, 2]), torch.tensor([0, 0, 3, 3, 3, 4, 4])
+    grad = kernels.backward(torch.ones(4), torch.empty(0), torch.zeros(6), order, start, torch.empty(0, 2),
+                            torch.tensor([block]), [block], 0)
+    assert torch.equal(grad, torch.tensor([0.0, 3.0, 0.0, 0.0, 1.0, 0.0]))
 
 
-def test_an_index_that_changes_is_sorted_again() -> None:
-    index = torch.tensor([[0, 1]])
-    table, grad = torch.full((1, 1, 2), 0.5), torch.tensor([[[[1.0, 2.0]]]])
-    assert kernels.scatter(grad, index, table).flatten().tolist() == [4.0, 8.0]
-    index.copy_(torch.tensor([[1, 1]]))
-    assert kernels.scatter(grad, index, table).flatten().tolist() == [0.0, 12.0]
-
-
-def test_opcheck() -> None:
-    inputs = inputs_for(*CASES[1])
-    inputs |= {n: inputs[n].float().requires_grad_() for n in NAMES}
-    torch.library.opcheck(_op, (*inputs.values(), "triton"))
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_opcheck(hidden: int) -> None:
+    torch.library.opcheck(_op, op_args(hidden, "triton"))

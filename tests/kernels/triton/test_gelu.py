@@ -35,19 +35,6 @@ def test_normal_distribution_function_is_exact_to_float32() -> None:
     assert ((out - truth).abs() <= 1.5e-7 * x.double().abs().clamp(min=1)).all()
 
 
-def test_in_place() -> None:
-    """``mlp`` writes the gradient over the incoming one and, when it recomputes, the activation over x."""
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(40, 256, generator=generator) for _ in range(2))
-    bias = torch.randn(256, generator=generator)
-    separate = kernels.backward(grad, x, bias, True)
-    over = grad.clone()
-    together = kernels.backward(over, x, bias, True, over)
-    assert together[0] is over
-    assert all(torch.equal(a, b) for a, b in zip(separate, together, strict=True))
-    assert torch.equal(kernels.forward(x.clone(), bias), kernels.forward(x, bias, x))
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck(bias: bool) -> None:
     inputs, _ = inputs_for((2, 3, 16), bias)
@@ -59,12 +46,12 @@ def test_opcheck(bias: bool) -> None:
 def test_requested_bytes(bias: bool, byte_counter) -> None:  # type: ignore[no-untyped-def]
     """Two programs read the bias twice: 256 rows make that small, as thousands do in training."""
     x, b = torch.randn(256, 256).bfloat16(), torch.randn(256) if bias else None
-    forward, backward = closed_form(256, 256, bias=bias, recompute=True)
+    forward, backward = closed_form(256, 256, bias=bias)
     byte_counter.reset()
     kernels.forward(x, b)
     assert byte_counter.total <= 1.02 * sum(forward[:2])
     byte_counter.reset()
-    kernels.backward(x, x, b, True)
+    kernels.backward(x, x, b)
     # The second program's partial sums are not in the closed form.
     assert byte_counter.total <= 1.02 * sum(backward[:2]) + 4 * 256 * bias
 

@@ -23,4 +23,4 @@ def test_against_float64(biases: str, recompute_fc1: bool, x: torch.dtype, param
 def test_opcheck() -> None:
     inputs, _ = inputs_for((2, 3, 16), 24, 8)
     args = [inputs[n].float().requires_grad_() for n in NAMES]
-    torch.library.opcheck(_op, (*args, False, "triton"))
+    torch.library.opcheck(_op, (*args, None, None, False, "triton"))

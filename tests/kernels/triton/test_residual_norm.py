@@ -76,15 +76,16 @@ def test_requested_bytes(order: str, given: str, stream: torch.dtype, byte_count
     vectors = [inputs.get(n) for n in ("weight", "bias", "branch_bias", "drop_scale", "gamma")]
     residual, branch = inputs["residual"].to(stream), inputs["branch"].bfloat16()
     byte_counter.reset()
-    added, out, mean, rstd = kernels.forward(residual, branch, *vectors, order, 1e-5, BF16)
+    added, out, mean, rstd = kernels.forward(residual, branch, *vectors, order, 1e-5, stream, BF16)
     assert byte_counter.total <= 1.02 * sum(forward[:2])
     byte_counter.reset()
     saved = branch if order == "post" else added
     weight, _, branch_bias, scale, gamma = vectors
     kernels.backward(added, out if out.numel() else None, saved, branch if gamma is not None else None, mean, rstd,
                      weight, branch_bias, scale, gamma, order, stream, BF16)
-    # The second program's partial sums are not in the closed form.
-    assert byte_counter.total <= 1.02 * sum(backward[:2]) + 4 * 64 * 4
+    # Two rows of partial sums, which two programs write and the last one adds up, are not in the closed form.
+    sums = 2 + (gamma is not None) + (branch_bias is not None)
+    assert byte_counter.total <= 1.02 * sum(backward[:2]) + 6 * sums * 64 * 4 + 16
 
 
 @pytest.mark.parametrize("channels", [1, 96, 128, 352, 768, 1024, 2816, 4096])

@@ -36,8 +36,10 @@ def mask_tokens_case(direction: str, norm: bool, pos: bool) -> Case:
         if direction == "forward":
             return lambda: mask_tokens_kernels.forward(x, mask, token, weight, weight, embed, 1e-5,
                                                        torch.bfloat16), sum(closed[0][:2])
-        return lambda: mask_tokens_kernels.backward(out, x if norm else None, mask, mean, rstd, weight, pos,
-                                                    torch.bfloat16), sum(closed[1][:2])
+        # Two programs write a row of partial sums each, and the last one adds them up, by way of a group's sum.
+        partial = 6 * (3 if norm else 1) * c * 4
+        return lambda: mask_tokens_kernels.backward(out, None, x if norm else None, mask, mean, rstd, weight, pos,
+                                                    torch.bfloat16), sum(closed[1][:2]) + partial
     return build
 
 

@@ -1,4 +1,4 @@
-"""The CPU loader: files -> uint8 micro-batches, decoded and cropped in worker processes.
+"""What every loader of files is: micro-batches addressed by (epoch, index), out of worker processes.
 
 Nothing is random in here: order, crop, flip and the stand-in of a bad file are functions of (seed, epoch,
 sample_id), see `order.py`. So the loader carries no state worth saving, and `epoch(e, start=k)` is exactly
@@ -8,20 +8,17 @@ the tail of `epoch(e)`.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from fastmim.data.augment import INTERPOLATIONS
-from fastmim.data.decode import check_decode_options
 from fastmim.data.order import EpochOrder
-from fastmim.data.source import check_bad_fraction, find_bad_files, open_index
-from fastmim.data.worker import ImageDataset, Request, Result, init_worker
+from fastmim.data.source import check_bad_fraction
+from fastmim.data.worker import Request, Result, SampleDataset, init_worker
 
 _LOG = logging.getLogger("fastmim")
 _NAMES_LOGGED = 20
@@ -33,6 +30,14 @@ class Batch(NamedTuple):
     """One micro-batch on the loader's device."""
 
     images: Tensor  # uint8 (B, C, H, W)
+    sample_ids: Tensor  # int64 (B,)
+
+
+class MultiBatch(NamedTuple):
+    """One micro-batch of several crops an image, on the loader's device; the crops stay on the host."""
+
+    views: tuple[Tensor, ...]  # one a View, uint8 (count, B, C, h, w)
+    crops: Tensor  # int32 (sum of counts, B, 5): top, left, height, width in source pixels, flip
     sample_ids: Tensor  # int64 (B,)
 
 
@@ -72,13 +77,14 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: SampleDataset,
         order: EpochOrder,
         *,
         num_workers: int,
         device: torch.device,
         bad: dict[int, str],
         max_bad_fraction: float,
+        pin_memory: bool | None = None,
     ) -> None:
         self.num_images, self.steps_per_epoch = order.num_images, order.steps_per_epoch
         self.micro_batches, self.fingerprint = order.micro_batches, dataset.index.fingerprint
@@ -86,12 +92,17 @@ class Loader:
         self._index, self._device, self._max_bad_fraction = dataset.index, device, max_bad_fraction
         self._note_bad(list(bad.items()))
         self._requests = _Requests(order)
-        self._loader: DataLoader[Result] | None = _data_loader(dataset, self._requests, num_workers, device)
+        self._multi = len(dataset.views) > 1 or dataset.views[0].count > 1
+        on_gpu = device.type == "cuda"
+        pin_memory = on_gpu if pin_memory is None else pin_memory
+        self._loader: DataLoader[Any] | None = _data_loader(dataset, self._requests, num_workers, pin_memory)
+        # A stream of its own: the copy of this micro-batch runs beside the kernels of the step before.
+        self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._stream: Iterator[Result] | None = None
         self._position: tuple[int, int] | None = None
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The micro-batches of one epoch from index `start` on.
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The micro-batches of one epoch from index `start` on: a Batch each, with several crops a MultiBatch.
 
         Training gives exactly ``steps_per_epoch * grad_accum_steps - start`` full ones. With train=False a
         bad file is left out, so that its micro-batch is shorter. Only the latest iterator of a loader may be
@@ -105,7 +116,7 @@ class Loader:
             raise ValueError(f"epoch={epoch}, start={start}: start must lie in 0 … {self.micro_batches}, epoch >= 0")
         return self._batches(epoch, start)
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start: int) -> Iterator[Any]:
         for i in range(start, self.micro_batches):
             result = self._fetch(epoch, i)
             self._position = (epoch, i + 1) if i + 1 < self.micro_batches else (epoch + 1, 0)
@@ -115,10 +126,26 @@ class Loader:
             if result.error:
                 raise ValueError(f"data.path={self._index.root}: {result.error}; run `fastmim data check` on it")
             if len(result.sample_ids):
-                yield Batch(
-                    result.images.to(self._device, non_blocking=True),
-                    result.sample_ids.to(self._device, non_blocking=True),
-                )
+                yield self._batch(result)
+
+    def _batch(self, result: Result) -> Any:
+        views = tuple(self._to_device(view) for view in result.views)
+        sample_ids = self._to_device(result.sample_ids)
+        return MultiBatch(views, result.crops, sample_ids) if self._multi else Batch(views[0][0], sample_ids)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._copies is None or tensor.device == self._device:
+            return tensor.to(self._device)
+        with torch.cuda.stream(self._copies):
+            moved = tensor.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._copies)
+        moved.record_stream(current)  # else its memory could be given out again while a kernel still reads it
+        return moved
+
+    def _open_stream(self, loader: DataLoader[Any]) -> Iterator[Result]:
+        """Finished micro-batches, from the position in `self._requests` on."""
+        return iter(loader)
 
     def _fetch(self, epoch: int, i: int) -> Result:
         """The given micro-batch: the next one of the running stream, else the first of a new one."""
@@ -127,7 +154,7 @@ class Loader:
         try:
             if self._stream is None or self._position != (epoch, i):
                 self._requests.epoch, self._requests.start = epoch, i
-                self._stream = iter(self._loader)
+                self._stream = self._open_stream(self._loader)
             return next(self._stream)
         except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as err:
             if isinstance(err, RuntimeError) and "DataLoader worker" not in str(err):
@@ -163,8 +190,8 @@ class Loader:
 
 
 def _data_loader(
-    dataset: ImageDataset, requests: _Requests, num_workers: int, device: torch.device
-) -> DataLoader[Result]:
+    dataset: SampleDataset, requests: _Requests, num_workers: int, pin_memory: bool
+) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         sampler=requests,
@@ -173,7 +200,7 @@ def _data_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         prefetch_factor=_PREFETCH if num_workers > 0 else None,
-        pin_memory=device.type == "cuda",
+        pin_memory=pin_memory,
         worker_init_fn=init_worker,
         # Without its own generator the DataLoader draws a base seed from the trainer's.
         generator=torch.Generator(),
@@ -196,105 +223,3 @@ def _cause_of_death(err: Exception) -> str:
 
 def _identity(result: Any) -> Any:
     return result
-
-
-def build_loader(
-    *,
-    path: str | os.PathLike[str] | None,
-    file_list: str | os.PathLike[str] | None = None,
-    img_size: tuple[int, int],
-    in_chans: int = 3,
-    micro_batch_size: int,
-    grad_accum_steps: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    loader: str = "auto",
-    num_workers: int = 2,
-    train: bool = True,
-    scale: Sequence[float] = (0.67, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-    hflip: float = 0.5,
-    interpolation: str = "bilinear",
-    max_bad_fraction: float = 0.5,
-    verify: str = "auto",
-    min_size: int = 8,
-    device: torch.device | str = "cpu",
-    field: str = "data.path",
-) -> Loader:
-    """Open a folder or file list of images for pretraining (train=True) or validation.
-
-    Args:
-        path: folder of images, searched recursively; with `file_list`, what its entries are relative to.
-        img_size, in_chans: (H, W) of the batches in pixels; 1 grey, 3 RGB, 4 RGBA.
-        micro_batch_size: images per rank and micro-batch.
-        loader: "auto" | "torchvision" | "pil": who decodes.
-        num_workers: worker processes; 0 decodes in the calling process.
-        train: shuffle, crop and flip; else file order, resize and centre crop.
-        scale, ratio: range of the crop's area (fraction of the image) and of its aspect (width / height).
-        hflip: probability of the horizontal flip.
-        max_bad_fraction: stop when more than this fraction of the files cannot be used.
-        verify: "full" decodes every file first, "none" none, "auto" up to 2000 files.
-        min_size: images with a shorter side below this many pixels are bad.
-        field: the config key that messages about `path` name.
-
-    Raises:
-        ValueError: in one line, for every wrong argument, a missing or empty folder, too many bad files.
-    """
-    check_decode_options(in_chans, loader)
-    _check_options(img_size, scale, ratio, hflip, interpolation, num_workers)
-    index = open_index(path, file_list, field=field)
-    order = EpochOrder(
-        num_images=len(index),
-        micro_batch_size=micro_batch_size,
-        grad_accum_steps=grad_accum_steps,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        train=train,
-    )
-    bad = find_bad_files(index, verify=verify, in_chans=in_chans, loader=loader, min_size=min_size)
-    dataset = ImageDataset(
-        index,
-        frozenset(bad),
-        img_size=(int(img_size[0]), int(img_size[1])),
-        in_chans=in_chans,
-        seed=seed,
-        loader=loader,
-        train=train,
-        scale=tuple(scale),
-        ratio=tuple(ratio),
-        hflip=hflip,
-        interpolation=interpolation,
-        min_size=min_size,
-    )
-    return Loader(
-        dataset,
-        order,
-        num_workers=num_workers,
-        device=torch.device(device),
-        bad=bad,
-        max_bad_fraction=max_bad_fraction,
-    )
-
-
-def _check_options(
-    img_size: Sequence[int],
-    scale: Sequence[float],
-    ratio: Sequence[float],
-    hflip: float,
-    interpolation: str,
-    num_workers: int,
-) -> None:
-    if len(img_size) != 2 or min(img_size) < 1:
-        raise ValueError(f"model.img_size={list(img_size)}: must be two positive numbers, height and width")
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"data.scale={list(scale)}: must satisfy 0 < low <= high <= 1")
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"data.ratio={list(ratio)}: must satisfy 0 < low <= high")
-    if not 0 <= hflip <= 1:
-        raise ValueError(f"data.hflip={hflip}: must lie in [0, 1]")
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"data.interpolation={interpolation!r}: unknown; use one of {', '.join(INTERPOLATIONS)}")
-    if num_workers < 0:
-        raise ValueError(f"data.num_workers={num_workers}: must not be negative")

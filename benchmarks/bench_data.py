@@ -1,0 +1,264 @@
+"""Images a second out of a folder of photographs: our loaders beside the reference's composition, interleaved.
+
+    python benchmarks/bench_data.py [--images 1200] [--workers 2] [--rounds 7] [--providers ...] [--out CSV]
+    python benchmarks/bench_data.py --plot                                 # draw the CSV
+    python benchmarks/bench_data.py --soak 30 --providers torchvision      # resident memory while it reads
+
+Tiles of 500x375 px, quality 90, are cut from the photographs that scikit-image and scikit-learn ship. Every provider
+makes micro-batches of 192 px SimMIM crops (scale 0.67-1, bilinear, flip) with the same number of worker processes of
+one thread each (dali: as many threads again, its own). ``reference`` is what SimMIM's loader is made of: PIL,
+RandomResizedCrop, ToTensor, Normalize, a mask in numpy, default collate, DataLoader. Ours hand out uint8, because
+normalisation belongs to the step's first kernel and the mask to the device; ``+float`` rows add both on the host,
+so that the outputs are those of the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from fastmim.data import build_loader, pack_images
+from fastmim.data.demo import _find_photos
+from fastmim.objectives.masking import random_mask
+
+SIZE, TILE, UNIT, PATCH, MASK_RATIO, BATCH = 192, (500, 375), 32, 4, 0.6, 32
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PROVIDERS = ("reference", "torchvision", "torchvision+float", "torchvision-shards", "pil", "dali", "dali+float")
+COLUMNS = (
+    "benchmark", "provider", "images", "workers", "batch", "seconds", "seconds_p20", "seconds_p80", "images_per_sec",
+    "images_per_sec_per_core", "ratio", "ratio_p20", "ratio_p80", "rounds", "kb_per_image", "load_average", "machine",
+    "python", "torch", "torchvision", "dali", "commit", "date",
+)  # fmt: skip
+SETTLE_SECONDS = 1.0
+
+
+def make_tiles(folder: Path, count: int) -> float:
+    """Write `count` tiles, all different, and return their mean size in kB."""
+    photos = [Image.open(path).convert("RGB") for path, _ in _find_photos()]
+    rng = random.Random(0)
+    total = 0
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        width = min(photo.width, photo.height * 4 // 3, round(TILE[0] / rng.uniform(0.8, 1.25)))
+        height = width * 3 // 4
+        left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
+        tile = photo.crop((left, top, left + width, top + height)).resize(TILE, Image.Resampling.BICUBIC)
+        path = folder / f"{i:05d}.jpg"
+        tile.save(path, quality=90)
+        total += path.stat().st_size
+    return total / count / 1e3
+
+
+class ReferenceDataset(Dataset[Any]):
+    """One image and one mask an item, as the reference composes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.iterdir())
+        self.transform = transforms.Compose([
+            transforms.Lambda(_to_rgb),
+            transforms.RandomResizedCrop(SIZE, scale=(0.67, 1.0), ratio=(3 / 4, 4 / 3)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, np.ndarray[Any, Any], int]:
+        with open(self.paths[item], "rb") as file:
+            image = Image.open(file).convert("RGB")
+        return self.transform(image), numpy_mask(), 0
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB") if image.mode != "RGB" else image
+
+
+def numpy_mask() -> np.ndarray[Any, Any]:
+    """A random mask of 32 px units on the grid of 4 px patches."""
+    units = SIZE // UNIT
+    mask = np.zeros(units**2, dtype=int)
+    mask[np.random.permutation(units**2)[: int(np.ceil(units**2 * MASK_RATIO))]] = 1
+    return mask.reshape(units, units).repeat(UNIT // PATCH, axis=0).repeat(UNIT // PATCH, axis=1)
+
+
+def reference_reader(folder: Path, workers: int) -> Callable[[], int]:
+    """A function that reads one epoch and returns the number of images."""
+    loader: DataLoader[Any] = DataLoader(
+        ReferenceDataset(folder), batch_size=BATCH, shuffle=True, drop_last=True, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+    return lambda: sum(len(images) for images, _, _ in loader)
+
+
+def our_reader(name: str, folder: Path, workers: int) -> Callable[[], int]:
+    """The same for one of our loaders."""
+    kind, _, as_float = name.partition("+")
+    loader = build_loader(
+        path=folder, img_size=(SIZE, SIZE), micro_batch_size=BATCH, num_workers=workers, verify="none",
+        loader=kind.partition("-")[0],
+    )  # fmt: skip
+    mean, std = (255 * torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    grid = (SIZE // PATCH, SIZE // PATCH)
+    epochs = iter(range(0, 1 << 30, 2))  # every other one: an epoch that was read ahead would be a head start
+
+    def read() -> int:
+        count = 0
+        for images, sample_ids in loader.epoch(next(epochs)):
+            if as_float:
+                images = (images - mean) / std
+                random_mask(sample_ids, grid=grid, repeat=UNIT // PATCH, mask_ratio=MASK_RATIO)
+            count += len(images)
+        return count
+
+    return read
+
+
+def measure(folder: Path, args: argparse.Namespace, kb: float) -> list[dict[str, Any]]:
+    """CSV rows of all providers, timed in turn; between turns the workers come to rest."""
+    shards = folder.parent / "shards"
+    pack_images(folder, shards)
+    readers = {
+        name: reference_reader(folder, args.workers)
+        if name == "reference"
+        else our_reader(name, shards if name.endswith("-shards") else folder, args.workers)
+        for name in args.providers
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    count = 0
+    for i in range(-1, args.rounds):  # the first round warms up
+        for name in list(readers) if i % 2 else reversed(list(readers)):
+            start = time.perf_counter()
+            count = readers[name]()
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - start)
+            time.sleep(SETTLE_SECONDS)
+    timings = {name: harness.Timing(tuple(values)) for name, values in seconds.items()}
+    shared = {"benchmark": "data", "images": count, "workers": args.workers, "batch": BATCH, "rounds": args.rounds,
+              "kb_per_image": f"{kb:.1f}", **versions()}  # fmt: skip
+    return [shared | {"provider": name} | figures(name, timings, count) for name in readers]
+
+
+def figures(name: str, timings: dict[str, harness.Timing], count: int) -> dict[str, str]:
+    """The measured columns of one provider."""
+    found = timings[name].quantiles()
+    ratio = harness.speedup(timings["reference"], timings[name])
+    out = {f"seconds{tail}": f"{value:.3f}" for tail, value in zip(("", "_p20", "_p80"), found, strict=True)}
+    out |= {f"ratio{tail}": f"{value:.3f}" for tail, value in zip(("", "_p20", "_p80"), ratio, strict=True)}
+    rate = count / found[0]
+    return out | {"images_per_sec": f"{rate:.0f}", "images_per_sec_per_core": f"{rate / (os.cpu_count() or 1):.0f}"}
+
+
+def versions() -> dict[str, Any]:
+    """Machine and versions; of the harness's columns those that matter here."""
+    import torchvision
+
+    try:
+        from nvidia import dali
+    except ImportError:
+        dali = None
+    found = harness.environment()
+    kept = ("machine", "python", "torch", "commit", "date", "load_average")
+    extra = {"torchvision": torchvision.__version__, "dali": getattr(dali, "__version__", "")}
+    return {key: found[key] for key in kept} | extra
+
+
+def plot(path: Path) -> Path:
+    """Bars of images a second from the newest rows of a CSV; returns the picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with path.open(encoding="utf-8") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    names = list(rows)
+    rates = [float(rows[name]["images_per_sec"]) for name in names]
+    spans = [[int(rows[n]["images"]) / float(rows[n][f"seconds_p{p}"]) for n in names] for p in (80, 20)]
+    errors = np.abs(np.array(spans) - np.array(rates))
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1.5), layout="constrained")
+    bars = axes.barh(names, rates, xerr=errors, color=["0.6" if name == "reference" else "tab:blue" for name in names])
+    axes.bar_label(bars, [f"{rows[name]['ratio']}x" for name in names], padding=12)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    last = rows[names[0]]
+    axes.set_xlabel(f"images/s, {last['workers']} workers; {last['machine']}, {last['date']}")
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=100)
+    return target
+
+
+def memory_mib() -> tuple[float, float]:
+    """Resident MiB of this process, and proportional MiB of it with its children (shared pages counted once)."""
+    own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    total = 0
+    for pid in [str(os.getpid()), *children]:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+    return own / 2**20, total / 2**20
+
+
+def soak(name: str, folder: Path, args: argparse.Namespace) -> None:
+    """Read without end for `args.soak` minutes and print the memory every half minute."""
+    read = our_reader(name, folder, args.workers)
+    began, images, at_2, due = time.perf_counter(), 0, (0.0, 0.0), 0.0
+    print("minute,images,rss_mib,pss_mib_with_workers", flush=True)
+    while (minutes := (time.perf_counter() - began) / 60) < args.soak:
+        images += read()
+        if minutes >= due:
+            own, total = memory_mib()
+            print(f"{minutes:.1f},{images},{own:.1f},{total:.1f}", flush=True)
+            due += 0.5
+            at_2 = at_2 if at_2[0] or minutes < 2 else (own, total)
+    own, total = memory_mib()
+    if at_2[0]:
+        print(f"end against minute 2: rss {own / at_2[0]:.4f}, with workers {total / at_2[1]:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="log memory of the first of --providers instead")
+    parser.add_argument("--plot", action="store_true", help="only draw the CSV")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "data_cpu.csv")
+    args = parser.parse_args()
+    if args.plot:
+        print(plot(args.out))
+        return
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "tiles"
+        folder.mkdir()
+        kb = make_tiles(folder, args.images)
+        if args.soak:
+            soak(args.providers[0], folder, args)
+            return
+        rows = measure(folder, args, kb)
+    harness.append_rows(args.out, rows, columns=COLUMNS)
+    for row in rows:
+        span = f"[{row['ratio_p20']}, {row['ratio_p80']}]"
+        print(f"{row['provider']:20} {row['images_per_sec']:>6} img/s  {row['ratio']}x {span}")
+
+
+if __name__ == "__main__":
+    main()

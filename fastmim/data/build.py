@@ -1,0 +1,140 @@
+"""``build_loader``: which images, which order, and who reads them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastmim.data import dali
+from fastmim.data.augment import View, check_views
+from fastmim.data.decode import check_decode_options
+from fastmim.data.loader import Loader
+from fastmim.data.order import EpochOrder
+from fastmim.data.source import find_bad_files, open_index
+from fastmim.data.synthetic import NUM_IMAGES, SyntheticLoader
+from fastmim.data.worker import EncodedDataset, ImageDataset
+
+LOADERS = ("auto", "dali", "torchvision", "pil", "synthetic")
+_LOG = logging.getLogger("fastmim")
+
+
+def build_loader(
+    *,
+    path: str | os.PathLike[str] | None,
+    file_list: str | os.PathLike[str] | None = None,
+    img_size: tuple[int, int],
+    in_chans: int = 3,
+    micro_batch_size: int,
+    grad_accum_steps: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    loader: str = "auto",
+    num_workers: int = 2,
+    train: bool = True,
+    scale: Sequence[float] = (0.67, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    interpolation: str = "bilinear",
+    views: Sequence[View] | None = None,
+    max_bad_fraction: float = 0.5,
+    verify: str = "auto",
+    min_size: int = 8,
+    device: torch.device | str = "cpu",
+    field: str = "data.path",
+) -> Any:
+    """Open a folder, a file list or tar shards of images for pretraining (train=True) or validation.
+
+    Args:
+        path: folder of images, searched recursively, or shards (``shards.py``); with `file_list`, what its entries
+            are relative to.
+        img_size, in_chans: (H, W) of the batches in pixels; 1 grey, 3 RGB, 4 RGBA.
+        micro_batch_size: images per rank and micro-batch.
+        loader: one of :data:`LOADERS`; see :func:`choose_loader`.
+        num_workers: worker processes; 0 works in the calling process. Also the threads of DALI's CPU operators.
+        train: shuffle, crop and flip; else file order, resize and centre crop.
+        scale, ratio: range of the crop's area (fraction of the image) and of its aspect (width / height).
+        hflip: probability of the horizontal flip.
+        views: instead of `img_size` to `interpolation`: several crops an image; batches are then MultiBatch.
+        max_bad_fraction: stop when more than this fraction of the files cannot be used.
+        verify: "full" decodes every file first, "none" none, "auto" up to 2000 files.
+        min_size: images with a shorter side below this many pixels are bad.
+        field: the config key that messages about `path` name.
+
+    Returns:
+        A Loader, or a SyntheticLoader, which has the same methods.
+
+    Raises:
+        ValueError: in one line, for every wrong argument, a missing or empty folder, too many bad files.
+    """
+    device = torch.device(device)
+    if views is None:
+        size = tuple(int(edge) for edge in img_size)
+        views = [View(size, 1, tuple(scale), tuple(ratio), hflip, interpolation)]  # type: ignore[arg-type]
+    check_views(views)
+    if num_workers < 0:
+        raise ValueError(f"data.num_workers={num_workers}: must not be negative")
+    chosen = choose_loader(loader, device=device, in_chans=in_chans, train=train)
+    if chosen == "synthetic" and not train and path is not None:
+        chosen = "torchvision"  # held-out images that are there are read
+    decoder = "pil" if chosen == "pil" else "auto"
+    check_decode_options(in_chans, decoder)
+    index = open_index(path, file_list, field=field) if chosen != "synthetic" else None
+    order = EpochOrder(
+        num_images=NUM_IMAGES if index is None else len(index),
+        micro_batch_size=micro_batch_size,
+        grad_accum_steps=grad_accum_steps,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        train=train,
+    )
+    if index is None:
+        return SyntheticLoader(order, img_size=views[0].size, in_chans=in_chans, device=device)
+    bad = find_bad_files(index, verify=verify, in_chans=in_chans, loader=decoder, min_size=min_size)
+    options: dict[str, Any] = dict(
+        views=views, in_chans=in_chans, seed=seed, decoder=decoder, train=train, min_size=min_size
+    )
+    shared: dict[str, Any] = dict(num_workers=num_workers, device=device, bad=bad, max_bad_fraction=max_bad_fraction)
+    if chosen == "dali":
+        encoded = EncodedDataset(index, frozenset(bad), **options)
+        return dali.DaliLoader(encoded, order, num_threads=max(1, num_workers), **shared)
+    return Loader(ImageDataset(index, frozenset(bad), **options), order, **shared)
+
+
+def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train: bool = True) -> str:
+    """The loader that `loader` means on this machine; what "auto" takes, and why, is logged.
+
+    "auto" is DALI where images go to a GPU and DALI is installed, else torchvision, which is faster than DALI on a
+    CPU (benchmarks/bench_data.py). Held-out images are always read by torchvision: a validation loss must not
+    depend on the loader. "pil" is the torchvision loader with every image decoded by PIL.
+
+    Raises:
+        ValueError: unknown; or DALI is asked for and not installed, or cannot give this many channels.
+    """
+    if loader not in LOADERS:
+        raise ValueError(f"data.loader={loader!r}: unknown; use one of {', '.join(LOADERS)}")
+    if loader == "dali":
+        if not dali.have_dali():
+            raise ValueError(f"data.loader=dali: DALI is not installed: {dali.INSTALL}; or use torchvision")
+        if in_chans not in (1, 3):
+            raise ValueError(f"data.loader=dali: model.in_chans={in_chans}: DALI gives 1 or 3; use torchvision")
+    if loader == "auto":
+        loader, why = _fastest(device, in_chans)
+        if train:
+            _LOG.info("data.loader=auto: %s (%s)", loader, why)
+    return "torchvision" if loader == "dali" and not train else loader
+
+
+def _fastest(device: torch.device, in_chans: int) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "torchvision", "the fastest on a CPU"
+    if in_chans not in (1, 3):
+        return "torchvision", f"DALI does not give {in_chans} channels"
+    if not dali.have_dali():
+        return "torchvision", f"DALI is not installed: {dali.INSTALL}"
+    return "dali", "decodes on the GPU"

@@ -1,0 +1,282 @@
+"""WebDataset tar shards with random access: every image is (shard, offset, size).
+
+So the order of an epoch, its split over ranks and the restart are those of a folder. Nothing is ever extracted: a
+member's name is a label, never a path, and only regular image members are listed. The index beside a shard
+(``a.tar`` -> ``a.idx``) is the plain text that DALI's ``wds2idx`` writes, version 1.2: one line a sample, four fields
+a component (extension, offset, size, name). It is checked against the shard before it is used.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from fastmim.data.decode import DecodeError
+from fastmim.data.names import is_image, printable, shown
+
+INDEX_VERSION = "v1.2"
+#: One member larger than this is refused unread: no image is, and the size field of a tar is the writer's word.
+MAX_MEMBER_BYTES = 1 << 30
+_LOG = logging.getLogger("fastmim")
+_BLOCK = 512
+_MAX_BRACES = 1_000_000
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class Member(NamedTuple):
+    """One image inside a shard."""
+
+    name: str
+    offset: int  # of its data, in bytes
+    size: int
+
+
+class ShardIndex:
+    """The images of several shards, shard after shard in the order of the members.
+
+    Names lie in one bytes object, numbers in arrays: forked workers share those pages.
+    """
+
+    def __init__(self, root: str, tars: list[str], members: list[list[Member]]) -> None:
+        flat = [member for group in members for member in group]
+        names = [os.fsencode(member.name) for member in flat]
+        self.root, self._tars = root, tars
+        self._blob, self._ends = b"".join(names), np.cumsum([len(name) for name in names], dtype=np.int64)
+        self._first = np.cumsum([0] + [len(group) for group in members], dtype=np.int64)
+        self._places = np.array([(m.offset, m.size) for m in flat], dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def shard(self, index: int) -> str:
+        """The path of the shard that holds image `index`."""
+        return self._tars[int(np.searchsorted(self._first, index, side="right")) - 1]
+
+    def label(self, index: int) -> str:
+        """``shard.tar!member``, safe to print."""
+        start = int(self._ends[index - 1]) if index else 0
+        return printable(f"{self.shard(index)}!{os.fsdecode(self._blob[start : int(self._ends[index])])}")
+
+    def read(self, index: int) -> bytearray:
+        """The bytes of image `index`; DecodeError when the shard does not hold them in full."""
+        offset, size = self._places[index].tolist()
+        if size > MAX_MEMBER_BYTES:
+            raise DecodeError(f"{size} bytes are more than {MAX_MEMBER_BYTES}")
+        try:
+            with open(self.shard(index), "rb", buffering=0) as file:
+                # Sizes come from an untrusted header: nothing is allocated for bytes that are not there.
+                if offset + size > os.fstat(file.fileno()).st_size:
+                    raise DecodeError("the shard ends inside this member (truncated)")
+                data = bytearray(size)
+                view, filled = memoryview(data), 0
+                file.seek(offset)
+                while filled < size and (count := file.readinto(view[filled:])):
+                    filled += count
+        except OSError as err:
+            raise DecodeError(f"cannot be read: {err.strerror or err}") from None
+        view.release()
+        del data[filled:]
+        return data
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the shards' file names, the members' names and their order."""
+        tars = "\0".join(os.path.basename(tar) for tar in self._tars)
+        return hashlib.sha256(tars.encode("utf-8", "surrogateescape") + self._ends.tobytes() + self._blob).hexdigest()
+
+
+def find_tars(path: str, field: str = "data.path") -> list[str]:
+    """The shards that `path` means: a folder's .tar files, one .tar, or a ``{000..127}`` or ``*`` pattern.
+
+    Empty when `path` is a folder without .tar files.
+
+    Raises:
+        ValueError: a pattern without a match, a compressed archive, shards that are missing, tars beside images.
+    """
+    if os.path.isdir(path):
+        entries = sorted(entry for entry in os.listdir(path) if not entry.startswith("."))
+        tars = [os.path.join(path, entry) for entry in entries if entry.lower().endswith(".tar")]
+        loose = [entry for entry in entries if is_image(entry)]
+        if tars and loose:
+            raise ValueError(
+                f"{field}={printable(path)}: holds {len(tars)} .tar shards and {len(loose)} loose images; give a"
+                f" folder with one kind, or {field}={printable(os.path.join(path, '*.tar'))}"
+            )
+        return tars
+    if re.search(r"\.(tar\.\w+|tgz)$", path.lower()):
+        raise ValueError(f"{field}={printable(path)}: a compressed shard has no random access; give plain .tar files")
+    if not path.lower().endswith(".tar"):
+        return []
+    tars = []
+    for name in expand_braces(path, field):
+        tars += sorted(glob.glob(name)) if any(c in name for c in "*?[") and not os.path.exists(name) else [name]
+    missing = [tar for tar in tars if not os.path.isfile(tar)]
+    if missing or not tars:
+        raise ValueError(f"{field}={printable(path)}: no such shard ({shown(missing) or 'nothing matches'})")
+    return tars
+
+
+def expand_braces(pattern: str, field: str = "data.path") -> list[str]:
+    """``a-{00..02}-{x,y}.tar`` as the shell expands it; the zeros of the first bound are kept.
+
+    Raises:
+        ValueError: it means more than a million names.
+    """
+    parts = _BRACES.split(pattern)
+    choices: list[list[str]] = []
+    for i, part in enumerate(parts):
+        span = _RANGE.fullmatch(part) if i % 2 else None
+        if span:
+            low, high = int(span[1]), int(span[2])
+            if high - low >= _MAX_BRACES:
+                raise ValueError(f"{field}={printable(pattern)}: means more than {_MAX_BRACES} shards")
+            choices.append([f"{number:0{len(span[1])}d}" for number in range(low, high + 1)])
+        else:
+            choices.append(part.split(",") if i % 2 else [part])
+    if np.prod([len(choice) for choice in choices], dtype=float) > _MAX_BRACES:
+        raise ValueError(f"{field}={printable(pattern)}: means more than {_MAX_BRACES} shards")
+    return ["".join(names) for names in itertools.product(*choices)]
+
+
+def open_shards(root: str, tars: list[str], field: str = "data.path") -> ShardIndex:
+    """The images of `tars`, from the index beside each where there is one that fits, else by reading its headers.
+
+    Raises:
+        ValueError: a file is not a tar archive; no shard holds an image.
+    """
+    members, scanned = [], []
+    for tar in tars:
+        known = read_index(tar)
+        if known is None:
+            scanned.append(tar)
+        members.append(scan_tar(tar, field) if known is None else known)
+    if scanned:
+        _LOG.warning(
+            "%s=%s: %d of %d shards have no index that fits, their headers were read; run `fastmim data index %s`",
+            field, printable(root), len(scanned), len(tars), printable(root),
+        )  # fmt: skip
+    if not any(members):
+        raise ValueError(f"{field}={printable(root)}: no images in {len(tars)} shards")
+    return ShardIndex(root, tars, members)
+
+
+def scan_tar(tar: str, field: str = "data.path") -> list[Member]:
+    """The regular image members, the first of every sample (names equal up to the first dot of the last part).
+
+    A shard cut off in the middle gives what is before the cut, with a warning.
+
+    Raises:
+        ValueError: not an uncompressed tar archive.
+    """
+    found: dict[str, Member] = {}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in _members(archive, tar):
+                if member.isreg() and not member.issparse() and is_image(member.name):
+                    found.setdefault(sample_key(member.name), Member(member.name, member.offset_data, member.size))
+    except tarfile.TarError as err:
+        raise ValueError(f"{field}={printable(tar)}: not an uncompressed tar archive ({err})") from None
+    except OSError as err:
+        raise ValueError(f"{field}={printable(tar)}: cannot be read ({err.strerror or err})") from None
+    return list(found.values())
+
+
+def _members(archive: tarfile.TarFile, tar: str) -> Iterator[tarfile.TarInfo]:
+    while True:
+        try:
+            member = archive.next()
+        except (tarfile.TarError, OverflowError, ValueError, OSError) as err:
+            _LOG.warning("%s: damaged behind byte %d (%s); what is before is used", printable(tar), archive.offset, err)
+            return
+        if member is None:
+            return
+        yield member
+
+
+def sample_key(name: str) -> str:
+    """WebDataset's key: the name up to the first dot of its last part."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def index_path(tar: str) -> str:
+    """Where the index of a shard lies."""
+    return os.path.splitext(tar)[0] + ".idx"
+
+
+def write_index(tar: str, members: list[Member]) -> str:
+    """Write the index of a shard in one move; returns its path."""
+    path = index_path(tar)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(f"{INDEX_VERSION} {len(members)}\n")
+        for member in members:
+            extension = member.name.rpartition("/")[2].partition(".")[2] or "bin"
+            fields = (quote(extension), str(member.offset), str(member.size), quote(os.fsencode(member.name)))
+            file.write(" ".join(fields) + "\n")
+    os.replace(path + ".tmp", path)
+    return path
+
+
+def read_index(tar: str) -> list[Member] | None:
+    """The members listed beside a shard; None where there is no index, or not of this shard.
+
+    Checked: newer than the shard, the number of samples, every place on a block and inside the shard. A sample of
+    ``wds2idx`` gives its first image component.
+    """
+    path = index_path(tar)
+    try:
+        stat = os.stat(tar)
+        if not os.path.isfile(path) or os.stat(path).st_mtime_ns < stat.st_mtime_ns:
+            return None
+        with open(path, encoding="utf-8") as file:
+            version, count = file.readline().split()
+            lines = file.readlines()
+        if version != INDEX_VERSION or int(count) != len(lines):
+            return None
+        found = [_first_image(line.split(), stat.st_size) for line in lines]
+        return [member for member in found if member is not None]
+    except (OSError, ValueError):
+        return None
+
+
+def _first_image(fields: list[str], tar_bytes: int) -> Member | None:
+    for place in range(0, len(fields), 4):
+        _, offset, size, name = fields[place : place + 4]
+        member = Member(os.fsdecode(_unquote(name)), int(offset), int(size))
+        if member.offset % _BLOCK or member.offset < _BLOCK or not 0 <= member.size <= tar_bytes - member.offset:
+            raise ValueError("not inside the shard")
+        if is_image(member.name):
+            return member
+    return None
+
+
+def _unquote(name: str) -> bytes:
+    return unquote(name, errors="surrogateescape").encode("utf-8", "surrogateescape")
+
+
+def index_shards(path: str) -> dict[str, int]:
+    """Write the index of every shard that `path` means; returns {shard: images}.
+
+    Raises:
+        ValueError: no shards there, or one is not an uncompressed tar archive.
+    """
+    tars = find_tars(path, "DIR")
+    if not tars:
+        raise ValueError(f"DIR={printable(path)}: no .tar shards; give a folder of them or a pattern")
+    counts = {}
+    for tar in tars:
+        members = scan_tar(tar, "DIR")
+        write_index(tar, members)
+        counts[tar] = len(members)
+    return counts
