@@ -63,9 +63,17 @@ def fragments(objective: nn.Module, optimizer: Any, *, stage: int, rank: int, wo
                 yield Fragment(name, start, count, param, optimizer.fp32_partitioned_groups_flat[group], offset)
         elif param._hp_mapping is not None:  # type: ignore[attr-defined]
             mapping: Any = param._hp_mapping  # type: ignore[attr-defined]
-            key = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            key = _flat_groups(optimizer)[mapping.param_group_index]
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             yield Fragment(name, here.start, here.numel, param, key, there.start)
+
+
+def _flat_groups(optimizer: Any) -> Any:
+    """Stages 1 and 2: this rank's part of each flattened group of parameters, in fp32."""
+    # DeepSpeed takes another optimiser class for stage 1 in bf16 with fp32 accumulation.
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return optimizer.fp32_groups_flat_partition
+    return optimizer.single_partition_of_fp32_groups
 
 
 def moments(optimizer: torch.optim.Optimizer, fragment: Fragment) -> dict[str, Tensor]:

@@ -74,7 +74,8 @@ def apply_recompute(objective: nn.Module, policy: str, *, every: int = 1, offloa
 
 
 def _recomputed(forward: Callable[..., Any], policy: str, offload: bool) -> Callable[..., Any]:
-    selective = {} if policy == "full" else {"context_fn": functools.partial(_contexts, policy == "fc1_qkv")}
+    contexts = functools.partial(_contexts, policy == "fc1_qkv")
+    selective: dict[str, Any] = {} if policy == "full" else {"context_fn": contexts}
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -69,7 +69,7 @@ class ZeroEngine:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         if precision != "fp32":
             # Inside DeepSpeed's engine, which would switch off an autocast around it.
-            objective.forward = _in_autocast(objective.forward, self.autocast)  # type: ignore[method-assign]
+            objective.forward = _in_autocast(objective.forward, self.autocast)
         try:
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=objective, optimizer=optimizer, config=config, dist_init_required=False

@@ -236,8 +236,9 @@ def _autograd(ctx, grad_added, grad_out, _mean, _rstd):  # type: ignore[no-untyp
         return (None,) * 12
     if order == "post" and grad_added is None and grad_out.dtype == dtype:
         grad_added, grad_out = grad_out, None
-    d_residual, d_branch, found = _run_backward(grad_added, grad_out, *ctx.saved_tensors, *ctx.settings)
-    own_residual, own_branch = owned(order, grad_out, *ctx.saved_tensors[-2:], dtype, branch_dtype)
+    saved = ctx.saved_tensors  # read once: recomputation gives each of them up as it is read
+    d_residual, d_branch, found = _run_backward(grad_added, grad_out, *saved, *ctx.settings)
+    own_residual, own_branch = owned(order, grad_out, *saved[-2:], dtype, branch_dtype)
     d_residual = None if dtype is None else d_residual if own_residual else grad_added
     d_branch = None if branch_dtype is None else d_branch if own_branch else d_residual
     sums = iter(found)
