@@ -156,8 +156,8 @@ class ZeroEngine:
         return find_nonfinite(self.objective, images, mask, self.autocast(), backward=False)
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of ``weights``, ``master`` weights and ``moments`` on this rank."""
-        return fragments.partition_bytes(
+        """Bytes of ``weights``, ``master`` weights, ``moments`` and ``gradients`` on this rank."""
+        return fragments.held_bytes(
             self.objective, self.optimizer, stage=self.stage, rank=self.world.rank, world_size=self.world.size
         )
 
