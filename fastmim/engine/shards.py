@@ -167,7 +167,7 @@ class Shards:
                 position = end
         if position < stop:
             raise RuntimeError(f"{name} ({slot}) is missing from element {position} on")
-        return torch.cat(found) if len(found) != 1 else found[0]
+        return found[0] if len(found) == 1 else torch.cat([torch.empty(0), *found])
 
     def tensor(self, name: str) -> Tensor:
         """The whole weight, in its shape.

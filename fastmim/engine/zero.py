@@ -162,8 +162,9 @@ class ZeroEngine:
         )
 
     def state(self) -> dict[str, Any]:
-        """JSON values that, with the files of :meth:`save`, restore this engine."""
-        state: dict[str, Any] = {"step": self.steps}
+        """The small state beside weights and moments, as JSON values. Every rank calls it."""
+        total = distributed.all_reduce_mean(self._loss_sum.clone())
+        state: dict[str, Any] = {"step": self.steps, "loss_sum": float(total), "loss_count": self._loss_count}
         if self.precision == "fp16" and self.stage:
             state["loss_scale"] = float(self.optimizer.loss_scale)
         return state
@@ -171,7 +172,8 @@ class ZeroEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over the values of :meth:`state`."""
         self.steps = int(state["step"])
-        self._micro = 0
+        self._loss_sum.fill_(state["loss_sum"])
+        self._loss_count = int(state["loss_count"])
         if self.precision == "fp16" and "loss_scale" in state:
             self.optimizer.loss_scaler.cur_scale = state["loss_scale"]
 

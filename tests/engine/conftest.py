@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +134,11 @@ def zero_run(pictures):
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """Trains a list of runs on some ranks: ``launch(runs, ranks)``; returns the finished process."""
+    """Trains a list of runs on some ranks: ``launch(runs, ranks)``; returns the finished process.
+
+    ``kill_in`` lets the last rank die in that step; ``nodes`` starts as many launchers, with ``ranks`` each, that
+    find each other on the loopback device.
+    """
     pytest.importorskip("deepspeed")
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {
@@ -142,13 +147,28 @@ def launch(tmp_path_factory):
         "PYTHONWARNINGS": "ignore",
     }
 
-    def run(runs, ranks):
+    def run(runs, ranks, *, kill_in=None, nodes=1):
         file = tmp_path_factory.mktemp("launch") / "runs.json"
         file.write_text(json.dumps(runs))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+        launcher = []
+        if nodes > 1:
+            where = ["--nnodes", str(nodes), "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+            launcher = ["-m", "torch.distributed.run", *where, "--nproc_per_node", str(ranks)]
+        elif ranks > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command = [sys.executable, *launcher, str(Path(__file__).with_name("zero_worker.py")), str(file)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done
+        command += [] if kill_in is None else [str(kill_in)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        started = [subprocess.Popen(command, **pipes) for _ in range(nodes)]
+        ended = [(process, process.communicate(timeout=400)[1]) for process in started]
+        for process, errors in ended:
+            assert (process.returncode != 0) == (kill_in is not None), errors[-4000:]
+        return ended[0][0]
 
     return run
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

@@ -38,7 +38,9 @@ RUNS = {
     "stage2 fc1": dict(efficiency__zero_stage=2, efficiency__recompute="fc1"),
     "stage3 fc1_qkv": dict(efficiency__zero_stage=3, efficiency__recompute="fc1_qkv", **CUT),
 }
-BF16 = {f"stage{stage} bf16": dict(efficiency__zero_stage=stage, efficiency__precision="bf16") for stage in range(4)}
+BF16 = {
+    f"stage{stage} bf16": dict(efficiency__zero_stage=stage, efficiency__precision="bf16", **CUT) for stage in range(4)
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +98,12 @@ def test_bf16_is_near_fp32(name, two, alone):
 
 
 def test_what_a_rank_holds(two):
-    """4 bytes per fp32 value; a stage halves what it cuts on two ranks, but for padding of a few values a tensor."""
+    """4 bytes per fp32 value; a stage halves what it cuts on two ranks, but for padding of a few values a tensor.
+
+    Gradients once they are reduced: until then stage 1 has all of them, and stages 2 and 3 those of a bucket.
+    """
     values = sum(t.numel() for t in load_file(two / "ddp/checkpoints/step-00000010/model.safetensors").values())
-    tensors = 63
+    slack = 24 * 63  # bytes of padding and alignment for each of 63 tensors
     full, half = 4 * values, 2 * values
     expected = {
         "stage0": dict(weights=full, master=0, moments=2 * full, gradients=full),
@@ -113,4 +118,4 @@ def test_what_a_rank_holds(two):
         for rank in range(2):
             held = json.loads((two / name / f"held-{rank}.json").read_text())
             for what, size in formula.items():
-                assert held[what] == pytest.approx(size, abs=2 * 4 * tensors), (name, rank, what)
+                assert held[what] == pytest.approx(size, abs=slack), (name, rank, what)

@@ -1,12 +1,14 @@
-"""Trains one config after the other in one process per rank: ``python zero_worker.py RUNS.json``.
+"""Trains one config after the other in one process per rank: ``python zero_worker.py RUNS.json [STEP]``.
 
-RUNS.json holds a list of lists of overrides. One process group serves them all: starting a group, torch and
-DeepSpeed costs more than these runs.
+With STEP the last rank kills itself in the middle of that step. RUNS.json holds a list of lists of overrides.
+One process group serves them all: starting a group, torch and DeepSpeed costs more than these runs.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,20 @@ def weighed(make_engine, path, *args, **kwargs):
 
     if hasattr(engine, "held_bytes"):
         engine.step = weigh_and_step
+    if len(sys.argv) > 2:
+        die_in_step(engine, int(sys.argv[2]))
     return engine
+
+
+def die_in_step(engine, step):
+    backward = engine.backward
+
+    def backward_or_die(loss):
+        if engine.steps + 1 == step and engine.world.rank == engine.world.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        backward(loss)
+
+    engine.backward = backward_or_die
 
 
 def main() -> None:
