@@ -1,6 +1,6 @@
 """Images a second out of a folder of photographs: our loaders beside the reference's composition, interleaved.
 
-    python benchmarks/bench_data.py [--images 1200] [--workers 2] [--rounds 7] [--providers ...] [--out CSV]
+    python benchmarks/bench_data.py [--images 1024] [--workers 2] [--rounds 5] [--providers ...] [--out CSV]
     python benchmarks/bench_data.py --plot                                 # draw the CSV
     python benchmarks/bench_data.py --soak 30 --providers torchvision      # resident memory while it reads
 
@@ -34,6 +34,7 @@ from torchvision import transforms
 
 from fastmim.data import build_loader, pack_images
 from fastmim.data.demo import _find_photos
+from fastmim.data.loader import PREFETCH
 from fastmim.objectives.masking import random_mask
 
 SIZE, TILE, UNIT, PATCH, MASK_RATIO, BATCH = 192, (500, 375), 32, 4, 0.6, 32
@@ -41,27 +42,23 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROVIDERS = ("reference", "torchvision", "torchvision+float", "torchvision-shards", "pil", "dali", "dali+float")
 COLUMNS = (
     "benchmark", "provider", "images", "workers", "batch", "seconds", "seconds_p20", "seconds_p80", "images_per_sec",
-    "images_per_sec_per_core", "ratio", "ratio_p20", "ratio_p80", "rounds", "kb_per_image", "load_average", "machine",
-    "python", "torch", "torchvision", "dali", "commit", "date",
+    "images_per_sec_per_core", "cpu_ms_per_image", "cpu_ratio", "ratio", "ratio_p20", "ratio_p80", "rounds",
+    "kb_per_image", "load_average", "machine", "python", "torch", "torchvision", "dali", "commit", "date",
 )  # fmt: skip
 SETTLE_SECONDS = 1.0
 
 
-def make_tiles(folder: Path, count: int) -> float:
-    """Write `count` tiles, all different, and return their mean size in kB."""
+def make_tiles(folder: Path, count: int) -> None:
+    """Write `count` tiles, all different."""
     photos = [Image.open(path).convert("RGB") for path, _ in _find_photos()]
     rng = random.Random(0)
-    total = 0
     for i in range(count):
         photo = photos[i % len(photos)]
         width = min(photo.width, photo.height * 4 // 3, round(TILE[0] / rng.uniform(0.8, 1.25)))
         height = width * 3 // 4
         left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
         tile = photo.crop((left, top, left + width, top + height)).resize(TILE, Image.Resampling.BICUBIC)
-        path = folder / f"{i:05d}.jpg"
-        tile.save(path, quality=90)
-        total += path.stat().st_size
-    return total / count / 1e3
+        tile.save(folder / f"{i:05d}.jpg", quality=90)
 
 
 class ReferenceDataset(Dataset[Any]):
@@ -107,8 +104,8 @@ def reference_reader(folder: Path, workers: int) -> Callable[[], int]:
     return lambda: sum(len(images) for images, _, _ in loader)
 
 
-def our_reader(name: str, folder: Path, workers: int) -> Callable[[], int]:
-    """The same for one of our loaders."""
+def our_reader(name: str, folder: Path, workers: int, every: int = 2) -> Callable[[], int]:
+    """The same for one of our loaders, `every` epochs apart: one that was read ahead would be a head start."""
     kind, _, as_float = name.partition("+")
     loader = build_loader(
         path=folder, img_size=(SIZE, SIZE), micro_batch_size=BATCH, num_workers=workers, verify="none",
@@ -116,7 +113,7 @@ def our_reader(name: str, folder: Path, workers: int) -> Callable[[], int]:
     )  # fmt: skip
     mean, std = (255 * torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     grid = (SIZE // PATCH, SIZE // PATCH)
-    epochs = iter(range(0, 1 << 30, 2))  # every other one: an epoch that was read ahead would be a head start
+    epochs = iter(range(0, 1 << 30, every))
 
     def read() -> int:
         count = 0
@@ -133,7 +130,8 @@ def our_reader(name: str, folder: Path, workers: int) -> Callable[[], int]:
 def measure(folder: Path, args: argparse.Namespace, kb: float) -> list[dict[str, Any]]:
     """CSV rows of all providers, timed in turn; between turns the workers come to rest."""
     shards = folder.parent / "shards"
-    pack_images(folder, shards)
+    if not shards.exists() and any(name.endswith("-shards") for name in args.providers):
+        pack_images(folder, shards)
     readers = {
         name: reference_reader(folder, args.workers)
         if name == "reference"
@@ -141,28 +139,58 @@ def measure(folder: Path, args: argparse.Namespace, kb: float) -> list[dict[str,
         for name in args.providers
     }
     seconds: dict[str, list[float]] = {name: [] for name in readers}
+    cpu: dict[str, list[float]] = {name: [] for name in readers}
     count = 0
     for i in range(-1, args.rounds):  # the first round warms up
         for name in list(readers) if i % 2 else reversed(list(readers)):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), cpu_seconds()
             count = readers[name]()
-            if i >= 0:
-                seconds[name].append(time.perf_counter() - start)
+            elapsed = time.perf_counter() - start
             time.sleep(SETTLE_SECONDS)
+            if i >= 0:
+                seconds[name].append(elapsed)
+                cpu[name].append((cpu_seconds() - used) / (count + read_ahead(name, args.workers)))
     timings = {name: harness.Timing(tuple(values)) for name, values in seconds.items()}
+    used_cpu = {name: harness.Timing(tuple(values)) for name, values in cpu.items()}
     shared = {"benchmark": "data", "images": count, "workers": args.workers, "batch": BATCH, "rounds": args.rounds,
               "kb_per_image": f"{kb:.1f}", **versions()}  # fmt: skip
-    return [shared | {"provider": name} | figures(name, timings, count) for name in readers]
+    return [shared | {"provider": name} | figures(name, timings, used_cpu, count) for name in readers]
 
 
-def figures(name: str, timings: dict[str, harness.Timing], count: int) -> dict[str, str]:
-    """The measured columns of one provider."""
+def cpu_seconds() -> float:
+    """Processor time of this process and its living children so far: what a busy machine does not change much."""
+    pids = [str(os.getpid())]
+    for thread in Path("/proc/self/task").iterdir():
+        pids += (thread / "children").read_text().split()
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def read_ahead(name: str, workers: int) -> int:
+    """Images made beyond the epoch by the time the workers rest: ours go on into the next one."""
+    if name == "reference":
+        return 0
+    return BATCH if name.startswith("dali") else workers * PREFETCH * BATCH
+
+
+def figures(
+    name: str, timings: dict[str, harness.Timing], cpu: dict[str, harness.Timing], count: int
+) -> dict[str, str]:
+    """The measured columns of one provider; a core is a second of processor time, of all processes together."""
     found = timings[name].quantiles()
     ratio = harness.speedup(timings["reference"], timings[name])
     out = {f"seconds{tail}": f"{value:.3f}" for tail, value in zip(("", "_p20", "_p80"), found, strict=True)}
     out |= {f"ratio{tail}": f"{value:.3f}" for tail, value in zip(("", "_p20", "_p80"), ratio, strict=True)}
-    rate = count / found[0]
-    return out | {"images_per_sec": f"{rate:.0f}", "images_per_sec_per_core": f"{rate / (os.cpu_count() or 1):.0f}"}
+    used = cpu[name].quantiles()[0]
+    return out | {
+        "images_per_sec": f"{count / found[0]:.0f}",
+        "images_per_sec_per_core": f"{1 / used:.0f}",
+        "cpu_ms_per_image": f"{1e3 * used:.3f}",
+        "cpu_ratio": f"{harness.speedup(cpu['reference'], cpu[name])[0]:.3f}",
+    }
 
 
 def versions() -> dict[str, Any]:
@@ -217,7 +245,7 @@ def memory_mib() -> tuple[float, float]:
 
 def soak(name: str, folder: Path, args: argparse.Namespace) -> None:
     """Read without end for `args.soak` minutes and print the memory every half minute."""
-    read = our_reader(name, folder, args.workers)
+    read = our_reader(name, folder, args.workers, every=1)
     began, images, at_2, due = time.perf_counter(), 0, (0.0, 0.0), 0.0
     print("minute,images,rss_mib,pss_mib_with_workers", flush=True)
     while (minutes := (time.perf_counter() - began) / 60) < args.soak:
@@ -234,11 +262,12 @@ def soak(name: str, folder: Path, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="log memory of the first of --providers instead")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="make the tiles here, or use those that are there")
     parser.add_argument("--plot", action="store_true", help="only draw the CSV")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "data_cpu.csv")
     args = parser.parse_args()
@@ -247,9 +276,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "tiles"
-        folder.mkdir()
-        kb = make_tiles(folder, args.images)
+        folder = (args.keep or Path(scratch)) / "tiles"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            make_tiles(folder, args.images)
+        kb = sum(path.stat().st_size for path in folder.iterdir()) / len(list(folder.iterdir())) / 1e3
         if args.soak:
             soak(args.providers[0], folder, args)
             return
@@ -257,7 +288,8 @@ def main() -> None:
     harness.append_rows(args.out, rows, columns=COLUMNS)
     for row in rows:
         span = f"[{row['ratio_p20']}, {row['ratio_p80']}]"
-        print(f"{row['provider']:20} {row['images_per_sec']:>6} img/s  {row['ratio']}x {span}")
+        cpu = f"{row['images_per_sec_per_core']:>5} img per core and second, {row['cpu_ratio']}x"
+        print(f"{row['provider']:20} {row['images_per_sec']:>5} img/s  {row['ratio']}x {span}  {cpu}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import harness
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks import harness  # noqa: E402
 
 STATEMENTS = {
     "interpreter alone": "pass",
@@ -29,11 +32,11 @@ def in_fresh_interpreter(statement: str) -> Callable[[], None]:
     return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) and None
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "import_cpu.csv")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     steps = {name: in_fresh_interpreter(statement) for name, statement in STATEMENTS.items()}
     timings = harness.interleave(steps, rounds=args.rounds)
     shared = {"benchmark": "import", "rounds": args.rounds, "baseline": "import timm", **harness.environment()}

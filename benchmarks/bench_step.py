@@ -1,18 +1,22 @@
-"""A whole SimMIM training step of ours beside the same step on timm's encoders, interleaved in one process.
+"""A whole SimMIM training step of ours beside the same step on timm's encoders, interleaved.
 
     python benchmarks/bench_step.py [--cases swinv2_base+47 swinv2_base swin_base] [--dtypes fp32 bf16]
-                                    [--batch 4] [--rounds 7] [--compile] [--impl torch] [--out CSV]
+                                    [--batch 4] [--rounds 7] [--compile timm fastmim] [--impl torch] [--clock wall]
+                                    [--out CSV]
 
 A step is forward, backward, clipping at 5.0 and AdamW; both sides start from the same weights, see the same
-images and masks, and must give the same loss, or nothing is reported. timm's side uses AdamW as PyTorch builds
-it by default, ours the fused one that fastmim takes by default. ``name+47`` is the normalised target of 47 pixels.
+images and masks, and must give the same loss, or nothing is reported. Ours is what ``train()`` runs: its engine,
+its optimiser, and the memory setting that it makes for a CPU. timm's is written plainly, with AdamW as PyTorch
+builds it by default. Each provider has a process of its own, idle while the others are timed.
+``name+47`` is the normalised target of 47 pixels. ``--clock cpu`` counts the CPU seconds of the provider's
+process, for a machine that other work shares: with ``OMP_NUM_THREADS=1``, since waiting threads spin.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,20 +24,67 @@ from typing import Any
 import harness
 import torch
 from baseline import MODELS, copy_weights, timm_simmim
+from processes import Remote
 from torch import Tensor, nn
 
+from fastmim.engine.host_memory import keep_freed_memory
+from fastmim.engine.local import LocalEngine
+from fastmim.engine.optim import build_optimizer, param_groups
 from fastmim.objectives import create_objective
 
 CASES = ("swinv2_base+47", "swinv2_base", "swin_base")
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}  # of the first loss, relative
-CLIP = 5.0
+CLIP, LR, WEIGHT_DECAY = 5.0, 1e-5, 0.05
 
 
-def make_step(
-    objective: nn.Module, images: Tensor, mask: Tensor, *, bf16: bool, fused: bool, compiled: bool = False
+class Provider:
+    """One side: ``timm`` or ``fastmim``, eager or compiled.
+
+    Args:
+        side: "timm" or "fastmim".
+        case, dtype, batch: As on the command line.
+        impl: Of our ops.
+        compiled: Run the forward through ``torch.compile``.
+    """
+
+    def __init__(self, side: str, case: str, dtype: str, batch: int, impl: str, compiled: bool) -> None:
+        name, _, window = case.partition("+")
+        torch.manual_seed(0)
+        theirs = timm_simmim(name, int(window or 0))
+        ours = create_objective("simmim", encoder=MODELS[name][2], norm_target=int(window or 0), impl=impl)
+        copy_weights(theirs, ours)
+        self.images = torch.randn(batch, 3, *ours.img_size)
+        self.mask = ours.random_mask(torch.arange(batch))
+        self.objective: nn.Module = ours if side == "fastmim" else theirs
+        self.bf16 = dtype == "bf16"
+        make = our_step if side == "fastmim" else plain_step
+        self._step = make(self.objective, self.images, self.mask, bf16=self.bf16, compiled=compiled)
+
+    def step(self) -> float:
+        """One training step; the loss before its update."""
+        return self._step()
+
+    def saved_bytes(self) -> int:
+        """Kept between forward and backward."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            saved = harness.saved_bytes(self.objective, self.images, self.mask)
+        self.objective.zero_grad(set_to_none=True)
+        return saved
+
+    def cpu_seconds(self) -> float:
+        """User and system time of this process so far."""
+        return time.process_time()
+
+    def peak_rss(self) -> float:
+        """Peak resident memory of this process in GiB."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def plain_step(
+    objective: nn.Module, images: Tensor, mask: Tensor, *, bf16: bool, compiled: bool
 ) -> Callable[[], float]:
-    """One training step as a function that returns the loss before the update."""
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-5, weight_decay=0.05, fused=fused or None)
+    """The step as one would write it."""
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     forward = torch.compile(objective, dynamic=False) if compiled else objective
 
     def step() -> float:
@@ -48,34 +99,45 @@ def make_step(
     return step
 
 
+def our_step(objective: nn.Module, images: Tensor, mask: Tensor, *, bf16: bool, compiled: bool) -> Callable[[], float]:
+    """The step of ``train()``."""
+    keep_freed_memory()
+    optimizer = build_optimizer("adamw", param_groups(objective, WEIGHT_DECAY), LR)
+    precision = "bf16" if bf16 else "fp32"
+    engine = LocalEngine(objective, optimizer, clip_grad=CLIP, precision=precision, compile=compiled)
+
+    def step() -> float:
+        loss = engine(images, mask)["loss"]
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    return step
+
+
 def measure(case: str, dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """CSV rows of one model and precision."""
-    name, _, window = case.partition("+")
-    torch.manual_seed(0)
-    theirs = timm_simmim(name, int(window or 0))
-    ours = create_objective("simmim", encoder=MODELS[name][2], norm_target=int(window or 0), impl=args.impl)
-    copy_weights(theirs, ours)
-    images = torch.randn(args.batch, 3, *ours.img_size)
-    mask = ours.random_mask(torch.arange(args.batch))
-    bf16 = dtype == "bf16"
-    objectives = {"timm": theirs, f"fastmim-{args.impl}": ours}
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        saved = {key: harness.saved_bytes(value, images, mask) for key, value in objectives.items()}
-    for objective in objectives.values():
-        objective.zero_grad(set_to_none=True)
-    steps = {key: make_step(value, images, mask, bf16=bf16, fused=value is ours) for key, value in objectives.items()}
-    if args.compile:
-        copy = timm_simmim(name, int(window or 0))
-        copy.load_state_dict(theirs.state_dict())
-        steps["timm-compiled"] = make_step(copy, images, mask, bf16=bf16, fused=False, compiled=True)
-    losses = {key: step() for key, step in steps.items()}
+    chosen = {"timm": ("timm", False), f"fastmim-{args.impl}": ("fastmim", False)}
+    if "timm" in args.compile:
+        chosen["timm-compiled"] = "timm", True
+    if "fastmim" in args.compile:
+        chosen[f"fastmim-{args.impl}-compiled"] = "fastmim", True
+    remotes = {
+        key: Remote(Provider, side, case, dtype, args.batch, args.impl, compiled)
+        for key, (side, compiled) in chosen.items()
+    }
+    saved = {key: remote.call("saved_bytes") for key, remote in remotes.items() if not chosen[key][1]}
+    losses = {key: remote.call("step") for key, remote in remotes.items()}
     harness.check_losses(losses, TOLERANCE[dtype])
-    timings = harness.interleave(steps, rounds=args.rounds)
-    shared = {"benchmark": "step", "case": case, "dtype": dtype, "batch": args.batch, "rounds": args.rounds,
+    steps: dict[str, Callable[[], Any]] = {key: lambda r=remote: r.call("step") for key, remote in remotes.items()}
+    clock = {"clock": lambda key: remotes[key].call("cpu_seconds")} if args.clock == "cpu" else {}
+    timings = harness.interleave(steps, rounds=args.rounds, **clock)
+    shared = {"benchmark": "step" if args.clock == "wall" else "step (CPU seconds)", "case": case, "dtype": dtype, "batch": args.batch, "rounds": args.rounds,
               "baseline": "timm", **harness.environment()}  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    shared["peak_rss_gib"] = f"{peak:.2f}"
-    return [shared | row(key, timings, losses[key], saved, args.batch) for key in steps]
+    peaks = {key: {"peak_rss_gib": f"{remote.call('peak_rss'):.2f}"} for key, remote in remotes.items()}
+    for remote in remotes.values():
+        remote.close()
+    return [shared | peaks[key] | row(key, timings, losses[key], saved, args.batch) for key in steps]
 
 
 def row(key: str, timings: dict[str, harness.Timing], loss: float, saved: dict[str, int], batch: int) -> dict[str, Any]:
@@ -94,8 +156,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(TOLERANCE))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of timm's step")
+    parser.add_argument("--compile", nargs="*", default=[], choices=("timm", "fastmim"), help="also time torch.compile")
     parser.add_argument("--impl", default="torch", choices=("torch", "reference"))
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "step_cpu.csv")
     args = parser.parse_args()
     for case in args.cases:
@@ -108,7 +171,6 @@ def main() -> None:
                     f"  {r['ratio']}x [{r['ratio_p20']}, {r['ratio_p80']}]  saved {r['saved_mb_per_image']} MB/image",
                     flush=True,
                 )
-            gc.collect()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = (
-    "benchmark", "case", "dtype", "batch", "provider", "baseline", "seconds", "seconds_p20", "seconds_p80", "ratio",
-    "ratio_p20", "ratio_p80", "rounds", "loss", "saved_mb_per_image", "peak_rss_gib", "load_average", "machine",
-    "threads", "python", "torch", "timm", "commit", "date",
+    "benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "provider", "baseline", "seconds",
+    "seconds_p20", "seconds_p80", "images_per_sec", "images_per_sec_p20", "images_per_sec_p80", "ratio", "ratio_p20",
+    "ratio_p80", "rounds", "loss", "data_s", "forward_s", "backward_s", "optimizer_s", "wall_s", "peak_memory_gib",
+    "memory_kind", "start_memory_gib", "nvml_memory_gib", "saved_mb_per_image", "launches", "mb_per_image",
+    "gflop_per_image", "modelled_us_per_image", "roofline_share", "mfu", "joules_per_image", "peak_rss_gib", "note",
+    "load_average", "machine", "threads", "python", "torch", "timm", "reference", "commit", "date",
 )  # fmt: skip
 
 
@@ -49,10 +52,17 @@ def quantiles(values: tuple[float, ...] | list[float]) -> tuple[float, float, fl
     return statistics.median(values), cuts[0], cuts[-1]
 
 
-def interleave(steps: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, Timing]:
+def _wall(_: str) -> float:
+    return time.perf_counter()
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1, clock: Callable[[str], float] = _wall
+) -> dict[str, Timing]:
     """Time each provider once a round, in turn, so that a drift of the machine meets all of them alike.
 
-    The order alternates from round to round. Warm-up calls are not counted.
+    The order alternates from round to round. Warm-up calls are not counted. ``clock`` gives the seconds of a
+    provider by its name.
     """
     for step in steps.values():
         for _ in range(warmup):
@@ -60,9 +70,9 @@ def interleave(steps: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: i
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds):
         for name in list(steps) if i % 2 == 0 else reversed(list(steps)):
-            start = time.perf_counter()
+            start = clock(name)
             steps[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock(name) - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
@@ -119,7 +129,7 @@ def environment() -> dict[str, Any]:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]], *, columns: tuple[str, ...] = COLUMNS) -> None:
-    """Append rows of ``columns`` to a CSV, with a header where the file is new.
+    """Append rows of ``columns`` to a CSV, with a header where the file is new; fewer older columns are filled up.
 
     Raises:
         ValueError: a row has a column that the schema does not know.
@@ -127,13 +137,18 @@ def append_rows(path: Path, rows: list[dict[str, Any]], *, columns: tuple[str, .
     unknown = sorted({key for row in rows for key in row} - set(columns))
     if unknown:
         raise ValueError(f"columns {unknown} are not in the schema; it has {', '.join(columns)}")
+    rows = [*read_rows(path, columns), *rows] if path.exists() else rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        if new:
-            writer.writeheader()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
         writer.writerows(rows)
+
+
+def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[dict[str, Any]]:
+    """Rows of a CSV that :func:`append_rows` wrote; a column it lacks is empty."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [dict.fromkeys(columns, "") | row for row in csv.DictReader(file)]
 
 
 def _cpu_name() -> str:

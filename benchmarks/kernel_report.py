@@ -1,8 +1,9 @@
 """What the compiler makes of every Triton kernel, without a GPU.
 
-Compiles every case of ``aot_cases()`` in ``fastmim_kernels.triton`` ahead of time for the given
-architectures (those among them on which the case is launched; what the JIT would share is compiled once); prints registers, spills, shared memory, the share of global bytes in 128-bit accesses and the
-tensor-core instructions, and writes them as JSON and CSV to ``benchmarks/results/``.
+Compiles every case of ``aot_cases()`` in ``fastmim_kernels.triton`` ahead of time for the given architectures (those
+among them on which the case is launched; what the JIT would share is compiled once); prints registers, spills,
+shared memory, the share of global bytes in 128-bit accesses and the tensor-core instructions, and writes them as
+JSON and CSV to ``benchmarks/results/``.
 
     python benchmarks/kernel_report.py [--arch 80 90 100] [--module NAME …] [--match REGEX] [--quick]
                                           [--jobs 2] [--known REPORT.json] [--out STEM]

@@ -33,15 +33,16 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 import fastmim_kernels as fk  # noqa: E402
 from benchmarks.baseline import TimmSimMIM, average_pool_target  # noqa: E402
-from benchmarks.cuda_autocast import cuda_autocast  # noqa: E402
-from benchmarks.dispatch_counter import GPUS, DispatchCounter, Launch, SavedTensors  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
+from fastmim.plan.closed_forms import closed_forms  # noqa: E402
+from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors  # noqa: E402
+from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
+from fastmim.plan.hardware import GPUS as KNOWN_GPUS  # noqa: E402
 from fastmim_kernels import dispatch  # noqa: E402
-from fastmim_kernels.low_copies import traffic as low_copies_traffic  # noqa: E402
-from fastmim_kernels.mask_tokens import traffic as mask_tokens_traffic  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"
+GPUS = KNOWN_GPUS["h100-80g"], KNOWN_GPUS["a100-80g"]
 MASKED = 0.6
 MASKED_TOKENS = 22 / 36
 """Of the encoder's output, whose tokens are the mask's units."""
@@ -124,11 +125,11 @@ def count_step(
         module = build().train()
     # Tokens without a masked pixel are not projected, and their rows of the kernels' tiles are skipped.
     shares = {"fastmim::linear_masked_l1": MASKED_TOKENS}
-    counter = DispatchCounter(_closed_forms(), shares, watch=watch, sites=sites)
+    counter = DispatchCounter(closed_forms(MASKED), shares, watch=watch, sites=sites)
     casts: list[Launch] = []
     known = [*module.parameters(), *module.buffers()]
     # The Triton implementations accept what is on the CPU: nothing is executed.
-    with fake, mock.patch.object(dispatch, "no_triton", lambda device: ""):
+    with fake, dispatch.as_on_a_gpu():
         images = torch.empty(batch, 3, img_size, img_size)
         grid = img_size // module.patch_size
         mask = torch.empty(batch, grid, grid, dtype=torch.bool)
@@ -146,46 +147,6 @@ def count_step(
             counter.phase = "backward"
             loss.backward()
     return Count(counter, saved, batch, casts)
-
-
-def _closed_forms() -> dict[str, Callable[[Sequence[Any]], tuple[int, int]]]:
-    """Ops whose kernels read only what the mask hides, or does not hide."""
-
-    def mask_tokens(args: Sequence[Any]) -> tuple[int, int]:
-        x, _, _, weight, _, pos, _, out_dtype, _ = args
-        forward, _ = mask_tokens_traffic(
-            tuple(x.shape),
-            visible=1 - MASKED,
-            itemsize=x.element_size(),
-            out_itemsize=out_dtype.itemsize,
-            norm=weight is not None,
-            pos=pos is not None,
-        )
-        return forward[0], forward[1]
-
-    def mask_tokens_backward(args: Sequence[Any]) -> tuple[int, int]:
-        grad, more, _, _, _, _, weight, pos, dtype, _ = args
-        _, backward = mask_tokens_traffic(
-            tuple(grad.shape),
-            visible=1 - MASKED,
-            itemsize=dtype.itemsize,
-            out_itemsize=grad.element_size(),
-            norm=weight is not None,
-            pos=pos,
-        )
-        again = 0 if more is None else more.numel() * more.element_size()
-        return backward[0] + again, backward[1]
-
-    def low_copies(args: Sequence[Any]) -> tuple[int, int]:
-        tensors, dtype, _ = args
-        read, written, _ = low_copies_traffic(sum(t.numel() for t in tensors), dtype.itemsize)
-        return read, written
-
-    return {
-        "fastmim::low_copies": low_copies,
-        "fastmim::mask_tokens": mask_tokens,
-        "fastmim::mask_tokens_backward": mask_tokens_backward,
-    }
 
 
 def ours(name: str, impl: str = "auto", **encoder: Any) -> Callable[[], nn.Module]:
@@ -225,7 +186,7 @@ def baseline(name: str, **encoder: Any) -> Callable[[], nn.Module]:
 def count_target(function: Callable[[Tensor, int], Tensor], batch: int, img_size: int = 192) -> Count:
     """The normalised target by itself."""
     counter, saved = DispatchCounter(), SavedTensors([])
-    with FakeTensorMode(), mock.patch.object(dispatch, "no_triton", lambda device: ""):
+    with FakeTensorMode(), dispatch.as_on_a_gpu():
         images = torch.empty(batch, 3, img_size, img_size)
         with counter, cuda_autocast():
             function(images, 47)
@@ -291,7 +252,7 @@ def row(model: str, side: str, count: Count) -> dict[str, Any]:
         "gflop": round((forward[2] + backward[2]) / count.batch / 1e9, 2),
         "saved_mb": round(count.saved_megabytes, 2),
         "casts_once_mb": round(sum(x.bytes for x in count.casts) / count.batch / 1e6, 2),
-        **{f"modelled_us_{gpu.name.lower()}": round(count.microseconds(i), 1) for i, gpu in enumerate(GPUS)},
+        **{f"modelled_us_{gpu.name.partition('-')[0]}": round(count.microseconds(i), 1) for i, gpu in enumerate(GPUS)},
     }
 
 
@@ -329,8 +290,10 @@ def show(name: str, ours: Count, eager: Count) -> None:
         )
     cast = sum(x.bytes for x in ours.casts) / ours.batch / 1e6
     seconds = sum(x.seconds(GPUS[0]) for x in ours.casts) / ours.batch
-    print(f"  besides, once an optimiser step: weight casts, {len(ours.casts)} launch, {cast:.1f} MB/img if of one batch"
-          f", {seconds * 1e6:.1f} us/img")
+    print(
+        f"  besides, once an optimiser step: {len(ours.casts)} launch for weight casts, {cast:.1f} MB and "
+        f"{seconds * 1e6:.1f} us an image of one micro-batch"
+    )
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:

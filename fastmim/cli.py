@@ -26,6 +26,7 @@ examples:
   fastmim pretrain configs/demo.yaml train.steps=50 output.dir=runs/short
   fastmim pretrain configs/simmim/swinv2_base.yaml data.path=/path/to/images
   fastmim config show configs/simmim/swinv2_base.yaml optim.lr=2e-4
+  fastmim plan configs/simmim/swinv2_giant.yaml --gpus 8 --gpu h100-80g
   fastmim doctor
   torchrun --nproc_per_node 8 -m fastmim pretrain CONFIG data.path=/path/to/images
   deepspeed --num_gpus 8 --module fastmim pretrain CONFIG data.path=/path/to/images
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, unknown = _parser().parse_known_args(arguments)
     _log_to_stderr()
     try:
+        unknown = _late_overrides(options, unknown)
         if unknown:
             raise ValueError(_unknown_option(unknown[0]))
         return int(options.command(options))
@@ -170,6 +172,33 @@ def _doctor(options: argparse.Namespace) -> int:
     return status
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from fastmim.config import load_config
+
+    cfg = load_config(options.config, options.overrides)
+    from fastmim.plan.command import make_plan
+    from fastmim.plan.hardware import find_gpu
+    from fastmim.plan.report import as_json, as_text, save_picture
+
+    plan = make_plan(cfg, gpu=find_gpu(options.gpu), gpus=options.gpus, images=options.images)
+    if options.picture:
+        save_picture(plan, options.picture)
+    _print(as_json(plan) if options.json else as_text(plan))
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fastmim.config import load_config
+
+    cfg = load_config(options.config, options.overrides)
+    from fastmim.profile.command import profile_run
+
+    _print(profile_run(cfg, steps=options.steps, out=Path(options.out) if options.out else None))
+    return 0
+
+
 def _convert(options: argparse.Namespace) -> int:
     from fastmim.engine.convert import convert
 
@@ -221,6 +250,21 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--shard-mb", type=float, default=1000, metavar="MB", help="size of a shard (default 1000)")
     pack.set_defaults(command=_data_pack)
 
+    plan = commands.add_parser("plan", parents=[common], help="memory and modelled speed on a machine, before launch")
+    _takes_config(plan)
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default 1)")
+    plan.add_argument("--gpu", default="h100-80g", help="a known GPU, or name=mine,memory=48,tflops=180,bandwidth=…")
+    plan.add_argument("--images", type=int, metavar="N", help="size of the data set (default: data.path, ImageNet-1k)")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--picture", metavar="FILE", help="draw the memory of every stage and policy")
+    plan.set_defaults(command=_plan)
+
+    profile = commands.add_parser("profile", parents=[common], help="profile real steps: time by op, memory, power")
+    _takes_config(profile)
+    profile.add_argument("--steps", type=int, default=3, metavar="N", help="profiled steps (default 3)")
+    profile.add_argument("--out", metavar="DIR", help="where the trace goes (default: profile in output.dir)")
+    profile.set_defaults(command=_profile)
+
     convert = commands.add_parser("convert", parents=[common], help="write the encoder of any checkpoint as one file")
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-... folder, or a run's output folder")
     convert.add_argument("out", metavar="OUT", help="file to write, for example encoder.safetensors")
@@ -248,6 +292,15 @@ def _take_local_rank(argv: list[str]) -> list[str]:
         else:
             kept.append(argument)
     return kept
+
+
+def _late_overrides(options: argparse.Namespace, unknown: list[str]) -> list[str]:
+    """Take ``key=value`` that stands behind an option; argparse gives up on positionals there."""
+    late = [word for word in unknown if "=" in word and not word.startswith("-")]
+    if not hasattr(options, "overrides"):
+        return unknown
+    options.overrides = [*options.overrides, *late]
+    return [word for word in unknown if word not in late]
 
 
 def _unknown_option(option: str) -> str:

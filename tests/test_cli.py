@@ -249,3 +249,23 @@ def test_pretrain_end_to_end(tmp_path: Path) -> None:
     assert str(out / "encoder.safetensors") in result.stdout
     assert (out / "encoder.safetensors").is_file() and (out / "metrics.jsonl").is_file()
     assert load_config(out / "config.yaml").train.steps == 2
+
+
+def test_data_pack_index_and_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source, target = tmp_path / "images", tmp_path / "shards"
+    source.mkdir()
+    for i in range(3):
+        Image.new("RGB", (60, 40), (i, 0, 0)).save(source / f"{i}.png")
+    (source / "bad.jpg").write_text("no image")
+    status, out, err = run(capsys, "data", "pack", str(source), str(target), "--short-side", "32")
+    assert status == 0 and "3 images in 1 shards" in out and "every one read back; 1 bad files" in out
+    assert f"left out {source / 'bad.jpg'}: not an image" in out and "verify" in err
+    (target / "shard-000000.idx").unlink()
+    status, out, _ = run(capsys, "data", "index", str(target))
+    assert status == 0 and "3 images in 1 shards" in out and (target / "shard-000000.idx").is_file()
+    status, out, _ = run(capsys, "data", "check", str(target))
+    assert status == 0 and "3 usable images, 0 bad files" in out
+    assert "--quality 0: must lie in 1" in refused_last_line(
+        capsys, "data", "pack", str(source), str(tmp_path / "x"), "--quality", "0"
+    )
+    assert "no .tar shards" in refused(capsys, "data", "index", str(source))

@@ -58,7 +58,10 @@ MISTAKES = [
     ("model.img_size=big", ["model.img_size=big: expected a positive integer or [height, width]"]),
     ("model.img_size=[96, 96, 96]", ["model.img_size=[96, 96, 96]: expected"]),
     ("efficiency.compile=maybe", ["efficiency.compile=maybe: expected true or false"]),
-    ("efficiency.fused_optimizer=maybe", ["efficiency.fused_optimizer=maybe: expected auto, true or false"]),
+    (
+        "efficiency.fused_optimizer=maybe",
+        ["efficiency.fused_optimizer=maybe: expected auto, true, false, apex or cpu_adam"],
+    ),
     ("objective.loss=l3", ["objective.loss=l3: expected one of l1, l2, smooth_l1"]),
     ("efficiency.kernels=tritn", ["did you mean 'triton'"]),
     ("data.path=''", ["data.path='': expected a path"]),

@@ -107,6 +107,13 @@ def test_torch_instead_of_triton_is_a_fall_back_on_a_gpu_only(monkeypatch: pytes
         assert [op["fell_back"] for op in json.loads(report)["ops"]] == [gpu, False, False]
 
 
+def test_a_kernel_that_failed_its_self_test_has_fallen_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "run_case", lambda *args: [])
+    monkeypatch.setattr(doctor, "self_test_failure", lambda op, device: "error 0.3 in torch.bfloat16")
+    finding = doctor.Finding("gelu", "bias", *doctor._choice(case_of("gelu"), CPU))
+    assert finding.fell_back and finding.reason == "its Triton kernel failed the self-test: error 0.3 in torch.bfloat16"
+
+
 @pytest.mark.cuda
 def test_every_kernel_on_this_gpu() -> None:
     report, status = doctor.doctor()

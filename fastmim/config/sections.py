@@ -177,11 +177,14 @@ class TrainSection(Section):
 
 
 class EfficiencySection(Section):
-    """Speed and memory. Nothing here changes the loss, except precision, by its rounding."""
+    """Speed and memory. Nothing here changes the loss, except precision and residual_dtype, by their rounding."""
 
     kernels: Literal["auto", "triton", "torch", "reference"] = Field("auto", description="implementation of every op")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto = bf16 on a GPU, else fp32; fp16 (loss scaling) only with zero_stage"
+    )
+    residual_dtype: Literal["auto", "fp32"] = Field(
+        "auto", description="residual stream; auto = as the products (float16 excepted), fp32 = as the references"
     )
     compile: bool = Field(False, description="torch.compile the objective")
     fused_optimizer: Fused = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def build_loader(
         train: shuffle, crop and flip; else file order, resize and centre crop.
         scale, ratio: range of the crop's area (fraction of the image) and of its aspect (width / height).
         hflip: probability of the horizontal flip.
-        views: instead of `img_size` to `interpolation`: several crops an image; batches are then MultiBatch.
+        views: instead of `img_size` and `scale` to `interpolation`: several crops an image, in MultiBatch. With
+            train=False only the size and interpolation of the first count.
         max_bad_fraction: stop when more than this fraction of the files cannot be used.
         verify: "full" decodes every file first, "none" none, "auto" up to 2000 files.
         min_size: images with a shorter side below this many pixels are bad.
@@ -76,9 +78,11 @@ def build_loader(
         size = tuple(int(edge) for edge in img_size)
         views = [View(size, 1, tuple(scale), tuple(ratio), hflip, interpolation)]  # type: ignore[arg-type]
     check_views(views)
+    if not train:
+        views = [replace(views[0], count=1)]  # held-out images: one centre crop
     if num_workers < 0:
         raise ValueError(f"data.num_workers={num_workers}: must not be negative")
-    chosen = choose_loader(loader, device=device, in_chans=in_chans, train=train)
+    chosen, why = choose_loader(loader, device=device, in_chans=in_chans, train=train)
     if chosen == "synthetic" and not train and path is not None:
         chosen = "torchvision"  # held-out images that are there are read
     decoder = "pil" if chosen == "pil" else "auto"
@@ -94,7 +98,11 @@ def build_loader(
         train=train,
     )
     if index is None:
+        if len(views) > 1 or views[0].count > 1:
+            raise ValueError("data.loader=synthetic: makes one crop an image; give one View")
         return SyntheticLoader(order, img_size=views[0].size, in_chans=in_chans, device=device)
+    if loader == "auto" and train:
+        _LOG.info("data.loader=auto: %s (%s)", chosen, why)
     bad = find_bad_files(index, verify=verify, in_chans=in_chans, loader=decoder, min_size=min_size)
     options: dict[str, Any] = dict(
         views=views, in_chans=in_chans, seed=seed, decoder=decoder, train=train, min_size=min_size
@@ -106,8 +114,8 @@ def build_loader(
     return Loader(ImageDataset(index, frozenset(bad), **options), order, **shared)
 
 
-def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train: bool = True) -> str:
-    """The loader that `loader` means on this machine; what "auto" takes, and why, is logged.
+def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train: bool = True) -> tuple[str, str]:
+    """The loader that `loader` means on this machine, and why.
 
     "auto" is DALI where images go to a GPU and DALI is installed, else torchvision, which is faster than DALI on a
     CPU (benchmarks/bench_data.py). Held-out images are always read by torchvision: a validation loss must not
@@ -123,11 +131,12 @@ def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train
             raise ValueError(f"data.loader=dali: DALI is not installed: {dali.INSTALL}; or use torchvision")
         if in_chans not in (1, 3):
             raise ValueError(f"data.loader=dali: model.in_chans={in_chans}: DALI gives 1 or 3; use torchvision")
+    why = "as given"
     if loader == "auto":
         loader, why = _fastest(device, in_chans)
-        if train:
-            _LOG.info("data.loader=auto: %s (%s)", loader, why)
-    return "torchvision" if loader == "dali" and not train else loader
+    if loader == "dali" and not train:
+        return "torchvision", "held-out images are read alike everywhere"
+    return loader, why
 
 
 def _fastest(device: torch.device, in_chans: int) -> tuple[str, str]:

@@ -121,8 +121,9 @@ class _Decoder:
         """The oldest micro-batch, one uint8 (count, B, C, h, w) a view; RuntimeError when DALI cannot decode it."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        outputs = iter(self._pipeline.share_outputs())
+        # Bound to the stream they are copied on: DALI reuses their memory only behind the copy, and nothing waits.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        outputs = iter(self._pipeline.share_outputs(cuda_stream=stream))
         views = []
         for view in self._views:
             crops = [next(outputs).as_tensor() for _ in range(view.count)]

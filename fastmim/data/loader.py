@@ -7,8 +7,11 @@ the tail of `epoch(e)`.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing.util  # noqa: F401 - first: exit handlers run in reverse order, and ours must be earlier
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +26,19 @@ from fastmim.data.worker import Request, Result, SampleDataset, init_worker
 _LOG = logging.getLogger("fastmim")
 _NAMES_LOGGED = 20
 _NOTICE_SECONDS = 0.5
-_PREFETCH = 4  # micro-batches in flight per worker: rides out slow files for 4 * B * C * H * W bytes
+_RATE_AFTER = 1000  # files read before their share of bad ones is judged
+#: Micro-batches in flight per worker: rides out slow files for 4 * B * C * H * W bytes.
+PREFETCH = 4
+
+
+_OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # At exit multiprocessing ends the workers with a SIGTERM, which they do not heed, and waits for them.
+    for loader in list(_OPEN):
+        loader.close()
 
 
 class Batch(NamedTuple):
@@ -89,6 +104,7 @@ class Loader:
         self.num_images, self.steps_per_epoch = order.num_images, order.steps_per_epoch
         self.micro_batches, self.fingerprint = order.micro_batches, dataset.index.fingerprint
         self.bad_files: dict[str, str] = {}
+        self._met, self._failed = 0, 0
         self._index, self._device, self._max_bad_fraction = dataset.index, device, max_bad_fraction
         self._note_bad(list(bad.items()))
         self._requests = _Requests(order)
@@ -99,6 +115,7 @@ class Loader:
         # A stream of its own: the copy of this micro-batch runs beside the kernels of the step before.
         self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._stream: Iterator[Result] | None = None
+        _OPEN.add(self)
         self._position: tuple[int, int] | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
@@ -109,7 +126,8 @@ class Loader:
         used.
 
         Raises:
-            ValueError: `start` out of range; too many files are bad (`max_bad_fraction`).
+            ValueError: `start` out of range; more than `max_bad_fraction` of the files are bad, or of those read
+                so far once they are 1,000.
             RuntimeError: a worker process died.
         """
         if epoch < 0 or not 0 <= start <= self.micro_batches:
@@ -123,6 +141,7 @@ class Loader:
             if not self._requests.order.train and i + 1 == self.micro_batches:
                 self._stream = None
             self._note_bad(result.bad)
+            self._check_rate(len(result.sample_ids), len(result.bad))
             if result.error:
                 raise ValueError(f"data.path={self._index.root}: {result.error}; run `fastmim data check` on it")
             if len(result.sample_ids):
@@ -176,6 +195,16 @@ class Loader:
                 _LOG.warning("more than %d bad images: further ones are counted, not logged", _NAMES_LOGGED)
         check_bad_fraction(self.bad_files, self.num_images, self._max_bad_fraction)
 
+    def _check_rate(self, used: int, failed: int) -> None:
+        """Stop a run on mostly bad data early: all of its files would have to be met before they are a share."""
+        self._met, self._failed = self._met + used + failed, self._failed + failed
+        if self._met >= _RATE_AFTER and self._failed > self._max_bad_fraction * self._met:
+            label, reason = next(reversed(self.bad_files.items()))
+            raise ValueError(
+                f"data.max_bad_fraction={self._max_bad_fraction:g}: {self._failed} of the first {self._met} files read"
+                f" cannot be used (the last: {label}: {reason}); run `fastmim data check` on {self._index.root}"
+            )
+
     def close(self) -> None:
         """Stop the workers. Safe to call twice."""
         # The DataLoader ends its persistent workers when the last reference to its iterator goes.
@@ -199,7 +228,7 @@ def _data_loader(
         collate_fn=_identity,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        prefetch_factor=_PREFETCH if num_workers > 0 else None,
+        prefetch_factor=PREFETCH if num_workers > 0 else None,
         pin_memory=pin_memory,
         worker_init_fn=init_worker,
         # Without its own generator the DataLoader draws a base seed from the trainer's.

@@ -14,6 +14,7 @@ from fastmim.config import Config, save_config
 from fastmim.data import build_loader
 from fastmim.engine import checkpoint, distributed
 from fastmim.engine.distributed import World
+from fastmim.engine.host_memory import keep_freed_memory
 from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
@@ -38,6 +39,7 @@ log = logging.getLogger("fastmim")
 def train(cfg: Config) -> TrainResult:
     """Pretrain as the config says, from the start or from the last checkpoint; alone or on every rank alike.
 
+    On a CPU the process keeps the memory that it frees (:func:`~fastmim.engine.host_memory.keep_freed_memory`).
     SIGTERM and SIGINT end the run after the current step, with a checkpoint.
 
     Raises:
@@ -121,26 +123,17 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
     """The objective on this rank's device, with the same first weights on every rank, or its share of them."""
     if cfg.efficiency.threads:
         torch.set_num_threads(cfg.efficiency.threads)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(cfg.train.seed)
-    section, efficiency, init_from = cfg.objective, cfg.efficiency, cfg.model.init_from
-
-    def build() -> Any:
-        return create_objective(
-            section.name,
-            encoder=cfg.model.encoder_kwargs(),
-            impl=efficiency.kernels,
-            mask_ratio=section.mask_ratio,
-            unit=section.unit,
-            norm_target=section.norm_target,
-            loss=section.loss,
-            loss_on=section.loss_on,
-            mean=cfg.data.mean,
-            std=cfg.data.std,
-        )
+    efficiency, init_from = cfg.efficiency, cfg.model.init_from
 
     def load(objective: Any) -> None:
         if init_from is not None:
             load_weights(objective, init_from)
+
+    def build() -> Any:
+        return build_objective(cfg)
 
     if efficiency.zero_stage == 3 and deepspeed is not None:
         precision = precision_on(cfg, world)
@@ -152,6 +145,23 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
     every, offload = efficiency.recompute_every, efficiency.recompute_offload
     apply_recompute(objective, efficiency.recompute, every=every, offload=offload)
     return objective.to(world.device)
+
+
+def build_objective(cfg: Config) -> Any:
+    """The objective with weights from torch's generator, on torch's default device."""
+    section = cfg.objective
+    return create_objective(
+        section.name,
+        encoder={**cfg.model.encoder_kwargs(), "residual_dtype": cfg.efficiency.residual_dtype},
+        impl=cfg.efficiency.kernels,
+        mask_ratio=section.mask_ratio,
+        unit=section.unit,
+        norm_target=section.norm_target,
+        loss=section.loss,
+        loss_on=section.loss_on,
+        mean=cfg.data.mean,
+        std=cfg.data.std,
+    )
 
 
 def make_loader(cfg: Config, objective: Any, world: World, accum: int, **changes: Any) -> Any:

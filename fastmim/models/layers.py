@@ -156,7 +156,7 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     """
     if not 0 <= rate < 1:
         raise ValueError(f"drop_path_rate={rate}: must lie in [0, 1)")
-    return torch.linspace(0, rate, depth, device="cpu").tolist() if rate else [0.0] * depth
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 def joint_bias(q_bias: Tensor | None, v_bias: Tensor | None) -> Tensor | None:

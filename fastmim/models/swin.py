@@ -60,17 +60,32 @@ class SwinStage(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, y: Tensor, shared: list[Shared], low_reduction: Tensor | None, final_norm: nn.LayerNorm | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        shared: list[Shared],
+        dtype: torch.dtype,
+        low_reduction: Tensor | None,
+        final_norm: nn.LayerNorm | None,
     ) -> Tensor:
-        """The stage's map from the stream x, which y is too; with ``final_norm``, normalised by it."""
+        """The stage's map from the one before, x, which y is too.
+
+        Args:
+            shared: Of each block.
+            dtype: Of the stream.
+            low_reduction: The cast weight of the merging, or None.
+            final_norm: Normalises the last stage's map; without it, SwinV2's comes gathered 2×2 where it is even.
+        """
         if not isinstance(self.downsample, nn.Identity):
-            x, y = self.downsample(x, low_reduction)
+            x, y = self.downsample(x, dtype, low_reduction)
         pre = self.version == 1
         if pre:
             x, y = normalise(x, self.blocks[0].norm1, self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [final_norm]
+        gathers = not pre and final_norm is None and x.shape[1] % 2 == x.shape[2] % 2 == 0
         for block, own, norm in zip(self.blocks, shared, norms, strict=True):
-            x, y = block(x, y, own, norm if pre else None)
+            merge = gathers and block is self.blocks[-1]
+            x, y = block(x, y, own, norm if pre else None, merge)
         if pre:
             return y
         if final_norm is None:
@@ -173,9 +188,10 @@ class SwinTransformer(nn.Module):
         shared, low = self.shared(blocks, [proj.weight.flatten(1), proj.bias, *reductions], patches)
         low_embed, low_reductions = (low[0], low[1]), low[2:]
         x, y = self._embed(patches, low_embed, mask)
+        dtype = x.dtype
         for layer, low in zip(self.layers, [None, *low_reductions], strict=True):
             own, shared = shared[: len(layer.blocks)], shared[len(layer.blocks) :]
-            x = y = layer(x, y, own, low, self.norm if layer is self.layers[-1] else None)
+            x = y = layer(x, y, own, dtype, low, self.norm if layer is self.layers[-1] else None)
         return x
 
     def set_micro_batch(self, index: int, count: int) -> None:

@@ -116,7 +116,7 @@ class SwinBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim) if extra_norm else None
 
     def forward(
-        self, x: Tensor, y: Tensor, shared: Shared, next_norm: nn.LayerNorm | None
+        self, x: Tensor, y: Tensor, shared: Shared, next_norm: nn.LayerNorm | None, merge: bool = False
     ) -> tuple[Tensor, Tensor]:
         """One block on the residual stream.
 
@@ -124,6 +124,7 @@ class SwinBlock(nn.Module):
             x: (B, H, W, C) residual stream.
             y: What attention reads: ``norm1(x)`` for Swin, x itself for SwinV2, in the dtype of the products.
             shared: This block's.
+            merge: SwinV2: gather 2×2 tokens, for the next stage.
             next_norm: Swin: the norm that reads this block's result, applied in the pass that adds to the stream.
 
         Returns:
@@ -139,12 +140,11 @@ class SwinBlock(nn.Module):
         if self.version == 2:
             branch, x = branch if hand_on else (branch, x)
             x, y = self._add(x, branch, self.norm1, bias, attn_drop)
+            last = self.norm3 is None
             branch = self._mlp(y, shared, inside, hand_on)
             branch, x = branch if hand_on else (branch, x)
-            x, y = self._add(x, branch, self.norm2, self._mlp_bias(inside), mlp_drop)
-            if self.norm3 is not None:
-                x, y = start_stream(x, self.norm3, x.dtype, self.attn.impl)
-            return x, y
+            x, y = self._add(x, branch, self.norm2, self._mlp_bias(inside), mlp_drop, merge and last)
+            return (x, y) if last else start_stream(x, self.norm3, x.dtype, self.attn.impl, merge)
         x, y = self._add(x, branch, self.norm2, bias, attn_drop)
         if next_norm is not None and self.norm3 is None:
             return self._add(x, self._mlp(y, shared, inside), next_norm, self._mlp_bias(inside), mlp_drop)
@@ -164,7 +164,13 @@ class SwinBlock(nn.Module):
         return None if inside else self.mlp.fc2.bias
 
     def _add(
-        self, x: Tensor, branch: Tensor, norm: nn.LayerNorm, bias: Tensor | None, drop: Tensor | None
+        self,
+        x: Tensor,
+        branch: Tensor,
+        norm: nn.LayerNorm,
+        bias: Tensor | None,
+        drop: Tensor | None,
+        merge: bool = False,
     ) -> tuple[Tensor, Tensor]:
         return fk.residual_norm(
             x,
@@ -175,6 +181,7 @@ class SwinBlock(nn.Module):
             eps=norm.eps,
             drop_scale=drop,
             branch_bias=bias,
+            merge=merge,
             impl=self.attn.impl,
         )
 
@@ -188,21 +195,27 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim if version == 1 else 2 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x: Tensor, low_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) stream → the (B, ⌈H/2⌉, ⌈W/2⌉, 2C) one for its two readers, see ``residual_norm``."""
+    def forward(self, x: Tensor, dtype: torch.dtype, low_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) → the (B, ⌈H/2⌉, ⌈W/2⌉, 2C) stream in ``dtype`` for its two readers, see ``residual_norm``.
+
+        SwinV2's map may have been gathered to (B, H/2, W/2, 4C) already, where the last block wrote it.
+        """
         norm, weight = self.norm, self.reduction.weight
         if self.version == 2:
-            reduced = fk.linear(fk.patch_merge(x, impl=self.impl), weight, low_weight=low_weight, impl=self.impl)
-            return start_stream(reduced, norm, x.dtype, self.impl)
+            x = x if x.shape[-1] == weight.shape[1] else fk.patch_merge(x, impl=self.impl)
+            reduced = fk.linear(x, weight, low_weight=low_weight, impl=self.impl)
+            return start_stream(reduced, norm, dtype, self.impl)
         merged = fk.patch_merge(x, norm.weight, norm.bias, eps=norm.eps, impl=self.impl)
-        reduced = fk.linear(merged, weight, low_weight=low_weight, impl=self.impl).to(x.dtype)
+        reduced = fk.linear(merged, weight, low_weight=low_weight, impl=self.impl).to(dtype)
         return reduced, reduced
 
 
-def start_stream(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+def start_stream(
+    x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype, impl: str, merge: bool = False
+) -> tuple[Tensor, Tensor]:
     """``norm(x)`` as a residual stream in ``dtype`` and for the next product."""
     return fk.residual_norm(
-        None, x, norm.weight, norm.bias, order="post", eps=norm.eps, stream_dtype=dtype, impl=impl
+        None, x, norm.weight, norm.bias, order="post", eps=norm.eps, stream_dtype=dtype, merge=merge, impl=impl
     )
 
 

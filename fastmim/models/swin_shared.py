@@ -136,8 +136,8 @@ class SharedInputs(nn.Module):
         nothing = [None] * len(blocks), [(None,) * 4] * len(blocks), [None] * len(others)
         dtype = product_dtype(x)
         spread = hasattr(blocks[0].norm1.weight, "ds_id")
-        triton = picks_triton("linear", self.impl, x.device)
-        if not triton or spread or others[0].dtype != torch.float32 or dtype == torch.float32:
+        casts = others[0].dtype == torch.float32 != dtype
+        if not casts or spread or not picks_triton("low_copies", self.impl, x.device):
             return nothing
         given = [b for b in biases if b is not None]
         weights = [w for block in blocks for w in block.weights()]

@@ -7,7 +7,7 @@ tensors, and a :class:`BiasPlan`, made once for a model, says where each block's
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class Block(NamedTuple):
     """N² of the bias."""
     params: int
     coords: int
-    index: int
+    pair: int
     start: int
     table: int
     bias: int
@@ -42,7 +42,7 @@ class Block(NamedTuple):
 class BiasPlan(NamedTuple):
     """What :func:`position_bias` knows of the blocks; the tensors are buffers of the model."""
 
-    index: Tensor
+    rows: Tensor
     """(Σ N²,) int64: table row of each query/key pair, stage after stage."""
     order: Tensor
     """(Σ N²,) int64: the pairs of a stage sorted by table row."""
@@ -71,7 +71,7 @@ def bias_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[in
         raise ValueError(f"bias_plan: index must be (N, N) for each stage, got {[tuple(i.shape) for i in index]}")
     found: list[Block] = []
     orders, starts = [], []
-    at = dict.fromkeys(("params", "coords", "index", "start", "table", "bias"), 0)
+    at = dict.fromkeys(("params", "coords", "pair", "start", "table", "bias"), 0)
     for stage, flat in enumerate(i.reshape(-1) for i in index):
         t, pairs = rows[stage], flat.numel()
         values, order = torch.sort(flat, stable=True)
@@ -83,7 +83,7 @@ def bias_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[in
             at["table"] += heads[stage] * t
             at["bias"] += math.ceil(heads[stage] * pairs / ALIGN) * ALIGN
         at["coords"] += t
-        at["index"] += pairs
+        at["pair"] += pairs
         at["start"] += t + 1
     table = torch.cat([c.float() for c in coords]) if coords else torch.empty(0, 2, device="cpu")
     plan = BiasPlan(torch.cat([i.reshape(-1) for i in index]), torch.cat(orders), torch.cat(starts), table,
@@ -116,7 +116,7 @@ def position_bias(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tupl
                              f"{[tuple(p.shape) for p in own]}")
     given = [p for own in params for p in own]
     device, wide = given[0].device, statistics_dtype(given[0].dtype)
-    function = resolve("position_bias", impl, _FLOAT64 if wide == torch.float64 else _IMPLEMENTATIONS, device)
+    function = resolve("cpb_bias", impl, _FLOAT64 if wide == torch.float64 else _IMPLEMENTATIONS, device)
     # The MLP is tiny and its output decides logits of magnitude 16: always full precision.
     with torch.autocast(device.type, enabled=False):
         return function(plan, blocks, torch.cat([p.reshape(-1) for p in given]).to(wide), hidden)
@@ -136,6 +136,7 @@ def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weig
         (L, heads, N, N).
     """
     plan, blocks = bias_plan([index], [len(weight1)], [weight2.shape[1]], [len(coords)], [coords], bias1.shape[-1])
+    plan = BiasPlan(*(tensor.to(index.device) for tensor in plan))
     params = list(zip(weight1.unbind(0), bias1.unbind(0), weight2.unbind(0), strict=True))
     return torch.stack(position_bias(plan, blocks, params, impl=impl))
 
@@ -178,7 +179,7 @@ def _op(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Ten
     bias = params.new_empty(_total(blocks))
     sigmoids = params.new_empty(blocks[-1].table + blocks[-1].heads * blocks[-1].rows if hidden else 0)
     for block in blocks:
-        at = index[block.index : block.index + block.pairs]
+        at = index[block.pair : block.pair + block.pairs]
         if hidden:
             values = _part(sigmoids, block.table, block.heads, block.rows)
             first, weight2 = _hidden(params, coords, block, hidden)
@@ -211,7 +212,7 @@ def _backward_op(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, 
     found = torch.empty_like(params)
     for block in blocks:
         lines = _part(grad, block.bias, block.heads, block.pairs)
-        sums = _scatter(lines, index[block.index : block.index + block.pairs], order, start, block)
+        sums = _scatter(lines, index[block.pair : block.pair + block.pairs], order, start, block)
         if not hidden:
             _part(found, block.params, block.rows, block.heads).copy_(sums.mT)
             continue
@@ -250,7 +251,7 @@ def _scatter(grad: Tensor, index: Tensor, order: Tensor, start: Tensor, block: B
     """(heads, N²) summed into (heads, T) in a fixed order."""
     if grad.device.type == "cpu":  # one thread a line, in order
         return grad.new_zeros(len(grad), block.rows).scatter_add_(1, index.expand_as(grad), grad)
-    lines = grad.mT.index_select(0, order[block.index : block.index + block.pairs])
+    lines = grad.mT.index_select(0, order[block.pair : block.pair + block.pairs])
     lengths = start[block.start : block.start + block.rows + 1].diff()
     return torch.segment_reduce(lines, "sum", lengths=lengths, axis=0).mT.contiguous()
 
@@ -295,7 +296,7 @@ def _reference(plan: BiasPlan, blocks: Sequence[Block], params: Tensor, hidden: 
     found = []
     for block in blocks:
         n = math.isqrt(block.pairs)
-        index = plan.index[block.index : block.index + block.pairs].view(n, n)
+        index = plan.rows[block.pair : block.pair + block.pairs].view(n, n)
         if hidden:
             coords = plan.coords[block.coords : block.coords + block.rows].to(params.dtype)
             end = block.params + 3 * hidden
@@ -307,5 +308,5 @@ def _reference(plan: BiasPlan, blocks: Sequence[Block], params: Tensor, hidden: 
     return found
 
 
-_FLOAT64 = {"torch": partial(_run, impl="torch"), "reference": _reference}
-_IMPLEMENTATIONS = {**_FLOAT64, "triton": partial(_run, impl="triton")}
+_FLOAT64: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "reference": _reference}
+_IMPLEMENTATIONS: dict[str, Callable] = {**_FLOAT64, "triton": partial(_run, impl="triton")}

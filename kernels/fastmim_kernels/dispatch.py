@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -18,6 +19,7 @@ def _installed(name: str) -> bool:
 
 HAS_TRITON = _installed("triton")
 IMPLS = ("auto", "triton", "torch", "reference")
+_as_on_a_gpu = False
 
 
 def check_impl(impl: str) -> str:
@@ -53,6 +55,20 @@ def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device:
     return implementations[impl]
 
 
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside, every device counts as one that runs Triton kernels: for tracing fake tensors, which execute nothing.
+
+    Not the same as an active FakeTensorMode: ``torch.compile`` traces a CPU model under one, and runs the result.
+    """
+    global _as_on_a_gpu
+    before, _as_on_a_gpu = _as_on_a_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_a_gpu = before
+
+
 def picks_triton(op: str, impl: str, device: torch.device) -> bool:
     """Whether ``op``, if it has Triton kernels, runs them for ``impl`` on ``device``."""
     return impl == "triton" or (impl == "auto" and not no_triton(device) and not failed_self_test(op, device))
@@ -77,6 +93,6 @@ def no_triton(device: torch.device) -> str:
     """
     if not HAS_TRITON:
         return "triton is not installed (pip install triton)"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and not _as_on_a_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device.type}, not on a CUDA GPU"
     return ""

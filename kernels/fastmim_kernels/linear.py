@@ -1,13 +1,14 @@
 """Linear layer: matrix products laid out for a CPU, and on a GPU the bias gradient within the weight gradient's.
 
-oneDNN's bfloat16 products (AMX) are two to three times slower with a transposed left operand, which is what the
-weight gradient ``gradᵀ·x`` has, and torch adds a bias by filling the result with it first.
+On a CPU the products are oneDNN's, called without the detour through ``addmm``, which fills the result with the
+bias first, and in float32 without MKL, which is up to a third slower (on Zen 4).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import resolve
+from .eager import shortcut, shortcut_with_grad
 from .rows import column_sum, refuse_float64, statistics_dtype
 from .two_readers import and_input
 
@@ -89,9 +91,20 @@ def fitting(low: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x·Wᵀ + b`` of (M, K), (N, K) and (N,) on whatever device; all cast to the dtype of x. No autograd."""
     bias = None if bias is None else bias.to(x.dtype)
-    if bias is not None and _is_onednn(x):
+    if _is_onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None, impl: str) -> Tensor:
+    """``grad·W`` of (M, N) and (N, K), plus ``add`` (…, K) of as many values where there is one."""
+    if add is None:
+        return product(grad, weight.t(), None)
+    add = add.reshape(-1, add.shape[-1])
+    if impl == "triton":
+        from .triton import product_add as kernels
+        return kernels.product_add(grad, weight, add)
+    return product(grad, weight.t(), None).add_(add) if _is_onednn(grad) else torch.addmm(add, grad, weight)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,27 +112,39 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if grad.is_cuda and dtype == torch.float32 != grad.dtype:
         # cuBLAS writes its float32 sums as they are, without a rounding and a cast.
         return torch.mm(grad.t(), x, out_dtype=dtype)
+    few_rows = grad.shape[0] <= 1024
+    if few_rows and grad.dtype == torch.float32 and _is_onednn(grad):
+        # Over more rows MKL is the faster one of the two.
+        return product(grad.t(), x.t(), None).to(dtype)
     transposed = grad.t()
-    # A copy of few rows or short ones costs less than what the product gains.
-    if _is_onednn(grad) and (grad.shape[0] <= 256 or grad.shape[1] <= 512):
+    # AMX wants its left operand in rows; a copy of few rows or short ones costs less than what the product gains.
+    if (grad.shape[0] <= 256 or grad.shape[1] <= 512) and grad.dtype == torch.bfloat16 and _is_onednn(grad) \
+            and _has_amx():
         transposed = transposed.contiguous()
     return (transposed @ x).to(dtype)
 
 
 def _is_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() \
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) \
+        and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@torch.library.custom_op("fastmim::linear", mutates_args=())
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None,
-        impl: str) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=1)
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None,
+             impl: str) -> tuple[Tensor, Tensor]:
     """(result, W in the dtype of x, empty when that is its own or given)."""
     if impl == "triton":
         refuse_float64("linear", x)
     low = weight.to(x.dtype) if low_weight is None else low_weight
     out = product(x.reshape(-1, x.shape[-1]), low, bias if low_bias is None else low_bias).view(*x.shape[:-1], -1)
     return out, x.new_empty(0) if low is weight or low is low_weight else low
+
+
+_op = torch.library.custom_op("fastmim::linear", _forward, mutates_args=())
 
 
 @_op.register_fake
@@ -129,24 +154,15 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None,
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(weight.shape if cast else (0,))
 
 
-@torch.library.custom_op("fastmim::linear_backward", mutates_args=())
-def _backward_op(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype,
-                 impl: str, add: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype,
+              impl: str, add: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(d x + ``add``, d W in ``weight_dtype``, d b); empty where not wanted."""
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
     dx = input_gradient(grad, weight, add, impl).view(x.shape) if need_x else x.new_empty(0)
     return dx, *parameter_gradients(grad, x.reshape(-1, x.shape[-1]), weight_dtype, has_bias, impl)
 
 
-def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None, impl: str) -> Tensor:
-    """``grad·W`` of (M, N) and (N, K), plus ``add`` (…, K) of as many values where there is one."""
-    if add is None:
-        return grad @ weight
-    add = add.reshape(-1, add.shape[-1])
-    if impl == "triton":
-        from .triton import product_add as kernels
-        return kernels.product_add(grad, weight, add)
-    return torch.addmm(add, grad, weight)
+_backward_op = torch.library.custom_op("fastmim::linear_backward", _backward, mutates_args=())
 
 
 def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool, impl: str
@@ -180,13 +196,15 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _autograd(ctx, grad, _low, add=None):  # type: ignore[no-untyped-def]
     if grad is None:
         return add, *(None,) * 5
-    dx, dw, db = _backward_op(grad, *ctx.saved_tensors, *ctx.settings, add)
+    dx, dw, db = _run_backward(grad, *ctx.saved_tensors, *ctx.settings, add)
     need_x = ctx.needs_input_grad[0]
     return dx if need_x else None, dw, None if ctx.bias_dtype is None else db.to(ctx.bias_dtype), None, None, None
 
 
 torch.library.register_autograd("fastmim::linear", _autograd, setup_context=_setup_context)
-_run_and_input = and_input(_op, _setup_context, _autograd)
+_run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
+_run_backward = shortcut(_backward_op, _backward)
+_run_and_input = and_input(shortcut(_op, _forward), _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.fastmim.linear)
@@ -203,11 +221,11 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | 
            ) -> Tensor:
     if x.device.type != "cpu":
         return _reference(x, weight, bias)
-    return _op(x, weight, bias, low_weight, low_bias, "torch")[0]
+    return _run_op(x, weight, bias, low_weight, low_bias, "torch")[0]
 
 
 def _triton(*args: Tensor | None) -> Tensor:
-    return _op(*args, "triton")[0]
+    return _run_op(*args, "triton")[0]
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *low: Tensor | None) -> Tensor:

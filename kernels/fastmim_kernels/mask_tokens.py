@@ -243,7 +243,7 @@ def _run(*args: Any, impl: str) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         x = _op(*args, impl)[0]
         return x, x
-    x, _, _, again = _TwoReaders.apply(*args, impl)  # type: ignore[no-untyped-call]
+    x, _, _, again = _TwoReaders.apply(*args, impl)
     return x, again
 
 
@@ -253,4 +253,4 @@ def _reference_twice(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 _FLOAT64: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "reference": _reference_twice}
-_IMPLEMENTATIONS = {**_FLOAT64, "triton": partial(_run, impl="triton")}
+_IMPLEMENTATIONS: dict[str, Callable] = {**_FLOAT64, "triton": partial(_run, impl="triton")}

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 from .dispatch import resolve
 from .eager import shortcut, shortcut_with_grad
-from .linear import check_low, fitting, input_gradient, product_dtype
+from .linear import check_low, fitting, input_gradient, parameter_gradients, product, product_dtype, weight_gradient
 from .rows import column_sum, refuse_float64, statistics_dtype
 from .two_readers import and_input
 
@@ -120,7 +120,7 @@ def _forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, 
     low1 = weight1.to(x.dtype) if low_weight1 is None else low_weight1
     low2 = weight2.to(x.dtype) if low_weight2 is None else low_weight2
     pre, activation = _hidden(rows, low1, bias1, not recompute_fc1, impl)
-    out = _linear(activation, low2, bias2).view(*x.shape[:-1], -1)
+    out = product(activation, low2, bias2).view(*x.shape[:-1], -1)
     low1, low2 = (x.new_empty(0) if w.dtype == x.dtype or given is not None else low
                   for w, given, low in ((weight1, low_weight1, low1), (weight2, low_weight2, low2)))
     return out, pre, low1, low2
@@ -148,9 +148,9 @@ def _backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tens
     if not pre.numel():
         pre = _pre_activation(rows, weight1, bias1, impl)
     d_hidden, d_bias1, activation = _hidden_gradient(grad, weight2, pre, bias1 is not None, impl)
-    d_weight2, d_bias2 = _parameter_gradients(grad, activation, weight2_dtype, has_bias2, impl)
+    d_weight2, d_bias2 = parameter_gradients(grad, activation, weight2_dtype, has_bias2, impl)
     del activation
-    d_weight1 = _weight_gradient(d_hidden, rows, weight1_dtype)
+    d_weight1 = weight_gradient(d_hidden, rows, weight1_dtype)
     dx = input_gradient(d_hidden, weight1, add, impl).view(x.shape)
     return dx, d_weight1, d_bias1, d_weight2, d_bias2
 
@@ -169,17 +169,13 @@ def _(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | Non
             x.new_empty(weight2.shape[0] if has_bias2 else 0, dtype=wide))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
-
-
 def _hidden(x: Tensor, weight1: Tensor, bias1: Tensor | None, keep: bool, impl: str) -> tuple[Tensor, Tensor]:
     """(pre-activation, or empty unless ``keep``; activation)."""
     if impl == "triton":
         from .triton import linear_gelu
         refuse_float64("mlp", x)
         return linear_gelu.linear_gelu(x, weight1, bias1, pre=keep, gelu=True)
-    pre = _linear(x, weight1, bias1)
+    pre = product(x, weight1, bias1)
     return (pre, F.gelu(pre)) if keep else (x.new_empty(0), torch.ops.aten.gelu_(pre))
 
 
@@ -188,7 +184,7 @@ def _pre_activation(x: Tensor, weight1: Tensor, bias1: Tensor | None, impl: str)
     if impl == "triton":
         from .triton import linear_gelu
         return linear_gelu.linear_gelu(x, weight1, bias1, pre=True, gelu=False)[0]
-    return _linear(x, weight1, bias1)
+    return product(x, weight1, bias1)
 
 
 def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, impl: str
@@ -197,26 +193,10 @@ def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, imp
     if impl == "triton":
         from .triton import linear_gelu
         return linear_gelu.gelu_gradient(grad, weight2, pre, bias)
-    d_hidden = grad @ weight2
+    d_hidden = input_gradient(grad, weight2, None, impl)
     torch.ops.aten.gelu_backward.grad_input(d_hidden, pre, grad_input=d_hidden)
     wide = statistics_dtype(pre.dtype)
     return d_hidden, column_sum(d_hidden).to(wide) if bias else pre.new_empty(0, dtype=wide), F.gelu(pre)
-
-
-def _parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, bias: bool, impl: str) -> tuple[Tensor, Tensor]:
-    """(gradᵀ·x in ``dtype``, sum of the rows of grad or empty)."""
-    if bias and impl == "triton":
-        from .triton import weight_gradient
-        return weight_gradient.weight_gradient(grad, x, dtype)
-    wide = statistics_dtype(x.dtype)
-    return _weight_gradient(grad, x, dtype), column_sum(grad).to(wide) if bias else x.new_empty(0, dtype=wide)
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradᵀ·x in ``dtype``: cuBLAS writes its float32 sums as they are, without a rounding and a cast."""
-    if grad.is_cuda and dtype == torch.float32 != grad.dtype:
-        return torch.mm(grad.t(), x, out_dtype=dtype)
-    return (grad.t() @ x).to(dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -242,7 +222,7 @@ def _autograd(ctx, grad, _pre, _low1, _low2, add=None):  # type: ignore[no-untyp
 torch.library.register_autograd("fastmim::mlp", _autograd, setup_context=_setup_context)
 _run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
 _run_backward = shortcut(_backward_op, _backward)
-_run_and_input = and_input(_op, _setup_context, _autograd)
+_run_and_input = and_input(shortcut(_op, _forward), _setup_context, _autograd)
 
 
 @register_flop_formula(torch.ops.fastmim.mlp)

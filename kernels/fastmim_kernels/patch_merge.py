@@ -74,8 +74,8 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
         return kernels.forward(x, weight, bias, eps, out_dtype)
     if weight is None or bias is None:
         absent = x.new_empty(0, dtype=statistics_dtype(x.dtype))
-        return _gather(x, out_dtype), absent, absent.clone()
-    out, mean, rstd = layer_norm(_gather(x, x.dtype), weight, bias, eps)
+        return gather(x, out_dtype), absent, absent.clone()
+    out, mean, rstd = layer_norm(gather(x, x.dtype), weight, bias, eps)
     return out.to(out_dtype), mean, rstd
 
 
@@ -91,7 +91,7 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dty
     return out, mean, torch.empty_like(mean)
 
 
-def _gather(x: Tensor, dtype: torch.dtype) -> Tensor:
+def gather(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A fresh (B, ⌈H/2⌉, ⌈W/2⌉, 4C) in ``dtype``; the cast costs no pass of its own."""
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2)) if x.shape[1] % 2 or x.shape[2] % 2 else x
     b, h, w, c = x.shape
@@ -99,8 +99,8 @@ def _gather(x: Tensor, dtype: torch.dtype) -> Tensor:
     return out.copy_(x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5)).flatten(3)
 
 
-def _scatter(merged: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`_gather`."""
+def scatter(merged: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`gather`."""
     b, h, w, c = merged.shape
     x = merged.new_empty((b, h, 2, w, 2, c // 4), dtype=dtype)
     x.copy_(merged.view(b, h, w, 2, 2, c // 4).permute(0, 1, 4, 2, 3, 5))
@@ -117,8 +117,8 @@ def _backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight
         return kernels.backward(grad, x, mean, rstd, weight, height, width, dtype)
     sums = mean.new_empty(0)
     if weight is not None and x is not None:
-        grad, sums = layer_norm_backward(grad, _gather(x, dtype), mean, rstd, weight)
-    return _scatter(grad, height, width, dtype), sums
+        grad, sums = layer_norm_backward(grad, gather(x, dtype), mean, rstd, weight)
+    return scatter(grad, height, width, dtype), sums
 
 
 _backward_op = torch.library.custom_op("fastmim::patch_merge_backward", _backward, mutates_args=())

@@ -26,7 +26,8 @@ ORDERS = ("pre", "post")
 def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, *, order: str,
                   eps: float = 1e-5, drop_scale: Tensor | None = None, gamma: Tensor | None = None,
                   branch_bias: Tensor | None = None, stream_dtype: torch.dtype | None = None,
-                  out_dtype: torch.dtype | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
+                  out_dtype: torch.dtype | None = None, merge: bool = False, impl: str = "auto"
+                  ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise.
 
     ``order="pre"`` (Swin, ViT): ``r = residual + s·γ·(branch + b)``, returns ``(r, LN(r))``.
@@ -48,6 +49,8 @@ def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor
             gradient is nearly free here, where the linear layer would read the whole gradient again.
         stream_dtype: Of the first result where ``residual`` is None. Default: that of ``branch``.
         out_dtype: Of the second result. Default: autocast's where it is on, else that of ``branch``.
+        merge: Write the stream of (B, H, W, C) as :func:`.patch_merge.patch_merge` would gather it, in
+            ``out_dtype``, (B, H/2, W/2, 4C): where a stage ends and nothing else reads it ("post" only).
         impl: See :mod:`fastmim_kernels.dispatch`.
 
     Raises:
@@ -55,17 +58,21 @@ def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor
     """
     _check(residual, branch, weight, bias, order, drop_scale, gamma, branch_bias)
     like = given(residual, branch)
+    if merge and (order == "pre" or like.ndim != 4 or like.shape[1] % 2 or like.shape[2] % 2):
+        raise ValueError(f"residual_norm: merge takes order='post' and (B, H, W, C) with even H and W, got "
+                         f"order={order!r} and {tuple(like.shape)}")
     device = like.device.type
     function = resolve("residual_norm", impl, _IMPLEMENTATIONS, like.device)
     stream_dtype = (stream_dtype or like.dtype) if residual is None else residual.dtype
     if out_dtype is None:
         dtype = like.dtype if branch is None else branch.dtype
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    stream_dtype = out_dtype if merge else stream_dtype
     if drop_scale is not None:
         drop_scale = drop_scale.detach().to(statistics_dtype(like.dtype))
     with torch.autocast(device, enabled=False):
         return function(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype,
-                        out_dtype)
+                        out_dtype, merge)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, out_dtype: torch.dtype | None = None,
@@ -80,7 +87,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, ou
 
 def traffic(rows: int, channels: int, order: str, *, itemsize: int = 2, branch_itemsize: int = 2,
             out_itemsize: int = 2, param_itemsize: int = 4, drop_scale: bool = False, gamma: bool = False,
-            branch_bias: bool = False, residual: bool = True, branch: bool = True) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+            branch_bias: bool = False, residual: bool = True, branch: bool = True
+            ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Least (bytes read, bytes written, FLOPs) of forward and of backward, both results in use.
 
     Args:
@@ -142,11 +150,12 @@ def written(order: str, branch: Tensor | None, stream_dtype: torch.dtype, out_dt
 
 def _forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
              branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
-             stream_dtype: torch.dtype, out_dtype: torch.dtype, impl: str
+             stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool, impl: str
              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(new residual, second result, mean, rstd); a result is empty where :func:`written` says so."""
     residual, branch = (None if t is None else t.contiguous() for t in (residual, branch))
-    args = (residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype, out_dtype)
+    args = (residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype, out_dtype,
+            merge)
     if impl == "triton":
         from .triton import residual_norm as kernels
         refuse_float64("residual_norm", given(residual, branch))
@@ -161,18 +170,18 @@ _op = torch.library.custom_op("fastmim::residual_norm", _forward, mutates_args=(
 @_op.register_fake
 def _(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
       drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
-      out_dtype: torch.dtype, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+      out_dtype: torch.dtype, merge: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = given(residual, branch)
     own_added, own_out = written(order, branch, stream_dtype, out_dtype)
     rows = like.new_empty(like.numel() // like.shape[-1], dtype=statistics_dtype(like.dtype))
-    return (like.new_empty(like.shape if own_added else (0,), dtype=stream_dtype),
+    return (like.new_empty((merged_shape(like) if merge else like.shape) if own_added else (0,), dtype=stream_dtype),
             like.new_empty(like.shape if own_out else (0,), dtype=out_dtype), rows, torch.empty_like(rows))
 
 
 def _backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
               mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
-              drop_scale: Tensor | None, gamma: Tensor | None, order: str, dtype: torch.dtype | None,
-              branch_dtype: torch.dtype | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+              drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool,
+              dtype: torch.dtype | None, branch_dtype: torch.dtype | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """(d residual in ``dtype``, d branch, (2 to 4, C) of d weight, d bias[, d branch_bias][, d gamma]).
 
     ``saved`` is the branch ("post") or the new residual ("pre"); a dtype is None where forward had no such
@@ -180,8 +189,8 @@ def _backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor,
     """
     grad_added, grad_out = (None if g is None else g.contiguous() for g in (grad_added, grad_out))
     saved, branch = saved.contiguous(), None if branch is None else branch.contiguous()
-    args = (grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, drop_scale, gamma, order, dtype,
-            branch_dtype)
+    args = (grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, drop_scale, gamma, order, merge,
+            dtype, branch_dtype)
     if impl == "triton":
         from .triton import residual_norm as kernels
         return kernels.backward(*args)
@@ -195,16 +204,20 @@ _backward_op = torch.library.custom_op("fastmim::residual_norm_backward", _backw
 @_backward_op.register_fake
 def _(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None, mean: Tensor,
       rstd: Tensor, weight: Tensor, branch_bias: Tensor | None, drop_scale: Tensor | None,
-      gamma: Tensor | None, order: str, dtype: torch.dtype | None, branch_dtype: torch.dtype | None, impl: str
-      ) -> tuple[Tensor, Tensor, Tensor]:
-    own_residual, own_branch = owned(order, grad_out, drop_scale, gamma, dtype, branch_dtype)
+      gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None, branch_dtype: torch.dtype | None,
+      impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
     sums = 2 + (branch_bias is not None) + (gamma is not None)
     return (saved.new_empty(saved.shape if own_residual else (0,), dtype=dtype or saved.dtype),
             saved.new_empty(saved.shape if own_branch else (0,), dtype=branch_dtype or saved.dtype),
             saved.new_empty((sums, saved.shape[-1]), dtype=mean.dtype))
 
 
-def owned(order: str, grad_out: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None,
+def merged_shape(x: Tensor) -> tuple[int, int, int, int]:
+    return x.shape[0], x.shape[1] // 2, x.shape[2] // 2, 4 * x.shape[3]
+
+
+def owned(order: str, merge: bool, grad_out: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None,
           dtype: torch.dtype | None, branch_dtype: torch.dtype | None) -> tuple[bool, bool]:
     """Whether d residual and d branch are tensors of their own.
 
@@ -212,11 +225,11 @@ def owned(order: str, grad_out: Tensor | None, drop_scale: Tensor | None, gamma:
     """
     post = order == "post"
     own_branch = post or drop_scale is not None or gamma is not None or branch_dtype != dtype
-    return dtype is not None and (not post or grad_out is not None), branch_dtype is not None and own_branch
+    return dtype is not None and (not post or merge or grad_out is not None), branch_dtype is not None and own_branch
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, _, _, _, impl = inputs
+    residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, _, _, _, merge, impl = inputs
     added, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
@@ -225,25 +238,29 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     else:
         saved, kept = residual if branch is None else added, branch if gamma is not None else None
     ctx.save_for_backward(saved, kept, mean, rstd, weight, branch_bias, drop_scale, gamma)
-    ctx.settings = order, *(None if t is None else t.dtype for t in (residual, branch)), impl
+    ctx.settings = order, merge, *(None if t is None else t.dtype for t in (residual, branch)), impl
     ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, branch_bias, gamma)]
 
 
 def _autograd(ctx, grad_added, grad_out, _mean, _rstd):  # type: ignore[no-untyped-def]
     grad_added, grad_out = (None if g is None or not g.numel() else g for g in (grad_added, grad_out))
-    order, dtype, branch_dtype, _ = ctx.settings
+    order, merge, dtype, branch_dtype, _ = ctx.settings
     if grad_added is None and grad_out is None:
-        return (None,) * 12
-    if order == "post" and grad_added is None and grad_out.dtype == dtype:
+        return (None,) * 13
+    if merge:
+        # One reader is meant.
+        grad_added = grad_out if grad_added is None else grad_added if grad_out is None else grad_added + grad_out
+        grad_out = None
+    elif order == "post" and grad_added is None and grad_out.dtype == dtype:
         grad_added, grad_out = grad_out, None
-    saved = ctx.saved_tensors  # read once: recomputation gives each of them up as it is read
+    saved = ctx.saved_tensors  # once: checkpointing gives them out a single time
     d_residual, d_branch, found = _run_backward(grad_added, grad_out, *saved, *ctx.settings)
-    own_residual, own_branch = owned(order, grad_out, *saved[-2:], dtype, branch_dtype)
+    own_residual, own_branch = owned(order, merge, grad_out, *saved[-2:], dtype, branch_dtype)
     d_residual = None if dtype is None else d_residual if own_residual else grad_added
     d_branch = None if branch_dtype is None else d_branch if own_branch else d_residual
     sums = iter(found)
     d_params = [None if dtype is None else next(sums).to(dtype) for dtype in ctx.dtypes]
-    return d_residual, d_branch, *d_params[:3], None, d_params[3], *[None] * 5
+    return d_residual, d_branch, *d_params[:3], None, d_params[3], *[None] * 6
 
 
 torch.library.register_autograd("fastmim::residual_norm", _autograd, setup_context=_setup_context)
@@ -279,9 +296,9 @@ def _flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
 
 def _run(*args, impl: str) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     if not torch.compiler.is_compiling():
-        return _TwoReaders.apply(*args, impl)[:2]  # type: ignore[no-untyped-call]
+        return _TwoReaders.apply(*args, impl)[:2]
     # The compiler sees the op itself; where both readers share a result, their gradients meet in an addition.
-    residual, branch, *_, order, _, stream_dtype, out_dtype = args
+    residual, branch, *_, order, _, stream_dtype, out_dtype, _ = args
     added, out, _, _ = _op(*args, impl)
     own_added, own_out = written(order, branch, stream_dtype, out_dtype)
     added = added if own_added else residual
@@ -289,7 +306,7 @@ def _run(*args, impl: str) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-
 
 
 def _reference(residual: Tensor | None, branch: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, *tensors, order, eps, stream_dtype, out_dtype = args
+    weight, *tensors, order, eps, stream_dtype, out_dtype, merge = args
     like = given(residual, branch)
     wide = torch.promote_types(like.dtype if residual is None else residual.dtype, weight.dtype)
     residual = torch.zeros_like(like) if residual is None else residual
@@ -297,6 +314,8 @@ def _reference(residual: Tensor | None, branch: Tensor | None, *args: Any) -> tu
     wide = torch.promote_types(wide, branch.dtype)
     cast: list[Any] = [None if t is None else t.to(wide) for t in (residual, branch, weight, *tensors)]
     added, out = reference.residual_norm(*[*cast, order, eps])
+    if merge:
+        added = out = reference.patch_merge(added)
     return added.to(stream_dtype), out.to(out_dtype)
 
 

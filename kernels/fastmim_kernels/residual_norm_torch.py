@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .patch_merge import gather, scatter
 from .rows import column_sum, layer_norm, layer_norm_backward
 
 
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
             drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
-            out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::residual_norm``."""
     if branch is None:
         assert residual is not None
@@ -21,7 +22,11 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
     factor = _factor(drop_scale, gamma, branch.ndim, branch.dtype)
     if order == "post":
         branch, mean, rstd = layer_norm(branch, weight, bias, eps)
-        added = _add(residual, branch, factor, stream_dtype)
+        if merge:
+            added = gather(_add(residual, branch, factor, branch.dtype if residual is None else residual.dtype),
+                           out_dtype)
+        else:
+            added = _add(residual, branch, factor, stream_dtype)
         return added, added.new_empty(0) if out_dtype == stream_dtype else added.to(out_dtype), mean, rstd
     added = _add(residual, branch, factor, stream_dtype)
     out, mean, rstd = layer_norm(added, weight, bias, eps)
@@ -30,10 +35,15 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
 
 def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None, mean: Tensor,
              rstd: Tensor, weight: Tensor, branch_bias: Tensor | None, drop_scale: Tensor | None,
-             gamma: Tensor | None, order: str, dtype: torch.dtype | None, branch_dtype: torch.dtype | None
-             ) -> tuple[Tensor, Tensor, Tensor]:
+             gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,
+             branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::residual_norm_backward``."""
     if order == "post":
+        if merge and grad_added is not None:
+            height, width = saved.shape[1:3]
+            # As the gradient of a second reader it is added, that is, returned as d residual.
+            grad_out = scatter(grad_added, height, width, dtype or grad_added.dtype)
+            grad_added = None
         return _backward_post(grad_added, grad_out, saved, mean, rstd, weight, branch_bias, drop_scale, dtype)
     assert dtype is not None
     return _backward_pre(grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, drop_scale, gamma,

@@ -23,10 +23,11 @@ def exactly(padded: Tensor, shape: Sequence[int]) -> Tensor:
 def column_sum(x: Tensor) -> Tensor:
     """(C,) sum over all but the last axis of x, accumulated in float32 or better.
 
-    On a CPU as a product with ones: two to four times faster than a sum.
+    In bfloat16 on a CPU as a product with ones: up to four times faster than a sum. Not in float32, where MKL's
+    product adds one row after the other and loses digits.
     """
     x = x.reshape(-1, x.shape[-1])
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
         return x.sum(0, dtype=statistics_dtype(x.dtype))
     return (x.new_ones(1, x.shape[0]) @ x)[0]
 

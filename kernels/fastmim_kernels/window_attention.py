@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 from . import window_attention_torch as plain
 from .dispatch import resolve
+from .eager import shortcut, shortcut_with_grad
 from .rows import statistics_dtype
 
 
@@ -86,12 +87,14 @@ def _check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, in
         raise ValueError(f"window_attention: logit_scale must hold {num_heads} values, got {tuple(logit_scale.shape)}")
 
 
-@torch.library.custom_op("fastmim::window_attention", mutates_args=())
-def _op(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: Sequence[int],
-        shift_size: Sequence[int], impl: str) -> tuple[Tensor, Tensor]:
+def _forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: Sequence[int],
+             shift_size: Sequence[int], impl: str) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp (B·windows, heads, N) of each row where the implementation keeps it."""
     forward, _ = _functions(impl)
     return forward(qkv.contiguous(), bias, logit_scale, num_heads, tuple(window_size), tuple(shift_size))
+
+
+_op = torch.library.custom_op("fastmim::window_attention", _forward, mutates_args=())
 
 
 @_op.register_fake
@@ -104,15 +107,17 @@ def _(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, win
     return qkv.new_empty(batch, height, width, c3 // 3), qkv.new_empty(lse, dtype=torch.float32)
 
 
-@torch.library.custom_op("fastmim::window_attention_backward", mutates_args=())
-def _backward_op(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor | None,
-                 lse: Tensor, num_heads: int, window_size: Sequence[int], shift_size: Sequence[int], impl: str
-                 ) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor | None,
+              lse: Tensor, num_heads: int, window_size: Sequence[int], shift_size: Sequence[int], impl: str
+              ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, bias and logit_scale, the last two in float32 or better; the last empty without one."""
     _, backward = _functions(impl)
     dqkv, dbias, dscale = backward(grad_out.contiguous(), qkv.contiguous(), bias, logit_scale, out, lse, num_heads,
                                    tuple(window_size), tuple(shift_size))
     return dqkv, dbias, dbias.new_empty(0) if dscale is None else dscale
+
+
+_backward_op = torch.library.custom_op("fastmim::window_attention_backward", _backward, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -142,13 +147,15 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, grad_out, _lse):  # type: ignore[no-untyped-def]
     qkv, bias, logit_scale, out, lse = ctx.saved_tensors
-    dqkv, dbias, dscale = _backward_op(grad_out, qkv, bias, logit_scale, out, lse, ctx.num_heads, ctx.window_size,
-                                       ctx.shift_size, ctx.impl)
+    dqkv, dbias, dscale = _run_backward(grad_out, qkv, bias, logit_scale, out, lse, ctx.num_heads, ctx.window_size,
+                                        ctx.shift_size, ctx.impl)
     return dqkv, dbias.to(bias.dtype), None if logit_scale is None else dscale.to(logit_scale.dtype), None, None, \
         None, None
 
 
 torch.library.register_autograd("fastmim::window_attention", _autograd, setup_context=_setup_context)
+_run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
+_run_backward = shortcut(_backward_op, _backward)
 
 
 @register_flop_formula(torch.ops.fastmim.window_attention)
@@ -162,7 +169,7 @@ def _backward_flops(grad, qkv, bias, logit_scale, out, lse, num_heads, window_si
 
 
 def _run(*args, impl: str) -> Tensor:  # type: ignore[no-untyped-def]
-    return _op(*args, impl)[0]
+    return _run_op(*args, impl)[0]
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

@@ -182,6 +182,30 @@ def test_what_only_decoding_shows_is_found_named_and_replaced(photos, tmp_path, 
         assert (a.images.int() - b.images.int()).abs().max() <= 6
 
 
+def test_huge_images_are_refused_before_they_are_decoded(photos, tmp_path):
+    data = (photos / "003.jpg").read_bytes()
+    for i in range(8):
+        (tmp_path / f"{i}.jpg").write_bytes(data)
+    frame = data.index(b"\xff\xc0")
+    bomb = data[: frame + 5] + b"\xff\xff\xff\xff" + data[frame + 9 :]  # 65535 x 65535 px
+    (tmp_path / "bomb.jpg").write_bytes(bomb)
+    with load(tmp_path, verify="none", micro_batch_size=3) as loader:
+        assert len(list(loader.epoch(0))) == 3
+        ((path, reason),) = loader.bad_files.items()
+    assert path.endswith("bomb.jpg") and "65535x65535 px is more than" in reason
+
+
+def test_adobe_rgb_and_cmyk_jpegs_have_the_same_pixels_in_both_loaders(photos, tmp_path, make):
+    for i in range(4):
+        rgb = Image.fromarray(make["smooth_rgb"](40, 40, i))
+        rgb.convert("CMYK").save(tmp_path / f"{i}.jpg", quality=95)
+        rgb.save(tmp_path / f"{i}k.jpg", quality=95, keep_rgb=True)  # three components that are no YCbCr
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "img_size": (40, 40)}
+    with load(tmp_path, **whole) as dali, load(tmp_path, loader="torchvision", **whole) as torchvision:
+        assert same(list(dali.epoch(0)), list(torchvision.epoch(0)))
+        assert not dali.bad_files
+
+
 def test_what_only_dali_refuses_is_decoded_on_the_host(photos, monkeypatch):
     with load(photos) as loader:
         reference = list(loader.epoch(0))

@@ -99,6 +99,23 @@ def test_too_many_bad_files_is_one_line(zoo, tmp_path, workers):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("loader", ("torchvision", "dali"))
+def test_mostly_bad_data_stops_a_run_long_before_every_file_was_met(photos, tmp_path, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
+    good = (photos / "000.jpg").read_bytes()
+    for i in range(4000):
+        (tmp_path / f"{i:04d}.jpg").write_bytes(b"no image" if i % 5 else good)  # 80 % bad
+    options = {"verify": "none", "loader": loader, "img_size": (8, 8), "micro_batch_size": 20}
+    with load(tmp_path, **options) as images:
+        with pytest.raises(ValueError, match=r"\d+ of the first 1\d\d\d files read cannot be used") as caught:
+            list(images.epoch(0))
+        assert "\n" not in str(caught.value) and len(images.bad_files) < 1200
+    with load(tmp_path, max_bad_fraction=0.9, **options) as images:
+        batches = images.epoch(0)
+        assert sum(len(next(batches).images) for _ in range(30)) == 600
+
+
 def test_file_list(photos, tmp_path):
     (tmp_path / "list.txt").write_text("005.jpg\n001.jpg\n")
     with load(photos, file_list=tmp_path / "list.txt", train=False) as loader:
@@ -282,3 +299,15 @@ def test_wrong_position(photos):
         for epoch, start in ((0, 10), (0, -1), (-1, 0)):
             with pytest.raises(ValueError, match="start must lie in"):
                 loader.epoch(epoch, start=start)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("workers", (0, 2))
+def test_cuda_batches_are_those_of_the_cpu(photos, workers):
+    with load(photos, loader="torchvision", device="cuda", num_workers=workers) as gpu, load(photos) as cpu:
+        for epoch in range(3):
+            for a, b in zip(gpu.epoch(epoch), cpu.epoch(epoch), strict=True):
+                doubled = a.images.int() * 2  # read by a kernel right behind the copy
+                assert torch.equal(doubled.cpu(), b.images.int() * 2)
+                assert torch.equal(a.sample_ids.cpu(), b.sample_ids)

@@ -346,3 +346,17 @@ def test_killed_and_resumed_gives_the_same_batches(packed, loader):
     killed, resumed = lines(0), lines(3)
     assert len(killed) == 6 and len(resumed) == 6
     assert killed[3:] == resumed[:3]
+
+
+@pytest.mark.parametrize("loader", ("torchvision", "dali"))
+def test_a_process_that_leaves_a_loader_open_ends(packed, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
+    code = (
+        "import sys; from fastmim.data import build_loader\n"
+        "options = dict(img_size=(32, 32), micro_batch_size=4, num_workers=1, loader=sys.argv[2])\n"
+        "images = build_loader(path=sys.argv[1], **options)\n"
+        "next(images.epoch(0))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(packed), loader], check=True, env=environment, timeout=120)

@@ -95,7 +95,8 @@ def test_stays_in_float32_under_autocast() -> None:
 def op_args(hidden: int, impl: str) -> tuple[Any, ...]:
     """Of the op itself, for one stage of two blocks whose biases leave no gaps, which nobody writes."""
     inputs = inputs_for(2, 2, 5, (2, 4))
-    plan, blocks = bias_plan([inputs["index"]], [2], [2], [len(inputs["coords"])], [inputs["coords"]] if hidden else None, hidden)
+    coords = [inputs["coords"]] if hidden else None
+    plan, blocks = bias_plan([inputs["index"]], [2], [2], [len(inputs["coords"])], coords, hidden)
     size = blocks[1].params * 2
     layout = [value for block in blocks for value in block]
     return torch.randn(size, requires_grad=True), *plan, layout, hidden, impl

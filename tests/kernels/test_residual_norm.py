@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmim_kernels import residual_norm
+from fastmim_kernels import reference, residual_norm
 from fastmim_kernels.residual_norm import _op, traffic
 from tests.kernels.oracle import check
 
@@ -76,6 +76,67 @@ def test_against_float64(order: str, given: str, stream: torch.dtype, branch: to
           wrt=list(dtypes), plain=plain(order, branch))
 
 
+def without(name: str, order: str, impl: str, out_dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``residual_norm`` without ``name``; one result where both would be the same memory."""
+    def run(**kwargs: Any) -> tuple[Tensor, Tensor]:
+        wide = next(iter(kwargs.values())).dtype
+        out = wide if wide == torch.float64 else out_dtype
+        return residual_norm(**kwargs, **{name: None}, order=order, impl=impl, out_dtype=out,
+                             stream_dtype=None if name == "branch" else wide)
+    return run
+
+
+def check_without(name: str, impl: str, dtype: torch.dtype) -> None:
+    """A stream that starts: LN(branch), or one that only is normalised: (r, LN(r))."""
+    order = "post" if name == "residual" else "pre"
+    inputs = {k: v for k, v in inputs_for(SHAPE, "").items() if k != name}
+    dtypes = dict.fromkeys(inputs, F32) | {"branch" if name == "residual" else "residual": dtype}
+
+    def plain_norm(weight: Tensor, bias: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
+        (x,) = kwargs.values()
+        y = torch.nn.functional.layer_norm(x.float(), weight.shape, weight, bias).to(BF16)
+        return (y.to(x.dtype), y) if name == "residual" else (x, y)
+    check(without(name, order, impl, BF16), without(name, order, "reference", BF16), inputs, dtypes,
+          wrt=list(inputs), plain=plain_norm)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", ["residual", "branch"])
+def test_without_a_residual_or_a_branch(name: str, dtype: torch.dtype) -> None:
+    check_without(name, "torch", dtype)
+
+
+def check_merge(given: str, impl: str, stream: torch.dtype) -> None:
+    """The stream comes as patch_merge gathers it, for one reader."""
+    # Two images of 3 x 5 merged tokens: more than a tile, no power of two.
+    inputs = inputs_for((2, 6, 10, 40), given)
+    dtypes = dtypes_for(inputs, stream, BF16)
+
+    def merged(name: str) -> Callable[..., Tensor]:
+        def run(**kwargs: Any) -> Tensor:
+            out = torch.float64 if kwargs["residual"].dtype == torch.float64 else BF16
+            return residual_norm(**kwargs, order="post", impl=name, merge=True, out_dtype=out)[0]
+        return run
+
+    def plain_merge(**kwargs: Tensor) -> Tensor:
+        return reference.patch_merge(plain("post", BF16)(**kwargs)[1])
+    check(merged(impl), merged("reference"), inputs, dtypes, wrt=list(dtypes), plain=plain_merge)
+
+
+@pytest.mark.parametrize("stream", [F32, BF16])
+@pytest.mark.parametrize("given", ["", "scale+branch_bias"])
+def test_merge(given: str, stream: torch.dtype) -> None:
+    check_merge(given, "torch", stream)
+
+
+def test_two_readers_of_one_stream() -> None:
+    """Both results are one memory; the backward pass gets their gradients apart, with no addition of its own."""
+    inputs = {k: v.bfloat16().requires_grad_() for k, v in inputs_for(SHAPE, "").items()}
+    added, out = residual_norm(**inputs, order="post")
+    assert added.data_ptr() == out.data_ptr() and added.grad_fn is out.grad_fn
+    assert type(added.grad_fn).__name__.startswith("_TwoReaders")
+
+
 @pytest.mark.parametrize("rows", [1, 1023, 1024])
 def test_both_ways_to_sum_rows(rows: int) -> None:
     """The bias gradient is a product with ones from 1,024 rows on."""
@@ -139,7 +200,7 @@ def test_opcheck(order: str, given: str) -> None:
 def op_args(inputs: dict[str, Any], order: str, out_dtype: torch.dtype, impl: str) -> tuple[Any, ...]:
     names = ("residual", "branch", "weight", "bias", "branch_bias", "drop_scale", "gamma")
     tensors = [inputs[n].float().requires_grad_(n != "drop_scale") if n in inputs else None for n in names]
-    return *tensors, order, 1e-5, F32, out_dtype, impl
+    return *tensors, order, 1e-5, F32, out_dtype, False, impl
 
 
 def test_compiles_without_graph_break() -> None:

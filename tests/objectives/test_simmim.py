@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastmim_kernels
+from fastmim.models import swin_shared
 from fastmim.objectives import create_objective
 
 ENCODERS = {
@@ -157,3 +161,69 @@ def test_wrong_shapes_are_named():
         objective(images, mask[:, :8])
     with pytest.raises(ValueError, match="did you mean 'simmim'"):
         create_objective("simim", encoder=ENCODERS["swin"])
+
+
+SMALL = dict(img_size=64, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4)
+
+
+def bf16_step(objective, images, mask):
+    objective.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(images, mask)["loss"]
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+
+
+def small_objective(name, **encoder):
+    torch.manual_seed(0)
+    objective = create_objective("simmim", encoder=dict(SMALL, name=name, **encoder), unit=8)
+    with torch.no_grad():
+        for parameter in objective.parameters():  # SwinV2's block norms start at zero
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    return objective, torch.randn(2, 3, 64, 64), objective.random_mask(torch.arange(2))
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2"])
+def test_the_stream_s_dtype_changes_the_loss_by_its_rounding_only(name):
+    """bfloat16 has 8 bits: a stream rounded at every block stays within 2^-8 of the float32 one, as bf16 itself."""
+    found = {}
+    for dtype in ("auto", "fp32"):
+        objective, images, mask = small_objective(name, residual_dtype=dtype)
+        found[dtype] = bf16_step(objective, images, mask)
+    exact = objective(images, mask)["loss"].item()
+    assert found["auto"][0] != found["fp32"][0]
+    for loss, grad in found.values():
+        assert loss == pytest.approx(exact, rel=2**-8)
+        assert F.cosine_similarity(grad, found["fp32"][1], dim=0) > 0.999
+
+
+def test_a_wrong_stream_dtype_is_named():
+    with pytest.raises(ValueError, match="residual_dtype='bf16'"):
+        small_objective("swin", residual_dtype="bf16")
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2"])
+def test_weights_cast_ahead_give_the_same_step(name, monkeypatch):
+    """What the Triton path does, on a CPU: one cast for all weights, and none in later micro-batches."""
+    objective, images, mask = small_objective(name)
+    expected = bf16_step(objective, images, mask)
+    calls = []
+
+    def low_copies(*args, **kwargs):
+        calls.append(args)
+        return fastmim_kernels.low_copies(*args, **kwargs)
+
+    shared = SimpleNamespace(**{n: getattr(fastmim_kernels, n) for n in ("position_bias", "bias_plan")})
+    shared.low_copies = low_copies
+    monkeypatch.setattr(swin_shared, "fk", shared)
+    monkeypatch.setattr(swin_shared, "picks_triton", lambda *args: True)
+    for step in range(2):
+        for index in range(2):
+            objective.set_micro_batch(index, 2)
+            loss, grad = bf16_step(objective, images, mask)
+            assert loss == expected[0] and torch.equal(grad, expected[1]), (step, index)
+    assert len(calls) == 2
+    with torch.no_grad():
+        objective.encoder.layers[0].blocks[0].attn.qkv.weight.zero_()
+    objective.set_micro_batch(0, 2)
+    assert bf16_step(objective, images, mask)[0] != expected[0]

@@ -173,10 +173,15 @@ def parameters_kernel(
     tl.store(p_own + 3 * K + o_h[:, None] * K + o_k[None, :], a_w2, mask=m_w)
 
 
-TABLE = {"BT": 64, "BH": 16, "BK": 32, "num_warps": 4}
+TABLE = {"BT": 32, "BH": 16, "BK": 32, "num_warps": 4}
 LOOK_UP = {"LINES": 8, "BLOCK": 256, "num_warps": 4}
 SCATTER = {"LINES": 32, "BLOCK": 16, "num_warps": 4}
-PARAMETERS = {"BT": 32, "BK": 16, "num_warps": 4}
+
+
+def parameter_tiles(heads: int) -> dict[str, int]:
+    """Tile of ``parameters_kernel``: all heads; with many, fewer rows at a time fit in registers."""
+    block_h = max(16, triton.next_power_of_2(heads))
+    return {"BT": 32 if block_h <= 32 else 16, "BK": 16, "BH": block_h, "num_warps": 4}
 
 
 def forward(params: Tensor, index: Tensor, coords: Tensor, layout: Tensor, blocks: Sequence[Block], total: int,
@@ -203,9 +208,9 @@ def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, order: Tensor, star
     grid = len(blocks), rows, triton.cdiv(heads, SCATTER["LINES"])
     scatter_kernel[grid](grad, order, start, sigmoids, layout, d_table, MLP=hidden > 0, **SCATTER)
     if hidden:
-        block_h = max(16, triton.next_power_of_2(heads))
-        grid = len(blocks), triton.cdiv(hidden, PARAMETERS["BK"])
-        parameters_kernel[grid](d_table, params, coords, layout, found, K=hidden, BH=block_h, **PARAMETERS)
+        tiles = parameter_tiles(heads)
+        grid = len(blocks), triton.cdiv(hidden, tiles["BK"])
+        parameters_kernel[grid](d_table, params, coords, layout, found, K=hidden, **tiles)
     return found
 
 
@@ -216,8 +221,8 @@ def aot_cases() -> list[AotCase]:
                ("look_up/table", look_up_kernel, {"MLP": False}, LOOK_UP),
                ("scatter", scatter_kernel, {"MLP": True}, SCATTER),
                ("scatter/table", scatter_kernel, {"MLP": False}, SCATTER)]
-    # Heads of SwinV2-B and, most of all, of G.
-    kernels += [(f"parameters/h{h}", parameters_kernel, {"K": 512, "BH": h}, PARAMETERS) for h in (32, 128)]
+    # Heads of SwinV2-B, of L, and, most of all, of G.
+    kernels += [(f"parameters/h{h}", parameters_kernel, {"K": 512}, parameter_tiles(h)) for h in (32, 64, 128)]
     cases = []
     for name, kernel, given, tiles in kernels:
         constexprs = given | {k: v for k, v in tiles.items() if k.isupper()}

@@ -33,7 +33,7 @@ def order_kernel(
     S: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One program: the place of a token depends on all tokens before it."""
-    o_cell = tl.arange(0, ROWS * COLS)
+    o_c = tl.arange(0, COLS)
     hits = 0
     for i in range(0, tokens, BLOCK):
         i_token = i + tl.arange(0, BLOCK)
@@ -41,12 +41,15 @@ def order_kernel(
         i_y = i_token // grid_w % grid_h * S
         i_x = i_token % grid_w * S
         # Cells from the one of the token's first pixel on that begin before its end.
-        o_row = (i_y // cell_h)[:, None] + (o_cell // COLS)[None, :]
-        o_col = (i_x // cell_w)[:, None] + (o_cell % COLS)[None, :]
-        m = m_token[:, None] & (o_row * cell_h < (i_y + S)[:, None]) & (o_col * cell_w < (i_x + S)[:, None])
-        m = m & (o_row < mask_h) & (o_col < mask_w)
-        o_image = (i_token // grid_w // grid_h).to(tl.int64) * mask_h
-        b_mask = tl.load(p_mask + (o_image[:, None] + o_row) * mask_w + o_col, mask=m, other=0)
+        o_col = (i_x // cell_w)[:, None] + o_c[None, :]
+        m_col = m_token[:, None] & (o_col * cell_w < (i_x + S)[:, None]) & (o_col < mask_w)
+        o_image = i_token // grid_w // grid_h * mask_h
+        b_mask = tl.zeros((BLOCK, COLS), tl.uint8)
+        for r in tl.static_range(ROWS):
+            o_row = i_y // cell_h + r
+            m_row = (o_row * cell_h < i_y + S) & (o_row < mask_h)
+            o_line = ((o_image + o_row) * mask_w)[:, None]
+            b_mask |= tl.load(p_mask + o_line + o_col, mask=m_col & m_row[:, None], other=0)
         b_hit = ((tl.max(b_mask.to(tl.int32), 1) != 0) & m_token).to(tl.int32)
         o_hit = tl.cumsum(b_hit, 0) - b_hit + hits
         # The others fill the end backwards.
@@ -95,7 +98,7 @@ def head_loss_kernel(
             o_k = k + tl.arange(0, BK)
             b_x = tl.load(p_x + i_token[:, None] * D + o_k[None, :], mask=m_row[:, None] & (o_k < D)[None, :], other=0)
             b_w = tl.load(p_w + o_n[:, None] * D + o_k[None, :], mask=m_n[:, None] & (o_k < D)[None, :], other=0)
-            acc = tl.dot(b_x, tl.trans(b_w), acc, input_precision=PRECISION)
+            acc = tl.dot(b_x, tl.trans(b_w.to(b_x.dtype)), acc, input_precision=PRECISION)
         if p_bias is not None:
             acc += tl.load(p_bias + o_n, mask=m_n, other=0).to(tl.float32)[None, :]
         # Pixel of value n of the token: channel n // S², row n // S % S, column n % S.
@@ -157,10 +160,10 @@ def _last_sums(p_sum, p_dbias, p_counter, p_loss, p_scale, p_bias_grad, i_n, row
             a_loss = tl.zeros((32,), tl.float32)
             a_pixels = tl.zeros((32,), tl.float32)
             for n in range(0, columns, 32):
-                o_n = n + tl.arange(0, 32)
-                a_loss += tl.load(p_sum + o_n, mask=o_n < columns, other=0, cache_modifier=".cg")
-                p_own = p_sum + row_blocks * columns + o_n
-                a_pixels += tl.load(p_own, mask=o_n < columns, other=0, cache_modifier=".cg")
+                i_col = n + tl.arange(0, 32)
+                a_loss += tl.load(p_sum + i_col, mask=i_col < columns, other=0, cache_modifier=".cg")
+                p_all = p_sum + row_blocks * columns + i_col
+                a_pixels += tl.load(p_all, mask=i_col < columns, other=0, cache_modifier=".cg")
             scale = 1 / (tl.sum(a_pixels, 0) + EPS) / (K // (S * S))
             tl.store(p_scale, scale)
             tl.store(p_loss, tl.sum(a_loss, 0) * scale)
@@ -191,7 +194,7 @@ def token_gradient_kernel(
             m_k = o_k < K
             b_s = tl.load(p_slope + i_row[:, None] * K + o_k[None, :], mask=m_hit[:, None] & m_k[None, :], other=0)
             b_w = tl.load(p_w + o_k[:, None] * D + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0)
-            acc = tl.dot(b_s, b_w, acc, input_precision=PRECISION)
+            acc = tl.dot(b_s, b_w.to(b_s.dtype), acc, input_precision=PRECISION)
     tl.store(p_dx + i_token[:, None] * D + o_d[None, :], acc.to(p_dx.dtype.element_ty),
              mask=m_row[:, None] & m_d[None, :])
 
@@ -276,7 +279,8 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
             std: Tensor | None, stride: int, loss: str, dtype: torch.dtype, grads: bool
             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, scale, d tokens, d weight, d bias), the gradients without the scale and empty unless asked for."""
-    x, head = tokens.flatten(0, 2).to(dtype).contiguous(), weight.to(dtype).contiguous()
+    # The head is cast tile by tile.
+    x, head = tokens.flatten(0, 2).to(dtype).contiguous(), weight.contiguous()
     target, cells = target.contiguous(), mask.view(torch.uint8).contiguous()
     (m, d), k, device = x.shape, weight.shape[0], tokens.device
     height, width = target.shape[2:]
@@ -300,8 +304,8 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
         last = min(first + rows, m)
         head_loss_kernel[grid](
             x, head, bias, target, cells, _flat(mean), _flat(std), order, hits, slope, sums, biases,
-            arrival.counters(1 + grid[1], device), value, scale, None if biases is None else d_bias, first, *sizes, S=stride,
-            LOSS=loss, PRECISION=precision, EPS=EPS, **cfg["loss"])
+            arrival.counters(1 + grid[1], device), value, scale, None if biases is None else d_bias, first, *sizes,
+            S=stride, LOSS=loss, PRECISION=precision, EPS=EPS, **cfg["loss"])
         if grads:
             _gradients(slope, x, head, order, hits, d_x, d_w, first, last, precision, cfg)
     return value, scale, d_x, d_w, d_bias
@@ -315,9 +319,9 @@ def ordered(mask: Tensor, shape: Sequence[int], size: tuple[int, int], stride: i
     cell = size[0] // mask.shape[1], size[1] // mask.shape[2]
     # Where cells do not divide a token, one more can reach into it.
     reach = [triton.next_power_of_2(triton.cdiv(stride, c) + (stride % c != 0)) for c in cell]
-    block = max(16, min(1024, 16384 // (reach[0] * reach[1])))
+    block = max(16, min(1024, 4096 // reach[1]))
     order_kernel[(1,)](mask, order, hits, m, shape[1], shape[2], *mask.shape[1:], *cell, S=stride, ROWS=reach[0],
-                       COLS=reach[1], BLOCK=block, num_warps=8)
+                       COLS=reach[1], BLOCK=block, num_warps=16)
     return order, hits
 
 
@@ -345,7 +349,7 @@ def _gradients(slope: Tensor | None, x: Tensor, head: Tensor, order: Tensor, hit
                                  **tiles)
 
 
-_TYPES = {"p_x": "*bf16", "p_w": "*bf16", "p_bias": "*fp32", "p_target": "*fp32", "p_mask": "*u8", "p_order": "*i64",
+_TYPES = {"p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32", "p_mask": "*u8", "p_order": "*i64",
           "p_hits": "*i64", "p_slope": "*bf16", "p_sum": "*fp32", "p_dbias": "*fp32", "p_dx": "*bf16",
           "p_dw": "*fp32", "p_counter": "*i32", "p_loss": "*fp32", "p_scale": "*fp32", "p_bias_grad": "*fp32",
           "p_grad": "*fp32", "p_tokens": "*bf16", "p_weight": "*fp32", "p_tokens_out": "*bf16",
@@ -357,8 +361,8 @@ def aot_cases() -> list[AotCase]:
     cfg = config(torch.bfloat16)
     loss: dict[str, Any] = {"S": 32, "LOSS": "l1", "p_mean": None, "p_std": None, "EPS": EPS}
     scaled = _case("scale", scale_kernel, {"num_warps": 8, "num_stages": 2}, {"BLOCK": 4096})
-    place = _case("order", order_kernel, {"num_warps": 8, "num_stages": 2},
-                  {"S": 32, "ROWS": 8, "COLS": 8, "BLOCK": 256})
+    place = _case("order", order_kernel, {"num_warps": 16, "num_stages": 2},
+                  {"S": 32, "ROWS": 8, "COLS": 8, "BLOCK": 512})
     # Bytes of the mask.
     place = dataclasses.replace(place, dot=False, wide_target=0.0, persistent=True)
     return [place, dataclasses.replace(scaled, dot=False, signature={**scaled.signature, "p_bias": "*fp32"}),

@@ -29,17 +29,17 @@ def copy_kernel(
     PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     p_row = p_table + tl.program_id(0).to(tl.int64) * 3
-    p_in = tl.multiple_of(tl.load(p_row), 16).to(tl.pointer_type(tl.float32))
-    first = tl.multiple_of(tl.load(p_row + 1), 16)
+    p_in = tl.multiple_of(tl.load(p_row).to(tl.pointer_type(tl.float32)), 16)
+    p_own = tl.multiple_of(p_out + tl.multiple_of(tl.load(p_row + 1), 16), 16)
     count = tl.load(p_row + 2)
+    # Whole vectors, and then the end of a tensor whose size is no multiple of one.
+    whole = count // 8 * 8
     for i in range(0, PIECE, BLOCK):
         o = i + tl.arange(0, BLOCK)
-        # Whole vectors but for the end of a tensor, whose size need not be a multiple of any.
-        if i + BLOCK <= count:
-            tl.store(p_out + first + o, tl.load(p_in + o).to(p_out.dtype.element_ty))
-        else:
-            tl.store(p_out + first + o, tl.load(p_in + o, mask=o < count, other=0).to(p_out.dtype.element_ty),
-                     mask=o < count)
+        b_x = tl.load(p_in + o, mask=o < whole, other=0)
+        tl.store(p_own + o, b_x.to(p_out.dtype.element_ty), mask=o < whole)
+    o = whole + tl.arange(0, 8)
+    tl.store(p_own + o, tl.load(p_in + o, mask=o < count, other=0).to(p_out.dtype.element_ty), mask=o < count)
 
 
 def copy(tensors: Sequence[Tensor], flat: Tensor) -> None:

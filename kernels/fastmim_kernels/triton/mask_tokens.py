@@ -171,7 +171,8 @@ def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Ten
     sums = torch.empty((kinds, c), dtype=torch.float32, device=grad.device)
     mask_tokens_backward[(cfg["blocks"], cfg["splits"])](
         grad, more, tokens, mask.view(torch.uint8), mean, rstd, weight, d_tokens, partial,
-        arrival.counters(1 + len(partial), grad.device), sums, d_pos if pos else None, batch, height * width, cfg["per_program"],
+        arrival.counters(1 + len(partial), grad.device), sums, d_pos if pos else None, batch, height * width,
+        cfg["per_program"],
         C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], GROUP=GROUP, num_warps=cfg["num_warps"])
     return d_tokens, sums, d_pos.sum(0) if d_pos.shape[0] > 1 else d_pos.squeeze(0)
 
@@ -191,9 +192,9 @@ def aot_cases() -> list[AotCase]:
         cases.append(_case(f"forward/{name}", mask_tokens_forward, types, tiles | absent, cfg["num_warps"]))
         absent = {"p_dpos": None} if norm else {"p_weight": None, "p_x": None, "p_more": None}
         absent["GROUP"] = GROUP
-        types = {"p_g": "*bf16", "p_more": "*bf16", "p_counter": "*i32", "p_sums": "*fp32", "p_x": "*bf16", "p_mask": "*u8", "p_mean": "*fp32", "p_rstd": "*fp32",
-                 "p_weight": "*fp32", "p_dx": "*bf16", "p_partial": "*fp32", "p_dpos": "*fp32", "batch": "i32",
-                 "positions": "i32", "per_program": "i32"}
+        types = {"p_g": "*bf16", "p_more": "*bf16", "p_counter": "*i32", "p_sums": "*fp32", "p_x": "*bf16",
+                 "p_mask": "*u8", "p_mean": "*fp32", "p_rstd": "*fp32", "p_weight": "*fp32", "p_dx": "*bf16",
+                 "p_partial": "*fp32", "p_dpos": "*fp32", "batch": "i32", "positions": "i32", "per_program": "i32"}
         cases.append(_case(f"backward/{name}", mask_tokens_backward, types, tiles | absent, cfg["num_warps"]))
     return cases
 

@@ -179,17 +179,18 @@ def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight:
 
 def _case(name: str, channels: int, norm: bool, stream: str, direction: str, quick: bool) -> AotCase:
     kernel = patch_merge_forward if direction == "forward" else patch_merge_backward
-    types = {"p_x": f"*{stream}", "p_dx": f"*{stream}", "p_out": "*bf16", "p_grad": "*bf16", "p_counter": "*i32", "rows": "i32",
-             "height": "i32", "width": "i32", "eps": "fp32"}
+    types = {"p_x": f"*{stream}", "p_dx": f"*{stream}", "p_out": "*bf16", "p_grad": "*bf16", "p_counter": "*i32",
+             "rows": "i32", "height": "i32", "width": "i32", "eps": "fp32"}
     absent = set() if norm else {"p_weight", "p_bias", "p_mean", "p_rstd", "p_partial", "p_counter", "p_sums"}
     absent |= {"p_x"} if direction == "backward" and not norm else set()
     signature = {n: types.get(n, "*fp32") for n in kernel.arg_names
                  if (n.startswith("p_") or n in types) and n not in absent}
-    shape: dict[str, Any] = config(channels, norm)
+    shape: dict[str, Any] = {**config(channels, norm), **({"GROUP": GROUP} if direction == "backward" else {})}
     warps = shape.pop("num_warps")
     return AotCase(f"patch_merge/{direction}/{name}-{stream}-c{channels}", kernel, signature,
-                   {"C": channels, **shape, **({"GROUP": GROUP} if direction == "backward" else {}), **{n: None for n in absent if n in kernel.arg_names}},
-                   num_warps=warps, divisible=tuple(n for n in signature if n.startswith("p_")), quick=quick)
+                   {"C": channels, **shape, **{n: None for n in absent if n in kernel.arg_names}},
+                   num_warps=warps, divisible=tuple(n for n in signature if n.startswith("p_")), quick=quick,
+                   persistent=norm)
 
 
 def aot_cases() -> list[AotCase]:

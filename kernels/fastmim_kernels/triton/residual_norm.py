@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..residual_norm import given, owned, written
+from ..residual_norm import given, merged_shape, owned, written
 from . import arrival
 from .aot import AotCase
 from .arrival import GROUP, sum_partials
@@ -45,6 +45,21 @@ def programs(tiles: int, num_warps: int, direction: str, device: torch.device) -
 
 
 @triton.jit
+def _stream(i_row, o_r, o_c, height, width, MERGE: tl.constexpr, C: tl.constexpr):
+    """Offsets (rows, C) of rows of the new stream; merged, four neighbours lie behind each other as one row of 4C."""
+    if MERGE:
+        i_token = i_row + o_r
+        i_x = i_token % width
+        i_line = i_token // width
+        # Height and width are even: a pair of lines never spans two images. Parts come column by column.
+        i_row_out = ((i_line // 2) * (width // 2) + i_x // 2) * 4 + (i_x % 2) * 2 + i_line % 2
+        offset = i_row_out.to(tl.int64)[:, None] * C + o_c[None, :]
+    else:
+        offset = tl.cast(i_row, tl.int64) * C + o_r[:, None] * C + o_c[None, :]
+    return offset
+
+
+@triton.jit
 def residual_norm_forward(
     p_residual,  # (rows, C) or None ("post"): zero
     p_branch,  # (rows, C) or None ("pre"): zero
@@ -57,8 +72,8 @@ def residual_norm_forward(
     p_out,  # (rows, C) or None, out: what the next product reads
     p_mean,  # (rows,) fp32, out
     p_rstd,  # (rows,) fp32, out
-    rows, rows_per_sample, eps,
-    POST: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    rows, rows_per_sample, eps, height, width,
+    POST: tl.constexpr, MERGE: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     o_r = tl.arange(0, BLOCK_R)
@@ -105,7 +120,8 @@ def residual_norm_forward(
                 b_norm *= tl.load(p_scale + (i_row + o_r) // rows_per_sample, mask=m_r, other=0)[:, None]
             if p_residual is not None:
                 b_norm += b_residual
-            tl.store(p_added + o_base + o_tile, b_norm.to(p_added.dtype.element_ty), mask=m_tile)
+            p_new = p_added + _stream(i_row, o_r, o_c, height, width, MERGE, C)
+            tl.store(p_new, b_norm.to(p_added.dtype.element_ty), mask=m_tile)
         if p_out is not None:
             tl.store(p_out + o_base + o_tile, b_norm.to(p_out.dtype.element_ty), mask=m_tile)
 
@@ -127,9 +143,9 @@ def residual_norm_backward(
     p_partial,  # (programs, SUMS, C) fp32, scratch
     p_counter,  # int32, see .arrival
     p_sums,  # (SUMS, C) fp32, out: d weight, d bias, d branch_bias, d gamma
-    rows, rows_per_sample,
-    POST: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr, GROUP: tl.constexpr,
+    rows, rows_per_sample, height, width,
+    POST: tl.constexpr, MERGE: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
 ):
     o_r = tl.arange(0, BLOCK_R)
     o_c = tl.arange(0, BLOCK_C)
@@ -153,7 +169,8 @@ def residual_norm_backward(
         if p_grad_out is not None:
             b_g += tl.load(p_grad_out + o_base + o_tile, mask=m_tile, other=0).to(tl.float32)
         if p_grad_added is not None:
-            b_grad_added = tl.load(p_grad_added + o_base + o_tile, mask=m_tile, other=0).to(tl.float32)
+            p_new = p_grad_added + _stream(i_row, o_r, o_c, height, width, MERGE, C)
+            b_grad_added = tl.load(p_new, mask=m_tile, other=0).to(tl.float32)
         b_mean = tl.load(p_mean + i_row + o_r, mask=m_r, other=0)[:, None]
         b_rstd = tl.load(p_rstd + i_row + o_r, mask=m_r, other=0)[:, None]
         if p_scale is not None:
@@ -202,32 +219,33 @@ def residual_norm_backward(
 
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
-            stream_dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::residual_norm``."""
     like = given(residual, branch)
     channels, device = like.shape[-1], like.device
     rows = like.numel() // channels
     own_added, own_out = written(order, branch, stream_dtype, out_dtype)
-    added = torch.empty(like.shape if own_added else (0,), dtype=stream_dtype, device=device)
+    shape_added = merged_shape(like) if merge else like.shape
+    added = torch.empty(shape_added if own_added else (0,), dtype=stream_dtype, device=device)
     out = torch.empty(like.shape if own_out else (0,), dtype=out_dtype, device=device)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     shape = config(channels)
     grid = (programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "forward", device),)
     residual_norm_forward[grid](
         residual, branch, weight, bias, branch_bias, gamma, drop_scale, added if own_added else None,
-        out if own_out else None, mean, rstd, rows, rows // like.shape[0], eps, POST=order == "post", C=channels,
-        **shape)
+        out if own_out else None, mean, rstd, rows, rows // like.shape[0], eps, *_map(like, merge),
+        POST=order == "post", MERGE=merge, C=channels, **shape)
     return added, out, mean, rstd
 
 
 def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
              mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
-             drop_scale: Tensor | None, gamma: Tensor | None, order: str, dtype: torch.dtype | None,
+             drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,
              branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::residual_norm_backward``."""
     channels, device = saved.shape[-1], saved.device
     rows = saved.numel() // channels
-    own_residual, own_branch = owned(order, grad_out, drop_scale, gamma, dtype, branch_dtype)
+    own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
     d_residual = torch.empty(saved.shape if own_residual else (0,), dtype=dtype or saved.dtype, device=device)
     d_branch = torch.empty(saved.shape if own_branch else (0,), dtype=branch_dtype or saved.dtype, device=device)
     shape = config(channels)
@@ -237,16 +255,23 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
     partial = torch.empty(count, *sums.shape, dtype=torch.float32, device=device)
     residual_norm_backward[(count,)](
         grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, gamma, drop_scale,
-        d_residual if own_residual else None, d_branch if own_branch else None, partial, arrival.counters(1 + count, device), sums,
-        rows, rows // saved.shape[0], POST=order == "post", SUMS=len(sums), C=channels, GROUP=GROUP, **shape)
+        d_residual if own_residual else None, d_branch if own_branch else None, partial,
+        arrival.counters(1 + count, device), sums, rows, rows // saved.shape[0], *_map(saved, merge),
+        POST=order == "post", MERGE=merge, SUMS=len(sums), C=channels, GROUP=GROUP, **shape)
     return d_residual, d_branch, sums
+
+
+def _map(x: Tensor, merge: bool) -> tuple[int, int]:
+    """Height and width, which only merging looks at."""
+    return (x.shape[1], x.shape[2]) if merge else (0, 0)
 
 
 _BLOCKS = (("swin_b", "pre", 128), ("swinv2_b", "post", 128), ("swinv2_l", "post", 192),
            ("swinv2_h", "post", 352), ("swinv2_g", "post", 512))
 
 
-def _case(name: str, order: str, channels: int, stream: str, direction: str, quick: bool) -> AotCase:
+def _case(name: str, order: str, channels: int, stream: str, direction: str, quick: bool, merge: bool = False
+          ) -> AotCase:
     kernel = residual_norm_forward if direction == "forward" else residual_norm_backward
     shape = config(channels)
     post = order == "post"
@@ -256,25 +281,31 @@ def _case(name: str, order: str, channels: int, stream: str, direction: str, qui
         "p_residual": wide, "p_branch": narrow, "p_weight": "*fp32", "p_bias": "*fp32", "p_branch_bias": "*fp32",
         "p_gamma": None, "p_scale": "*fp32", "p_added": wide, "p_mean": "*fp32", "p_rstd": "*fp32", "p_out": second,
         "p_grad_added": wide, "p_grad_out": second, "p_saved": narrow if post else wide, "p_d_branch": narrow,
-        "p_d_residual": second and wide, "p_partial": "*fp32", "p_counter": "*i32",
+        "p_d_residual": wide if merge else second and wide, "p_partial": "*fp32", "p_counter": "*i32",
         "p_sums": "*fp32", "rows": "i32", "rows_per_sample": "i32",
-        "eps": "fp32"}
+        "height": "i32", "width": "i32", "eps": "fp32"}
     if direction == "backward":
         types["p_branch"] = None
     present = {n: t for n in kernel.arg_names if (t := types.get(n)) is not None}
     constexprs: dict[str, Any] = {n: None for n in kernel.arg_names if types.get(n, "") is None}
-    constexprs |= {"POST": post, "C": channels, **{k: v for k, v in shape.items() if k != "num_warps"}}
+    constexprs |= {"POST": post, "MERGE": merge, "C": channels, **{k: v for k, v in shape.items() if k != "num_warps"}}
     if direction == "backward":
         constexprs |= {"SUMS": 3, "GROUP": GROUP}
     # Up to 256 channels the (C,) vectors and partials of a program are narrower than its threads' 128 bits.
-    return AotCase(f"residual_norm/{direction}/{name}-{stream}-c{channels}", kernel, present, constexprs,
+    suffix = "-merge" * merge
+    return AotCase(f"residual_norm/{direction}/{name}-{stream}-c{channels}{suffix}", kernel, present, constexprs,
                    num_warps=shape["num_warps"], divisible=tuple(n for n in present if n != "eps"), quick=quick,
                    wide_target=0.94 if channels <= 256 else 0.95, persistent=True)
 
 
 def aot_cases() -> list[AotCase]:
     """Every stage of the shipped encoders, with a float32 and a bf16 stream, branch and result in bf16."""
-    return [_case(name, order, base * 2**stage, stream, direction,
-                  quick=name in ("swin_b", "swinv2_g") and stage == 3 and stream == "fp32")
-            for name, order, base in _BLOCKS for stage in range(4) for stream in ("fp32", "bf16")
-            for direction in ("forward", "backward")]
+    cases = [_case(name, order, base * 2**stage, stream, direction,
+                   quick=name in ("swin_b", "swinv2_g") and stage == 3 and stream == "fp32")
+             for name, order, base in _BLOCKS for stage in range(4) for stream in ("fp32", "bf16")
+             for direction in ("forward", "backward")]
+    # SwinV2 ends a stage with a merged map.
+    return cases + [_case(name, order, base * 2**stage, "bf16", direction, quick=name == "swinv2_h" and stage == 2,
+                          merge=True)
+                    for name, order, base in _BLOCKS[1:] for stage in range(3)
+                    for direction in ("forward", "backward")]

@@ -28,7 +28,7 @@ def test_all_stages_of_an_encoder_at_once(hidden: int) -> None:
 
 
 def test_rows_that_no_pair_uses_have_gradient_zero() -> None:
-    block = Block(heads=1, rows=6, pairs=4, params=0, coords=0, index=0, start=0, table=0, bias=0)
+    block = Block(heads=1, rows=6, pairs=4, params=0, coords=0, pair=0, start=0, table=0, bias=0)
     order, start = torch.tensor([0, 1, 3, 2]), torch.tensor([0, 0, 3, 3, 3, 4, 4])
     grad = kernels.backward(torch.ones(4), torch.empty(0), torch.zeros(6), order, start, torch.empty(0, 2),
                             torch.tensor([block]), [block], 0)

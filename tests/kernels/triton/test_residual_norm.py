@@ -12,6 +12,8 @@ from tests.kernels.test_residual_norm import (
     F32,
     STREAMS,
     VARIANTS,
+    check_merge,
+    check_without,
     dtypes_for,
     inputs_for,
     op_args,
@@ -30,6 +32,18 @@ def test_against_float64(order: str, given: str, stream: torch.dtype, branch: to
     dtypes = dtypes_for(inputs, stream, branch)
     check(with_impl("triton", order, branch), with_impl("reference", order, branch), inputs, dtypes,
           wrt=list(dtypes), plain=plain(order, branch))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", ["residual", "branch"])
+def test_without_a_residual_or_a_branch(name: str, dtype: torch.dtype) -> None:
+    check_without(name, "triton", dtype)
+
+
+@pytest.mark.parametrize("stream", [F32, BF16])
+@pytest.mark.parametrize("given", ["", "scale+branch_bias"])
+def test_merge(given: str, stream: torch.dtype) -> None:
+    check_merge(given, "triton", stream)
 
 
 # 1: one channel pads to 16; 352: SwinV2-H pads to 512; 1100: a row is wider than a warp's registers.
@@ -76,13 +90,13 @@ def test_requested_bytes(order: str, given: str, stream: torch.dtype, byte_count
     vectors = [inputs.get(n) for n in ("weight", "bias", "branch_bias", "drop_scale", "gamma")]
     residual, branch = inputs["residual"].to(stream), inputs["branch"].bfloat16()
     byte_counter.reset()
-    added, out, mean, rstd = kernels.forward(residual, branch, *vectors, order, 1e-5, stream, BF16)
+    added, out, mean, rstd = kernels.forward(residual, branch, *vectors, order, 1e-5, stream, BF16, False)
     assert byte_counter.total <= 1.02 * sum(forward[:2])
     byte_counter.reset()
     saved = branch if order == "post" else added
     weight, _, branch_bias, scale, gamma = vectors
     kernels.backward(added, out if out.numel() else None, saved, branch if gamma is not None else None, mean, rstd,
-                     weight, branch_bias, scale, gamma, order, stream, BF16)
+                     weight, branch_bias, scale, gamma, order, False, stream, BF16)
     # Two rows of partial sums, which two programs write and the last one adds up, are not in the closed form.
     sums = 2 + (gamma is not None) + (branch_bias is not None)
     assert byte_counter.total <= 1.02 * sum(backward[:2]) + 6 * sums * 64 * 4 + 16

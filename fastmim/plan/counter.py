@@ -20,9 +20,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from .hardware import Gpu
+from .live import LiveBytes
 
 NAMESPACE = "fastmim"
 VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias"}
@@ -33,21 +37,6 @@ H100_PROCESSORS = 132
 
 ClosedForm = Callable[[Sequence[Any]], tuple[int, int]]
 """Arguments of a custom op → (bytes read, bytes written) by its kernels."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """Ceilings that were measured on the device: bf16 FLOP/s and bytes/s."""
-
-    name: str
-    flops: float
-    bandwidth: float
-
-    def seconds(self, bytes_moved: float, flops: float) -> float:
-        return max(flops / self.flops, bytes_moved / self.bandwidth)
-
-
-GPUS = (Gpu("H100", 798e12, 3.0e12), Gpu("A100", 312e12, 1.75e12))
 
 
 @dataclasses.dataclass
@@ -104,6 +93,7 @@ class DispatchCounter(TorchDispatchMode):
         flop_shares: Of what a custom op's formula says, where it counts work that the data leave out.
         watch: Called with (op, tensor) for every tensor that an op returns, also inside custom ops.
         sites: Find the source line of each forward op and, through autograd, of its backward (slower).
+        live: Told what every op makes and, of a custom op, how much its body holds beyond that.
     """
 
     def __init__(
@@ -112,6 +102,7 @@ class DispatchCounter(TorchDispatchMode):
         flop_shares: dict[str, float] | None = None,
         watch: Callable[[str, Tensor], None] | None = None,
         sites: bool = False,
+        live: LiveBytes | None = None,
     ) -> None:
         super().__init__()
         self.launches: list[Launch] = []
@@ -120,6 +111,9 @@ class DispatchCounter(TorchDispatchMode):
         self.flop_shares = flop_shares or {}
         self.watch = watch
         self.sites = sites
+        self.live = live
+        self._inner: LiveBytes | None = None
+        self._opened: dict[Any, tuple[list[Launch], int]] = {}
         self._inside = ""
         self._site = ""
         self._forward_sites: dict[int, str] = {}
@@ -133,8 +127,9 @@ class DispatchCounter(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
+        transient = 0
         if func.namespace == NAMESPACE and not self._inside:
-            self._open(func, args, kwargs)
+            transient = self._launch(func, args, kwargs, out)
         elif not launches_nothing(func):
             self._record(
                 func.name().removeprefix("aten::"),
@@ -142,6 +137,9 @@ class DispatchCounter(TorchDispatchMode):
                 _flops(func, args, kwargs, out),
                 out,
             )
+        live = self._inner if self._inside else self.live
+        if live is not None:
+            live.tick(tensors_of(out), transient)
         if self.watch is not None:
             for tensor in tensors_of(out):
                 self.watch(self._inside or func.name(), tensor)
@@ -163,8 +161,28 @@ class DispatchCounter(TorchDispatchMode):
         site = self._site or (self._find_site() if self.sites else "")
         self.launches.append(Launch(self.phase, name, site, moved, flops, shapes))
 
-    def _open(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Run the body of a custom op on fake CUDA tensors."""
+    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
+        """Record what a custom op launches; the same op on the same shapes is opened once. Returns transient bytes."""
+        key = (func, _signature((args, kwargs)))
+        if self.watch is None and key in self._opened:
+            launches, transient = self._opened[key]
+            site = self._find_site() if self.sites else ""
+            self.launches += [dataclasses.replace(x, phase=self.phase, site=site) for x in launches]
+            return transient
+        first = len(self.launches)
+        try:
+            transient = self._open(func, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            # A body that asks for values (the torch implementations may) counts as one launch, from outside.
+            del self.launches[first:]
+            transient = 0
+            name = func._schema.name.partition("::")[2]
+            self._record(name, op_bytes(func, args, kwargs, out), _flops(func, args, kwargs, out), out)
+        self._opened[key] = self.launches[first:], transient
+        return transient
+
+    def _open(self, func: Any, args: Any, kwargs: Any) -> int:
+        """Run the body of a custom op on fake CUDA tensors; returns the bytes that it holds beyond its outputs."""
         from torch._library.custom_ops import OPDEFS
 
         name = func._schema.name
@@ -173,11 +191,13 @@ class DispatchCounter(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, _on_cuda, (args, kwargs))
         self._site = self._find_site() if self.sites else ""
         self._inside, first = name.partition("::")[2], len(self.launches)
+        self._inner = inner = LiveBytes(tensors_of((args, kwargs)))
         try:
             with self, torch.no_grad(), _kernels_counted_by(self._kernel):
-                body(*args, **kwargs)
+                out = body(*args, **kwargs)
         finally:
             self._inside = self._site = ""
+            self._inner = None
         mine = self.launches[first:]
         kernels = [x for x in mine if "/triton." in x.op]
         if kernels:
@@ -188,6 +208,7 @@ class DispatchCounter(TorchDispatchMode):
                 share = sum(self.closed_forms[name](args)) / sum(x.bytes for x in kernels)
                 for launch in kernels:
                     launch.bytes = round(launch.bytes * share)
+        return inner.peak() - LiveBytes().tick(tensors_of(out))
 
     def _kernel(self, name: str, args: Any, flops: int) -> None:
         found = tensors_of(args)
@@ -210,6 +231,14 @@ class DispatchCounter(TorchDispatchMode):
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def _signature(tree: Any) -> Any:
+    """What the launches of an op depend on: shapes, strides and dtypes, and plain arguments as they are."""
+    return tuple(
+        (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else repr(x)
+        for x in tree_leaves(tree, is_leaf=lambda x: x is None)
+    )
 
 
 def _short(tensor: Tensor) -> str:

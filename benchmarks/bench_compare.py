@@ -1,0 +1,187 @@
+"""A whole SimMIM training step of every provider, in turns, on the same weights, images and masks.
+
+A step is forward, backward, clipping at 5.0 and AdamW. A provider whose loss is not the judge's (Microsoft's where it
+is there, else timm's) is refused: it is not timed, and the exit status is 1. ``ratio`` is a provider's speed over
+the baseline's, round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks import harness, measure, providers  # noqa: E402
+from benchmarks.providers import Case  # noqa: E402
+from benchmarks.reference import commit_of, find_clones  # noqa: E402
+from fastmim.engine.distributed import World, distributed  # noqa: E402
+
+CASES = ("swinv2_base+47", "swinv2_base", "swin_base", "vit_base")
+PROVIDERS = ("fastmim", "timm", "timm-compiled", "microsoft-simmim", "microsoft-swin", "lightly", "mmpretrain")
+JUDGES = ("microsoft-swin", "microsoft-simmim", "timm")
+RESULTS = harness.RESULTS / "measurements.csv"
+
+
+def measure_case(case: Case, args: argparse.Namespace, world: World | None = None) -> tuple[list[dict[str, Any]], int]:
+    """CSV rows of one case, and how many providers were refused."""
+    source = case.weights()
+    images, mask = case.inputs(source)
+    steps, reasons = providers.available(args.providers, case, source, reference=args.reference, world=world)
+    say = print if world is None or world.is_main else (lambda *a, **k: None)
+    for reason in reasons:
+        say(f"  not measured: {reason}", file=sys.stderr)
+    baseline = next((s.name for s in steps if s.name == args.baseline), None)
+    if baseline is None:
+        raise ValueError(f"--baseline {args.baseline}: it is not among the providers of {case.name}")
+    losses = {step.name: measure.first_losses(step, images, mask) for step in steps}
+    judge = next((name for name in JUDGES if name in losses), baseline)
+    refused = measure.refusals(losses, judge, measure.TOLERANCE[case.dtype])
+    for name, why in refused.items():
+        say(f"  REFUSED {name}: {why}; no ratio is reported", file=sys.stderr)
+    if baseline in refused:
+        return [], len(refused)
+    kept = [step for step in steps if step.name not in refused]
+    clock = measure.clock_for(case.device)
+    phases = measure.interleave(kept, images, mask, rounds=args.rounds, clock=clock)
+    ranks = world.size if world else 1
+    shared = {"benchmark": "step", "baseline": baseline, "rounds": args.rounds, **describe(case, source, ranks, args)}
+    rows = []
+    for step in kept:
+        columns = measure.speed_columns(phases[step.name], case.batch * ranks, phases[baseline])
+        columns |= gpu_columns(step, case, images, mask, float(columns["images_per_sec"]))
+        rows.append(shared | columns | {"provider": step.name, "loss": f"{losses[step.name][0]:.6f}"})
+    return rows, len(refused)
+
+
+def describe(case: Case, source: Any, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Columns that say what was measured, on what."""
+    out = {"case": case.name, "dtype": case.dtype, "batch": case.batch, "img_size": source.img_size[0],
+           "ranks": ranks, "device": case.device, **harness.environment()}  # fmt: skip
+    if case.device == "cuda":
+        out["machine"] = torch.cuda.get_device_name()
+    if args.reference:
+        clones = find_clones(args.reference)
+        out["reference"] = " ".join(f"{name}@{commit_of(path)}" for name, path in clones.items())
+    return out
+
+
+def gpu_columns(step: Any, case: Case, images: Any, mask: Any, images_per_sec: float) -> dict[str, str]:
+    """Shares of the peak and of the modelled roofline, and energy, where there is a GPU."""
+    if case.device != "cuda":
+        return {}
+    from benchmarks.bench_counts import model_gflop, modelled_seconds
+
+    name = torch.cuda.get_device_name()
+    gflop = model_gflop(case)
+    out = {"gflop_per_image": f"{gflop:.2f}"}
+    if case.dtype == "bf16":
+        share = measure.mfu(gflop, images_per_sec, name)
+        modelled = modelled_seconds(case, name)
+        out |= {} if share is None else {"mfu": f"{share:.4f}"}
+        out |= {} if modelled is None else {"roofline_share": f"{modelled * images_per_sec:.4f}"}
+    try:
+        with measure.nvml() as (lib, handle):
+            joules = measure.joules_per_image(
+                lambda: measure.run_step(step, images, mask, measure.HostClock()) and None,
+                case.batch,
+                lambda: lib.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3,
+                wait=torch.cuda.synchronize,
+            )
+        out["joules_per_image"] = f"{joules:.3f}"
+    except Exception as error:  # no driver, no permission, or a card without the counter
+        print(f"  energy not measured: {type(error).__name__}: {error}", file=sys.stderr)
+    return out
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of a row."""
+    print(
+        f"{row['case']:15} {row['dtype']} b{row['batch']} {row['img_size']}px x{row['ranks']} {row['provider']:22}"
+        f" {row['images_per_sec']:>8} img/s [{row['images_per_sec_p20']}, {row['images_per_sec_p80']}]"
+        f"  fwd {row['forward_s']} bwd {row['backward_s']} opt {row['optimizer_s']} s"
+        f"  {row['ratio']}x {row['baseline']} [{row['ratio_p20']}, {row['ratio_p80']}]",
+        flush=True,
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run.py step", description=__doc__)
+    add_shared(parser)
+    parser.add_argument("--baseline", default="fastmim", help="provider that ratios are against")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each provider")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes, data-parallel")
+    args = parser.parse_args(argv)
+    if args.baseline not in args.providers:
+        args.providers.append(args.baseline)
+    return args
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Options that say which step is measured."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="sizes; +47 = normalised target of 47 pixels")
+    parser.add_argument("--dtypes", nargs="+", default=list(providers.DTYPES), choices=providers.DTYPES)
+    parser.add_argument("--batch", type=int, nargs="+", default=[4 if device == "cpu" else 128], help="images a rank")
+    parser.add_argument("--img-size", type=int, nargs="+", default=[None], help="pixels; default: the size's own")
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), help="each also with -compiled")
+    parser.add_argument("--reference", metavar="DIR", help="clone(s) of microsoft/SimMIM, Swin-Transformer")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; default: torch's choice")
+    parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """Every combination that the options ask for."""
+    return [
+        Case(name, dtype, batch, size, args.device)
+        for name in args.cases
+        for size in args.img_size
+        for batch in args.batch
+        for dtype in args.dtypes
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1 and args.ranks != [1]:
+        return max(launch(ranks, argv) for ranks in args.ranks)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    refused = 0
+    with distributed() as world:
+        for case in cases(args):
+            rows, count = measure_case(case, args, world)
+            refused += count
+            if world.is_main:
+                harness.append_rows(args.out, rows)
+                for row in rows:
+                    show(row)
+            gc.collect()
+    return 1 if refused else 0
+
+
+def launch(ranks: int, argv: Sequence[str] | None) -> int:
+    """This command again as ``ranks`` data-parallel processes."""
+    own = list(sys.argv[1:] if argv is None else argv)
+    start = own.index("--ranks")
+    end = next((i for i in range(start + 1, len(own)) if not own[i].isdigit()), len(own))
+    own[start:end] = []
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run([*command, __file__, *own], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

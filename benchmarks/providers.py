@@ -1,0 +1,216 @@
+"""Everyone's SimMIM training step behind one small adapter: ours, timm's, Microsoft's, lightly's, mmpretrain's.
+
+A provider is built for a :class:`Case`, gets the case's weights, and is called as ``forward``, ``backward``,
+``update``. ``NAME-compiled`` is the same step with ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baseline import timm_objective
+from benchmarks.reference import KINDS, build_reference, case_config, find_clones
+from benchmarks.third_party import lightly_objective, mmpretrain_objective
+from fastmim.engine.distributed import World
+from fastmim.engine.local import LocalEngine
+from fastmim.engine.optim import build_optimizer, param_groups
+from fastmim.engine.recompute import POLICIES, apply_recompute
+from fastmim.interop import load_reference
+from fastmim.models import expand_size
+from fastmim.objectives import create_objective
+
+LR, WEIGHT_DECAY, CLIP = 1e-4, 0.05, 5.0
+DTYPES = ("fp32", "bf16")
+COMPILED = "-compiled"
+
+# Ours under each setting of the config's `efficiency` section that changes the step; the first is what a run takes.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fastmim": {},
+    "fastmim-torch": {"kernels": "torch"},
+    "fastmim-reference": {"kernels": "reference"},
+    "fastmim-plain-adamw": {"fused_optimizer": False},
+    **{f"fastmim-recompute-{policy}": {"recompute": policy} for policy in POLICIES[1:]},
+}
+
+
+PLAIN_VIT = {"abs_pos_embed": True, "shared_rel_pos_bias": False, "init_values": None}
+
+
+class Unavailable(Exception):
+    """A provider that cannot be built here; says why, and what would help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One step to be measured.
+
+    Args:
+        name: A size of ``fastmim.models.sizes``, ``+47`` behind it for the normalised target of 47 pixels;
+            ``vit_…_plain`` is a ViT with absolute positions and without LayerScale.
+        dtype: "fp32", or "bf16" (autocast).
+        batch: Images a step and rank.
+        img_size: Pixels; None takes the size's own.
+        device: "cpu" or "cuda".
+    """
+
+    name: str
+    dtype: str = "fp32"
+    batch: int = 4
+    img_size: int | None = None
+    device: str = "cpu"
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    def encoder(self) -> dict[str, Any]:
+        """Keyword arguments of ``create_encoder``; no stochastic depth, whose noise would hide a wrong loss."""
+        name = self.name.partition("+")[0]
+        size = {} if self.img_size is None else {"img_size": self.img_size}
+        plain = PLAIN_VIT if name.endswith("_plain") else {}
+        known = {"name": name.removesuffix("_plain"), "drop_path_rate": 0.0}
+        return expand_size(known | plain | size | dict(self.overrides))
+
+    @property
+    def norm_target(self) -> int:
+        return int(self.name.partition("+")[2] or 0)
+
+    def build(self, **kwargs: Any) -> nn.Module:
+        """Our objective for this case."""
+        return create_objective("simmim", encoder=self.encoder(), norm_target=self.norm_target, **kwargs)
+
+    def weights(self) -> nn.Module:
+        """An objective that holds the first weights of every provider."""
+        torch.manual_seed(0)
+        source = self.build()
+        for key, parameter in source.named_parameters():
+            # SwinV2 starts its residual branches at zero: their gradients would be zero and prove nothing.
+            if key.endswith(("norm1.weight", "norm2.weight")):
+                nn.init.constant_(parameter, 0.5)
+        return source
+
+    def inputs(self, source: Any) -> tuple[Tensor, Tensor]:
+        """The images and masks that every provider sees."""
+        images = torch.randn(self.batch, source.in_chans, *source.img_size, generator=torch.Generator().manual_seed(1))
+        return images.to(self.device), source.random_mask(torch.arange(self.batch)).to(self.device)
+
+
+@dataclasses.dataclass
+class Provider:
+    """A training step in three calls; ``module(images, mask)["loss"]`` is its forward pass without precision."""
+
+    name: str
+    module: nn.Module
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor], None]
+    update: Callable[[], None]
+
+
+def build(name: str, case: Case, source: nn.Module, *, reference: str | None = None, world: World | None = None) -> Any:
+    """A provider for a case, on a copy of the weights of ``source``.
+
+    Raises:
+        Unavailable: it is not installed, not given, or has no such model.
+    """
+    plain = name.removesuffix(COMPILED)
+    compiled = name.endswith(COMPILED)
+    if plain in PRESETS:
+        return _ours(name, case, source, PRESETS[plain] | {"compile": compiled}, world)
+    module = foreign_module(plain, case, source, reference).to(case.device).train()
+    return _plain_step(name, module, case, compiled, world)
+
+
+def _ours(name: str, case: Case, source: nn.Module, preset: dict[str, Any], world: World | None) -> Provider:
+    objective = case.build(impl=preset.get("kernels", "auto"))
+    objective.load_state_dict(source.state_dict())
+    apply_recompute(objective.to(case.device).train(), preset.get("recompute", "none"))
+    groups = param_groups(objective, WEIGHT_DECAY, "default")
+    engine = LocalEngine(
+        objective,
+        build_optimizer("adamw", groups, LR, fused=preset.get("fused_optimizer", "auto")),
+        clip_grad=CLIP,
+        precision=case.dtype,
+        compile=preset["compile"],
+        world=world,
+    )
+    return Provider(name, objective, lambda images, mask: engine(images, mask)["loss"], engine.backward, engine.step)
+
+
+def _plain_step(name: str, module: nn.Module, case: Case, compiled: bool, world: World | None) -> Provider:
+    """The step as the references write it: autocast, backward, clipping, AdamW as torch builds it by default."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    call: Any = torch.compile(module, dynamic=False) if compiled else module
+    if world is not None and world.size > 1:
+        call = nn.parallel.DistributedDataParallel(call, broadcast_buffers=False)
+
+    def forward(images: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bf16"):
+            return call(images, mask)["loss"]
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Provider(name, module, forward, lambda loss: loss.backward(), update)
+
+
+def foreign_module(name: str, case: Case, source: nn.Module, reference: str | None) -> nn.Module:
+    """Somebody else's objective with the weights of ``source``.
+
+    Raises:
+        Unavailable: it is not installed, not given, or has no such model.
+    """
+    makers: dict[str, Callable[..., nn.Module]] = {
+        "timm": timm_objective, "lightly": lightly_objective, "mmpretrain": mmpretrain_objective
+    }  # fmt: skip
+    if name in KINDS:
+        return _microsoft(name, case, source, reference)
+    if name not in makers:
+        known = [*PRESETS, *makers, *KINDS]
+        raise ValueError(f"provider {name!r}: unknown; use one of {', '.join(known)}, each also with {COMPILED}")
+    try:
+        return makers[name](case.encoder(), case.norm_target, source)
+    except (ImportError, ValueError) as error:
+        raise Unavailable(f"{name}: {error}") from None
+
+
+def _microsoft(name: str, case: Case, source: nn.Module, reference: str | None) -> nn.Module:
+    clones = _clones(reference)
+    encoder = case.encoder()
+    if name not in clones:
+        raise Unavailable(f"{name}: give a clone of it with --reference DIR")
+    if encoder["name"] not in KINDS[name][1]:
+        raise Unavailable(f"{name}: its SimMIM has no {encoder['name']}")
+    try:
+        model = build_reference(clones[name], case_config(clones[name], encoder, case.norm_target))
+    except ValueError as error:
+        raise Unavailable(f"{name}: {error}") from None
+    # Reading a copy tells which of its tensors is which of ours, and that none is left over on either side.
+    names = load_reference(copy.deepcopy(source), model.model.state_dict()).names
+    ours, theirs = dict(source.named_parameters()), dict(model.model.named_parameters())
+    with torch.no_grad():
+        for key, own in names.items():
+            theirs[key].copy_(ours[own].reshape(theirs[key].shape))
+    return model
+
+
+@functools.cache
+def _clones(reference: str | None) -> dict[str, Path]:
+    return find_clones(reference) if reference else {}
+
+
+def available(names: list[str], case: Case, source: nn.Module, **kwargs: Any) -> tuple[list[Provider], list[str]]:
+    """The providers that can be built, and why the others cannot."""
+    built, reasons = [], []
+    for name in names:
+        try:
+            built.append(build(name, case, source, **kwargs))
+        except Unavailable as reason:
+            reasons.append(str(reason))
+    return built, reasons

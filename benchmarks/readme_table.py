@@ -1,0 +1,120 @@
+"""The README's table of measured numbers, written from the committed CSV and never by hand.
+
+python benchmarks/readme_table.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks import harness  # noqa: E402
+from benchmarks.plots import Row, faster, latest, number  # noqa: E402
+
+CSV = harness.RESULTS / "measurements.csv"
+BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
+OPPONENTS = {"timm": "timm", "timm-compiled": "timm compiled", "microsoft": "Microsoft"}
+
+
+def opponent(row: Row) -> str:
+    """Column of a provider: Microsoft's two repositories share one."""
+    return "microsoft" if row["provider"].startswith("microsoft") else row["provider"]
+
+
+def side_by_side(rows: list[Row], column: str, sign: int) -> dict[tuple[str, ...], dict[str, Row]]:
+    """Setting → column → row; of Microsoft's two repositories the better one, which is the harder to beat."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        own = found.setdefault(setting(row), {})
+        old = own.get(opponent(row))
+        if old is None or sign * number(row, column) > sign * number(old, column):
+            own[opponent(row)] = row
+    return found
+
+
+def setting(row: Row) -> tuple[str, ...]:
+    """What must be the same for two rows to be compared."""
+    return tuple(row[k] for k in ("case", "dtype", "batch", "img_size", "ranks", "device", "machine", "threads"))
+
+
+def table(rows: list[Row], benchmark: str) -> list[str]:
+    """Lines of Markdown: our images/s, and how many times faster it is than each opponent."""
+    found = [f for f in side_by_side(latest(rows, benchmark), "images_per_sec", 1).values() if "fastmim" in f]
+    names = [n for n in OPPONENTS if any(n in f for f in found)]
+    heads = "".join(f" vs {OPPONENTS[n]} |" for n in names)
+    lines = [f"| model | precision | batch | fastmim, images/s |{heads}", "|---|---|---|---|" + "---|" * len(names)]
+    for f in found:
+        row, speeds = f["fastmim"], [faster(f[n]) if n in f else None for n in names]
+        cells = "".join(" – |" if s is None else f" {s[0]:.2f}× [{s[1]:.2f}, {s[2]:.2f}] |" for s in speeds)
+        rate = f"{row['images_per_sec']} [{row['images_per_sec_p20']}, {row['images_per_sec_p80']}]"
+        lines.append(f"| {row['case']} | {row['dtype']} | {row['batch']} | {rate} |{cells}")
+    return lines
+
+
+def memory(rows: list[Row]) -> list[str]:
+    """Lines of Markdown: peak memory of ours and its share of each opponent's."""
+    found = [f for f in side_by_side(latest(rows, "memory"), "peak_memory_gib", -1).values() if "fastmim" in f]
+    names = [n for n in OPPONENTS if any(n in f for f in found)]
+    heads = "".join(f" × {OPPONENTS[n]} |" for n in names)
+    lines = [f"| model | precision | batch | fastmim, peak GiB |{heads}", "|---|---|---|---|" + "---|" * len(names)]
+    for f in found:
+        own, peak = f["fastmim"], number(f["fastmim"], "peak_memory_gib")
+        shares = [f"{peak / number(f[n], 'peak_memory_gib'):.2f}" if n in f else "–" for n in names]
+        cells = "".join(f" {share} |" for share in shares)
+        lines.append(f"| {own['case']} | {own['dtype']} | {own['batch']} | {peak:.2f} |{cells}")
+    return lines
+
+
+def text(rows: list[Row]) -> str:
+    """What stands between the markers."""
+    parts = []
+    for title, lines in (
+        ("Training steps", table(rows, "step")),
+        ("Whole runs of `fastmim pretrain` from JPEG files", table(rows, "pretrain")),
+        ("Peak memory of a training step", memory(rows)),
+    ):
+        if len(lines) > 2:
+            parts.append("\n".join([f"{title}:", "", *lines]))
+    timed = [r for r in rows if r["benchmark"] in ("step", "memory", "pretrain")]
+    said = dict.fromkeys(f"{r['machine']}, {r['threads']} threads" for r in timed)
+    dates = sorted({r["date"] for r in rows})
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
+    parts.append(f"Measured on {'; '.join(said)}; {dates[0]} to {dates[-1]}, commit {commits}. Brackets are the 20 % "
+                 "and 80 % quantiles; every number is a row of `benchmarks/results/measurements.csv`.")  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def with_table(readme: str, rows: list[Row]) -> str:
+    """The README with the text between its markers replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md: the markers {BEGIN} and {END} are missing")
+    return f"{before}{BEGIN}\n\n{text(rows)}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    args = parser.parse_args(argv)
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = with_table(old, harness.read_rows(CSV))
+    if args.check:
+        print("README.md is up to date" if new == old else "README.md is not what the CSV gives; run without --check")
+        return int(new != old)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

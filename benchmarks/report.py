@@ -1,0 +1,154 @@
+"""One self-contained HTML page of the measurements: tables and pictures, all drawn from the CSV.
+
+python benchmarks/run.py report [--csv CSV …] [--out report.html]
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks import harness, plots  # noqa: E402
+from benchmarks.plots import Row, faster, latest  # noqa: E402
+
+COLUMNS = {
+    "step": ("case", "dtype", "batch", "img_size", "ranks", "provider", "images_per_sec", "fastmim_faster",
+             "forward_s", "backward_s", "optimizer_s", "mfu", "roofline_share", "joules_per_image", "loss"),
+    "memory": ("case", "dtype", "batch", "provider", "peak_memory_gib", "memory_kind", "start_memory_gib",
+               "nvml_memory_gib", "saved_mb_per_image"),
+    "pretrain": ("case", "dtype", "batch", "provider", "images_per_sec", "fastmim_faster", "data_s", "wall_s",
+                 "peak_memory_gib", "loss", "note"),
+    "counts": ("case", "batch", "provider", "launches", "mb_per_image", "saved_mb_per_image", "gflop_per_image",
+               "modelled_us_per_image"),
+}  # fmt: skip
+TITLES = {
+    "step": "Training steps",
+    "profile": "Where a step's time goes",
+    "memory": "Peak memory",
+    "pretrain": "Whole runs from JPEG files",
+    "counts": "Counts, and a modelled H100 (not measured)",
+}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
+th, td { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+td.text, th.text { text-align: left } tr.own { background: #eef7ee }
+img { max-width: 100%; height: auto } .scroll { overflow-x: auto } p.where { color: #555; font-size: 13px }
+"""
+
+
+def pictures(rows: list[Row]) -> dict[str, list[tuple[str, Any]]]:
+    """Benchmark → (what it shows, figure)."""
+    step, memory = latest(rows, "step"), latest(rows, "memory")
+    pretrain, counts = latest(rows, "pretrain"), latest(rows, "counts")
+    out: dict[str, list[tuple[str, Any]]] = {}
+    if step:
+        usual = at_usual_size(step)
+        out["step"] = [
+            ("Images per second", plots.grouped_bars(usual, "images_per_sec", "images/s", "Training steps")),
+            ("Phases", plots.phases(usual)),
+        ]
+        for axis, name in (("batch", "batch"), ("img_size", "image size"), ("ranks", "ranks")):
+            out["step"] += [(f"Scaling over {name}", plots.scaling(step, axis, name))]
+    profile = latest(rows, "profile")
+    if profile:
+        out["profile"] = [("Time by kind of op", plots.profile(profile))]
+    if memory:
+        bars = plots.grouped_bars(memory, "peak_memory_gib", "GiB", "Peak memory (dark: before the first step)",
+                                  base="start_memory_gib")  # fmt: skip
+        out["memory"] = [("Peak memory by policy", bars)]
+    if pretrain:
+        title = "Whole runs from JPEG files"
+        out["pretrain"] = [("Images per second", plots.grouped_bars(pretrain, "images_per_sec", "images/s", title))]
+    if counts:
+        out["counts"] = [("Modelled roofline", plots.roofline(counts))]
+    return {name: [(text, figure) for text, figure in found if figure is not None] for name, found in out.items()}
+
+
+def at_usual_size(rows: list[Row]) -> list[Row]:
+    """One batch, image size and number of ranks for each case and precision: the first that was measured."""
+    first: dict[tuple[str, str], tuple[str, ...]] = {}
+    for row in rows:
+        first.setdefault((row["case"], row["dtype"]), tuple(row[k] for k in ("batch", "img_size", "ranks")))
+    return [r for r in rows if first[r["case"], r["dtype"]] == tuple(r[k] for k in ("batch", "img_size", "ranks"))]
+
+
+def table(rows: list[Row], columns: Sequence[str]) -> str:
+    """HTML table; a column that is empty everywhere is left out, quantiles stand behind their median."""
+    columns = [c for c in columns if any(cell(row, c) for row in rows)]
+    text = {"case", "dtype", "provider", "memory_kind", "note"}
+    kind = {c: ' class="text"' if c in text else "" for c in columns}
+    head = "".join(f"<th{kind[c]}>{c.replace('_', ' ')}</th>" for c in columns)
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td{kind[c]}>{html.escape(cell(row, c))}</td>" for c in columns)
+        lines.append(f"<tr{' class=own' if row['provider'].startswith('fastmim') else ''}>{cells}</tr>")
+    return f'<div class="scroll"><table><tr>{head}</tr>\n' + "\n".join(lines) + "</table></div>"
+
+
+def cell(row: Row, column: str) -> str:
+    """A value with its 20 % and 80 % quantiles where it has some."""
+    if column == "fastmim_faster":
+        ratio = faster(row)
+        return "" if ratio is None else f"{ratio[0]:.2f}× [{ratio[1]:.2f}, {ratio[2]:.2f}]"
+    value = str(row[column])
+    if row.get(f"{column}_p20"):
+        return f"{value} [{row[f'{column}_p20']}, {row[f'{column}_p80']}]"
+    return value
+
+
+def where(rows: list[Row]) -> str:
+    """Machines, versions, commits and dates of a section, in one sentence each."""
+    loads: dict[str, list[float]] = {}
+    for r in rows:
+        said = (f"{r['machine']}, {r['threads']} threads; torch {r['torch']}, timm {r['timm']}"
+                f"{', ' + r['reference'] if r['reference'] else ''}; commit {r['commit']}, {r['date']}")  # fmt: skip
+        loads.setdefault(said, []).append(float(r["load_average"]))
+    lines = [f"{said}; load average {min(own):.1f} to {max(own):.1f}" for said, own in loads.items()]
+    return "".join(f'<p class="where">{html.escape(line)}</p>' for line in lines)
+
+
+def page(rows: list[Row]) -> str:
+    """The whole page."""
+    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fastmim benchmarks</title>'
+             f"<style>{STYLE}</style><body><h1>fastmim benchmarks</h1>",
+             "<p>Medians with 20 % and 80 % quantiles in brackets. “fastmim faster” is a provider's time over "
+             "fastmim's, round by round. benchmarks/README.md says how everything is measured.</p>"]  # fmt: skip
+    drawn = pictures(rows)
+    for name, title in TITLES.items():
+        own = latest(rows, name)
+        if not own:
+            continue
+        parts.append(f"<h2>{html.escape(title)}</h2>")
+        for text, figure in drawn.get(name, []):
+            data = base64.b64encode(plots.png(figure)).decode()
+            parts.append(f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></figure>')
+        parts += [table(own, COLUMNS[name]) if name in COLUMNS else "", where(own)]
+    return "\n".join(parts) + "</body></html>\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="run.py report", description=__doc__)
+    parser.add_argument("--csv", type=Path, nargs="+", default=[harness.RESULTS / "measurements.csv"])
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "report.html")
+    args = parser.parse_args(argv)
+    missing = [str(path) for path in args.csv if not path.is_file()]
+    if missing:
+        raise SystemExit(f"--csv {missing[0]}: no such file; run `python benchmarks/run.py step` first")
+    rows = [row for path in args.csv for row in harness.read_rows(path)]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page(rows), encoding="utf-8")
+    print(f"report: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

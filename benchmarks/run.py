@@ -1,0 +1,83 @@
+"""Everything that can be measured, from one entry:
+
+    python benchmarks/run.py {kernels,step,data,profile,memory,pretrain,counts,import,report,all} [--help | options]
+
+``all`` runs them one after the other with ``--reference``, ``--threads`` and ``--quick`` and draws the report.
+Options of a benchmark are shown by ``run.py NAME --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MODULES = {
+    "kernels": "bench_kernels",
+    "step": "bench_compare",
+    "data": "bench_data",
+    "profile": "bench_profile",
+    "memory": "bench_memory",
+    "pretrain": "bench_pretrain",
+    "counts": "bench_counts",
+    "import": "bench_import",
+    "report": "report",
+}
+COMPARED = ("step", "profile", "memory", "pretrain", "counts")  # take --reference
+QUICK = {
+    "step": ["--rounds", "3", "--dtypes", "bf16", "--cases", "swin_base"],
+    "profile": ["--dtypes", "bf16", "--cases", "swin_base"],
+    "memory": ["--dtypes", "bf16", "--cases", "swin_base"],
+    "pretrain": ["--steps", "20", "--dtypes", "bf16", "--cases", "swin_base"],
+    "counts": ["--cases", "swin_base"],
+}
+
+
+def run(name: str, argv: Sequence[str]) -> int:
+    """One benchmark in a process of its own, so that none inherits another's memory or threads; its exit status."""
+    command = [sys.executable, str(HERE / f"{MODULES[name]}.py"), *argv]
+    return subprocess.run(command, check=False, env=_env()).returncode
+
+
+def _env() -> dict[str, str]:
+    paths = [str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def arguments(name: str, args: argparse.Namespace) -> list[str]:
+    """What ``all`` gives to one benchmark."""
+    out = list(QUICK.get(name, [])) if args.quick else []
+    if name in COMPARED:
+        out += ["--reference", args.reference] if args.reference else []
+        out += ["--threads", str(args.threads)] if args.threads else []
+    return out
+
+
+def run_all(argv: Sequence[str]) -> int:
+    """Every benchmark, then the report; a failure of one does not stop the others."""
+    parser = argparse.ArgumentParser(prog="run.py all")
+    parser.add_argument("--reference", metavar="DIR", help="clone(s) of microsoft/SimMIM and Swin-Transformer")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--quick", action="store_true", help="one model in bf16, few rounds")
+    args = parser.parse_args(argv)
+    status = 0
+    for name in MODULES:
+        print(f"== {name}", flush=True)
+        status |= int(run(name, arguments(name, args)) != 0)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    own = list(sys.argv[1:] if argv is None else argv)
+    if not own or own[0] not in (*MODULES, "all"):
+        print(__doc__)
+        return 0 if own[:1] in (["-h"], ["--help"]) else 2
+    return run_all(own[1:]) if own[0] == "all" else run(own[0], own[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

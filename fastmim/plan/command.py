@@ -1,0 +1,158 @@
+"""``fastmim plan``: from a config to a plan. With :mod:`fastmim.cli` and ``train`` the only reader of the config."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from fastmim.config import Config
+from fastmim.data.source import open_index
+from fastmim.engine.recompute import apply_recompute
+from fastmim.engine.stream import batch_sizes
+from fastmim.engine.train import build_objective
+
+from .hardware import Gpu
+from .memory import LAYOUTS, Buckets
+from .recommend import Model, Setting, best, options, smallest_machine, stages_for
+from .report import Plan
+from .trace import Footprint, trace
+
+IMAGENET_1K = 1_281_167
+RECOMPUTE = ("none", "fc1", "gemm", "fc1_qkv", "full/2", "full")
+"""Policies of every plan: ``efficiency.recompute``, ``/n`` for every n-th block."""
+
+
+def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) -> Plan:
+    """Trace the config's objective under every recomputation policy and see what fits on ``gpus`` of ``gpu``.
+
+    Args:
+        images: Size of the data set; None: what is in ``data.path``, or else ImageNet-1k's.
+
+    Raises:
+        ValueError: the config's batches do not fit ``gpus``.
+    """
+    if gpus < 1:
+        raise ValueError(f"--gpus {gpus}: must be at least 1")
+    if images is not None and images < 1:
+        raise ValueError(f"--images {images}: must be at least 1")
+    accum, global_batch = batch_sizes(
+        micro_batch_size=cfg.train.micro_batch_size,
+        grad_accum_steps=cfg.train.grad_accum_steps,
+        global_batch_size=cfg.train.global_batch_size,
+        world_size=gpus,
+    )
+    setting = _configured(cfg, accum, gpus)
+    policies = list(dict.fromkeys([*RECOMPUTE, setting.policy]))
+    total, source = _images(cfg, global_batch, images)
+    layouts = {stage > 0 for stage in stages_for(gpus, setting.offload)} | {setting.stage > 0}
+    with closing(Tracer(cfg)) as tracer:
+        tracer.start((policy, low) for low in sorted(layouts) for policy in policies)
+        model = Model(tracer.footprint, policies, _buckets(cfg), LAYOUTS[_precision(cfg)])
+        configured = model.option(gpu, setting)
+        found = options(model, gpu, gpus, global_batch, setting.offload)
+        fitting = [option for option in [*found, configured] if option.fits]
+        smallest = None
+        if not configured.fits:
+            near = smallest_machine(model, setting, global_batch, setting.offload)
+            smallest = near or smallest_machine(model, None, global_batch, setting.offload)
+        return Plan(
+            title=cfg.model.name,
+            parameters=tracer.footprint(setting.policy, setting.stage > 0).parameters,
+            gpu=gpu,
+            gpus=gpus,
+            configured=configured,
+            options=found,
+            recommended=best(fitting) if fitting else None,
+            smallest=smallest,
+            images=total,
+            images_from=source,
+        )
+
+
+class Tracer:
+    """Footprints of a config by (policy, weights are bfloat16), each traced once, in a process of its own."""
+
+    def __init__(self, cfg: Config) -> None:
+        self._cfg = cfg
+        # Not a fork of this process: autograd's threads do not survive one.
+        context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+        if os.name == "posix":
+            context.set_forkserver_preload([__name__])
+        self._pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context)
+        self._found: dict[tuple[str, bool], Future[Footprint]] = {}
+
+    def start(self, wanted: Iterable[tuple[str, bool]]) -> None:
+        """Begin the traces that :meth:`footprint` will be asked for."""
+        for key in wanted:
+            if key not in self._found:
+                self._found[key] = self._pool.submit(trace_config, self._cfg, *key)
+
+    def footprint(self, policy: str, low_weights: bool) -> Footprint:
+        """Of a micro-batch under a policy."""
+        self.start([(policy, low_weights)])
+        return self._found[policy, low_weights].result()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
+    """The footprint of a config under a recomputation policy."""
+    precision = _precision(cfg)
+    name, _, every = policy.partition("/")
+
+    def build() -> Any:
+        objective = build_objective(cfg)
+        apply_recompute(objective, name, every=int(every or 1))
+        return objective
+
+    low_weights = low_weights and precision != "fp32"
+    # float16 takes the same bytes and the same kernels as bfloat16.
+    return Footprint(*trace(build, precision=precision.replace("fp16", "bf16"), low_weights=low_weights))
+
+
+def _precision(cfg: Config) -> str:
+    """What ``auto`` means on a GPU."""
+    return "bf16" if cfg.efficiency.precision == "auto" else cfg.efficiency.precision
+
+
+def _configured(cfg: Config, accum: int, gpus: int) -> Setting:
+    """The config's own way to run."""
+    efficiency = cfg.efficiency
+    moved = efficiency.offload_optimizer != "none", efficiency.offload_param != "none"
+    offload = {(False, False): "none", (True, False): "optimizer", (False, True): "param", (True, True): "all"}[moved]
+    every = f"/{efficiency.recompute_every}" if efficiency.recompute_every > 1 else ""
+    policy = efficiency.recompute if efficiency.recompute == "none" else f"{efficiency.recompute}{every}"
+    return Setting(efficiency.zero_stage or 0, policy, cfg.train.micro_batch_size, accum, gpus, offload)
+
+
+def _buckets(cfg: Config) -> Buckets:
+    given = cfg.efficiency.deepspeed.get("zero_optimization", {})
+    sizes = {"reduce": given.get("reduce_bucket_size"), "prefetch": given.get("stage3_prefetch_bucket_size")}
+    return Buckets(**{name: int(size) for name, size in sizes.items() if isinstance(size, int | float)})
+
+
+def _images(cfg: Config, global_batch: int, images: int | None) -> tuple[int, str]:
+    """(images of the whole run, where that number is from)."""
+    if cfg.train.steps:
+        return cfg.train.steps * global_batch, f"{cfg.train.steps:,} steps of {global_batch}"
+    source = "--images"
+    if images is None:
+        images, source = _data_set(cfg)
+    epochs = cfg.train.epochs or 0
+    # A shorter last batch is left out, as in training.
+    steps = max(images // global_batch, 1) * epochs
+    return steps * global_batch, f"{epochs} epochs of {images:,} images, {source}"
+
+
+def _data_set(cfg: Config) -> tuple[int, str]:
+    path, listed = cfg.data.path, cfg.data.file_list
+    if (path is not None and Path(path).is_dir()) or listed is not None:
+        return len(open_index(path, listed)), "data.file_list" if listed is not None else "data.path"
+    return IMAGENET_1K, "ImageNet-1k's; give --images or data.path for others"

@@ -1,0 +1,206 @@
+"""A plan as a table, as JSON and as a picture. GB are 10^9 bytes; every time in it is modelled."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .hardware import GIB, Gpu
+from .memory import COMPONENTS
+from .recommend import HEADROOM, Option
+
+log = logging.getLogger("fastmim")
+
+_COLORS = ("#4e79a7", "#59a14f", "#76b7b2", "#f28e2b", "#edc948", "#b07aa1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model needs on a machine."""
+
+    title: str
+    parameters: int
+    gpu: Gpu
+    gpus: int
+    configured: Option
+    options: list[Option]
+    recommended: Option | None
+    smallest: tuple[Gpu, Option] | None
+    images: int
+    images_from: str
+
+    def gpu_days(self, option: Option) -> float:
+        """Of the whole run."""
+        return self.images / option.images_per_sec * option.setting.gpus / 86400
+
+
+def sentence(option: Option, gpu: Gpu) -> str:
+    """Whether an option fits, and why: its components beside the limit."""
+    parts = [f"{_label(name)} {getattr(option.memory, name) / 1e9:.1f}" for name in COMPONENTS]
+    verdict = "fits" if option.fits else "does not fit"
+    host = f"; {option.memory.host / 1e9:.1f} GB of host RAM a GPU" if option.memory.host else ""
+    return (
+        f"{how(option)}: {verdict}: {' + '.join(parts)} = {option.memory.total / 1e9:.1f} GB "
+        f"{'<=' if option.fits else '>'} {option.limit / 1e9:.1f} GB ({gpu.name}: {gpu.memory:g} GiB less "
+        f"{HEADROOM:.0%} headroom){host}"
+    )
+
+
+def how(option: Option) -> str:
+    """A setting in words."""
+    s = option.setting
+    offload = f", offload {s.offload}" if s.offload != "none" else ""
+    return (
+        f"ZeRO stage {s.stage}, recompute {s.policy}, micro-batch {s.micro_batch} x {s.grad_accum_steps} x "
+        f"{s.gpus} GPU{'s' if s.gpus > 1 else ''}{offload}"
+    )
+
+
+def speed(plan: Plan, option: Option) -> str:
+    """Modelled speed and cost."""
+    return (
+        f"modelled {option.time.total:.3g} s a step, {option.images_per_sec:,.0f} images/s, MFU {option.mfu:.0%}, "
+        f"{plan.gpu_days(option):,.1f} GPU-days for {plan.images:,} images ({plan.images_from})"
+    )
+
+
+def conclusions(plan: Plan) -> list[str]:
+    """The lines under the table."""
+    lines = [
+        f"{plan.parameters / 1e6:,.1f} M parameters; states at stage 0: 16 bytes each, "
+        f"{16 * plan.parameters / 1e9:.1f} GB; GB are 10^9 bytes",
+        f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s, "
+        f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s ({plan.gpu.source})",
+        f"as configured: {sentence(plan.configured, plan.gpu)}",
+    ]
+    if plan.configured.fits:
+        lines.append(f"    {speed(plan, plan.configured)}")
+    if plan.recommended is not None:
+        lines.append(f"recommended: {sentence(plan.recommended, plan.gpu)}")
+        lines.append(f"    {speed(plan, plan.recommended)}")
+    if plan.smallest is not None:
+        gpu, option = plan.smallest
+        lines.append(
+            f"smallest known machine for it: {option.setting.gpus} x {gpu.name}: {sentence(option, gpu)}"
+        )
+    elif plan.recommended is None:
+        lines.append("does not fit on any known machine")
+    return lines
+
+
+def as_text(plan: Plan) -> str:
+    """A table of stages and policies, and the conclusions."""
+    header = ["stage", "recompute", "micro", *(_label(name) for name in COMPONENTS), "total", "fits", "images/s", "MFU"]
+    rows = [header, *(_row(plan, option) for option in plan.options)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    left = {0, 1}
+
+    def line(row: list[str]) -> str:
+        cells = [
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    table = [line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:])]
+    title = f"{plan.title} on {plan.gpus} x {plan.gpu.name}, global batch {plan.configured.setting.images}"
+    note = "GB a GPU at the fullest point of a step; images/s and MFU are modelled, not measured"
+    return "\n".join([title, note, "", *table, "", *conclusions(plan)]) + "\n"
+
+
+def _row(plan: Plan, option: Option) -> list[str]:
+    sizes = [f"{getattr(option.memory, name) / 1e9:.1f}" for name in COMPONENTS]
+    mark = "*" if option is plan.recommended else ""
+    return [
+        f"{option.setting.stage}{mark}",
+        option.setting.policy,
+        str(option.setting.micro_batch),
+        *sizes,
+        f"{option.memory.total / 1e9:.1f}",
+        "yes" if option.fits else "no",
+        f"{option.images_per_sec:,.0f}",
+        f"{option.mfu:.0%}",
+    ]
+
+
+def as_json(plan: Plan) -> str:
+    """Everything of the table, bytes and seconds as numbers."""
+    smallest = None
+    if plan.smallest is not None:
+        gpu, option = plan.smallest
+        smallest = {"gpu": gpu.name, "gpus": option.setting.gpus, **_entry(plan, option)}
+    tree = {
+        "title": plan.title,
+        "parameters": plan.parameters,
+        "gpu": plan.gpu.__dict__ | {"memory_bytes": plan.gpu.memory * GIB},
+        "gpus": plan.gpus,
+        "headroom": HEADROOM,
+        "images": plan.images,
+        "images_from": plan.images_from,
+        "configured": _entry(plan, plan.configured),
+        "recommended": None if plan.recommended is None else _entry(plan, plan.recommended),
+        "smallest_machine": smallest,
+        "options": [_entry(plan, option) for option in plan.options],
+        "times": "modelled by roofline, not measured",
+    }
+    return json.dumps(tree, indent=1) + "\n"
+
+
+def _entry(plan: Plan, option: Option) -> dict[str, Any]:
+    s, m = option.setting, option.memory
+    return {
+        "zero_stage": s.stage,
+        "recompute": s.policy,
+        "micro_batch_size": s.micro_batch,
+        "grad_accum_steps": s.grad_accum_steps,
+        "offload": s.offload,
+        "fits": option.fits,
+        "limit_bytes": option.limit,
+        "memory_bytes": {name: getattr(m, name) for name in COMPONENTS} | {"total": m.total, "host": m.host},
+        "modelled_step_seconds": option.time.total,
+        "modelled_images_per_sec": option.images_per_sec,
+        "modelled_mfu": option.mfu,
+        "modelled_gpu_days": plan.gpu_days(option),
+    }
+
+
+def save_picture(plan: Plan, path: str | os.PathLike[str]) -> Path:
+    """Stacked bars of memory by stage and policy, the limit as a line.
+
+    Raises:
+        ValueError: matplotlib is not installed, or the file's ending is none that it can draw.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--picture: matplotlib is not installed; pip install 'fastmim[plots]'") from None
+    shown = plan.options
+    figure = Figure(figsize=(max(6.0, 0.55 * len(shown) + 2), 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    base = [0.0] * len(shown)
+    for name, color in zip(COMPONENTS, _COLORS, strict=True):
+        heights = [getattr(option.memory, name) / 1e9 for option in shown]
+        axes.bar(range(len(shown)), heights, bottom=base, color=color, label=_label(name))
+        base = [low + height for low, height in zip(base, heights, strict=True)]
+    axes.axhline(shown[0].limit / 1e9, color="black", linestyle="--", label=f"{plan.gpu.name} less headroom")
+    labels = [f"{o.setting.policy}\nstage {o.setting.stage}, {o.setting.micro_batch}" for o in shown]
+    axes.set_xticks(range(len(shown)), labels, rotation=60, ha="right", fontsize=7)
+    axes.set_xlabel("recompute policy, ZeRO stage and micro-batch")
+    axes.set_ylabel("GB a GPU")
+    axes.set_title(f"{plan.title} on {plan.gpus} x {plan.gpu.name}")
+    axes.legend(fontsize=8)
+    path = Path(path)
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise ValueError(f"--picture {path}: {str(error).splitlines()[0]}; use .png, .svg or .pdf") from None
+    return path
+
+
+def _label(component: str) -> str:
+    return "optimiser" if component == "optimizer" else component

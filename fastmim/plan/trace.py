@@ -1,0 +1,212 @@
+"""One micro-batch of the real objective on fake tensors: what it keeps, when, and what it launches.
+
+Nothing is executed and no memory is used. The ops choose their implementation as on a GPU, autocast casts as it
+does there, and what stays alive is what autograd and the recomputation policy really keep. Two batch sizes are
+traced; every byte and FLOP count is linear in the batch, so that they give any other.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from fastmim.objectives.masking import masked_units
+from fastmim_kernels.dispatch import as_on_a_gpu
+
+from .closed_forms import closed_forms
+from .counter import DispatchCounter, Launch
+from .cuda_autocast import cuda_autocast
+from .hardware import Gpu
+from .live import LiveBytes
+
+BATCHES = (16, 32)
+LOW = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced micro-batch of ``batch`` images; ``others`` and ``grads`` are bytes alive at each op.
+
+    ``others`` holds everything but weights, inputs and their gradients; ``kept`` is it at the end of forward.
+    """
+
+    batch: int
+    parameters: int
+    launches: tuple[Launch, ...]
+    others: tuple[int, ...]
+    grads: tuple[int, ...]
+    kept: int
+    largest_block: int
+    """Parameters of the largest block, which ZeRO-3 gathers at once."""
+
+
+def trace(
+    build: Callable[[], Any],
+    batches: Sequence[int] = BATCHES,
+    *,
+    precision: str = "bf16",
+    low_weights: bool = False,
+    on_gpu: bool = True,
+) -> list[Trace]:
+    """Forward and backward of ``build()(images, mask)["loss"]``, once for each batch size.
+
+    Args:
+        build: Makes the objective; called under a ``FakeTensorMode``.
+        batches: Numbers of images.
+        precision: "bf16" (autocast as on CUDA) or "fp32".
+        low_weights: The weights themselves are bfloat16, as DeepSpeed keeps them.
+        on_gpu: Ops choose their implementation as on a CUDA device; False: as on a CPU.
+    """
+    where: AbstractContextManager[Any] = as_on_a_gpu() if on_gpu else nullcontext()
+    _forget_caches()
+    try:
+        with FakeTensorMode(), where:
+            objective = _built(build, low_weights)
+            return [_traced(objective, batch, precision) for batch in batches]
+    finally:
+        _forget_caches()
+
+
+def _forget_caches() -> None:
+    """What the ops remember between calls, such as a shift mask, would be fake afterwards, or real inside."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastmim_kernels."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
+def _traced(objective: Any, batch: int, precision: str) -> Trace:
+    parameters = list(objective.parameters())
+    images = torch.empty(batch, objective.in_chans, *objective.img_size, dtype=torch.uint8)
+    mask = torch.empty(batch, *objective.encoder.grid, dtype=torch.bool)
+    live = LiveBytes([*parameters, *objective.buffers(), images, mask])
+    # Tokens without a pixel that is scored are not projected.
+    shares = {"fastmim::linear_masked_l1": _masked_share(objective) if objective.loss_on == "masked" else 1.0}
+    counter = DispatchCounter(closed_forms(objective.mask_ratio), shares, live=live)
+    with counter:
+        with cuda_autocast(LOW) if precision == "bf16" else nullcontext():
+            loss = objective(images, mask)["loss"]
+        kept = live.now
+        counter.phase = "backward"
+        loss.backward()
+    others, grads = live.history(p.grad for p in parameters if p.grad is not None)
+    objective.zero_grad(set_to_none=True)
+    count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
+    return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest)
+
+
+def _masked_share(objective: Any) -> float:
+    units = math.prod(-(-edge // objective.unit) for edge in objective.img_size)
+    return masked_units(objective.mask_ratio, units) / units
+
+
+def fake_values() -> AbstractContextManager[Any]:
+    """Inside, models are built without values: the truncated normal looks at some, and a fake tensor has none."""
+    return mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor)
+
+
+def _built(build: Callable[[], Any], low_weights: bool) -> nn.Module:
+    with fake_values():
+        objective = build().train()
+    if low_weights:
+        for parameter in objective.parameters():
+            parameter.data = parameter.data.to(LOW)
+    return objective
+
+
+def _largest_block(objective: nn.Module) -> int:
+    """Parameters of the largest block of the encoder: of a module in a list that holds no list itself."""
+    blocks = [
+        module
+        for holder in objective.modules()
+        if isinstance(holder, nn.ModuleList)
+        for module in holder
+        if not any(isinstance(inner, nn.ModuleList) for inner in module.modules())
+    ]
+    return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes at the fullest point of a micro-batch."""
+
+    gradients: float
+    activations: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        return self.gradients + self.activations + self.workspace
+
+
+class Footprint:
+    """Memory and work of a micro-batch of any size, from traces of two."""
+
+    def __init__(self, small: Trace, large: Trace) -> None:
+        # A step whose sequence of ops depended on the batch could not be extrapolated.
+        assert len(small.others) == len(large.others) and small.batch < large.batch
+        self.small, self.large = small, large
+        self.parameters, self.largest_block = small.parameters, small.largest_block
+        self._times: dict[Gpu, tuple[tuple[float, float], ...]] = {}
+        self._flops = tuple(sum(x.flops for x in t.launches) for t in (small, large))
+        self._others = np.array([small.others, large.others], dtype=np.float64)
+        self._grads = np.array(small.grads, dtype=np.float64)
+
+    def _share(self, batch: int) -> float:
+        return (batch - self.small.batch) / (self.large.batch - self.small.batch)
+
+    def _line(self, small: float, large: float, batch: int) -> float:
+        return small + (large - small) * self._share(batch)
+
+    def kept(self, batch: int) -> float:
+        """Bytes of activations at the end of forward."""
+        return self._line(self.small.kept, self.large.kept, batch)
+
+    def peak(self, batch: int, *, accumulating: bool) -> Moment:
+        """The fullest point of forward and backward.
+
+        Args:
+            batch: Images of the micro-batch.
+            accumulating: Gradients of earlier micro-batches are there from the start, or are kept elsewhere:
+                only those of the current op count. Otherwise they grow while backward frees activations.
+        """
+        grads = self._grads if not accumulating else np.diff(self._grads, prepend=0.0)
+        others = self._others[0] + (self._others[1] - self._others[0]) * self._share(batch)
+        at = int(np.argmax(others + grads))
+        kept = min(self.kept(batch), float(others[at]))
+        passing = float(grads[at]) if accumulating else 0.0
+        return Moment(float(grads[at]) - passing, kept, float(others[at]) - kept + passing)
+
+    def seconds(self, gpu: Gpu, batch: int) -> tuple[float, float]:
+        """Modelled (forward, backward) time: every launch at its roofline, free of latency, none overlapping."""
+        small, large = self._seconds(gpu)
+        forward, backward = (max(self._line(a, b, batch), 0.0) for a, b in zip(small, large, strict=True))
+        return forward, backward
+
+    def _seconds(self, gpu: Gpu) -> tuple[tuple[float, float], ...]:
+        """(forward, backward) of both traces."""
+        if gpu not in self._times:
+            self._times[gpu] = tuple(
+                (_time(t, gpu, "forward"), _time(t, gpu, "backward")) for t in (self.small, self.large)
+            )
+        return self._times[gpu]
+
+    def flops(self, batch: int) -> float:
+        """Of the matrix products of forward and backward."""
+        small, large = self._flops
+        return self._line(small, large, batch)
+
+
+def _time(trace: Trace, gpu: Gpu, phase: str) -> float:
+    return sum(x.seconds(gpu) for x in trace.launches if x.phase == phase)

@@ -1,0 +1,53 @@
+"""bench_kernels: a wrong provider is not timed, the closed forms are filled in, the plot is drawn from the CSV."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import bench_kernels  # noqa: E402
+
+TINY = dict(name="swinv2", embed_dim=16, num_heads=(2,), window_size=6)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_kernels, "SIZES", {"tiny": TINY, "swin_tiny": TINY})
+    monkeypatch.setattr(bench_kernels, "GRID", 12)
+    monkeypatch.setattr(bench_kernels, "COPY_BYTES", 2**23)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *ops: str) -> tuple[int, list[dict[str, str]]]:
+    out = tmp_path / "kernels.csv"
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--sizes", "swin_tiny", "--ops", *ops, "--providers", "torch",
+                                      "reference", "--batch", "1", "--rounds", "1", "--out", str(out),
+                                      "--plot", str(tmp_path / "kernels.png")])  # fmt: skip
+    status = bench_kernels.main()
+    with out.open(newline="") as file:
+        return status, list(csv.DictReader(file))
+
+
+def test_rows_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    status, rows = run(monkeypatch, tmp_path, "window_attention", "residual_norm", "patch_merge", "gelu", "mask_tokens")
+    assert status == 0 and len(rows) == 5 * 2 * 2
+    for row in rows:
+        assert float(row["seconds"]) > 0 and float(row["ratio"]) > 0
+        assert float(row["error"]) <= float(row["error_limit"])
+        assert float(row["gb_per_s"]) > 0 and float(row["copy_share"]) > 0
+    assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = bench_kernels.provider
+    monkeypatch.setattr(bench_kernels, "provider", lambda op, name: original(op, name) if name == "reference" else
+                        lambda **kwargs: original(op, name)(**kwargs) * 1.1)
+    status, rows = run(monkeypatch, tmp_path, "patch_merge")
+    wrong = [row for row in rows if row["provider"] == "torch"]
+    assert status == 1 and len(wrong) == 1 and not wrong[0]["seconds"] and not wrong[0]["ratio"]
+    assert {row["direction"] for row in rows if row["provider"] == "reference"} == {"forward", "backward"}

@@ -1,0 +1,139 @@
+"""States against the published arithmetic, and the fullest point of a step against a hand-made trace."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastmim.plan.counter import Launch
+from fastmim.plan.hardware import GIB, GPUS, find_gpu
+from fastmim.plan.memory import LIBRARIES, Buckets, memory, states
+from fastmim.plan.recommend import Model, Setting, micro_batches, options, smallest_machine
+from fastmim.plan.roofline import step_time
+from fastmim.plan.trace import Footprint, Trace
+
+PUBLISHED_LAYOUT = (2, 2, 12)  # bf16 weight and gradient, float32 master, m and v: 16 bytes
+# SwinV2-G and -H with their pixel heads
+G, H = 3_010_430_176, 663_900_000
+
+
+@pytest.mark.parametrize(
+    "parameters, gpus, stage, published",
+    [
+        (G, 1, 0, 48.2), (G, 1, 1, 48.2), (G, 8, 1, 16.6), (G, 8, 2, 11.3), (G, 8, 3, 6.0),
+        (G, 64, 1, 12.6), (G, 64, 2, 6.7), (G, 64, 3, 0.75),
+        (H, 1, 0, 10.6), (H, 8, 1, 3.7), (H, 8, 2, 2.5), (H, 8, 3, 1.3),
+    ],
+)  # fmt: skip
+def test_states_are_the_published_ones(parameters: int, gpus: int, stage: int, published: float) -> None:
+    found = states(parameters, stage, gpus, layout=PUBLISHED_LAYOUT).total / 1e9
+    assert found == pytest.approx(published, abs=0.06)
+
+
+def test_what_each_stage_divides() -> None:
+    parameters, gpus = 800, 8
+    found = {stage: states(parameters, stage, gpus) for stage in (1, 2, 3)}
+    assert [found[s].weights for s in (1, 2, 3)] == [1600, 1600, 200]
+    assert [found[s].gradients for s in (1, 2, 3)] == [3200, 400, 400]
+    assert {found[s].optimizer for s in (1, 2, 3)} == {1200}
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    moved = states(800, 2, 8, "optimizer")
+    assert (moved.weights, moved.gradients, moved.optimizer, moved.host) == (1600, 0, 0, 1200 + 400)
+    assert states(800, 3, 8, "all").total == 0
+    assert states(800, 3, 8, "param").host == 200
+    with pytest.raises(ValueError, match="offload='param': not possible at ZeRO stage 2"):
+        states(800, 2, 8, "param")
+
+
+def footprint(parameters: int = 1000) -> Footprint:
+    """Three points: 10 an image at the end of forward; in backward 4 an image, twice, while gradients grow."""
+
+    def traced(batch: int) -> Trace:
+        phases = ("forward", "backward", "backward")
+        launches = tuple(Launch(phase, "mm", "", 100 * batch, 1000 * batch, "") for phase in phases)
+        others = (10 * batch + 7, 4 * batch, 4 * batch)
+        return Trace(batch, parameters, launches, others, (0, 3000, 4000), 10 * batch, 250)
+
+    return Footprint(traced(2), traced(4))
+
+
+def test_gradients_grow_while_activations_shrink() -> None:
+    small, large = footprint().peak(10, accumulating=False), footprint().peak(1000, accumulating=False)
+    assert (small.gradients, small.activations, small.workspace) == (4000, 40, 0)
+    assert (large.gradients, large.activations, large.workspace) == (0, 10000, 7)
+    # With accumulation all of them are there already, and only the newest is extra.
+    again = footprint().peak(10, accumulating=True)
+    assert (again.gradients, again.activations, again.workspace) == (0, 40, 3000)
+
+
+def test_components_of_a_step() -> None:
+    one = memory(footprint(), stage=0, gpus=1, micro_batch=1000, grad_accum_steps=2)
+    assert (one.weights, one.gradients, one.optimizer) == (4000, 4000, 8000)
+    assert (one.activations, one.workspace - LIBRARIES, one.buckets) == (10000, 7, 0)
+    assert one.total == sum((4000, 4000, 8000, 10000, 7, LIBRARIES))
+    three = memory(footprint(), stage=3, gpus=4, micro_batch=1000, grad_accum_steps=2, buckets=Buckets(100, 10))
+    assert (three.weights, three.gradients, three.optimizer) == (500, 1000, 3000)
+    assert three.buckets == 4 * 100 + 2 * (10 + 2 * 250)
+
+
+def test_the_update_can_be_the_fullest_point() -> None:
+    found = memory(footprint(10**6), stage=1, gpus=2, micro_batch=1, grad_accum_steps=2)
+    assert found.activations == 0 and found.workspace - LIBRARIES == 4 * 10**6 / 2
+
+
+def test_time_of_a_step_by_hand() -> None:
+    gpu = find_gpu("name=x,memory=1,tflops=1e-9,bandwidth=1e-6,link=1e-6")  # 1000 FLOP/s, 1000 B/s
+    found = step_time(footprint(), gpu, stage=0, gpus=2, micro_batch=1, grad_accum_steps=3)
+    # three launches of 1000 FLOPs, one second each; the update moves 40 bytes a parameter; the all-reduce of 4000
+    # bytes takes 4 s, of which backward hides 2.
+    assert (found.compute, found.update, found.exposed) == pytest.approx((9, 40, 2))
+    two = step_time(footprint(), gpu, stage=2, gpus=2, micro_batch=1, grad_accum_steps=3)
+    assert two.exposed == pytest.approx(1.0)  # weights gathered: 2000 bytes, half of them; gradients hide in backward
+
+
+def model() -> Model:
+    return Model(lambda policy, low: footprint(10**9), ("none",))
+
+
+def test_recommended_micro_batches_make_the_global_batch() -> None:
+    assert micro_batches(48, 4) == [1, 2, 3, 4, 6, 12]
+    with pytest.raises(ValueError, match="--gpus 5: does not divide the global batch of 48"):
+        micro_batches(48, 5)
+    for option in options(model(), GPUS["a100-40g"], 4, 48):
+        s = option.setting
+        assert s.micro_batch * s.grad_accum_steps * s.gpus == 48
+        assert option.fits == (option.memory.total <= 39 * GIB * 0.92)
+
+
+def test_the_smallest_machine_is_the_first_that_fits() -> None:
+    gpu, option = smallest_machine(model(), None, 64) or pytest.fail("none")
+    assert option.fits
+    # 16 GB of states do not fit into a 24 GB card beside anything smaller than it among those known.
+    smaller = [g for g in GPUS.values() if g.bf16 and g.memory < gpu.memory * option.setting.gpus]
+    assert not any(o.fits for g in smaller for o in options(model(), g, 1, 64))
+    assert smallest_machine(model(), Setting(0, "none", 64, 1, 1), 64, known={}) is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("h1000", "unknown; the nearest is h100-80g"),
+        ("a100", "more than one; use a100-40g or a100-80g"),
+        ("name=x,memory=48,tflops=1,bandwidth=9", "link is missing"),
+        ("name=x,memory=-1,tflops=1,bandwidth=9,link=3", "memory=-1 must be a positive number (GiB)"),
+        ("name=x,ram=48", "unknown key 'ram'"),
+    ],
+)  # fmt: skip
+def test_unknown_gpus_are_one_line(text: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        find_gpu(text)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_known_gpus() -> None:
+    assert find_gpu("H100") is GPUS["h100-80g"] and find_gpu("rtx4090") is GPUS["rtx4090-24g"]
+    assert {name.split("-")[0] for name in GPUS} == {"v100", "a100", "h100", "h200", "b200", "rtx4090"}
+    assert all(gpu.source and gpu.memory > 0 and gpu.link > 0 and gpu.network > 0 for gpu in GPUS.values())
+    mine = find_gpu("name=mine,memory=48,tflops=180,bandwidth=900,link=50")
+    assert (mine.name, mine.memory, mine.flops, mine.bandwidth, mine.link) == ("mine", 48, 180e12, 900e9, 50e9)

@@ -1,0 +1,118 @@
+"""``fastmim plan``: what it prints, as text, JSON and picture, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastmim import cli
+from fastmim.config import load_config
+from fastmim.plan import command
+from fastmim.plan.hardware import GPUS
+from fastmim.plan.trace import Footprint
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = str(ROOT / "configs/demo.yaml")
+SMALL = ["model.depths=[1, 1]", "model.embed_dim=24", "train.global_batch_size=64", "data.path=null"]
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces without processes of their own: those of a tiny model take less than starting one."""
+
+    class Tracer:
+        def __init__(self, cfg: object) -> None:
+            self.cfg, self.found = cfg, {}
+
+        def start(self, wanted: object) -> None: ...
+
+        def footprint(self, policy: str, low: bool) -> Footprint:
+            if (policy, low) not in self.found:
+                self.found[policy, low] = command.trace_config(self.cfg, policy, low)
+            return self.found[policy, low]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(command, "Tracer", Tracer)
+    monkeypatch.setattr(command, "RECOMPUTE", ("none", "full"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = cli.main(["plan", DEMO, *SMALL, *argv])
+    return status, *capsys.readouterr()
+
+
+def test_text_says_what_fits_and_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    status, out, err = run(capsys, "--gpus", "2", "--gpu", "a100-40g", "--picture", str(picture))
+    assert status == 0 and err == ""
+    assert out.startswith("swinv2 on 2 x a100-40g, global batch 64")
+    assert "modelled, not measured" in out
+    assert "as configured: ZeRO stage 0, recompute none, micro-batch 16 x 2 x 2 GPUs: fits" in out
+    assert "fits: weights" in out and "8% headroom" in out and "300 steps of 64" in out
+    assert len([line for line in out.splitlines() if line[:1] in "0123" and ("none" in line or "full" in line)]) == 8
+    assert Image.open(picture).width > 400
+
+
+def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "--json", "--gpus", "4", "train.steps=null", "train.epochs=2", "--images", "1000")
+    tree = json.loads(out)
+    assert status == 0 and tree["gpus"] == 4 and tree["times"].startswith("modelled")
+    assert len(tree["options"]) == 8 and tree["smallest_machine"] is None
+    for entry in tree["options"]:
+        memory = dict(entry["memory_bytes"])
+        total = memory.pop("total") + memory.pop("host")
+        assert total == pytest.approx(sum(memory.values()))
+        assert entry["micro_batch_size"] * entry["grad_accum_steps"] * 4 == 64
+    best = tree["recommended"]
+    assert best["modelled_images_per_sec"] >= 0.99 * max(e["modelled_images_per_sec"] for e in tree["options"])
+    # 15 whole steps of 64 images, two epochs
+    assert tree["images"] == 2 * 15 * 64
+    days = tree["images"] / best["modelled_images_per_sec"] * 4 / 86400
+    assert best["modelled_gpu_days"] == pytest.approx(days)
+
+
+def test_recomputing_keeps_less_and_computes_more() -> None:
+    cfg = load_config(DEMO, SMALL)
+    none, full = (command.trace_config(cfg, policy, False) for policy in ("none", "full"))
+    assert full.kept(16) < 0.6 * none.kept(16)
+    assert none.flops(16) < full.flops(16) < 1.34 * none.flops(16)
+
+
+def test_the_configs_own_way(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["efficiency.zero_stage=2", "efficiency.offload_optimizer=cpu", "efficiency.recompute=full"]
+    status, out, _ = run(capsys, "--json", "--gpus", "2", *own)
+    entry = json.loads(out)["configured"]
+    assert status == 0
+    assert (entry["zero_stage"], entry["recompute"], entry["offload"]) == (2, "full", "optimizer")
+    assert entry["memory_bytes"]["optimizer"] == 0 and entry["memory_bytes"]["host"] > 0
+
+
+def test_does_not_fit_names_a_machine_that_does(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = "name=toy,memory=0.2,tflops=1,bandwidth=10,link=1"
+    status, out, _ = run(capsys, "--gpu", tiny, "--json")
+    tree = json.loads(out)
+    assert status == 0 and tree["recommended"] is None and not tree["configured"]["fits"]
+    assert tree["smallest_machine"]["fits"] and tree["smallest_machine"]["gpu"] in GPUS
+    status, out, _ = run(capsys, "--gpu", tiny)
+    assert "does not fit" in out and "smallest known machine for it: 1 x " in out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--gpu", "h101"], "--gpu h101: unknown; the nearest is h100-80g"),
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
+        (["--gpus", "3"], "train.global_batch_size=64: not a multiple of 48"),
+        (["--images", "0"], "--images 0: must be at least 1"),
+        (["--picture", "plan.docx"], "--picture plan.docx: Format 'docx' is not supported"),
+        (["optim.lr=-1"], "optim.lr=-1: must be >= 0"),
+    ],
+)
+def test_user_errors_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, *argv)
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("fastmim: error: ") and message in err
