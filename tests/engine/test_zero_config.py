@@ -157,6 +157,7 @@ def test_replayed_construction_is_the_plain_one(encoder):
     for name, param in plain.named_parameters():
         assert torch.equal(found[name].view_as(param), param), name
     assert torch.equal(torch.rand(3), next_draw)
-    # One tensor at a time: the largest is the head's weight, or a layer of an MLP.
-    largest = max(p.numel() for p in plain.parameters())
-    assert replay.most_held <= 4 * largest + 64
+    # One tensor at a time; but a ViT divides its residual outputs, two of a block's six matrices, at the very end.
+    sizes = {name: 4 * p.numel() for name, p in plain.named_parameters()}
+    late = sum(size for name, size in sizes.items() if name.endswith(("attn.proj.weight", "mlp.fc2.weight")))
+    assert replay.most_held <= max(sizes.values()) + 64 + (late if encoder["name"] == "vit" else 0)
