@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.dispatch_counter import GPUS
 from matplotlib.figure import Figure
+
+from fastmim.plan.hardware import GPUS
 
 Row = dict[str, Any]
 KEY = ("benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "machine", "provider", "note")
@@ -110,7 +111,7 @@ def _stacked(lines: Sequence[str], parts: dict[str, list[float]], title: str) ->
 
 def roofline(rows: Sequence[Row]) -> Figure:
     """Counted steps under the ceilings of an H100: modelled, no point is a measurement."""
-    gpu = GPUS[0]
+    gpu = GPUS["h100-80g"]
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots()
     ridge = gpu.flops / gpu.bandwidth
