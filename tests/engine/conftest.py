@@ -136,8 +136,8 @@ def zero_run(pictures):
 def launch(tmp_path_factory):
     """Trains a list of runs on some ranks: ``launch(runs, ranks)``; returns what the first launcher wrote as errors.
 
-    ``fails`` expects that the launch does; ``kill_in`` lets the last rank die in that step; ``nodes`` starts as many launchers, with ``ranks`` each, that
-    find each other on the loopback device.
+    ``fails`` expects that the launch does; ``kill_in`` lets the last rank die in that step; ``nodes`` starts as
+    many launchers, with ``ranks`` each, that find each other on the loopback device.
     """
     pytest.importorskip("deepspeed")
     root = Path(__file__).resolve().parents[2]
