@@ -68,8 +68,8 @@ def compare_updates(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None
     wrong = [i for i, (a, b) in enumerate(pairs) if not torch.allclose(a, b, rtol=1e-4, atol=1e-6)]
     if wrong:
         raise ValueError(
-            f"efficiency.offload_optimizer=nvme: with this DeepSpeed {len(wrong)} of {len(expected)} test tensors get a "
-            "wrong update when they are swapped to the drive, and training would go wrong unseen; use cpu"
+            f"efficiency.offload_optimizer=nvme: with this DeepSpeed {len(wrong)} of {len(expected)} test tensors get "
+            "a wrong update when they are swapped to the drive, and training would go wrong unseen; use cpu"
         )
 
 

@@ -134,10 +134,10 @@ def zero_run(pictures):
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """Trains a list of runs on some ranks: ``launch(runs, ranks)``; returns the finished process.
+    """Trains a list of runs on some ranks: ``launch(runs, ranks)``; returns what the first launcher wrote as errors.
 
-    ``kill_in`` lets the last rank die in that step; ``nodes`` starts as many launchers, with ``ranks`` each, that
-    find each other on the loopback device.
+    ``fails`` expects that the launch does; ``kill_in`` lets the last rank die in that step; ``nodes`` starts as
+    many launchers, with ``ranks`` each, that find each other on the loopback device.
     """
     pytest.importorskip("deepspeed")
     root = Path(__file__).resolve().parents[2]
@@ -147,7 +147,7 @@ def launch(tmp_path_factory):
         "PYTHONWARNINGS": "ignore",
     }
 
-    def run(runs, ranks, *, kill_in=None, nodes=1):
+    def run(runs, ranks, *, fails=False, kill_in=None, nodes=1):
         file = tmp_path_factory.mktemp("launch") / "runs.json"
         file.write_text(json.dumps(runs))
         launcher = []
@@ -162,8 +162,8 @@ def launch(tmp_path_factory):
         started = [subprocess.Popen(command, **pipes) for _ in range(nodes)]
         ended = [(process, process.communicate(timeout=400)[1]) for process in started]
         for process, errors in ended:
-            assert (process.returncode != 0) == (kill_in is not None), errors[-4000:]
-        return ended[0][0]
+            assert (process.returncode != 0) == (fails or kill_in is not None), errors[-4000:]
+        return ended[0][1]
 
     return run
 

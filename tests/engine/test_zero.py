@@ -119,3 +119,11 @@ def test_what_a_rank_holds(two):
             held = json.loads((two / name / f"held-{rank}.json").read_text())
             for what, size in formula.items():
                 assert held[what] == pytest.approx(size, abs=slack), (name, rank, what)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_non_finite_step_is_named(stage, zero_run, launch, tmp_path):
+    """A learning rate of 1e30 makes the weights useless in one step; the second must not be applied."""
+    run = zero_run(tmp_path / "run", 1, efficiency__zero_stage=stage, optim__lr=1e30, optim__clip_grad="null")
+    errors = launch([run], 1, fails=True)
+    assert "non-finite loss or gradient at step 2" in errors, errors[-2000:]

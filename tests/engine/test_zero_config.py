@@ -85,7 +85,17 @@ def test_deepspeed_config_refuses(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_batch_that_does_not_fit(settings, tmp_path, monkeypatch):
+@pytest.fixture
+def own_group(monkeypatch):
+    """Takes back the process group and the environment that a run under ZeRO leaves for the next one."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_batch_that_does_not_fit(settings, tmp_path, own_group):
     from fastmim.engine.train import train
 
     changes = dict(train__global_batch_size=12, train__grad_accum_steps=2, efficiency__zero_stage=2)
@@ -93,7 +103,7 @@ def test_a_batch_that_does_not_fit(settings, tmp_path, monkeypatch):
         train(settings(tmp_path, **changes))
 
 
-def test_fp16_on_a_cpu(settings, tmp_path):
+def test_fp16_on_a_cpu(settings, tmp_path, own_group):
     pytest.importorskip("deepspeed")
     from fastmim.engine.train import train
 
@@ -101,7 +111,7 @@ def test_fp16_on_a_cpu(settings, tmp_path):
         train(settings(tmp_path, efficiency__zero_stage=1, efficiency__precision="fp16"))
 
 
-def test_without_deepspeed(settings, tmp_path, monkeypatch):
+def test_without_deepspeed(settings, tmp_path, monkeypatch, own_group):
     from fastmim.engine.train import train
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
@@ -157,6 +167,7 @@ def test_replayed_construction_is_the_plain_one(encoder):
     for name, param in plain.named_parameters():
         assert torch.equal(found[name].view_as(param), param), name
     assert torch.equal(torch.rand(3), next_draw)
-    # One tensor at a time: the largest is the head's weight, or a layer of an MLP.
-    largest = max(p.numel() for p in plain.parameters())
-    assert replay.most_held <= 4 * largest + 64
+    # One tensor at a time; but a ViT divides its residual outputs, two of a block's six matrices, at the very end.
+    sizes = {name: 4 * p.numel() for name, p in plain.named_parameters()}
+    late = sum(size for name, size in sizes.items() if name.endswith(("attn.proj.weight", "mlp.fc2.weight")))
+    assert replay.most_held <= max(sizes.values()) + 64 + (late if encoder["name"] == "vit" else 0)

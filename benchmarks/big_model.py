@@ -1,0 +1,77 @@
+"""Does a big model fit? Constructs it under ZeRO-3 without ever holding the whole of it, and does one real step.
+
+    torchrun --nproc_per_node 2 benchmarks/big_model.py --model swinv2_huge
+
+Prints one JSON line per rank: seconds and peak resident memory after construction, after the engine, after one
+step, and what the rank holds by ``ZeroEngine.held_bytes``. Works on a CPU; nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import time
+
+import torch
+
+from fastmim.config import load_config
+from fastmim.engine import train as training
+from fastmim.engine.distributed import distributed, exit_process
+from fastmim.engine.stream import batch_sizes
+
+GIB = 2**30
+
+
+def peak_rss() -> float:
+    """Largest resident memory of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="swinv2_huge")
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("overrides", nargs="*", help="further key=value settings")
+    options = parser.parse_args()
+    # Buckets of DeepSpeed's default size would be larger than this machine.
+    small = "{zero_optimization: {reduce_bucket_size: 20000000, sub_group_size: 50000000, "
+    small += "stage3_prefetch_bucket_size: 0, stage3_max_live_parameters: 50000000}}"
+    cfg = load_config(None, [
+        f"model.name={options.model}", "data.path=.", "train.micro_batch_size=1", "efficiency.zero_stage=3",
+        "efficiency.recompute=full", f"efficiency.precision={options.precision}", f"efficiency.deepspeed={small}",
+        *options.overrides,
+    ])  # fmt: skip
+    with distributed(always=True) as world:
+        report = measure(cfg, world)
+        print(json.dumps({"model": options.model, "rank": world.rank, "ranks": world.size, **report}), flush=True)
+    exit_process(0)
+
+
+def measure(cfg, world) -> dict:
+    accum, _ = batch_sizes(
+        micro_batch_size=cfg.train.micro_batch_size, grad_accum_steps=1, global_batch_size=None, world_size=world.size
+    )
+    report: dict = {"import_gib": round(peak_rss(), 2)}
+    deepspeed = training.make_deepspeed_config(cfg, world, accum)
+    start = time.perf_counter()
+    objective = training.make_objective(cfg, world, deepspeed)
+    report |= {"construct_s": round(time.perf_counter() - start, 1), "construct_gib": round(peak_rss(), 2)}
+    report["parameters"] = sum(p.ds_numel for p in objective.parameters())
+    engine = training.make_engine(cfg, objective, world, accum, deepspeed)
+    gc.collect()
+    report["engine_gib"] = round(peak_rss(), 2)
+    images = torch.randn(cfg.train.micro_batch_size, objective.in_chans, *objective.img_size)
+    mask = objective.random_mask(torch.arange(len(images)))
+    start = time.perf_counter()
+    engine.set_lr(1e-4)
+    engine.backward(engine(images, mask)["loss"])
+    engine.step()
+    loss, norm = engine.read()
+    report |= {"step_s": round(time.perf_counter() - start, 1), "peak_gib": round(peak_rss(), 2)}
+    return report | {"loss": loss, "grad_norm": norm, "held_gib": {k: v / GIB for k, v in engine.held_bytes().items()}}
+
+
+if __name__ == "__main__":
+    main()
