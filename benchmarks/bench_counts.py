@@ -23,10 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks.dispatch_counter import GPUS  # noqa: E402
-
 from benchmarks import bench_compare, harness, op_count, providers  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
+from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 
 COUNTED = ("fastmim", "timm", "microsoft-simmim", "microsoft-swin")
 

@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.dispatch_counter import GPUS
 from matplotlib.figure import Figure
+
+from fastmim.plan.hardware import MEASURED as GPUS
 
 Row = dict[str, Any]
 KEY = ("benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "machine", "provider", "note")
