@@ -8,7 +8,7 @@ the baseline's, round by round.
 from __future__ import annotations
 
 import argparse
-import gc
+import functools
 import os
 import subprocess
 import sys
@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from benchmarks import harness, measure, providers  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from benchmarks.reference import commit_of, find_clones  # noqa: E402
+from benchmarks.seat import Caller, take_seats  # noqa: E402
 from fastmim.engine.distributed import World, distributed  # noqa: E402
 
 CASES = ("swinv2_base+47", "swinv2_base", "swin_base", "vit_base")
@@ -32,40 +33,44 @@ JUDGES = ("microsoft-swin", "microsoft-simmim", "timm")
 RESULTS = harness.RESULTS / "measurements.csv"
 
 
-def measure_case(case: Case, args: argparse.Namespace, world: World | None = None) -> tuple[list[dict[str, Any]], int]:
-    """CSV rows of one case, and how many providers were refused."""
-    source = case.weights()
-    images, mask = case.inputs(source)
-    steps, reasons = providers.available(args.providers, case, source, reference=args.reference, world=world)
-    say = print if world is None or world.is_main else (lambda *a, **k: None)
-    for reason in reasons:
-        say(f"  not measured: {reason}", file=sys.stderr)
-    baseline = next((s.name for s in steps if s.name == args.baseline), None)
-    if baseline is None:
+def measure_case(
+    case: Case, args: argparse.Namespace, world: World | None = None, *, apart: bool = True
+) -> tuple[list[dict[str, Any]], int]:
+    """CSV rows of one case, and how many providers were refused. ``apart``: a process for each."""
+    group = None if apart else world
+    seats, losses, reasons = take_seats(
+        args.providers, case, args.reference, args.threads, apart=apart, world=group, clock=args.clock
+    )
+    quiet = world is not None and not world.is_main
+    for reason in [] if quiet else reasons:
+        print(f"  not measured: {reason}", file=sys.stderr)
+    if args.baseline not in seats:
         raise ValueError(f"--baseline {args.baseline}: it is not among the providers of {case.name}")
-    losses = {step.name: measure.first_losses(step, images, mask) for step in steps}
-    judge = next((name for name in JUDGES if name in losses), baseline)
+    judge = next((name for name in JUDGES if name in losses), args.baseline)
     refused = measure.refusals(losses, judge, measure.TOLERANCE[case.dtype])
-    for name, why in refused.items():
-        say(f"  REFUSED {name}: {why}; no ratio is reported", file=sys.stderr)
-    if baseline in refused:
+    for name, why in {} if quiet else refused.items():
+        print(f"  REFUSED {name}: {why}; no ratio is reported", file=sys.stderr)
+    if args.baseline in refused:
         return [], len(refused)
-    kept = [step for step in steps if step.name not in refused]
-    clock = measure.clock_for(case.device)
-    phases = measure.interleave(kept, images, mask, rounds=args.rounds, clock=clock)
+    kept = {name: seat for name, seat in seats.items() if name not in refused}
+    steps = {name: functools.partial(seat.call, "step") for name, seat in kept.items()}
+    phases = measure.interleave(steps, args.rounds)
     ranks = world.size if world else 1
-    shared = {"benchmark": "step", "baseline": baseline, "rounds": args.rounds, **describe(case, source, ranks, args)}
+    shared = {"benchmark": "step", "baseline": args.baseline, "rounds": args.rounds,
+              "note": "CPU seconds" if args.clock == "cpu" else "", **describe(case, ranks, args)}  # fmt: skip
     rows = []
-    for step in kept:
-        columns = measure.speed_columns(phases[step.name], case.batch * ranks, phases[baseline])
-        columns |= gpu_columns(step, case, images, mask, float(columns["images_per_sec"]))
-        rows.append(shared | columns | {"provider": step.name, "loss": f"{losses[step.name][0]:.6f}"})
+    for name, seat in kept.items():
+        columns = measure.speed_columns(phases[name], case.batch * ranks, phases[args.baseline])
+        columns |= gpu_columns(seat, case, float(columns["images_per_sec"]) / ranks)
+        rows.append(shared | columns | {"provider": name, "loss": f"{losses[name][0]:.6f}"})
+    for seat in seats.values():
+        seat.close()
     return rows, len(refused)
 
 
-def describe(case: Case, source: Any, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
+def describe(case: Case, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
     """Columns that say what was measured, on what."""
-    out = {"case": case.name, "dtype": case.dtype, "batch": case.batch, "img_size": source.img_size[0],
+    out = {"case": case.name, "dtype": case.dtype, "batch": case.batch, "img_size": case.encoder()["img_size"],
            "ranks": ranks, "device": case.device, **harness.environment()}  # fmt: skip
     if case.device == "cuda":
         out["machine"] = torch.cuda.get_device_name()
@@ -75,7 +80,7 @@ def describe(case: Case, source: Any, ranks: int, args: argparse.Namespace) -> d
     return out
 
 
-def gpu_columns(step: Any, case: Case, images: Any, mask: Any, images_per_sec: float) -> dict[str, str]:
+def gpu_columns(seat: Caller, case: Case, images_per_sec: float) -> dict[str, str]:
     """Shares of the peak and of the modelled roofline, and energy, where there is a GPU."""
     if case.device != "cuda":
         return {}
@@ -90,16 +95,9 @@ def gpu_columns(step: Any, case: Case, images: Any, mask: Any, images_per_sec: f
         out |= {} if share is None else {"mfu": f"{share:.4f}"}
         out |= {} if modelled is None else {"roofline_share": f"{modelled * images_per_sec:.4f}"}
     try:
-        with measure.nvml() as (lib, handle):
-            joules = measure.joules_per_image(
-                lambda: measure.run_step(step, images, mask, measure.HostClock()) and None,
-                case.batch,
-                lambda: lib.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3,
-                wait=torch.cuda.synchronize,
-            )
-        out["joules_per_image"] = f"{joules:.3f}"
+        out["joules_per_image"] = f"{seat.call('energy'):.3f}"
     except Exception as error:  # no driver, no permission, or a card without the counter
-        print(f"  energy not measured: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"  energy not measured: {error}", file=sys.stderr)
     return out
 
 
@@ -109,7 +107,8 @@ def show(row: dict[str, Any]) -> None:
         f"{row['case']:15} {row['dtype']} b{row['batch']} {row['img_size']}px x{row['ranks']} {row['provider']:22}"
         f" {row['images_per_sec']:>8} img/s [{row['images_per_sec_p20']}, {row['images_per_sec_p80']}]"
         f"  fwd {row['forward_s']} bwd {row['backward_s']} opt {row['optimizer_s']} s"
-        f"  {row['ratio']}x {row['baseline']} [{row['ratio_p20']}, {row['ratio_p80']}]",
+        f"  {row['ratio']}x {row['baseline']} [{row['ratio_p20']}, {row['ratio_p80']}]"
+        f"  {row['note']}",
         flush=True,
     )
 
@@ -119,6 +118,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_shared(parser)
     parser.add_argument("--baseline", default="fastmim", help="provider that ratios are against")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each provider")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU seconds, of a busy machine")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes, data-parallel")
     args = parser.parse_args(argv)
     if args.baseline not in args.providers:
@@ -157,17 +157,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if launched == 1 and args.ranks != [1]:
         return max(launch(ranks, argv) for ranks in args.ranks)
     if args.threads:
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(args.threads)  # what the rows say
     refused = 0
     with distributed() as world:
         for case in cases(args):
-            rows, count = measure_case(case, args, world)
+            rows, count = measure_case(case, args, world, apart=world.size == 1)
             refused += count
             if world.is_main:
                 harness.append_rows(args.out, rows)
                 for row in rows:
                     show(row)
-            gc.collect()
     return 1 if refused else 0
 
 

@@ -35,7 +35,7 @@ from fastmim_kernels.patch_merge import traffic as patch_merge_traffic
 from fastmim_kernels.residual_norm import traffic as residual_norm_traffic
 from fastmim_kernels.window_attention import traffic as window_attention_traffic
 
-EXTRA = ("size", "direction", "device", "gb_per_s", "copy_gb_per_s", "copy_share", "error", "error_limit")
+EXTRA = ("size", "direction", "gb_per_s", "copy_gb_per_s", "copy_share", "error", "error_limit")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTOR, FLOOR = 2.0, 5e-7  # of the reference's own error, and what is always forgiven beside one rounding
 CHECK_BATCH = 2

@@ -7,10 +7,6 @@ CUDA allocator's, with NVML's reading beside it. Saved bytes are what autograd k
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import gc
-import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,64 +18,28 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks import bench_compare, harness, measure, providers  # noqa: E402
+from benchmarks.processes import Remote  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
+from benchmarks.seat import Seat, reason_of  # noqa: E402
 
 
-def measure_here(name: str, case: Case, reference: str | None, steps: int) -> dict[str, Any]:
-    """CSV columns of one provider, measured in this process, which should have done nothing else.
-
-    Raises:
-        Unavailable: the provider cannot be built.
-    """
-    source = case.weights()
-    images, mask = case.inputs(source)
-    step = providers.build(name, case, source, reference=reference)
-    del source
-    gc.collect()
-    measure.return_freed_memory()
-    measure.reset_peak_memory(case.device)
-    start = measure.resident() if case.device == "cpu" else torch.cuda.memory_allocated()
-    losses = [float(measure.run_step(step, images, mask, measure.HostClock())[1]) for _ in range(steps)]
-    columns = {"start_memory_gib": f"{start / measure.GIB:.3f}", **measure.peak_memory(case.device)}
-    if not name.endswith(providers.COMPILED):
-        # What a compiled graph keeps does not pass through the hooks.
-        with torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bf16"):
-            kept = harness.saved_bytes(step.module, images, mask)
-        columns["saved_mb_per_image"] = f"{kept / case.batch / 1e6:.1f}"
-    return columns | {"loss": f"{losses[0]:.6f}"}
-
-
-def measure_apart(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any] | str:
-    """The same in a new process, or why there is no result."""
-    spec = dict(name=name, case=dataclasses.asdict(case), reference=args.reference, steps=args.steps,
-                threads=args.threads)  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(spec)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def child(spec: dict[str, Any]) -> int:
-    """The new process."""
-    if spec["threads"]:
-        torch.set_num_threads(spec["threads"])
-    case = Case(**spec["case"] | {"overrides": tuple((k, v) for k, v in spec["case"]["overrides"])})
+def measure_apart(name: str, case: Case, args: argparse.Namespace) -> dict[str, str] | str:
+    """CSV columns of one provider, measured in a new process, or why there are none."""
+    seat = Remote(Seat, name, case, args.reference, args.threads)
     try:
-        print(json.dumps(measure_here(spec["name"], case, spec["reference"], spec["steps"])))
-    except providers.Unavailable as reason:
-        print(reason, file=sys.stderr)
-        return 3
-    return 0
+        return seat.call("memory")
+    except RuntimeError as error:
+        return reason_of(error)
+    finally:
+        seat.close()
 
 
 def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """CSV rows of one case; a provider whose first loss is not the first one's is left out."""
-    shared = {"benchmark": "memory", "rounds": args.steps,
-              **bench_compare.describe(case, case.weights(), 1, args)}  # fmt: skip
+    shared = {"benchmark": "memory", **bench_compare.describe(case, 1, args)}
     rows: list[dict[str, Any]] = []
     for name in args.providers:
+        providers.check_name(name)
         columns = measure_apart(name, case, args)
         if isinstance(columns, str):
             print(f"  not measured: {columns}", file=sys.stderr)
@@ -95,11 +55,9 @@ def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py memory", description=__doc__)
     bench_compare.add_shared(parser)
-    parser.add_argument("--steps", type=int, default=3, help="the moments of AdamW exist from the first update on")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.child:
-        return child(args.child)
+    if args.threads:
+        torch.set_num_threads(args.threads)  # what the rows say
     for case in bench_compare.cases(args):
         rows = measure_case(case, args)
         harness.append_rows(args.out, rows)

@@ -217,11 +217,10 @@ def measure_run(case: str, dtype: str, args: argparse.Namespace, data: str) -> l
     spec = dict(case=case, dtype=dtype, batch=args.batch, steps=args.steps, workers=args.workers, data=data,
                 reference=args.reference, threads=threads, set=args.set)  # fmt: skip
     runs = compare(spec, [reference, "fastmim"], args.rounds)
-    options = Case(case, dtype, args.batch)
     torch.set_num_threads(threads)
     shared = {"benchmark": "pretrain", "baseline": "fastmim", "rounds": args.rounds,
               "note": f"{args.steps} steps, {args.workers} workers",
-              **bench_compare.describe(options, options.build(), 1, args)}  # fmt: skip
+              **bench_compare.describe(Case(case, dtype, args.batch), 1, args)}  # fmt: skip
     return [shared | {"provider": name} | columns(own, runs["fastmim"], args.batch) for name, own in runs.items()]
 
 

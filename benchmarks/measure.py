@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,13 @@ class HostClock:
         return end - start
 
 
+class CpuClock(HostClock):
+    """CPU seconds of the process, over its threads: for a machine that others use, where it has one thread."""
+
+    def mark(self) -> float:
+        return time.process_time()
+
+
 class CudaClock:
     """Events in the stream: phases are told apart without a synchronisation between them."""
 
@@ -59,9 +66,9 @@ class CudaClock:
         return start.elapsed_time(end) / 1e3
 
 
-def clock_for(device: str) -> Clock:
-    """The clock of a device type."""
-    return CudaClock() if device == "cuda" else HostClock()
+def clock_for(device: str, kind: str = "wall") -> Clock:
+    """The clock of a device type; "cpu" counts CPU seconds."""
+    return CudaClock() if device == "cuda" else CpuClock() if kind == "cpu" else HostClock()
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,6 @@ class Phases:
 class Step(Protocol):
     """What is timed: a ``benchmarks.providers.Provider``."""
 
-    name: str
     forward: Callable[[Tensor, Tensor], Tensor]
     backward: Callable[[Tensor], None]
     update: Callable[[], None]
@@ -118,15 +124,12 @@ def refusals(losses: Mapping[str, Sequence[float]], baseline: str, tolerances: S
     return found
 
 
-def interleave(
-    steps: Iterable[Step], images: Tensor, mask: Tensor, *, rounds: int, clock: Clock
-) -> dict[str, list[Phases]]:
+def interleave(steps: Mapping[str, Callable[[], Phases]], rounds: int) -> dict[str, list[Phases]]:
     """Each step once a round, in turn, in alternating order: a drift of the machine meets all of them alike."""
-    steps = list(steps)
-    phases: dict[str, list[Phases]] = {step.name: [] for step in steps}
+    phases: dict[str, list[Phases]] = {name: [] for name in steps}
     for i in range(rounds):
-        for step in steps if i % 2 == 0 else reversed(steps):
-            phases[step.name].append(run_step(step, images, mask, clock)[0])
+        for name in list(steps) if i % 2 == 0 else reversed(list(steps)):
+            phases[name].append(steps[name]())
     return phases
 
 

@@ -41,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+ELSEWHERE = ("timm", "lightly", "mmpretrain")
 PLAIN_VIT = {"abs_pos_embed": True, "shared_rel_pos_bias": False, "init_values": None}
 
 
@@ -111,6 +112,17 @@ class Provider:
     update: Callable[[], None]
 
 
+def check_name(name: str) -> None:
+    """Is there such a provider?
+
+    Raises:
+        ValueError: no; names those that there are.
+    """
+    known = [*PRESETS, *ELSEWHERE, *KINDS]
+    if name.removesuffix(COMPILED) not in known:
+        raise ValueError(f"provider {name!r}: unknown; use one of {', '.join(known)}, each also with {COMPILED}")
+
+
 def build(name: str, case: Case, source: nn.Module, *, reference: str | None = None, world: World | None = None) -> Any:
     """A provider for a case, on a copy of the weights of ``source``.
 
@@ -166,14 +178,11 @@ def foreign_module(name: str, case: Case, source: nn.Module, reference: str | No
     Raises:
         Unavailable: it is not installed, not given, or has no such model.
     """
-    makers: dict[str, Callable[..., nn.Module]] = {
-        "timm": timm_objective, "lightly": lightly_objective, "mmpretrain": mmpretrain_objective
-    }  # fmt: skip
+    makers: dict[str, Callable[..., nn.Module]] = dict(
+        zip(ELSEWHERE, (timm_objective, lightly_objective, mmpretrain_objective), strict=True)
+    )
     if name in KINDS:
         return _microsoft(name, case, source, reference)
-    if name not in makers:
-        known = [*PRESETS, *makers, *KINDS]
-        raise ValueError(f"provider {name!r}: unknown; use one of {', '.join(known)}, each also with {COMPILED}")
     try:
         return makers[name](case.encoder(), case.norm_target, source)
     except (ImportError, ValueError) as error:
@@ -203,14 +212,3 @@ def _microsoft(name: str, case: Case, source: nn.Module, reference: str | None) 
 @functools.cache
 def _clones(reference: str | None) -> dict[str, Path]:
     return find_clones(reference) if reference else {}
-
-
-def available(names: list[str], case: Case, source: nn.Module, **kwargs: Any) -> tuple[list[Provider], list[str]]:
-    """The providers that can be built, and why the others cannot."""
-    built, reasons = [], []
-    for name in names:
-        try:
-            built.append(build(name, case, source, **kwargs))
-        except Unavailable as reason:
-            reasons.append(str(reason))
-    return built, reasons

@@ -42,8 +42,11 @@ class FakeClock:
 class FakeStep:
     """Forward, backward and update of 1, 2 and 1 units of work, times ``cost``."""
 
-    def __init__(self, name: str, cost: float, clock: FakeClock) -> None:
-        self.name, self.cost, self.clock = name, cost, clock
+    def __init__(self, cost: float, clock: FakeClock) -> None:
+        self.cost, self.clock = cost, clock
+
+    def __call__(self) -> measure.Phases:
+        return measure.run_step(self, torch.empty(0), torch.empty(0), self.clock)[0]
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         self.clock.work(self.cost)
@@ -58,8 +61,7 @@ class FakeStep:
 
 def compare(speed: Callable[[int], float], costs: dict[str, float], rounds: int = 9) -> dict[str, dict[str, Any]]:
     clock = FakeClock(speed)
-    steps = [FakeStep(name, cost, clock) for name, cost in costs.items()]
-    phases = measure.interleave(steps, torch.empty(0), torch.empty(0), rounds=rounds, clock=clock)
+    phases = measure.interleave({name: FakeStep(cost, clock) for name, cost in costs.items()}, rounds)
     first = next(iter(costs))
     return {n: measure.speed_columns(p, 4, phases[first]) | {"provider": n, "baseline": first, "note": ""}
             for n, p in phases.items()}  # fmt: skip
@@ -112,7 +114,9 @@ class OffByOnePercent(nn.Module):
 
 
 def arguments(*names: str, baseline: str = "fastmim") -> argparse.Namespace:
-    return argparse.Namespace(providers=list(names), reference=None, baseline=baseline, rounds=1)
+    return argparse.Namespace(
+        providers=list(names), reference=None, baseline=baseline, rounds=1, threads=None, clock="wall"
+    )
 
 
 def test_no_ratio_where_losses_disagree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +127,7 @@ def test_no_ratio_where_losses_disagree(monkeypatch: pytest.MonkeyPatch, capsys:
 
     monkeypatch.setattr(providers, "foreign_module", wrong)
     case = Case("swin_base", "fp32", 2, overrides=TINY)
-    rows, refused = bench_compare.measure_case(case, arguments("fastmim", "timm", "lightly"))
+    rows, refused = bench_compare.measure_case(case, arguments("fastmim", "timm", "lightly"), apart=False)
     assert [row["provider"] for row in rows] == ["fastmim", "timm"] and refused == 1
     assert "REFUSED lightly" in capsys.readouterr().err
 
@@ -135,7 +139,7 @@ def test_nothing_is_reported_where_the_baseline_is_wrong(monkeypatch: pytest.Mon
     )
     monkeypatch.setattr(OffByOnePercent, "load_state_dict", lambda self, state: self.module.load_state_dict(state))
     case = Case("swin_base", "fp32", 2, overrides=TINY)
-    rows, refused = bench_compare.measure_case(case, arguments("fastmim", "timm"))
+    rows, refused = bench_compare.measure_case(case, arguments("fastmim", "timm"), apart=False)
     assert rows == [] and refused == 1
 
 
@@ -172,7 +176,8 @@ def test_the_peak_is_that_since_the_reset() -> None:
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     case = Case("swin_base", "fp32", 2, overrides=TINY)
-    args = argparse.Namespace(reference=None, steps=2, threads=1)
+    args = argparse.Namespace(reference=None, threads=1)
+    assert "--reference DIR" in bench_memory.measure_apart("microsoft-swin", case, args)
     found = bench_memory.measure_apart("timm", case, args)
     assert isinstance(found, dict) and found["memory_kind"] == "resident"
     assert float(found["peak_memory_gib"]) >= float(found["start_memory_gib"]) > 0.05
