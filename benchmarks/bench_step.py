@@ -132,7 +132,8 @@ def measure(case: str, dtype: str, args: argparse.Namespace) -> list[dict[str, A
     steps: dict[str, Callable[[], Any]] = {key: lambda r=remote: r.call("step") for key, remote in remotes.items()}
     clock = {"clock": lambda key: remotes[key].call("cpu_seconds")} if args.clock == "cpu" else {}
     timings = harness.interleave(steps, rounds=args.rounds, **clock)
-    shared = {"benchmark": "step" if args.clock == "wall" else "step (CPU seconds)", "case": case, "dtype": dtype, "batch": args.batch, "rounds": args.rounds,
+    benchmark = "step" if args.clock == "wall" else "step (CPU seconds)"
+    shared = {"benchmark": benchmark, "case": case, "dtype": dtype, "batch": args.batch, "rounds": args.rounds,
               "baseline": "timm", **harness.environment()}  # fmt: skip
     peaks = {key: {"peak_rss_gib": f"{remote.call('peak_rss'):.2f}"} for key, remote in remotes.items()}
     for remote in remotes.values():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from fastmim.engine.checkpoint import find_resume, read_state
 from fastmim.engine.shards import Entry, Shards, write_safetensors
@@ -55,7 +57,7 @@ def consolidate(folder: Path, out: Path, *, encoder: dict[str, Any] | None = Non
         # The mask token belongs to pretraining: timm's models have none.
         names = [name for name in names if whole or name != f"{_ENCODER}mask_token"]
         entries = [
-            Entry(name.removeprefix(prefix), torch.float32, shards.shapes[name], lambda n=name: shards.tensor(n).float())
+            Entry(name.removeprefix(prefix), torch.float32, shards.shapes[name], partial(_weight, shards, name))
             for name in names
         ]
         metadata = {"format": "pt", "source": "fastmim", "encoder": json.dumps(encoder or {})}
@@ -66,3 +68,7 @@ def consolidate(folder: Path, out: Path, *, encoder: dict[str, Any] | None = Non
         raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from None
     os.replace(temporary, out)
     return out
+
+
+def _weight(shards: Shards, name: str) -> Tensor:
+    return shards.tensor(name).float()

@@ -82,8 +82,8 @@ def distributed(always: bool = False) -> Iterator[World]:
             dist.barrier()
     finally:
         # Also after an error, without the barrier: the other ranks may never come, and the launcher ends
-        # them.
-        if joined and dist.is_initialized():
+        # them. The group of a process that is alone stays for its next run: DeepSpeed remembers it.
+        if joined and world.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -63,9 +63,17 @@ def fragments(objective: nn.Module, optimizer: Any, *, stage: int, rank: int, wo
                 yield Fragment(name, start, count, param, optimizer.fp32_partitioned_groups_flat[group], offset)
         elif param._hp_mapping is not None:  # type: ignore[attr-defined]
             mapping: Any = param._hp_mapping  # type: ignore[attr-defined]
-            key = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            key = _flat_groups(optimizer)[mapping.param_group_index]
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             yield Fragment(name, here.start, here.numel, param, key, there.start)
+
+
+def _flat_groups(optimizer: Any) -> Any:
+    """Stages 1 and 2: this rank's part of each flattened group of parameters, in fp32."""
+    # DeepSpeed takes another optimiser class for stage 1 in bf16 with fp32 accumulation.
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return optimizer.fp32_groups_flat_partition
+    return optimizer.single_partition_of_fp32_groups
 
 
 def moments(optimizer: torch.optim.Optimizer, fragment: Fragment) -> dict[str, Tensor]:
@@ -112,20 +120,33 @@ def publish(optimizer: Any, *, stage: int) -> None:
             persistent[0].all_gather(persistent)
 
 
-def partition_bytes(objective: nn.Module, optimizer: Any, *, stage: int, rank: int, world_size: int) -> dict[str, int]:
-    """Bytes that this rank holds: ``weights``, ``master`` (fp32 copies), ``moments``.
-
-    Weights of parameters that ZeRO-3 keeps gathered (below its persistence threshold) count once more.
-    """
+def held_bytes(objective: nn.Module, optimizer: Any, *, stage: int, rank: int, world_size: int) -> dict[str, int]:
+    """Bytes that this rank holds: ``weights``, ``master`` (fp32 copies), ``moments``, ``gradients`` (now)."""
     base = optimizer.optimizer if stage else optimizer
-    pieces = list(fragments(objective, optimizer, stage=stage, rank=rank, world_size=world_size))
+    pieces = fragments(objective, optimizer, stage=stage, rank=rank, world_size=world_size)
+    keys = list({id(piece.key): piece.key for piece in pieces}.values())
+    if stage == 0:
+        keys = list(objective.parameters())  # every rank has all; the pieces are only dealt out for storing
     params = list(objective.parameters())
-    weights = sum(p.numel() * p.element_size() for p in params)
-    if stage == 3:
-        weights += sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in params)  # type: ignore[attr-defined]
-    keys = {id(piece.key): piece.key for piece in pieces}.values()
+    weights = [*params, *(param.ds_tensor for param in params if hasattr(param, "ds_tensor"))]
     held = [tensor for key in keys for slot, tensor in base.state.get(key, {}).items() if slot in MOMENTS]
-    shared = {p.data_ptr() for p in params}
-    master = [key for key in keys if stage and key.data_ptr() not in shared]
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    return {"weights": weights, "master": size(master), "moments": size(held)}
+    return {
+        "weights": _bytes(weights),
+        "master": _bytes(keys) if stage else 0,
+        "moments": _bytes(held),
+        "gradients": _bytes(_gradients(params, optimizer)),
+    }
+
+
+def _gradients(params: list[nn.Parameter], optimizer: Any) -> list[Tensor]:
+    found = [param.grad for param in params if param.grad is not None]
+    for tensors in getattr(optimizer, "averaged_gradients", {}).values():
+        found += [tensor for tensor in tensors or [] if tensor is not None]
+    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    return found if flat is None else [*found, flat]
+
+
+def _bytes(tensors: list[Any]) -> int:
+    """Of tensors, each storage once."""
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(sizes.values())

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    set_checkpoint_early_stop,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fastmim.models.layers import Mlp
 from fastmim.models.swin_block import SwinBlock
@@ -77,7 +74,8 @@ def apply_recompute(objective: nn.Module, policy: str, *, every: int = 1, offloa
 
 
 def _recomputed(forward: Callable[..., Any], policy: str, offload: bool) -> Callable[..., Any]:
-    selective = {} if policy == "full" else {"context_fn": functools.partial(_contexts, policy == "fc1_qkv")}
+    contexts = functools.partial(_contexts, policy == "fc1_qkv")
+    selective: dict[str, Any] = {} if policy == "full" else {"context_fn": contexts}
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -97,15 +95,45 @@ def _offloaded(offload: bool, args: Any) -> AbstractContextManager[Any]:
     return save_on_cpu(pin_memory=on_gpu)
 
 
-def _contexts(again_qkv: bool) -> Any:
-    return create_selective_checkpoint_contexts(functools.partial(_policy, again_qkv))
+def _contexts(again_qkv: bool) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    kept: list[tuple[str, Any]] = []
+    return _Keep(kept, again_qkv), _Reuse(kept, again_qkv)
 
 
-def _policy(again_qkv: bool, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = op._schema.name
-    if name not in _KEPT or (again_qkv and _is_qkv(name, args)):
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE
+class _Keep(TorchDispatchMode):
+    """Remembers the results of the operations that are not to be repeated.
+
+    torch's own selective contexts want every operation to occur in both passes; ZeRO-3 gathers weights inside a
+    block, and not always at the same places.
+    """
+
+    def __init__(self, kept: list[tuple[str, Any]], again_qkv: bool) -> None:
+        super().__init__()
+        self.kept, self.again_qkv = kept, again_qkv
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _is_kept(func._schema.name, args, self.again_qkv):
+            # Aliases: what is returned itself becomes part of the autograd graph.
+            self.kept.append((func._schema.name, tree_map_only(Tensor, Tensor.detach, result)))
+        return result
+
+
+class _Reuse(_Keep):
+    """Gives the remembered results, in order."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if not _is_kept(name, args, self.again_qkv):
+            return func(*args, **(kwargs or {}))
+        expected, result = self.kept.pop(0)
+        if name != expected:
+            raise RuntimeError(f"recompute: the forward pass ran {expected} where its repetition runs {name}")
+        return result
+
+
+def _is_kept(name: str, args: Any, again_qkv: bool) -> bool:
+    return name in _KEPT and not (again_qkv and _is_qkv(name, args))
 
 
 def _is_qkv(name: str, args: Any) -> bool:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,10 +82,14 @@ def is_sharded(folder: Path) -> bool:
 def write_shard(folder: Path, rank: int, pieces: Iterable[Piece], shapes: Mapping[str, Sequence[int]]) -> None:
     """Write this rank's pieces; ``shapes`` holds the full shape of every tensor by name."""
     entries = [
-        Entry(f"{p.name}|{p.slot}|{p.start}", p.values.dtype, (p.values.numel(),), lambda p=p: p.values) for p in pieces
+        Entry(f"{p.name}|{p.slot}|{p.start}", p.values.dtype, (p.values.numel(),), partial(_values, p)) for p in pieces
     ]
     metadata = {"format": "pt", "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()})}
     write_safetensors(shard_path(folder, rank), entries, metadata)
+
+
+def _values(piece: Piece) -> Tensor:
+    return piece.values
 
 
 class Shards:
@@ -113,13 +118,13 @@ class Shards:
         file = safe_open(path, framework="pt")
         for name, shape in json.loads(file.metadata()["shapes"]).items():
             self.shapes[name] = tuple(shape)
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118
             name, slot, start = key.rsplit("|", 2)
             self._add(name, slot, int(start), file, key)
 
     def _add_whole(self, path: Path, split: Callable[[str], Any]) -> None:
         file = safe_open(path, framework="pt")
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118
             name, slot = split(key)
             if slot == WEIGHT:
                 self.shapes[name] = tuple(file.get_slice(key).get_shape())
@@ -162,7 +167,7 @@ class Shards:
                 position = end
         if position < stop:
             raise RuntimeError(f"{name} ({slot}) is missing from element {position} on")
-        return torch.cat(found) if len(found) != 1 else found[0]
+        return found[0] if len(found) == 1 else torch.cat([torch.empty(0), *found])
 
     def tensor(self, name: str) -> Tensor:
         """The whole weight, in its shape.

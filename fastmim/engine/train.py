@@ -26,6 +26,7 @@ from fastmim.engine.stream import batch_sizes, stream
 from fastmim.engine.zero import ZeroEngine
 from fastmim.engine.zero_build import build_partitioned
 from fastmim.engine.zero_config import deepspeed_config, import_deepspeed
+from fastmim.engine.zero_nvme import check_nvme
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.interop import load_weights
 from fastmim.objectives import create_objective
@@ -200,13 +201,18 @@ def make_engine(
 ) -> LocalEngine | ZeroEngine:
     """Optimiser and engine; with ``deepspeed`` its configuration."""
     optim, efficiency = cfg.optim, cfg.efficiency
-    groups = param_groups(objective, optim.weight_decay, optim.policy)
     fused = efficiency.fused_optimizer
     if fused == "auto" and efficiency.offload_optimizer != "none" and world.device.type == "cuda":
         fused = "cpu_adam"
-    optimizer = build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps, fused=fused)
+
+    def make_optimizer(params: list[Any]) -> torch.optim.Optimizer:
+        return build_optimizer(optim.name, params, optim.lr, optim.betas, optim.eps, fused=fused)
+
+    optimizer = make_optimizer(param_groups(objective, optim.weight_decay, optim.policy))
     precision = precision_on(cfg, world)
     if deepspeed is not None:
+        if "nvme" in (efficiency.offload_optimizer, efficiency.offload_param):
+            check_nvme(deepspeed, lambda params: make_optimizer([{"params": params}]), world=world)
         return ZeroEngine(objective, optimizer, config=deepspeed, precision=precision, world=world)
     return LocalEngine(
         objective,

@@ -69,7 +69,7 @@ class ZeroEngine:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         if precision != "fp32":
             # Inside DeepSpeed's engine, which would switch off an autocast around it.
-            objective.forward = _in_autocast(objective.forward, self.autocast)  # type: ignore[method-assign]
+            objective.forward = _in_autocast(objective.forward, self.autocast)
         try:
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=objective, optimizer=optimizer, config=config, dist_init_required=False
@@ -156,14 +156,15 @@ class ZeroEngine:
         return find_nonfinite(self.objective, images, mask, self.autocast(), backward=False)
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of ``weights``, ``master`` weights and ``moments`` on this rank."""
-        return fragments.partition_bytes(
+        """Bytes of ``weights``, ``master`` weights, ``moments`` and ``gradients`` on this rank."""
+        return fragments.held_bytes(
             self.objective, self.optimizer, stage=self.stage, rank=self.world.rank, world_size=self.world.size
         )
 
     def state(self) -> dict[str, Any]:
-        """JSON values that, with the files of :meth:`save`, restore this engine."""
-        state: dict[str, Any] = {"step": self.steps}
+        """The small state beside weights and moments, as JSON values. Every rank calls it."""
+        total = distributed.all_reduce_mean(self._loss_sum.clone())
+        state: dict[str, Any] = {"step": self.steps, "loss_sum": float(total), "loss_count": self._loss_count}
         if self.precision == "fp16" and self.stage:
             state["loss_scale"] = float(self.optimizer.loss_scale)
         return state
@@ -171,7 +172,8 @@ class ZeroEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over the values of :meth:`state`."""
         self.steps = int(state["step"])
-        self._micro = 0
+        self._loss_sum.fill_(state["loss_sum"])
+        self._loss_count = int(state["loss_count"])
         if self.precision == "fp16" and "loss_scale" in state:
             self.optimizer.loss_scaler.cur_scale = state["loss_scale"]
 

@@ -109,7 +109,7 @@ class _Replay:
 
     def _one(self, i: int, op: _Operation) -> None:
         scratch = i in self._useless
-        if scratch and not torch.Tag.nondeterministic_seeded in op.function.tags:
+        if scratch and torch.Tag.nondeterministic_seeded not in op.function.tags:
             return
 
         def real(leaf: Any) -> Any:

@@ -32,7 +32,7 @@ _OWNED = {
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, quiet, on this device and without its compiled CPU communication.
+    """DeepSpeed, quiet, on this device, without its compiled CPU communication, and on torch's process group.
 
     Raises:
         ValueError: it is not installed.
@@ -48,6 +48,8 @@ def import_deepspeed(device: torch.device) -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # A faster all-reduce within one CPU machine, which needs a compiler at start-up; gloo gives the same sums.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 

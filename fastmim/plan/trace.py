@@ -23,11 +23,11 @@ from torch._subclasses import FakeTensorMode
 from fastmim.objectives.masking import masked_units
 from fastmim_kernels.dispatch import as_on_a_gpu
 
+from .closed_forms import closed_forms
 from .counter import DispatchCounter, Launch
 from .cuda_autocast import cuda_autocast
 from .hardware import Gpu
 from .live import LiveBytes
-from .closed_forms import closed_forms
 
 BATCHES = (16, 32)
 LOW = torch.bfloat16

@@ -19,6 +19,9 @@ FACTOR, FLOOR = 4.0, 1e-6
 """Wider than the tests' rule on errors (2 x plain torch): what is looked for is a kernel that is wrong."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_EXAMPLES_OF = {"position_bias": "cpb_bias"}
+"""The op whose examples run the kernel, where it is another's."""
+
 _failures: dict[tuple[str, tuple[int, int]], str] = {}
 """By op and compute capability: why the kernel failed, empty where it did not."""
 
@@ -103,6 +106,11 @@ def _residual_norm(large: bool, order: str) -> dict[str, Any]:
     }
 
 
+def _layer_norm(large: bool) -> dict[str, Any]:
+    shape = (64, 48, 48, 128) if large else (3, 5, 7, 72)
+    return {"x": _normal(*shape), "weight": 1 + _normal(shape[-1], scale=0.1), "bias": _normal(shape[-1])}
+
+
 def _patch_merge(large: bool) -> dict[str, Any]:
     return {"x": _normal(*((64, 48, 48, 128) if large else (3, 5, 6, 40)))}
 
@@ -181,6 +189,10 @@ CASES = (
     ),
     Case("mlp", "", _mlp, ("x",), ("x", "weight1", "bias1", "weight2", "bias2")),
     Case("linear", "", _linear, ("x",), ("x", "weight", "bias")),
+    Case("mlp_and_input", "", _mlp, ("x",), ("x", "weight1", "bias1", "weight2", "bias2")),
+    Case("linear_and_input", "", _linear, ("x",), ("x", "weight", "bias")),
+    Case("layer_norm", "", _layer_norm, ("x",), ("x", "weight", "bias")),
+    Case("mask_tokens_twice", "norm", _mask_tokens, ("tokens",), ("tokens", "mask_token", "norm_weight", "norm_bias")),
     Case("gelu", "bias", _gelu, ("x",), ("x", "bias")),
     Case("patch_merge", "", _patch_merge, ("x",), ("x",)),
     Case("cpb_bias", "", _cpb_bias, (), ("weight1", "bias1", "weight2")),
@@ -259,7 +271,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def _test(op: str, device: torch.device) -> str:
     with _disable_current_modes(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for case in CASES:
-            for dtype in DTYPES if case.op == op else ():
+            for dtype in DTYPES if case.op == _EXAMPLES_OF.get(op, op) else ():
                 try:
                     error, limit = errors(case, device, dtype, "triton")
                 except Exception as broken:  # a broken compiler or driver shows in many types

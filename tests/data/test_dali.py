@@ -71,6 +71,17 @@ def test_pixels_against_pil(tmp_path, interpolation, box, size):
     assert error.max() <= EDGE and error.mean() < 0.5
 
 
+@pytest.mark.parametrize("subsampling", (0, 2))
+def test_decoding_is_pils(tmp_path, subsampling):
+    # a box that keeps its size: what is left is the decoding, its region and the flip
+    photograph = pytest.importorskip("skimage.data").astronaut()[:240, 60:380]
+    path = tmp_path / "a.jpg"
+    Image.fromarray(photograph).save(path, quality=90, subsampling=subsampling)
+    truth = np.asarray(Image.open(path))[7:210, 11:182][:, ::-1]
+    ours = one_box(path, (7, 11, 203, 171), View((203, 171)), True)
+    assert np.array_equal(ours.permute(1, 2, 0).numpy(), truth)
+
+
 def test_both_loaders_cut_the_same_boxes_for_the_same_ids(photos):
     with load(photos) as dali, load(photos, loader="torchvision") as torchvision:
         assert dali.fingerprint == torchvision.fingerprint

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastmim.data import Batch, Loader, build_loader
+from fastmim.data.loader import PREFETCH
 
 
 def load(path, **kwargs) -> Loader:
@@ -267,6 +268,19 @@ def test_the_message_for_a_dead_worker(photos):
         ) as caught:
             next(loader.epoch(0))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_made_ahead_is_bounded_and_there(photos):
+    # the micro-batches behind the one in use are under way, and no more than stated
+    with load(photos, num_workers=2) as loader:
+        next(loader.epoch(0))
+        assert loader._stream._tasks_outstanding == 2 * PREFETCH
+    pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
+    with load(photos, num_workers=1, loader="dali") as loader:
+        batches = loader.epoch(0)
+        for taken in range(1, 4):
+            next(batches)
+            assert loader._decoder._fed == taken + 1  # DALI works on the next one
 
 
 # Messages.

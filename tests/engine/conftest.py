@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +99,76 @@ def overrides(pictures):
 def settings(overrides):
     """The same as a checked config."""
     return lambda out, **changes: load_config(None, overrides(out, **changes))
+
+
+@pytest.fixture(scope="session")
+def zero_run(pictures):
+    """Overrides of a tiny run for ZeRO: the same global batch of 8 on any number of ranks."""
+
+    def describe(out, ranks, **changes) -> list[str]:
+        keys = {f"model.{key}": list(v) if isinstance(v, tuple) else v for key, v in ENCODER.items()}
+        keys |= {
+            "model.drop_path_rate": 0.0,  # its draws belong to ranks
+            "objective.unit": 8,
+            "data.path": pictures,
+            "data.num_workers": 0,
+            "optim.lr": 1e-2,
+            "optim.lr_batch": "null",
+            # Adam divides by the root of the second moment. With the usual 1e-8 a gradient that is nothing but
+            # rounding (some are zero in theory) becomes a full step, and 1 and 2 ranks could not be compared.
+            "optim.eps": 1e-3,
+            "optim.clip_grad": 0.5,
+            "train.steps": 10,
+            "train.micro_batch_size": 8 // ranks,
+            "train.global_batch_size": 8,
+            "train.log_every": 1,
+            "output.dir": out,
+            "output.tensorboard": "false",
+            "output.pictures": 0,
+        }
+        keys |= {key.replace("__", "."): value for key, value in changes.items()}
+        return [f"{key}={'null' if value is None else value}" for key, value in keys.items()]
+
+    return describe
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """Trains a list of runs on some ranks: ``launch(runs, ranks)``; returns the finished process.
+
+    ``kill_in`` lets the last rank die in that step; ``nodes`` starts as many launchers, with ``ranks`` each, that
+    find each other on the loopback device.
+    """
+    pytest.importorskip("deepspeed")
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+    def run(runs, ranks, *, kill_in=None, nodes=1):
+        file = tmp_path_factory.mktemp("launch") / "runs.json"
+        file.write_text(json.dumps(runs))
+        launcher = []
+        if nodes > 1:
+            where = ["--nnodes", str(nodes), "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+            launcher = ["-m", "torch.distributed.run", *where, "--nproc_per_node", str(ranks)]
+        elif ranks > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [sys.executable, *launcher, str(Path(__file__).with_name("zero_worker.py")), str(file)]
+        command += [] if kill_in is None else [str(kill_in)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        started = [subprocess.Popen(command, **pipes) for _ in range(nodes)]
+        ended = [(process, process.communicate(timeout=400)[1]) for process in started]
+        for process, errors in ended:
+            assert (process.returncode != 0) == (kill_in is not None), errors[-4000:]
+        return ended[0][0]
+
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

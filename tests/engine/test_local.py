@@ -243,7 +243,7 @@ def test_a_bad_backward_pass_is_named(objective):
     images, mask = next(batches(objective, 1))
     mlp = objective.encoder.layers[0].blocks[1].mlp
     plain = mlp.forward
-    mlp.forward = lambda x: plain(Poison.apply(x))
+    mlp.forward = lambda x, **options: plain(Poison.apply(x), **options)
     assert "backward pass of module encoder.layers.0.blocks.1.mlp" in find_nonfinite(objective, images, mask)
 
 

@@ -1,13 +1,16 @@
-"""Trains one config after the other in one process per rank: ``python zero_worker.py RUNS.json``.
+"""Trains one config after the other in one process per rank: ``python zero_worker.py RUNS.json [STEP]``.
 
-RUNS.json holds a list of lists of overrides. One process group serves them all: starting a group, torch and
-DeepSpeed costs more than these runs.
+With STEP the last rank kills itself in the middle of that step. RUNS.json holds a list of lists of overrides.
+One process group serves them all: starting a group, torch and DeepSpeed costs more than these runs.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,23 +20,42 @@ from fastmim.engine import train as training
 from fastmim.engine.distributed import distributed, exit_process
 
 
+def weighed(make_engine, path, *args, **kwargs):
+    """The engine, which writes down what it holds before its last update of each run."""
+    engine = make_engine(*args, **kwargs)
+    step = engine.step
+
+    def weigh_and_step():
+        if engine.at_boundary:
+            path.write_text(json.dumps(engine.held_bytes()))
+        step()
+
+    if hasattr(engine, "held_bytes"):
+        engine.step = weigh_and_step
+    if len(sys.argv) > 2:
+        die_in_step(engine, int(sys.argv[2]))
+    return engine
+
+
+def die_in_step(engine, step):
+    backward = engine.backward
+
+    def backward_or_die(loss):
+        if engine.steps + 1 == step and engine.world.rank == engine.world.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        backward(loss)
+
+    engine.backward = backward_or_die
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    make_engine, engines = training.make_engine, []
-
-    def remember(*args, **kwargs):
-        engines.append(make_engine(*args, **kwargs))
-        return engines[-1]
-
-    training.make_engine = remember
+    make_engine = training.make_engine
     with distributed(always=True) as world:
         for overrides in json.loads(Path(sys.argv[1]).read_text()):
             cfg = load_config(None, overrides)
+            training.make_engine = partial(weighed, make_engine, Path(cfg.output.dir) / f"held-{world.rank}.json")
             training.train(cfg)
-            engine = engines.pop()
-            if hasattr(engine, "held_bytes"):
-                held = engine.held_bytes()
-                (Path(cfg.output.dir) / f"held-{world.rank}.json").write_text(json.dumps(held))
     exit_process(0)
 
 

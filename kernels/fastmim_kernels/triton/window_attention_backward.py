@@ -83,14 +83,15 @@ def backward_kernel(
         seams = window_seams(i_window, image, WH, WW)
         bias = bias_tile(p_bias, o_i, o_j, N, FULL, FULL)
         p, ds, share = logit_gradient(query, key, seams, bias, COSINE, SHIFTED, PRECISION, True)
-        dscale += share[0] - share[1] * share[2]
-        dbias += ds
         dv = tl.dot(tl.trans(p.to(key[2].dtype)), query[2], input_precision=PRECISION)
         low = ds.to(key[2].dtype)
         dk = tl.dot(tl.trans(low), query[1], input_precision=PRECISION)
         dq = tl.dot(low, key[1], input_precision=PRECISION)
+        dbias += ds
         store_keys(p_dq + stride, key, dk, dv, o_j, stride, scale, N, D, DP, COSINE, FULL)
         store_queries(p_q, p_dq, query, dq, o_i, stride, scale, N, D, DP, COSINE, FULL, False)
+        # Here, after the stores: before them sm_90 spills a register at 64 tokens with cosine.
+        dscale += share[0] - share[1] * share[2]
     if COSINE:
         tl.store(p_dscale + i_head * groups + i_group, tl.sum(dscale, 0) * LN2)
     if p_partial is not None:

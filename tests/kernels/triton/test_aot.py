@@ -56,6 +56,7 @@ def test_every_shipped_configuration(
     assert not bad, "\n".join(bad)
 
 
+@pytest.mark.skipif(not KNOWN.exists(), reason="benchmarks/kernel_report.py has not written its report")
 @pytest.mark.timeout(600)
 def test_the_committed_report_is_what_the_compiler_says(tmp_path: Path) -> None:
     """A sample, compiled afresh, whatever the committed report holds."""

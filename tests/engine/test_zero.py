@@ -1,0 +1,121 @@
+"""ZeRO at every stage trains like one process without DeepSpeed, and holds what it promises to hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed")
+
+# Small buckets and no parameter kept gathered: a model this small would otherwise never be cut.
+CUT = {
+    "efficiency__deepspeed": "{zero_optimization: {reduce_bucket_size: 5000, stage3_prefetch_bucket_size: 1000, "
+    "stage3_param_persistence_threshold: 0}}"
+}
+RUNS = {
+    "ddp": {},
+    "stage0": dict(efficiency__zero_stage=0),
+    "stage1": dict(efficiency__zero_stage=1),
+    "stage2": dict(efficiency__zero_stage=2),
+    "stage3": dict(efficiency__zero_stage=3, **CUT),
+    "stage0 in 4": dict(efficiency__zero_stage=0, train__micro_batch_size=1),
+    "stage2 in 4": dict(efficiency__zero_stage=2, train__micro_batch_size=1),
+    "stage3 in 4": dict(efficiency__zero_stage=3, train__micro_batch_size=1),
+    "stage1 offload": dict(efficiency__zero_stage=1, efficiency__offload_optimizer="cpu"),
+    "stage2 offload": dict(efficiency__zero_stage=2, efficiency__offload_optimizer="cpu"),
+    "stage3 offload": dict(
+        efficiency__zero_stage=3, efficiency__offload_optimizer="cpu", efficiency__offload_param="cpu"
+    ),
+    "stage3 full": dict(efficiency__zero_stage=3, efficiency__recompute="full", **CUT),
+    "stage3 full offload": dict(
+        efficiency__zero_stage=3, efficiency__recompute="full", efficiency__recompute_offload="true"
+    ),
+    "stage3 every second": dict(efficiency__zero_stage=3, efficiency__recompute="full", efficiency__recompute_every=2),
+    "stage3 gemm": dict(efficiency__zero_stage=3, efficiency__recompute="gemm", **CUT),
+    "stage2 fc1": dict(efficiency__zero_stage=2, efficiency__recompute="fc1"),
+    "stage3 fc1_qkv": dict(efficiency__zero_stage=3, efficiency__recompute="fc1_qkv", **CUT),
+}
+BF16 = {
+    f"stage{stage} bf16": dict(efficiency__zero_stage=stage, efficiency__precision="bf16", **CUT) for stage in range(4)
+}
+
+
+@pytest.fixture(scope="module")
+def alone(zero_run, launch, tmp_path_factory):
+    """One process: without DeepSpeed, and ZeRO-3 with nobody to share with."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs = {"plain": {}, "stage3": dict(efficiency__zero_stage=3)}
+    launch([zero_run(folder / name, 1, **changes) for name, changes in runs.items()], 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(zero_run, launch, tmp_path_factory):
+    """All runs on two ranks. Validation and pictures once, at the stage where they need both ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    launch([zero_run(folder / name, 2, **changes) for name, changes in (RUNS | BF16).items()], 2)
+    return folder
+
+
+def curve(folder, key="loss"):
+    return [json.loads(line)[key] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(folder, other, rtol, atol):
+    assert len(curve(folder)) == 10
+    torch.testing.assert_close(torch.tensor(curve(folder)), torch.tensor(curve(other)), rtol=rtol, atol=0)
+    torch.testing.assert_close(
+        load_file(folder / "encoder.safetensors"), load_file(other / "encoder.safetensors"), rtol=0, atol=atol
+    )
+
+
+# Only the order of sums differs: 2^-24 per operation, some ten deep, over ten steps. With lr 1e-2 and eps 1e-3 a
+# gradient off by 1e-7 moves a weight by up to 1e-6 per step.
+@pytest.mark.parametrize("name", RUNS)
+def test_equals_one_process_without_deepspeed(name, two, alone):
+    compare(two / name, alone / "plain", rtol=1e-5, atol=1e-5)
+    norms = torch.tensor(curve(two / name, "grad_norm")), torch.tensor(curve(alone / "plain", "grad_norm"))
+    torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["full", "full offload", "every second", "gemm", "fc1_qkv"])
+def test_recomputation_changes_no_bit(name, two):
+    compare(two / f"stage3 {name}", two / "stage3", rtol=0, atol=0)
+
+
+def test_alone_under_zero(alone):
+    compare(alone / "stage3", alone / "plain", rtol=1e-6, atol=1e-6)
+
+
+# Products of 8 bits of mantissa; master weights and moments are fp32, so the error does not grow with the steps.
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_is_near_fp32(name, two, alone):
+    found, expected = torch.tensor(curve(two / name)), torch.tensor(curve(alone / "plain"))
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+
+
+def test_what_a_rank_holds(two):
+    """4 bytes per fp32 value; a stage halves what it cuts on two ranks, but for padding of a few values a tensor.
+
+    Gradients once they are reduced: until then stage 1 has all of them, and stages 2 and 3 those of a bucket.
+    """
+    values = sum(t.numel() for t in load_file(two / "ddp/checkpoints/step-00000010/model.safetensors").values())
+    slack = 24 * 63  # bytes of padding and alignment for each of 63 tensors
+    full, half = 4 * values, 2 * values
+    expected = {
+        "stage0": dict(weights=full, master=0, moments=2 * full, gradients=full),
+        "stage1": dict(weights=full, master=half, moments=full, gradients=half),
+        "stage2": dict(weights=full, master=half, moments=full, gradients=half),
+        "stage3": dict(weights=half, master=half, moments=full, gradients=half),
+        "stage1 bf16": dict(weights=full / 2, master=half, moments=full),
+        "stage2 bf16": dict(weights=full / 2, master=half, moments=full, gradients=half),
+        "stage3 bf16": dict(weights=half / 2, master=half, moments=full, gradients=half),
+    }
+    for name, formula in expected.items():
+        for rank in range(2):
+            held = json.loads((two / name / f"held-{rank}.json").read_text())
+            for what, size in formula.items():
+                assert held[what] == pytest.approx(size, abs=slack), (name, rank, what)

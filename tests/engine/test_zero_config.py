@@ -1,0 +1,162 @@
+"""What a user can get wrong around ZeRO is one line, before anything is loaded; and how a model is built in pieces."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from fastmim.config import load_config
+from fastmim.engine.optim import build_optimizer
+from fastmim.engine.zero_build import _Recorder, _Replay, _storage
+from fastmim.engine.zero_nvme import compare_updates
+from fastmim.objectives import create_objective
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("efficiency.offload_optimizer=cpu", r"efficiency.offload_optimizer=cpu: needs efficiency.zero_stage"),
+        ("efficiency.precision=fp16", r"efficiency.precision=fp16: needs efficiency.zero_stage"),
+        ("efficiency.deepspeed={wall_clock_breakdown: true}", r"efficiency.deepspeed=.*needs efficiency.zero_stage"),
+        ("efficiency.zero_stage=4", r"efficiency.zero_stage=4: expected one of 0, 1, 2, 3"),
+        ("efficiency.recompute=half", r"efficiency.recompute=half: expected one of none, fc1"),
+        ("efficiency.recompute_offload=true", r"efficiency.recompute_offload=true: .* use full"),
+        ("efficiency.fused_optimizer=apexx", r"efficiency.fused_optimizer=apexx: expected auto, true, false, apex"),
+    ],
+)
+def test_config_refuses(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, [override])
+
+
+def test_stage_3_with_compile():
+    with pytest.raises(ValueError, match="efficiency.compile=true: not with zero_stage=3"):
+        load_config(None, ["efficiency.zero_stage=3", "efficiency.compile=true"])
+
+
+def test_nested_deepspeed_keys_from_the_command_line():
+    overrides = ["efficiency.zero_stage=2", "efficiency.deepspeed.zero_optimization.reduce_bucket_size=5e6"]
+    cfg = load_config(None, [*overrides, "efficiency.deepspeed.prescale_gradients=true"])
+    assert cfg.efficiency.deepspeed == {"zero_optimization": {"reduce_bucket_size": 5e6}, "prescale_gradients": True}
+
+
+def deepspeed_config(**changes):
+    pytest.importorskip("deepspeed")
+    from fastmim.engine import zero_config
+
+    zero_config.import_deepspeed(torch.device("cpu"))
+    settings = dict(stage=3, micro_batch_size=4, grad_accum_steps=2, world_size=8, clip_grad=5.0, precision="bf16")
+    return zero_config.deepspeed_config(**settings | changes)
+
+
+def test_the_configuration():
+    extra = {"zero_optimization": {"overlap_comm": False}, "aio": {"queue_depth": 16}}
+    config = deepspeed_config(offload_optimizer="cpu", extra=extra)
+    assert config["train_batch_size"] == 64
+    assert config["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}, "overlap_comm": False}
+    assert config["bf16"] == {"enabled": True} and config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"
+    assert deepspeed_config(precision="fp16")["fp16"] == {"enabled": True}
+    assert "bf16" not in deepspeed_config(stage=0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(extra={"zero_optimisation": {}}), "zero_optimisation: .*did you mean zero_optimization"),
+        (dict(extra={"zero_optimization": {"overlap_com": True}}), "overlap_com: .*did you mean overlap_comm"),
+        (dict(extra={"aio": {"queue_dept": 1}}), "aio.queue_dept: .*did you mean queue_depth"),
+        (dict(extra={"loss_scale": 1}), "loss_scale: DeepSpeed has no such key"),
+        (dict(extra={"gradient_clipping": 1}), "decided by optim.clip_grad"),
+        (dict(extra={"zero_optimization": {"stage": 1}}), "decided by efficiency.zero_stage"),
+        (dict(offload_optimizer="nvme"), "efficiency.nvme_path=null"),
+        (dict(offload_param="nvme", nvme_path="/no/such/drive"), "efficiency.nvme_path=/no/such/drive: no such folder"),
+        (dict(stage=2, offload_param="cpu"), "efficiency.offload_param=cpu: needs efficiency.zero_stage=3"),
+        (dict(stage=0, offload_optimizer="cpu"), "efficiency.offload_optimizer=cpu: needs"),
+    ],
+)
+def test_deepspeed_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        deepspeed_config(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_that_does_not_fit(settings, tmp_path, monkeypatch):
+    from fastmim.engine.train import train
+
+    changes = dict(train__global_batch_size=12, train__grad_accum_steps=2, efficiency__zero_stage=2)
+    with pytest.raises(ValueError, match=r"train.grad_accum_steps=2: global_batch_size=12 needs 3"):
+        train(settings(tmp_path, **changes))
+
+
+def test_fp16_on_a_cpu(settings, tmp_path):
+    pytest.importorskip("deepspeed")
+    from fastmim.engine.train import train
+
+    with pytest.raises(ValueError, match="efficiency.precision=fp16: not on a CPU"):
+        train(settings(tmp_path, efficiency__zero_stage=1, efficiency__precision="fp16"))
+
+
+def test_without_deepspeed(settings, tmp_path, monkeypatch):
+    from fastmim.engine.train import train
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match=r"DeepSpeed is not installed; pip install 'fastmim\[zero\]'"):
+        train(settings(tmp_path, efficiency__zero_stage=1))
+
+
+def test_the_apex_of_pypi_is_not_nvidias(monkeypatch):
+    """PyPI's apex has no optimizers; NVIDIA's FusedAdam is used where it is there."""
+    params = [{"params": [nn.Parameter(torch.ones(2))]}]
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    with pytest.raises(ValueError, match="efficiency.fused_optimizer=apex: NVIDIA's apex is not installed"):
+        build_optimizer("adamw", params, 1e-3, fused="apex")
+    optimizers = types.ModuleType("apex.optimizers")
+    optimizers.FusedAdam = lambda groups, **options: options
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    options = build_optimizer("adamw", params, 1e-3, betas=(0.8, 0.9), fused="apex")
+    assert options == {"lr": 1e-3, "betas": (0.8, 0.9), "eps": 1e-8, "adam_w_mode": True}
+
+
+def test_swapped_gradients_are_found():
+    """Two tensors with each other's update, as DeepSpeed's offload to NVMe was seen to give."""
+    right = [torch.full((4,), float(i)) for i in range(4)]
+    compare_updates([t.clone() for t in right], right)
+    with pytest.raises(ValueError, match="2 of 4 test tensors get a wrong update .* use cpu"):
+        compare_updates([right[0], right[2], right[1], right[3]], right)
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        dict(name="swinv2", embed_dim=8, depths=(2, 1), num_heads=(1, 2), window_size=4, extra_norm_period=2),
+        dict(name="swin", embed_dim=8, depths=(2, 1), num_heads=(1, 2), window_size=4),
+        dict(name="vit", embed_dim=16, depth=2, num_heads=2, init_values=0.1, rel_pos_bias=True, abs_pos_embed=True),
+    ],
+    ids=lambda encoder: encoder["name"],
+)
+def test_replayed_construction_is_the_plain_one(encoder):
+    """Every weight bit by bit, SwinV2's zeroed norms too, with a fraction of the model in memory."""
+
+    def build():
+        return create_objective("simmim", encoder=dict(img_size=32, patch_size=4, **encoder), unit=8)
+
+    torch.manual_seed(3)
+    plain, next_draw = build(), torch.rand(3)
+    torch.manual_seed(3)
+    with _Recorder() as recorder, torch.device("meta"):
+        empty = build()
+    found = {}
+    replay = _Replay(recorder.operations, {_storage(p): name for name, p in empty.named_parameters()})
+    replay.run(lambda name, tensor: found.__setitem__(name, tensor.clone()))
+    assert found.keys() == dict(plain.named_parameters()).keys()
+    for name, param in plain.named_parameters():
+        assert torch.equal(found[name].view_as(param), param), name
+    assert torch.equal(torch.rand(3), next_draw)
+    # One tensor at a time: the largest is the head's weight, or a layer of an MLP.
+    largest = max(p.numel() for p in plain.parameters())
+    assert replay.most_held <= 4 * largest + 64
