@@ -89,7 +89,8 @@ def _speed(case: Case, device: torch.device) -> tuple[float, float | None, float
     with torch.no_grad():
         outputs = listed(op(**inputs))
         forward = _microseconds(lambda: op(**inputs))
-    moved = sum(t.numel() * t.element_size() for t in [*inputs.values(), *outputs] if isinstance(t, Tensor))
+    values = [t for value in (*inputs.values(), outputs) for t in (value if isinstance(value, list) else [value])]
+    moved = sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor))
     if not case.grads:
         return forward, None, moved / forward / 1e3
     wrt = [inputs[name].requires_grad_() for name in case.grads]

@@ -33,7 +33,7 @@ class Case:
     op: str
     variant: str
     build: Callable[[bool], dict[str, Any]]
-    """``build(large)`` → keyword arguments, float ones in float32 on the CPU."""
+    """``build(large)`` → keyword arguments, tensors or lists of them, float ones in float32 on the CPU."""
     low: tuple[str, ...]
     """Arguments that come in the low precision; parameters stay float32."""
     grads: tuple[str, ...]
@@ -153,6 +153,12 @@ def _cpb_bias(large: bool) -> dict[str, Any]:
     }
 
 
+def _low_copies(large: bool, dtype: torch.dtype) -> dict[str, Any]:
+    # More than one piece of a program, a remainder of a vector, and less than one.
+    shapes = [(4096, 1024), (1024,)] * 24 if large else [(130, 129), (37,), (1,)]
+    return {"tensors": [_normal(*shape) for shape in shapes], "dtype": dtype}
+
+
 CASES = (
     Case("mask_tokens", "norm", _mask_tokens, ("tokens",), ("tokens", "mask_token", "norm_weight", "norm_bias")),
     Case(
@@ -199,12 +205,20 @@ CASES = (
     Case("masked_l1", "", _masked_l1, ("prediction",), ("prediction",)),
     Case("linear_masked_l1", "", _linear_masked_l1, ("tokens",), ("tokens", "weight", "bias")),
     Case("local_norm_target", "", _local_norm_target, (), ()),
+    Case("low_copies", "bfloat16", lambda large: _low_copies(large, torch.bfloat16), (), ()),
+    Case("low_copies", "float16", lambda large: _low_copies(large, torch.float16), (), ()),
 )
 
 
 def inputs_of(arguments: dict[str, Any], dtypes: dict[str, torch.dtype], device: torch.device) -> dict[str, Any]:
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    moved = {name: _to(value, device) for name, value in arguments.items()}
     return moved | {name: moved[name].to(dtype) for name, dtype in dtypes.items()}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_to(v, device) for v in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def listed(out: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_kernels  # noqa: E402
+import kernel_works  # noqa: E402
 
-TINY = dict(name="swinv2", embed_dim=16, num_heads=(2,), window_size=6)
+TINY = dict(name="swinv2", embed_dim=16, num_heads=(2,), window_size=6, depths=(2,))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_kernels, "SIZES", {"tiny": TINY, "swin_tiny": TINY})
-    monkeypatch.setattr(bench_kernels, "GRID", 12)
+    monkeypatch.setattr(kernel_works, "GRID", 12)
     monkeypatch.setattr(bench_kernels, "COPY_BYTES", 2**23)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -34,12 +36,13 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *ops: str) -> tuple[int
 
 
 def test_rows_and_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    status, rows = run(monkeypatch, tmp_path, "window_attention", "residual_norm", "patch_merge", "gelu", "mask_tokens")
-    assert status == 0 and len(rows) == 5 * 2 * 2
+    ops = [op for op in bench_kernels.WORKS if op not in ("linear_masked_l1", "local_norm_target")]
+    status, rows = run(monkeypatch, tmp_path, *ops)
+    assert status == 0 and len(rows) == len(ops) * 2 * 2
     for row in rows:
         assert float(row["seconds"]) > 0 and float(row["ratio"]) > 0
-        assert float(row["error"]) <= float(row["error_limit"])
-        assert float(row["gb_per_s"]) > 0 and float(row["copy_share"]) > 0
+        assert float(row["mb_per_image"]) > 0 and float(row["roofline_share"]) > 0
+        assert re.match(r"[\d.e-]+ GB/s, a copy [\d.]+; error [\d.e+-]+ <= ", row["note"])
     assert (tmp_path / "kernels.png").stat().st_size > 1000
 
 
@@ -50,4 +53,13 @@ def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path
     status, rows = run(monkeypatch, tmp_path, "patch_merge")
     wrong = [row for row in rows if row["provider"] == "torch"]
     assert status == 1 and len(wrong) == 1 and not wrong[0]["seconds"] and not wrong[0]["ratio"]
-    assert {row["direction"] for row in rows if row["provider"] == "reference"} == {"forward", "backward"}
+    assert wrong[0]["note"].startswith("NOT TIMED: error")
+    assert [row["case"] for row in rows if row["provider"] == "reference"] == [
+        "patch_merge forward swin_tiny", "patch_merge backward swin_tiny"]
+
+
+def test_an_op_that_makes_its_gradients_in_forward_is_timed_as_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+                                                                      ) -> None:
+    status, rows = run(monkeypatch, tmp_path, "linear_masked_l1")
+    assert status == 0 and [row["case"] for row in rows] == ["linear_masked_l1 step swin_tiny"] * 2
+    assert all(float(row["roofline_share"]) > 0 for row in rows)

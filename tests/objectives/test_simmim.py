@@ -115,7 +115,21 @@ def test_runs_on_fake_tensors(family):
 @pytest.mark.parametrize("family", ENCODERS)
 def test_traces_as_one_graph(family):
     objective, images, mask = build(family, norm_target=5)
-    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    check_compiled(objective, images, mask, "aot_eager")
+
+
+def test_the_default_compiler_gives_the_same_loss_and_gradients():
+    """One block a stage: what inductor generates around the ops, in a minimum of its time."""
+    torch.manual_seed(0)
+    encoder = ENCODERS["swinv2"] | dict(img_size=64, depths=(1, 1))
+    objective = create_objective("simmim", encoder=encoder, norm_target=5)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    check_compiled(objective, images, objective.random_mask(torch.arange(2)), "inductor")
+
+
+def check_compiled(objective, images, mask, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(objective, fullgraph=True, backend=backend)
     loss = compiled(images, mask)["loss"]
     loss.backward()
     compiled_grads = [p.grad.clone() for p in objective.parameters()]

@@ -46,6 +46,7 @@ class AotCase:
         dot: The kernel must contain tensor-core instructions.
         persistent: One block an SM is intended.
         archs: Architectures (90 for sm_90) on which this configuration is ever launched.
+        others: Precisions in which a quick case is compiled too; not fp32 where that has tiles of its own.
     """
 
     name: str
@@ -60,6 +61,7 @@ class AotCase:
     dot: bool = False
     persistent: bool = False
     archs: tuple[int, ...] = (80, 90, 100)
+    others: tuple[str, ...] = ("fp16", "fp32")
 
     def key(self, arch: int) -> str:
         """Of the machine code: equal for cases that differ only in the values of run-time arguments.
@@ -79,16 +81,25 @@ def kernel_modules() -> list[str]:
 
 
 def cases_of(module: str) -> list[AotCase]:
-    """``aot_cases()`` of one module of this package.
+    """``aot_cases()`` of one module of this package, and its quick ones in the other precisions.
 
     Raises:
         ValueError: Two cases share a name.
     """
     cases = importlib.import_module(f"fastmim_kernels.triton.{module}").aot_cases()
+    cases += [in_dtype(case, dtype) for case in cases if case.quick and "*bf16" in case.signature.values()
+              for dtype in case.others if min(case.archs) < 100]
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
         raise ValueError(f"aot_cases() of {module}: names must be unique, got {sorted(names)}")
     return cases
+
+
+def in_dtype(case: AotCase, dtype: str) -> AotCase:
+    """``case`` with every bf16 pointer one to ``dtype``, on sm_80 and sm_90."""
+    signature = {name: f"*{dtype}" if kind == "*bf16" else kind for name, kind in case.signature.items()}
+    return dataclasses.replace(case, name=f"{case.name}-in-{dtype}", signature=signature,
+                               archs=tuple(arch for arch in case.archs if arch < 100))
 
 
 def compile_case(case: AotCase, arch: int) -> dict[str, Any]:

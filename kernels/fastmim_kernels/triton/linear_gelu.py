@@ -15,7 +15,7 @@ from . import arrival
 from .aot import AotCase
 from .arrival import arrive
 from .gelu import normal_cdf
-from .matmul import GROUP, STAGES, aot_case, block, metadata, precision, sm_of, sum_rows, tile_of, within
+from .matmul import GROUP, STAGES, aot_case, aot_dtypes, block, metadata, precision, sm_of, sum_rows, tile_of, within
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tupl
 
 
 def aot_cases() -> list[AotCase]:
-    """First and last stages of the shipped encoders, in bf16."""
+    """First and last stages of the shipped encoders, in bf16, and one of them in fp32."""
     cases = []
     for name, (base, widths) in STAGES.items():
         for c, sm in [(base * width, sm) for width in widths for sm in (80, 90, 100)]:
@@ -208,7 +208,8 @@ def aot_cases() -> list[AotCase]:
                     ("fc1", linear_gelu_kernel, forward_config, {}),
                     ("fc1-activation", linear_gelu_kernel, forward_config, {"p_pre": None}),
                     ("fc2-gradient", gelu_gradient_kernel, gradient_config, {})):
-                tiles = config(4 * c, c, torch.bfloat16, sm)
-                extra = {"N": 4 * c, "EVEN_K": c % tiles["BK"] == 0, **extra}
-                cases.append(aot_case(f"{title}/{name}-c{c}", kernel, tiles, extra, sm, quick))
+                for dtype in aot_dtypes(quick, sm):
+                    tiles = config(4 * c, c, dtype, sm)
+                    given = {"N": 4 * c, "EVEN_K": c % tiles["BK"] == 0, **extra}
+                    cases.append(aot_case(f"{title}/{name}-c{c}", kernel, tiles, given, sm, quick, dtype))
     return cases

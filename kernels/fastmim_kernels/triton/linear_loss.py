@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..token_layout import EPS
 from . import arrival
-from .aot import AotCase
+from .aot import AotCase, in_dtype
 from .arrival import arrive
 from .masked_l1 import _flat, loss_of, slope_of
 
@@ -357,8 +357,8 @@ _TYPES = {"p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32"
 
 
 def aot_cases() -> list[AotCase]:
-    """Head of the Swin encoders (3,072 values a token) in bf16; the widths are run-time arguments."""
-    cfg = config(torch.bfloat16)
+    """Head of the Swin encoders (3,072 values a token); the widths are run-time arguments."""
+    cfg, wide = config(torch.bfloat16), config(torch.float32)
     loss: dict[str, Any] = {"S": 32, "LOSS": "l1", "p_mean": None, "p_std": None, "EPS": EPS}
     scaled = _case("scale", scale_kernel, {"num_warps": 8, "num_stages": 2}, {"BLOCK": 4096})
     place = _case("order", order_kernel, {"num_warps": 16, "num_stages": 2},
@@ -368,7 +368,15 @@ def aot_cases() -> list[AotCase]:
     return [place, dataclasses.replace(scaled, dot=False, signature={**scaled.signature, "p_bias": "*fp32"}),
             _case("loss", head_loss_kernel, cfg["loss"], loss),
             _case("tokens", token_gradient_kernel, cfg["tokens"], {}),
-            _case("weight", weight_gradient_kernel, cfg["weight"], {"ADD": True})]
+            _case("weight", weight_gradient_kernel, cfg["weight"], {"ADD": True}),
+            *(_in_float32(_case(*given)) for given in (
+                ("loss", head_loss_kernel, wide["loss"], loss), ("tokens", token_gradient_kernel, wide["tokens"], {}),
+                ("weight", weight_gradient_kernel, wide["weight"], {"ADD": True})))]
+
+
+def _in_float32(case: AotCase) -> AotCase:
+    """Its products are exact by default, and then not on tensor cores."""
+    return dataclasses.replace(in_dtype(case, "fp32"), dot=False)
 
 
 def _case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any]) -> AotCase:
@@ -377,4 +385,4 @@ def _case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, A
     signature = {n: _TYPES.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
     divisible = tuple(n for n in signature if n not in ("grid_h", "grid_w", "row_blocks", "cell_h", "cell_w"))
     return AotCase(name, kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"], divisible,
-                   quick=True, dot=True)
+                   quick=True, dot=True, others=("fp16",))

@@ -1,8 +1,8 @@
 """Mask-token substitution with LayerNorm before and position embedding after.
 
 A program owns a block of positions and walks through the images of the batch: parameters and position
-embeddings are read once, their gradients are summed in registers, and nothing needs an atomic. The tokens of
-masked patches are never loaded.
+embeddings are read once, their gradients are summed in registers and over the programs in a fixed order. The
+tokens of masked patches are never loaded.
 """
 
 from __future__ import annotations

@@ -66,12 +66,18 @@ STAGES = {"swin_s": (96, (1, 8)), "swin_b": (128, (1, 4, 8)), "swin_l": (192, (1
 """Width of the first stage of the shipped encoders, and the multiples of it that are compiled."""
 
 
-def aot_case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any], sm: int, quick: bool
-             ) -> AotCase:
-    """A kernel in bf16 with fp32 parameters on the architecture that its tiles are for."""
+def aot_case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any], sm: int, quick: bool,
+             dtype: torch.dtype = torch.bfloat16) -> AotCase:
+    """A kernel with fp32 parameters on the architecture that its tiles are for; fp32 products are exact by default."""
     constexprs = {"GROUP": GROUP, "PRECISION": "ieee", **constexprs, **{k: v for k, v in tiles.items() if k[0] != "n"}}
     wide = ("p_bias", "p_dw", "p_dbias", "p_partial", "p_sums")
-    signature = {n: "*fp32" if n in wide else "*i32" if n == "p_count" else "*bf16" if n[:2] == "p_" else "i32"
+    low, suffix = ("*fp32", "-in-fp32") if dtype == torch.float32 else ("*bf16", "")
+    signature = {n: "*fp32" if n in wide else "*i32" if n == "p_count" else low if n[:2] == "p_" else "i32"
                  for n in kernel.arg_names if n not in constexprs}
-    return AotCase(f"{name}-sm{sm}", kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"],
-                   tuple(signature), quick, dot=True, archs=(sm,))
+    return AotCase(f"{name}-sm{sm}{suffix}", kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"],
+                   tuple(signature), quick, dot=dtype != torch.float32, archs=(sm,), others=("fp16",))
+
+
+def aot_dtypes(quick: bool, sm: int) -> tuple[torch.dtype, ...]:
+    """In which precisions a configuration is compiled; float16 has the tiles of bfloat16."""
+    return (torch.bfloat16, torch.float32) if quick and sm < 100 else (torch.bfloat16,)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .linear_gelu import halves, narrow_config
-from .matmul import GROUP, STAGES, aot_case, metadata, precision, sm_of, tile_of, within
+from .matmul import GROUP, STAGES, aot_case, aot_dtypes, metadata, precision, sm_of, tile_of, within
 
 
 @triton.jit
@@ -66,12 +66,13 @@ def product_add(x: Tensor, weight: Tensor, add: Tensor) -> Tensor:
 
 
 def aot_cases() -> list[AotCase]:
-    """The gradient of fc1's input, in bf16; that of qkv differs in its depth, a run-time argument."""
+    """The gradient of fc1's input, in bf16 and once in fp32; that of qkv differs in its depth, a run-time argument."""
     cases = []
     for name, (base, widths) in STAGES.items():
         for c, sm in [(base * width, sm) for width in widths for sm in (80, 90, 100)]:
-            tiles = narrow_config(c, 4 * c, torch.bfloat16, sm)
-            extra = {"N": c, "EVEN_K": 4 * c % tiles["BK"] == 0}
-            cases.append(aot_case(f"fc1-input/{name}-c{c}", product_add_kernel, tiles, extra, sm,
-                                  name == "swin_b" and c == 512))
+            quick = name == "swin_b" and c == 512
+            for dtype in aot_dtypes(quick, sm):
+                tiles = narrow_config(c, 4 * c, dtype, sm)
+                extra = {"N": c, "EVEN_K": 4 * c % tiles["BK"] == 0}
+                cases.append(aot_case(f"fc1-input/{name}-c{c}", product_add_kernel, tiles, extra, sm, quick, dtype))
     return cases

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import arrival
 from .aot import AotCase
 from .arrival import arrive
-from .matmul import GROUP, STAGES, aot_case, block, metadata, precision, sm_of, sum_rows, tile_of, within
+from .matmul import GROUP, STAGES, aot_case, aot_dtypes, block, metadata, precision, sm_of, sum_rows, tile_of, within
 
 PART = 8
 """Blocks of rows that a part has at least."""
@@ -171,11 +171,13 @@ def aot_cases() -> list[AotCase]:
     for name, (base, widths) in STAGES.items():
         for width, (sm, processors) in [(w, arch) for w in widths for arch in ((80, 108), (90, 132), (100, 148))]:
             c = base * width
-            tiles = weight_config(3 * c, c, torch.bfloat16, sm)
-            blocks = triton.cdiv(3 * c, tiles["BN"]) * triton.cdiv(c, tiles["BK"])
-            splits, share = split_rows(128 * 48 * 48 // width**2, blocks, tiles["BR"], processors)
-            extra: dict[str, Any] = {"N": 3 * c, "K": c, "SPLITS": splits, "SHARE": share}
-            if splits == 1:
-                extra |= {"p_partial": None, "p_sums": None, "p_count": None}
-            cases.append(aot_case(f"qkv/{name}-c{c}", weight_gradient_kernel, tiles, extra, sm, c == 512))
+            quick = name == "swin_b" and c == 512
+            for dtype in aot_dtypes(quick, sm):
+                tiles = weight_config(3 * c, c, dtype, sm)
+                blocks = triton.cdiv(3 * c, tiles["BN"]) * triton.cdiv(c, tiles["BK"])
+                splits, share = split_rows(128 * 48 * 48 // width**2, blocks, tiles["BR"], processors)
+                extra: dict[str, Any] = {"N": 3 * c, "K": c, "SPLITS": splits, "SHARE": share}
+                if splits == 1:
+                    extra |= {"p_partial": None, "p_sums": None, "p_count": None}
+                cases.append(aot_case(f"qkv/{name}-c{c}", weight_gradient_kernel, tiles, extra, sm, quick, dtype))
     return cases

@@ -172,7 +172,8 @@ def config(n: int, head_dim: int, dtype: torch.dtype) -> Tiling:
         return Tiling(rows, 1, min(rows, 32) if wide else rows, True, max(rows // 16, 1), 1, 1, blocks_per_sm=3)
     if n <= 192 and not wide:
         return Tiling(64, -(-n // 64), 16, False, 4, 1, 1, blocks_per_sm=2)
-    return Tiling(64, 1, 16 if wide else 32, False, 4, 1, 1, blocks_per_sm=3)
+    # In float32 64 rows of queries are more than the registers hold.
+    return Tiling(32 if dtype == torch.float32 else 64, 1, 16 if wide else 32, False, 4, 1, 1, blocks_per_sm=3)
 
 
 def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int,
@@ -239,45 +240,55 @@ _SHAPES = {  # name: (window, heads, head_dim, cosine) of a shifted block, at 19
 }
 _FORWARD = {"p_qkv": "*bf16", "p_bias": "*fp32", "p_scale": "*fp32", "p_out": "*bf16", "p_lse": "*fp32"}
 _BACKWARD = {"p_grad": "*bf16", **_FORWARD, "p_dqkv": "*bf16", "p_partial": "*fp32", "p_dscale": "*fp32"}
+_QUICK = ("swin_b_w6", "swinv2_b_w12")
+_ARCHS = {torch.bfloat16: (80, 90, 100), torch.float32: (80, 90)}
 _SIZES = ("windows", "groups", "height", "width", "heads", "shift_y", "shift_x")
 
 
-def _forward_case(name: str, window: int, heads: int, head_dim: int, cosine: bool) -> AotCase:
-    tiling = config(window * window, head_dim, torch.bfloat16)
-    return _case("forward", name, window, heads, head_dim, cosine, forward_kernel, tiling, (80, 90, 100),
-                 tile_constexprs(window * window, tiling))
+def _forward_case(name: str, window: int, heads: int, head_dim: int, cosine: bool,
+                  dtype: torch.dtype = torch.bfloat16) -> AotCase:
+    tiling = config(window * window, head_dim, dtype)
+    return _case("forward", name, window, heads, head_dim, cosine, forward_kernel, tiling, _ARCHS[dtype],
+                 tile_constexprs(window * window, tiling), dtype)
 
 
-def _backward_cases(name: str, window: int, heads: int, head_dim: int, cosine: bool) -> list[AotCase]:
+def _backward_cases(name: str, window: int, heads: int, head_dim: int, cosine: bool,
+                    dtype: torch.dtype = torch.bfloat16) -> list[AotCase]:
     """One case for the architectures that share a kernel and its tiles."""
     shared: dict[tuple[Any, Tiling], tuple[int, ...]] = {}
-    for arch in (80, 90, 100):
-        which = (window * window, head_dim, torch.bfloat16, arch, cosine)
+    for arch in _ARCHS[dtype]:
+        which = (window * window, head_dim, dtype, arch, cosine)
         choice = backward_kernel if single_tile(*which) else backward_large_kernel, backward_config(*which)
         shared[choice] = (*shared.get(choice, ()), arch)
     return [_case("backward", name if 90 in archs else f"{name}_sm{archs[0]}", window, heads, head_dim, cosine, kernel,
-                  tiling, archs, {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS})
+                  tiling, archs, {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS}, dtype)
             for (kernel, tiling), archs in shared.items()]
 
 
 def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cosine: bool, kernel: Any,
-          tiling: Tiling, archs: tuple[int, ...], sizes: dict[str, Any]) -> AotCase:
-    common = common_constexprs(head_dim, (window, window), "unshifted" not in name, torch.bfloat16)
-    pointers = _BACKWARD if direction == "backward" else _FORWARD
+          tiling: Tiling, archs: tuple[int, ...], sizes: dict[str, Any], dtype: torch.dtype) -> AotCase:
+    common = common_constexprs(head_dim, (window, window), "unshifted" not in name, dtype)
+    pointers = dict(_BACKWARD if direction == "backward" else _FORWARD)
+    wide = dtype == torch.float32
+    pointers |= {p: "*fp32" for p in pointers} if wide else {}
     absent = {} if cosine else {p: None for p in ("p_scale", "p_dscale") if p in pointers}
     present = {p: t for p, t in pointers.items() if p not in absent}
     return AotCase(
-        f"window_attention/{direction}/{name}", kernel, present | dict.fromkeys(_SIZES, "i32"),
+        f"window_attention/{direction}/{name}{'-in-fp32' * wide}", kernel, present | dict.fromkeys(_SIZES, "i32"),
         common | sizes | absent, num_warps=tiling.num_warps,
         divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
-        quick=name.removesuffix("_sm80") in ("swin_b_w6", "swinv2_b_w12"),
-        wide_target=0.5 if window % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs)
+        quick=name.removesuffix("_sm80") in _QUICK,
+        wide_target=0.5 if window % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs,
+        others=("fp16",))
 
 
 def aot_cases() -> list[AotCase]:
-    """Every shipped window and head count, and windows 7, 8, 16 and 24; bfloat16."""
+    """Every shipped window and head count, and windows 7, 8, 16 and 24, in bfloat16; the usual two in float32."""
     cases = [_forward_case(name, *shape) for name, shape in _SHAPES.items()]
     cases += [case for name, shape in _SHAPES.items() for case in _backward_cases(name, *shape)]
+    for name in _QUICK:
+        shape = _SHAPES[name]
+        cases += [_forward_case(name, *shape, torch.float32), *_backward_cases(name, *shape, torch.float32)]
     pointers = ("p_partial", "p_dscale", "p_scale", "p_out", "p_dscale_out")
     return [*cases, AotCase(
         "window_attention/reduce/w12", reduce_kernel,

@@ -2,7 +2,7 @@
 
 The bias gradient is a sum over all windows: a program walks over a group of windows of one head and sums in
 registers (windows up to 8×8) or in its own N×N buffer in global memory, small enough for L2. A second kernel
-adds the groups in a fixed order: no atomics, so the gradient is bitwise repeatable. (The last program to arrive
+adds the groups in a fixed order, so that the gradient is bitwise repeatable. (The last program to arrive
 could add them too, but alone it would read the groups of a head at the speed of one SM.)
 """
 
