@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks import bench_compare, harness, op_count, providers  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
-from fastmim.plan.hardware import GPUS  # noqa: E402
+from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 
 COUNTED = ("fastmim", "timm", "microsoft-simmim", "microsoft-swin")
 
@@ -72,10 +72,8 @@ def model_gflop(case: Case) -> float:
 
 
 def modelled_seconds(case: Case, device_name: str) -> float | None:
-    """Modelled seconds an image of our step on a named GPU; None where it is not one that the planner knows."""
-    known = [gpu for gpu in GPUS.values() if gpu.name.partition("-")[0].upper() in device_name.replace(" ", "").upper()]
-    # Of one chip with two memories, the one whose size is part of the device's name.
-    gpu = next((g for g in known if len(known) == 1 or f"{g.name.rpartition('-')[2].upper()}B" in device_name), None)
+    """Modelled seconds an image of our step on a named GPU; None where its ceilings were never measured."""
+    gpu = next((g for g in GPUS if g.name in device_name), None)
     if gpu is None:
         return None
     count = op_count.count_step(builder("fastmim", case, None), batch=case.batch, img_size=case.encoder()["img_size"])
@@ -85,7 +83,7 @@ def modelled_seconds(case: Case, device_name: str) -> float | None:
 def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """CSV rows of one case."""
     shared = {"benchmark": "counts", "note": "modelled on H100, not measured",
-              **bench_compare.describe(case, 1, args), "device": "none"}  # fmt: skip
+              **bench_compare.describe(case, case.weights(), 1, args), "device": "none"}  # fmt: skip
     rows = []
     for name in args.providers:
         try:

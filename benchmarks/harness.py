@@ -108,7 +108,8 @@ def saved_bytes(objective: nn.Module, images: Tensor, mask: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = objective(images, mask)["loss"]
-    loss.backward()
+    with torch.autocast(images.device.type, enabled=False):  # a backward pass belongs outside
+        loss.backward()
     return sum(kept.values())
 
 

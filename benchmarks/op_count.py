@@ -39,11 +39,10 @@ from fastmim.models.sizes import SIZES  # noqa: E402
 from fastmim.plan.closed_forms import closed_forms  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors  # noqa: E402
 from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
-from fastmim.plan.hardware import GPUS as KNOWN_GPUS  # noqa: E402
+from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 from fastmim_kernels import dispatch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"
-GPUS = KNOWN_GPUS["h100-80g"], KNOWN_GPUS["a100-80g"]
 MASKED = 0.6
 MASKED_TOKENS = 22 / 36
 """Of the encoder's output, whose tokens are the mask's units."""
@@ -253,7 +252,7 @@ def row(model: str, side: str, count: Count) -> dict[str, Any]:
         "gflop": round((forward[2] + backward[2]) / count.batch / 1e9, 2),
         "saved_mb": round(count.saved_megabytes, 2),
         "casts_once_mb": round(sum(x.bytes for x in count.casts) / count.batch / 1e6, 2),
-        **{f"modelled_us_{gpu.name.partition('-')[0]}": round(count.microseconds(i), 1) for i, gpu in enumerate(GPUS)},
+        **{f"modelled_us_{gpu.name.lower()}": round(count.microseconds(i), 1) for i, gpu in enumerate(GPUS)},
     }
 
 

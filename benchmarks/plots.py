@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fastmim.plan.hardware import GPUS
+from fastmim.plan.hardware import MEASURED as GPUS
 
 Row = dict[str, Any]
 KEY = ("benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "machine", "provider", "note")
@@ -111,7 +111,7 @@ def _stacked(lines: Sequence[str], parts: dict[str, list[float]], title: str) ->
 
 def roofline(rows: Sequence[Row]) -> Figure:
     """Counted steps under the ceilings of an H100: modelled, no point is a measurement."""
-    gpu = GPUS["h100-80g"]
+    gpu = GPUS[0]
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots()
     ridge = gpu.flops / gpu.bandwidth

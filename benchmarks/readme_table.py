@@ -70,6 +70,17 @@ def memory(rows: list[Row]) -> list[str]:
     return lines
 
 
+def counted(rows: list[Row]) -> list[str]:
+    """Lines of Markdown: launches, traffic, saved bytes and modelled time, each provider's beside ours."""
+    columns = {"launches": "launches", "mb_per_image": "MB/image", "saved_mb_per_image": "saved MB/image",
+               "modelled_us_per_image": "modelled µs/image"}  # fmt: skip
+    lines = [f"| model | provider | {' | '.join(columns.values())} |", "|---" * (2 + len(columns)) + "|"]
+    for row in latest(rows, "counts"):
+        values = " | ".join(str(row[c]) for c in columns)
+        lines.append(f"| {row['case']} | {row['provider']} | {values} |")
+    return lines
+
+
 def text(rows: list[Row]) -> str:
     """What stands between the markers."""
     parts = []
@@ -77,6 +88,7 @@ def text(rows: list[Row]) -> str:
         ("Training steps", table(rows, "step")),
         ("Whole runs of `fastmim pretrain` from JPEG files", table(rows, "pretrain")),
         ("Peak memory of a training step", memory(rows)),
+        ("Counted on fake tensors (batch 128, bf16); the time is a roofline of an H100, no measurement", counted(rows)),
     ):
         if len(lines) > 2:
             parts.append("\n".join([f"{title}:", "", *lines]))
@@ -84,8 +96,9 @@ def text(rows: list[Row]) -> str:
     said = dict.fromkeys(f"{r['machine']}, {r['threads']} threads" for r in timed)
     dates = sorted({r["date"] for r in rows})
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
-    parts.append(f"Measured on {'; '.join(said)}; {dates[0]} to {dates[-1]}, commit {commits}. Brackets are the 20 % "
-                 "and 80 % quantiles; every number is a row of `benchmarks/results/measurements.csv`.")  # fmt: skip
+    measured = f"Measured on {'; '.join(said)}. " if said else "Nothing was timed yet. "
+    parts.append(f"{measured}{dates[0]} to {dates[-1]}, commit {commits}. Brackets are the 20 % and 80 % quantiles; "
+                 "every number is a row of `benchmarks/results/measurements.csv`.")  # fmt: skip
     return "\n\n".join(parts)
 
 

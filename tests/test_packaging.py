@@ -123,7 +123,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     info = f"fastmim-{fastmim.__version__}.dist-info"
     meta = email.message_from_string(archive.read(f"{info}/METADATA").decode())
     assert meta["Version"] == fastmim.__version__ and meta["License-Expression"] == "Apache-2.0"
-    assert set(meta.get_all("Provides-Extra")) == {"triton", "zero", "dali", "plots", "bench", "dev", "all"}
+    assert set(meta.get_all("Provides-Extra")) == {"triton", "zero", "dali", "plots", "profile", "bench", "dev", "all"}
     required = meta.get_all("Requires-Dist")
     # PyPI's apex is another project; a requirement on it would install that.
     assert not any(re.match(r"apex\b", line) for line in required)

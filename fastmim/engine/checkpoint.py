@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``checkpoints/step-00000020``: weights and optimiser moments (safetensors, in one
 piece or as :mod:`fastmim.engine.shards`), the random generators of every rank (safetensors) and
-``state.json``. It is written under another name, flushed to the disk, and renamed; so a folder with that name
-is complete. Nothing in it is a pickle.
+``state.json``. It is written under another name, flushed to the disk, and renamed; so a folder with that name is
+complete. Nothing in it is a pickle.
 """
 
 from __future__ import annotations

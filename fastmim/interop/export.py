@@ -25,9 +25,8 @@ def export_encoder(objective: nn.Module, path: str | Path, *, encoder: dict[str,
         ``path``.
     """
     path = Path(path)
-    tensors = {
-        k: v.detach().float().cpu().contiguous() for k, v in objective.encoder.state_dict().items() if k != "mask_token"
-    }
+    state = objective.get_submodule("encoder").state_dict()
+    tensors = {k: v.detach().float().cpu().contiguous() for k, v in state.items() if k != "mask_token"}
     metadata = {"format": "pt", "source": "fastmim", "encoder": json.dumps(encoder or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -62,6 +62,11 @@ GPUS = {
 }
 """By name, smallest and oldest first. ``network``: one 100, 200 or 400 Gb/s adapter a GPU, as is usual for each."""
 
+MEASURED = tuple(
+    dataclasses.replace(GPUS[name], name=chip) for chip, name in (("H100", "h100-80g"), ("A100", "a100-80g"))
+)
+"""GPUs whose ceilings were measured, by the name that their drivers' names contain."""
+
 _CUSTOM = {"memory": "GiB", "tflops": "TFLOP/s", "bandwidth": "GB/s", "link": "GB/s", "network": "GB/s"}
 
 

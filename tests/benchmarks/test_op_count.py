@@ -88,7 +88,8 @@ class TestCounter:
         with DispatchCounter() as counter:
             torch.empty(10) + 1  # noqa: B018
         assert counter.seconds(gpu) == 80 / 10
-        assert [(g.flops, g.bandwidth) for g in op_count.GPUS] == [(798e12, 3.0e12), (312e12, 1.75e12)]
+        ceilings = [(g.name, g.flops, g.bandwidth) for g in op_count.GPUS]
+        assert ceilings == [("H100", 798e12, 3.0e12), ("A100", 312e12, 1.75e12)]
 
     def test_saved_tensors(self) -> None:
         weight, x = nn.Parameter(torch.empty(3, 5)), torch.empty(7, 5)

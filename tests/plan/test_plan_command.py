@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fastmim.plan import command
 from fastmim.plan.hardware import GPUS
 from fastmim.plan.trace import Footprint
 
+RealTracer = command.Tracer
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = str(ROOT / "configs/demo.yaml")
 SMALL = ["model.depths=[1, 1]", "model.embed_dim=24", "train.global_batch_size=64", "data.path=null"]
@@ -116,3 +118,12 @@ def test_user_errors_are_one_line(argv: list[str], message: str, capsys: pytest.
     status, out, err = run(capsys, *argv)
     assert status == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("fastmim: error: ") and message in err
+
+
+def test_traces_in_processes_of_their_own_are_the_same() -> None:
+    cfg = load_config(DEMO, SMALL)
+    with closing(RealTracer(cfg)) as tracer:
+        tracer.start([("full", True)])
+        found = tracer.footprint("full", True)
+    here = command.trace_config(cfg, "full", True)
+    assert (found.small, found.large) == (here.small, here.large)
