@@ -275,8 +275,8 @@ def test_batch_sizes():
 
 @pytest.mark.parametrize("check_every_step", [True, False])
 def test_a_non_finite_loss_names_step_and_module(settings, tmp_path, monkeypatch, check_every_step):
-    def broken(cfg, objective, world, accum):
-        engine = make_engine(cfg, objective, world, accum)
+    def broken(cfg, objective, world, accum, deepspeed):
+        engine = make_engine(cfg, objective, world, accum, deepspeed)
         engine.check_every_step = check_every_step
         objective.encoder.layers[0].blocks[1].mlp.register_forward_hook(
             lambda module, args, out: out * (float("nan") if engine.steps >= 4 else 1.0)
