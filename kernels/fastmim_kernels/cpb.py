@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
+from .eager import outside_autocast
 from .rows import exactly, statistics_dtype
 
 ALIGN = 16
@@ -263,6 +264,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.settings = inputs[6:]
 
 
+@outside_autocast
 def _autograd(ctx, grad, _sigmoids):  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 9

@@ -6,6 +6,7 @@ compiler, no fake tensors, no dispatch mode such as a counter), the same functio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,3 +40,16 @@ def unwatched(args: tuple[Any, ...]) -> bool:
         return False
     tensors = [a for a in args if isinstance(a, Tensor)]
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+
+
+def outside_autocast(backward: Callable) -> Callable:
+    """An autograd formula whose products keep their dtype where ``loss.backward()`` is called inside autocast."""
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None, **more: Any) -> Any:
+        device = next((g.device.type for g in grads if g is not None), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads, **more)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads, **more)
+
+    return run

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
-from .eager import shortcut, shortcut_with_grad
+from .eager import outside_autocast, shortcut, shortcut_with_grad
 from .rows import column_sum, refuse_float64, statistics_dtype
 
 
@@ -91,6 +91,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, bias)
 
 
+@outside_autocast
 def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
     x, bias = ctx.saved_tensors
     dx, d_bias = _run_backward(grad, x, bias, ctx.impl)

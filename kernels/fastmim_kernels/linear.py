@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import resolve
-from .eager import shortcut, shortcut_with_grad
+from .eager import outside_autocast, shortcut, shortcut_with_grad
 from .rows import column_sum, refuse_float64, statistics_dtype
 from .two_readers import and_input
 
@@ -193,6 +193,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+@outside_autocast
 def _autograd(ctx, grad, _low, add=None):  # type: ignore[no-untyped-def]
     if grad is None:
         return add, *(None,) * 5

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
+from .eager import outside_autocast
 from .token_layout import (
     cover,
     loss_gradient_,
@@ -167,6 +168,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.has_bias, ctx.impl = inputs[2] is not None, inputs[-1]
 
 
+@outside_autocast
 def _autograd(ctx, grad, *_):  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 12

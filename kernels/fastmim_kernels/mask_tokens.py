@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
+from .eager import outside_autocast
 
 
 def mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_weight: Tensor | None = None,
@@ -201,6 +202,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.params = [None if p is None else (p.shape, p.dtype) for p in (mask_token, weight, bias, pos_embed)]
 
 
+@outside_autocast
 def _autograd(ctx, grad, _mean, _rstd, more=None):  # type: ignore[no-untyped-def]
     if grad is None:
         grad, more = more, None

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
+from .eager import outside_autocast
 from .linear_loss import linear_reference, linear_torch, linear_triton
 from .token_layout import (
     EPS,
@@ -202,6 +203,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(prediction, target, mask, mean, std, output[1])
 
 
+@outside_autocast
 def _autograd(ctx, grad, _scale):  # type: ignore[no-untyped-def]
     d_prediction = _backward_op(grad, *ctx.saved_tensors, ctx.stride, ctx.loss, ctx.impl)
     return d_prediction, *[None] * 7

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
-from .eager import shortcut, shortcut_with_grad
+from .eager import outside_autocast, shortcut, shortcut_with_grad
 from .linear import check_low, fitting, input_gradient, parameter_gradients, product, product_dtype, weight_gradient
 from .rows import column_sum, refuse_float64, statistics_dtype
 from .two_readers import and_input
@@ -211,6 +211,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias1, bias2)]
 
 
+@outside_autocast
 def _autograd(ctx, grad, _pre, _low1, _low2, add=None):  # type: ignore[no-untyped-def]
     if grad is None:
         return add, *(None,) * 8

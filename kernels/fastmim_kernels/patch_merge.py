@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
-from .eager import shortcut, shortcut_with_grad
+from .eager import outside_autocast, shortcut, shortcut_with_grad
 from .rows import layer_norm, layer_norm_backward, refuse_float64, statistics_dtype
 
 
@@ -141,6 +141,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
 
 
+@outside_autocast
 def _autograd(ctx, grad, _mean, _rstd):  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 6

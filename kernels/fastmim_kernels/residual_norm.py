@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .dispatch import resolve
-from .eager import shortcut, unwatched
+from .eager import outside_autocast, shortcut, unwatched
 from .rows import refuse_float64, statistics_dtype
 
 ORDERS = ("pre", "post")
@@ -242,6 +242,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, branch_bias, gamma)]
 
 
+@outside_autocast
 def _autograd(ctx, grad_added, grad_out, _mean, _rstd):  # type: ignore[no-untyped-def]
     grad_added, grad_out = (None if g is None or not g.numel() else g for g in (grad_added, grad_out))
     order, merge, dtype, branch_dtype, _ = ctx.settings

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import reference
 from . import window_attention_torch as plain
 from .dispatch import resolve
-from .eager import shortcut, shortcut_with_grad
+from .eager import outside_autocast, shortcut, shortcut_with_grad
 from .rows import statistics_dtype
 
 
@@ -145,6 +145,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(qkv, bias, logit_scale, out if ctx.impl == "triton" else None, lse)
 
 
+@outside_autocast
 def _autograd(ctx, grad_out, _lse):  # type: ignore[no-untyped-def]
     qkv, bias, logit_scale, out, lse = ctx.saved_tensors
     dqkv, dbias, dscale = _run_backward(grad_out, qkv, bias, logit_scale, out, lse, ctx.num_heads, ctx.window_size,

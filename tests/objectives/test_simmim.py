@@ -150,6 +150,23 @@ def test_bf16_autocast_stays_near_fp32():
     torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("family", ["swin", "swinv2"])  # ViT's attention is torch's own
+def test_backward_inside_autocast_is_backward_outside(family):
+    """Autocast must not reach into the ops' gradients, whose float32 products would lose half their digits."""
+    gradients = []
+    for inside in (False, True):
+        objective, images, mask = build(family)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = objective(images, mask)["loss"]
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append({name: param.grad for name, param in objective.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert torch.equal(gradients[1][name], expected), name
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [
