@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit
@@ -118,37 +117,3 @@ def timm_objective(encoder: dict[str, Any], norm_target: int, source: nn.Module)
         net.decoder[0].weight.copy_(source.head.weight.reshape(net.decoder[0].weight.shape))
         net.decoder[0].bias.copy_(source.head.bias)
     return net
-
-
-# name: (timm model, its extra arguments, our encoder)
-MODELS = {
-    "swinv2_base": ("swinv2_base_window12_192", {}, {"name": "swinv2_base"}),
-    "swinv2_large": ("swinv2_large_window12_192", {}, {"name": "swinv2_large"}),
-    "swin_base": ("swin_base_patch4_window7_224", {"img_size": 192, "window_size": 6}, {"name": "swin_base"}),
-}
-
-
-def timm_simmim(name: str, norm_target: int = 0) -> TimmSimMIM:
-    """A :class:`TimmSimMIM` for a key of :data:`MODELS`, without weights from anywhere."""
-    model, kwargs, _ = MODELS[name]
-    encoder = timm.create_model(model, pretrained=False, num_classes=0, drop_path_rate=0.0, **kwargs)
-    for key, parameter in encoder.named_parameters():
-        # SwinV2 starts its residual branches at zero: their gradients would be zero and prove nothing.
-        if key.endswith(("norm1.weight", "norm2.weight")):
-            nn.init.constant_(parameter, 0.5)
-    return TimmSimMIM(encoder, norm_target)
-
-
-def copy_weights(source: TimmSimMIM, target: nn.Module) -> None:
-    """Give one of our SimMIM objectives the weights of ``source``."""
-    # timm keeps an unused bias for keys and position tables that are not parameters.
-    own = {k for k, _ in target.encoder.named_parameters()}
-    state = {k: v for k, v in source.encoder.state_dict().items() if k in own}
-    state["mask_token"] = source.mask_token.detach().reshape(1, 1, -1)
-    missing = own - set(state)
-    if missing:
-        raise ValueError(f"copy_weights: the timm encoder lacks {sorted(missing)}")
-    target.encoder.load_state_dict(state, strict=False)
-    with torch.no_grad():
-        target.head.weight.copy_(source.decoder[0].weight.flatten(1))
-        target.head.bias.copy_(source.decoder[0].bias)
