@@ -66,12 +66,6 @@ def test_the_committed_report_is_what_the_compiler_says(tmp_path: Path) -> None:
     assert all(row == known.get(row["key"], row) | {"case": row["case"]} for row in rows)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_every_shipped_configuration_afresh(tmp_path: Path) -> None:
-    assert_clean(*compile_report(tmp_path / "report", "--arch", "80", "90", "100"))
-
-
 BAD = '''
 import triton, triton.language as tl
 from fastmim_kernels.triton.aot import AotCase
