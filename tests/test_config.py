@@ -120,6 +120,11 @@ MISTAKES = [
 ]
 
 
+def test_lamb_is_not_cut_among_ranks() -> None:
+    message = refused("optim.name=lamb", "efficiency.zero_stage=2")
+    assert "optim.name=lamb: not with efficiency.zero_stage=2; use adamw, or stage 0" in message
+
+
 @pytest.mark.parametrize("override, expected", MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_a_mistake_is_one_clear_line(override: str, expected: list[str]) -> None:
     message = refused(override)

@@ -166,6 +166,12 @@ def zero(efficiency: EfficiencySection) -> None:
         raise problem(f"efficiency.recompute_offload=true: not with recompute={efficiency.recompute}; use full")
 
 
+def lamb(optim: OptimSection, efficiency: EfficiencySection) -> None:
+    """LAMB scales each tensor's update by the norms of the whole tensor, of which a rank of ZeRO has a part."""
+    if optim.name == "lamb" and efficiency.zero_stage:
+        raise problem(f"optim.name=lamb: not with efficiency.zero_stage={efficiency.zero_stage}; use adamw, or stage 0")
+
+
 def schedule(optim: OptimSection) -> None:
     """The schedule has the keys it needs, each in one unit only, and its rates are in order."""
     for first, second in (

@@ -108,9 +108,9 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimiser and its learning-rate schedule."""
 
-    name: Literal["adamw"] = Field("adamw", description="optimiser")
+    name: Literal["adamw", "lamb"] = Field("adamw", description="optimiser; lamb: for huge batches, not with ZeRO")
     lr: Rate = Field(1e-4, description="peak learning rate, per lr_batch images")
     warmup_lr: Rate = Field(5e-7, description="learning rate of the first step, scaled like lr")
     min_lr: Rate = Field(0.0, description="learning rate at the end of a cosine, scaled like lr")
@@ -237,6 +237,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         encoder, objective = self.model.encoder_kwargs(), self.objective
+        checks.lamb(self.optim, self.efficiency)
         checks.mask_unit(encoder, objective.unit)
         checks.some_visible(encoder, objective.unit, objective.mask_ratio)
         checks.channels(self.model.in_chans, mean=self.data.mean, std=self.data.std)

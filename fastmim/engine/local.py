@@ -186,13 +186,21 @@ class LocalEngine:
         loss_sum, bad = torch.stack([total, self._first_bad.double()]).tolist()
         if bad >= 0:
             raise NonFiniteError(int(bad))
-        return {"step": self.steps, "loss_sum": loss_sum, "loss_count": self._loss_count}
+        state: dict[str, Any] = {"step": self.steps, "loss_sum": loss_sum, "loss_count": self._loss_count}
+        # LAMB and apex' optimisers count updates in the group, torch's in the state of each parameter.
+        counts = [int(group["step"]) for group in self.optimizer.param_groups if "step" in group]
+        return state | ({"group_steps": counts} if counts else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` returned."""
         self.steps = int(state["step"])
         self._loss_sum.fill_(state["loss_sum"])
         self._loss_count = int(state["loss_count"])
+        if counts := state.get("group_steps"):
+            current = self.optimizer.state_dict()
+            for group, count in zip(current["param_groups"], counts, strict=True):
+                group["step"] = count
+            self.optimizer.load_state_dict(current)
 
     def save(self, folder: Path) -> None:
         """Write weights and optimiser moments into ``folder``; rank 0 alone calls it."""

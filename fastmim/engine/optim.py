@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -93,23 +95,26 @@ def build_optimizer(
     """Build the optimiser over parameter groups.
 
     Args:
-        name: ``"adamw"``.
+        name: ``"adamw"``, or ``"lamb"`` (You et al. 2020, for very large batches; the engine clips, LAMB does not).
         groups: groups of :func:`param_groups`.
         lr: first learning rate; the engine sets it again before every update.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         fused: ``"auto"`` takes torch's fused kernel where the parameters' device and dtype have one;
-            ``True`` demands it; ``False`` takes the foreach loop; ``"apex"`` takes NVIDIA apex' FusedAdam, and
-            ``"cpu_adam"`` DeepSpeed's for states in CPU memory (compiled at first use).
+            ``True`` demands it; ``False`` takes the foreach loop; ``"apex"`` takes NVIDIA apex' FusedAdam or
+            FusedLAMB, and ``"cpu_adam"`` DeepSpeed's for states in CPU memory (compiled at first use). LAMB is
+            apex' or, otherwise, timm's.
 
     Raises:
         ValueError: unknown optimiser, or a kernel that is not there.
     """
-    if name != "adamw":
-        raise ValueError(f"optim.name={name!r}: unknown optimiser; use adamw")
     groups = list(groups)
+    if name == "lamb":
+        return _lamb(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+    if name != "adamw":
+        raise ValueError(f"optim.name={name!r}: unknown optimiser; use adamw or lamb")
     if fused == "apex":
-        return _apex_adam()(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, adam_w_mode=True)
+        return _from_apex("FusedAdam")(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, adam_w_mode=True)
     if fused == "cpu_adam":
         return _cpu_adam()(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, adamw_mode=True)
     params = [param for group in groups for param in group["params"]]
@@ -120,16 +125,27 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=use_fused)
 
 
-def _apex_adam() -> Any:
+def _lamb(groups: list[dict[str, Any]], *, fused: str | bool, **options: Any) -> torch.optim.Optimizer:
+    if fused == "apex":
+        # By default it clips, after the engine did.
+        return _from_apex("FusedLAMB")(groups, max_grad_norm=math.inf, **options)
+    if fused is True or fused == "cpu_adam":
+        shown = "true" if fused is True else fused
+        raise ValueError(f"efficiency.fused_optimizer={shown}: there is no such LAMB; use auto, or apex")
+    from timm.optim import Lamb
+
+    return Lamb(groups, max_grad_norm=None, **options)
+
+
+def _from_apex(name: str) -> Any:
     try:
-        # PyPI's "apex" is an unrelated package without this attribute.
-        from apex.optimizers import FusedAdam
-    except ImportError:
+        # PyPI's "apex" is an unrelated package without these.
+        return getattr(importlib.import_module("apex.optimizers"), name)
+    except (ImportError, AttributeError):
         raise ValueError(
             "efficiency.fused_optimizer=apex: NVIDIA's apex is not installed (it is not the apex of PyPI); "
             "build it from github.com/NVIDIA/apex, or use auto"
         ) from None
-    return FusedAdam
 
 
 def _cpu_adam() -> Any:

@@ -267,3 +267,23 @@ def test_saved_and_loaded_engines_continue_alike(objective, new_objective, tmp_p
     assert equal_weights(objective, fresh)
     assert other.steps == engine.steps == 6
     assert other.read() == engine.read()
+
+
+def test_lamb_goes_on_where_it_was(objective, tmp_path):
+    """Its count of updates lies in the groups, beside the moments that the checkpoint holds by parameter."""
+
+    def lamb(module):
+        return LocalEngine(module, build_optimizer("lamb", param_groups(module, 0.05), 1e-2))
+
+    other = copy.deepcopy(objective)
+    data = list(batches(objective, 4))
+    engine = lamb(objective)
+    run(engine, data[:2])
+    engine.save(tmp_path)
+    state = engine.state()
+    run(engine, data[2:])
+    resumed = lamb(other)
+    resumed.load(tmp_path)
+    resumed.load_state(state)
+    run(resumed, data[2:])
+    assert equal_weights(objective, other)

@@ -115,3 +115,20 @@ def test_one_update_is_decoupled_adamw():
     optimizer.step()
     expected = torch.tensor([[1 * 0.995 - 0.1, -2 * 0.995 + 0.1]])
     torch.testing.assert_close(param.data, expected)
+
+
+def test_one_update_is_lamb():
+    """First LAMB update (You et al. 2020, algorithm 2): u = g / (|g| + eps) + wd p, then p - lr |p| / |u| u."""
+    param = torch.nn.Parameter(torch.tensor([[3.0, -4.0]]))
+    optimizer = build_optimizer("lamb", [{"params": [param], "weight_decay": 0.05}], 0.1, eps=1e-8)
+    param.grad = torch.tensor([[300.0, -0.5]])  # a large gradient: nothing clips
+    optimizer.step()
+    update = torch.tensor([[1 + 0.15, -1 - 0.2]])
+    expected = torch.tensor([[3.0, -4.0]]) - 0.1 * 5 / update.norm() * update
+    torch.testing.assert_close(param.data, expected)
+
+
+@pytest.mark.parametrize("fused", [True, "cpu_adam"])
+def test_kernels_that_lamb_does_not_have(fused):
+    with pytest.raises(ValueError, match="efficiency.fused_optimizer=(true|cpu_adam): there is no such LAMB"):
+        build_optimizer("lamb", param_groups(build("swin"), 0.05), 1e-3, fused=fused)

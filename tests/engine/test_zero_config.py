@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 
@@ -130,6 +131,11 @@ def test_the_apex_of_pypi_is_not_nvidias(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
     options = build_optimizer("adamw", params, 1e-3, betas=(0.8, 0.9), fused="apex")
     assert options == {"lr": 1e-3, "betas": (0.8, 0.9), "eps": 1e-8, "adam_w_mode": True}
+    with pytest.raises(ValueError, match="fused_optimizer=apex: NVIDIA's apex is not installed"):
+        build_optimizer("lamb", params, 1e-3, fused="apex")
+    optimizers.FusedLAMB = lambda groups, **options: options
+    options = build_optimizer("lamb", params, 1e-3, betas=(0.8, 0.9), fused="apex")
+    assert options == {"lr": 1e-3, "betas": (0.8, 0.9), "eps": 1e-8, "max_grad_norm": math.inf}
 
 
 def test_swapped_gradients_are_found():
