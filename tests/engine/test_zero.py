@@ -100,9 +100,11 @@ def test_bf16_is_near_fp32(name, two, alone):
 def test_what_a_rank_holds(two):
     """4 bytes per fp32 value; a stage halves what it cuts on two ranks, but for padding of a few values a tensor.
 
-    Gradients once they are reduced: until then stage 1 has all of them, and stages 2 and 3 those of a bucket.
+    Gradients once they are reduced: until then stage 1 has all of them, and stages 2 and 3 those of a bucket. Stages
+    1 and 2 in fp32 hold the whole of a tensor that the cut goes through, of which there can be one a group.
     """
-    values = sum(t.numel() for t in load_file(two / "ddp/checkpoints/step-00000010/model.safetensors").values())
+    sizes = [t.numel() for t in load_file(two / "ddp/checkpoints/step-00000010/model.safetensors").values()]
+    values, straddling = sum(sizes), 4 * max(sizes)
     slack = 24 * 63  # bytes of padding and alignment for each of 63 tensors
     full, half = 4 * values, 2 * values
     expected = {
@@ -118,7 +120,8 @@ def test_what_a_rank_holds(two):
         for rank in range(2):
             held = json.loads((two / name / f"held-{rank}.json").read_text())
             for what, size in formula.items():
-                assert held[what] == pytest.approx(size, abs=slack), (name, rank, what)
+                over = straddling if what == "gradients" and name in ("stage1", "stage2") else 0
+                assert size - slack <= held[what] <= size + over + slack, (name, rank, what)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
