@@ -294,11 +294,7 @@ def test_without_dali_the_message_says_how_to_get_it(photos, monkeypatch):
         load(photos, in_chans=4)
 
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
 @pytest.mark.cuda
-@cuda
 @pytest.mark.parametrize("workers", (0, 2))
 def test_cuda_batches_are_those_of_the_cpu(photos, workers):
     # nvJPEG's inverse transform and chroma upsampling round differently: a few levels on smooth images
@@ -309,7 +305,6 @@ def test_cuda_batches_are_those_of_the_cpu(photos, workers):
 
 
 @pytest.mark.cuda
-@cuda
 def test_cuda_restart_and_zoo(photos, zoo):
     with load(photos, device="cuda") as loader:
         whole = list(loader.epoch(0))

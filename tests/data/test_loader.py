@@ -316,7 +316,6 @@ def test_wrong_position(photos):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("workers", (0, 2))
 def test_cuda_batches_are_those_of_the_cpu(photos, workers):
     with load(photos, loader="torchvision", device="cuda", num_workers=workers) as gpu, load(photos) as cpu:
