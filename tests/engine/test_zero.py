@@ -60,6 +60,17 @@ def two(zero_run, launch, tmp_path_factory):
     return folder
 
 
+FOUR = ("stage0", "stage1", "stage2", "stage3", "stage2 in 4", "stage2 offload", "stage3 full", "stage3 fc1_qkv")
+
+
+@pytest.fixture(scope="module")
+def four(zero_run, launch, tmp_path_factory):
+    """One of each kind on four ranks; with a quarter of the batch, "in 4" is in 2."""
+    folder = tmp_path_factory.mktemp("four")
+    launch([zero_run(folder / name, 4, **RUNS[name]) for name in FOUR], 4)
+    return folder
+
+
 def curve(folder, key="loss"):
     return [json.loads(line)[key] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -79,6 +90,11 @@ def test_equals_one_process_without_deepspeed(name, two, alone):
     compare(two / name, alone / "plain", rtol=1e-5, atol=1e-5)
     norms = torch.tensor(curve(two / name, "grad_norm")), torch.tensor(curve(alone / "plain", "grad_norm"))
     torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_equal_one_process_without_deepspeed(name, four, alone):
+    compare(four / name, alone / "plain", rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["full", "full offload", "every second", "gemm", "fc1_qkv"])
