@@ -24,9 +24,13 @@ import harness
 import torch
 from kernel_works import WORKS, Work, normal, position_bias
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 import fastmim_kernels as fk
 from fastmim.models.sizes import SIZES
+
+# A backward pass is timed again and again on one graph: the compiler must not reuse what it keeps.
+functorch_config.donated_buffer = False
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTOR, FLOOR = 2.0, 5e-7  # of the reference's own error, and what is always forgiven beside one rounding
@@ -37,7 +41,10 @@ COPY_BYTES = 2**30
 def provider(op: str, name: str) -> Callable[..., Any]:
     call = position_bias if op == "position_bias" else getattr(fk, op)
     function = functools.partial(call, impl="reference" if name == "compiled" else name)
-    return torch.compile(function, dynamic=False) if name == "compiled" else function
+    if name != "compiled":
+        return function
+    torch._dynamo.reset()  # every op is the same function to the compiler, which gives up after some versions of one
+    return torch.compile(function, dynamic=False)
 
 
 def prepared(work: Work, dtypes: dict[str, torch.dtype], device: torch.device) -> dict[str, Any]:
