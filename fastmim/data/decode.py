@@ -42,6 +42,17 @@ class DecodeError(ValueError):
     """One image cannot be used; the message is the reason, in one line."""
 
 
+def read_bytes(file: io.FileIO, size: int) -> bytearray:
+    """The next ``size`` bytes of an unbuffered file, fewer where it ends before; OSError when it cannot be read."""
+    data = bytearray(size)
+    view, filled = memoryview(data), 0
+    while filled < size and (count := file.readinto(view[filled:])):
+        filled += count
+    view.release()
+    del data[filled:]
+    return data
+
+
 def decode_image(data: bytes | bytearray, *, in_chans: int = 3, loader: str = "auto", min_size: int = 1) -> Tensor:
     """Decode one image.
 

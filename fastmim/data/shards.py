@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from fastmim.data.decode import DecodeError
+from fastmim.data.decode import DecodeError, read_bytes
 from fastmim.data.names import is_image, printable, shown
 
 INDEX_VERSION = "v1.2"
@@ -78,16 +78,10 @@ class ShardIndex:
                 # Sizes come from an untrusted header: nothing is allocated for bytes that are not there.
                 if offset + size > os.fstat(file.fileno()).st_size:
                     raise DecodeError("the shard ends inside this member (truncated)")
-                data = bytearray(size)
-                view, filled = memoryview(data), 0
                 file.seek(offset)
-                while filled < size and (count := file.readinto(view[filled:])):
-                    filled += count
+                return read_bytes(file, size)
         except OSError as err:
             raise DecodeError(f"cannot be read: {err.strerror or err}") from None
-        view.release()
-        del data[filled:]
-        return data
 
     @property
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from fastmim.data import shards
-from fastmim.data.decode import DecodeError, check_decode_options, decode_image
+from fastmim.data.decode import DecodeError, check_decode_options, decode_image, read_bytes
 from fastmim.data.names import EXTENSIONS, is_image, printable, shown
 
 VERIFY = ("auto", "full", "none")
@@ -179,15 +179,9 @@ def read_image_file(path: str) -> bytearray:
     """The bytes of a file; DecodeError when it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:
-            data = bytearray(os.fstat(file.fileno()).st_size)
-            view, filled = memoryview(data), 0
-            while filled < len(data) and (count := file.readinto(view[filled:])):
-                filled += count
+            return read_bytes(file, os.fstat(file.fileno()).st_size)
     except OSError as err:
         raise DecodeError(f"cannot be read: {err.strerror or err}") from None
-    view.release()
-    del data[filled:]
-    return data
 
 
 def find_bad_files(

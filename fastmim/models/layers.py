@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.linear import product_dtype
 
 
 def to_pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
@@ -123,13 +124,6 @@ class DropPaths(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rates={[round(rate, 4) for rate in self.rates]}"
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products compute in: autocast's dtype where it is on, else that of x."""
-    device = x.device.type
-    enabled = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if enabled else x.dtype
 
 
 RESIDUAL_DTYPES = ("auto", "fp32")

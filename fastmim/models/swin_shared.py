@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 from fastmim_kernels.dispatch import picks_triton
+from fastmim_kernels.linear import product_dtype
 
-from .layers import DropPaths, product_dtype, relative_position_index
+from .layers import DropPaths, relative_position_index
 
 Pair = tuple[int, int]
 
