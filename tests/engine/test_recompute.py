@@ -47,17 +47,22 @@ def test_same_bits_under_every_policy(name, precision):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (policy, options)
 
 
+def live_tensors():
+    """Every tensor the collector knows. `type`, not `isinstance`: that asks weak proxies, which may be dead."""
+    return [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+
+
 def kept_bytes(policy):
     """Bytes of tensors that a forward pass leaves behind for the backward pass, besides the model's own."""
     objective, _ = build("swinv2", policy)
     images, mask = torch.randn(8, 3, 32, 32), objective.random_mask(torch.arange(8))
-    before = {id(o) for o in gc.get_objects() if isinstance(o, torch.Tensor)}
+    before = {id(o) for o in live_tensors()}
     storages = {}
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         loss = objective(images, mask)["loss"]
     gc.collect()
-    for tensor in [*seen, *(o for o in gc.get_objects() if isinstance(o, torch.Tensor) and id(o) not in before)]:
+    for tensor in [*seen, *(o for o in live_tensors() if id(o) not in before)]:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     own = {t.untyped_storage().data_ptr() for t in (*objective.parameters(), *objective.buffers())}
     assert loss.requires_grad
