@@ -11,14 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim_kernels as fk
 from fastmim_kernels import window_attention_torch as plain
+from fastmim_kernels import window_layout
 from fastmim_kernels.window_attention import traffic
 
 # (B, H, W), heads, head_dim, window, shift, cosine
 CASES = {
     "swin shifted": ((2, 12, 12), 2, 32, (6, 6), (3, 3), False),
     "swinv2 shifted": ((1, 24, 24), 6, 32, (12, 12), (6, 6), True),
-    "swinv2 plain, flash attention in bf16": ((2, 24, 12), 6, 32, (12, 12), (0, 0), True),
-    "swin plain, flash attention in bf16": ((1, 12, 24), 2, 32, (12, 12), (0, 0), False),
+    "swinv2 plain, window of 12": ((2, 24, 12), 6, 32, (12, 12), (0, 0), True),
+    "swin plain, window of 12": ((1, 12, 24), 2, 32, (12, 12), (0, 0), False),
     "swinv2 plain": ((1, 16, 8), 6, 16, (8, 8), (0, 0), True),
     "one window, as in the last stages": ((3, 6, 6), 8, 32, (6, 6), (0, 0), True),
     "odd window of 7, odd shift": ((1, 14, 14), 2, 32, (7, 7), (3, 3), False),
@@ -61,7 +62,7 @@ def rms(x):
 @pytest.mark.parametrize("name", CASES)
 def test_error_is_at_most_twice_that_of_plain_torch(name, dtype):
     errors, floors = defaultdict(list), defaultdict(float)
-    for seed in range(3):  # a logit scale's gradient is few numbers: one draw of their rounding says little
+    for seed in range(8):  # a logit scale's gradient is few numbers: one draw of their rounding says little
         inputs, grad, options = make(name, dtype, seed)
         truth = run("reference", inputs, grad, options, torch.float64)
         for impl in ("reference", "torch"):
@@ -91,12 +92,12 @@ def test_negligible_weights_are_zero_not_subnormal():
     q = torch.zeros(1, 1, 1, 4, 8)
     mask = torch.zeros(1, 4, 4)
     mask[:, :2, 2:] = -100.0
-    p = plain._softmax(q, q, torch.zeros(1, 4, 4), mask, torch.empty(1, 4, 4))
+    p = plain._softmax(q, q, torch.zeros(1, 4, 4), mask, 1.0, torch.empty(1, 4, 4))
     assert torch.equal(p[0, :2, 2:], torch.zeros(2, 2))
     assert torch.equal(p[0, 2:], torch.full((2, 4), 0.25))
 
 
-@pytest.mark.parametrize("name", ["swinv2 shifted", "swinv2 plain, flash attention in bf16"])
+@pytest.mark.parametrize("name", ["swinv2 shifted", "swinv2 plain, window of 12"])
 def test_repeated_backward_is_bitwise_equal(name):
     inputs, grad, options = make(name)
     first, second = (run("torch", inputs, grad, options) for _ in range(2))
@@ -114,9 +115,9 @@ def test_every_value_is_written(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    plain._rows.cache_clear()
+    window_layout._rows.cache_clear()
     # Indices cannot be NaN; the first call fills the cache without poison.
-    monkeypatch.setattr(plain, "_rows", _unpoisoned_rows(monkeypatch, inputs[0], options))
+    monkeypatch.setattr(window_layout, "_rows", _unpoisoned_rows(monkeypatch, inputs[0], options))
     for key, t in run("torch", inputs, grad, options).items():
         assert torch.equal(t, expected[key]), key
 
@@ -126,12 +127,12 @@ def _unpoisoned_rows(monkeypatch, qkv, options):
     window, shift = options["window_size"], options["shift_size"]
     with monkeypatch.context() as m:
         m.setattr(torch, "empty_like", torch.zeros_like)
-        rows = {parts: plain._rows(batch, height, width, parts, window, shift, qkv.device)
+        rows = {parts: window_layout._rows(batch, height, width, parts, window, shift, qkv.device)
                 for parts in (options["num_heads"], 3 * options["num_heads"])}
     return lambda b, h, w, parts, *rest: rows[parts]
 
 
-@pytest.mark.parametrize("name", ["swinv2 shifted", "swinv2 plain, flash attention in bf16"])
+@pytest.mark.parametrize("name", ["swinv2 shifted", "swinv2 plain, window of 12"])
 def test_nothing_of_the_size_of_the_logits_is_saved(name):
     inputs, _, options = make(name)
     qkv, bias, scale = (t.clone().requires_grad_() for t in inputs)
