@@ -1,7 +1,6 @@
 """Images a second out of a folder of photographs: our loaders beside the reference's composition, interleaved.
 
     python benchmarks/bench_data.py [--images 1024] [--workers 2] [--rounds 5] [--providers ...] [--out CSV]
-    python benchmarks/bench_data.py --plot                                 # draw the CSV
     python benchmarks/bench_data.py --soak 30 --providers torchvision      # resident memory while it reads
 
 Tiles of 500x375 px, quality 90, are cut from the photographs that scikit-image and scikit-learn ship. Every provider
@@ -15,7 +14,6 @@ so that the outputs are those of the reference.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import random
 import tempfile
@@ -40,11 +38,6 @@ from fastmim.objectives.masking import random_mask
 SIZE, TILE, UNIT, PATCH, MASK_RATIO, BATCH = 192, (500, 375), 32, 4, 0.6, 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROVIDERS = ("reference", "torchvision", "torchvision+float", "torchvision-shards", "pil", "dali", "dali+float")
-COLUMNS = (
-    "benchmark", "provider", "images", "workers", "batch", "seconds", "seconds_p20", "seconds_p80", "images_per_sec",
-    "images_per_sec_per_core", "cpu_ms_per_image", "cpu_ratio", "ratio", "ratio_p20", "ratio_p80", "rounds",
-    "kb_per_image", "load_average", "machine", "python", "torch", "torchvision", "dali", "commit", "date",
-)  # fmt: skip
 SETTLE_SECONDS = 1.0
 
 
@@ -152,8 +145,9 @@ def measure(folder: Path, args: argparse.Namespace, kb: float) -> list[dict[str,
                 cpu[name].append((cpu_seconds() - used) / (count + read_ahead(name, args.workers)))
     timings = {name: harness.Timing(tuple(values)) for name, values in seconds.items()}
     used_cpu = {name: harness.Timing(tuple(values)) for name, values in cpu.items()}
-    shared = {"benchmark": "data", "images": count, "workers": args.workers, "batch": BATCH, "rounds": args.rounds,
-              "kb_per_image": f"{kb:.1f}", **versions()}  # fmt: skip
+    case = f"{count} JPEG of {TILE[0]}x{TILE[1]} px, {kb:.0f} kB, {args.workers} workers"
+    shared = {"benchmark": "data", "case": case, "batch": BATCH, "img_size": SIZE, "device": "cpu",
+              "baseline": "reference", "rounds": args.rounds, **harness.environment()}  # fmt: skip
     return [shared | {"provider": name} | figures(name, timings, used_cpu, count) for name in readers]
 
 
@@ -187,49 +181,20 @@ def figures(
     used = cpu[name].quantiles()[0]
     return out | {
         "images_per_sec": f"{count / found[0]:.0f}",
-        "images_per_sec_per_core": f"{1 / used:.0f}",
-        "cpu_ms_per_image": f"{1e3 * used:.3f}",
-        "cpu_ratio": f"{harness.speedup(cpu['reference'], cpu[name])[0]:.3f}",
+        "note": f"{1 / used:.0f} images a core-second, {harness.speedup(cpu['reference'], cpu[name])[0]:.2f}x in "
+                f"processor time; {versions()}",
     }
 
 
-def versions() -> dict[str, Any]:
-    """Machine and versions; of the harness's columns those that matter here."""
+def versions() -> str:
+    """Of the decoders, which the schema has no columns for."""
     import torchvision
 
     try:
         from nvidia import dali
     except ImportError:
-        dali = None
-    found = harness.environment()
-    kept = ("machine", "python", "torch", "commit", "date", "load_average")
-    extra = {"torchvision": torchvision.__version__, "dali": getattr(dali, "__version__", "")}
-    return {key: found[key] for key in kept} | extra
-
-
-def plot(path: Path) -> Path:
-    """Bars of images a second from the newest rows of a CSV; returns the picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with path.open(encoding="utf-8") as file:
-        rows = {row["provider"]: row for row in csv.DictReader(file)}
-    names = list(rows)
-    rates = [float(rows[name]["images_per_sec"]) for name in names]
-    spans = [[int(rows[n]["images"]) / float(rows[n][f"seconds_p{p}"]) for n in names] for p in (80, 20)]
-    errors = np.abs(np.array(spans) - np.array(rates))
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1.5), layout="constrained")
-    bars = axes.barh(names, rates, xerr=errors, color=["0.6" if name == "reference" else "tab:blue" for name in names])
-    axes.bar_label(bars, [f"{rows[name]['ratio']}x" for name in names], padding=12)
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    last = rows[names[0]]
-    axes.set_xlabel(f"images/s, {last['workers']} workers; {last['machine']}, {last['date']}")
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=100)
-    return target
+        return f"torchvision {torchvision.__version__}"
+    return f"torchvision {torchvision.__version__}, dali {dali.__version__}"
 
 
 def memory_mib() -> tuple[float, float]:
@@ -268,12 +233,8 @@ def main() -> None:
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="log memory of the first of --providers instead")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="make the tiles here, or use those that are there")
-    parser.add_argument("--plot", action="store_true", help="only draw the CSV")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "data_cpu.csv")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "measurements.csv")
     args = parser.parse_args()
-    if args.plot:
-        print(plot(args.out))
-        return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.keep or Path(scratch)) / "tiles"
@@ -285,11 +246,10 @@ def main() -> None:
             soak(args.providers[0], folder, args)
             return
         rows = measure(folder, args, kb)
-    harness.append_rows(args.out, rows, columns=COLUMNS)
+    harness.append_rows(args.out, rows)
     for row in rows:
         span = f"[{row['ratio_p20']}, {row['ratio_p80']}]"
-        cpu = f"{row['images_per_sec_per_core']:>5} img per core and second, {row['cpu_ratio']}x"
-        print(f"{row['provider']:20} {row['images_per_sec']:>5} img/s  {row['ratio']}x {span}  {cpu}")
+        print(f"{row['provider']:20} {row['images_per_sec']:>5} img/s  {row['ratio']}x {span}  {row['note']}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def in_fresh_interpreter(statement: str) -> Callable[[], None]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "import_cpu.csv")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "measurements.csv")
     args = parser.parse_args(argv)
     steps = {name: in_fresh_interpreter(statement) for name, statement in STATEMENTS.items()}
     timings = harness.interleave(steps, rounds=args.rounds)

@@ -2,13 +2,13 @@
 
     python benchmarks/bench_kernels.py [--sizes swinv2_base …] [--ops window_attention …] [--dtype bf16]
                                        [--providers triton torch reference compiled] [--batch N] [--rounds N]
-                                       [--out CSV] [--plot PNG]
+                                       [--out CSV]
 
 ``reference`` is the plain oracle, ``compiled`` is ``torch.compile`` of it, ``triton`` needs a GPU. There each time is
 ``triton.testing.do_bench``'s median, and GB/s are the op's closed-form bytes over it, as a share of what a copy
 reaches in the same run (``roofline_share`` of the CSV); on a CPU the providers take turns. A provider whose output or
 gradient is further from float64 than twice the reference's error and one rounding is not timed, and the exit status
-is 1. The plot is drawn from the CSV.
+is 1. `run.py report` draws the CSV.
 """
 
 from __future__ import annotations
@@ -178,30 +178,6 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def plot(table: Path, picture: Path) -> None:
-    """Speed-up over the reference of every op, direction, size and provider of the CSV."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [r for r in harness.read_rows(table) if r["ratio"] and r["provider"] != "reference"]
-    labels = list(dict.fromkeys(f"{r['case']} {r['dtype']}" for r in rows))
-    providers = sorted({r["provider"] for r in rows})
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(labels)), layout="constrained")
-    for i, name in enumerate(providers):
-        mine = {f"{r['case']} {r['dtype']}": float(r["ratio"]) for r in rows if r["provider"] == name}
-        height = 0.8 / len(providers)
-        axes.barh([labels.index(k) + i * height for k in mine], list(mine.values()), height, label=name)
-    axes.set_yticks([i + 0.4 - 0.4 / len(providers) for i in range(len(labels))], labels, fontsize=7)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"times as fast as the reference, {rows[-1]['device']}" if rows else "nothing was timed")
-    axes.legend()
-    figure.savefig(picture, dpi=100)
-
-
 def main() -> int:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,8 +189,7 @@ def main() -> int:
                         default=["triton"] * on_gpu + ["torch", "reference", "compiled"])  # fmt: skip
     parser.add_argument("--batch", type=int, default=128 if on_gpu else 4)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / f"kernels_{'gpu' if on_gpu else 'cpu'}.csv")
-    parser.add_argument("--plot", type=Path, help="draw the speed-ups of the whole CSV")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "measurements.csv")
     args = parser.parse_args()
     device = torch.device("cuda" if on_gpu else "cpu")
     copy, red = copy_bandwidth(device, args.rounds), 0
@@ -226,8 +201,6 @@ def main() -> int:
                 red += "seconds" not in r
                 print(f"{r['case']:40} {r['provider']:10} {r.get('seconds', '-')} s, {r.get('ratio', '-')}x; "
                       f"{r['note']}", flush=True)  # fmt: skip
-    if args.plot:
-        plot(args.out, args.plot)
     return int(bool(red))
 
 

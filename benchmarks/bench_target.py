@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("size", 192), ("window", 47), ("batch", 4), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "target_cpu.csv")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "measurements.csv")
     args = parser.parse_args()
     images = torch.randn(args.batch, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
     truth = average_pool_target(images.double(), args.window)
@@ -44,7 +44,7 @@ def main() -> None:
         numbers = [*timing.quantiles(), *harness.speedup(timings["average-pools"], timing)]
         keys = ("seconds", "seconds_p20", "seconds_p80", "ratio", "ratio_p20", "ratio_p80")
         row = {key: f"{value:.4g}" for key, value in zip(keys, numbers, strict=True)}
-        rows.append({"benchmark": "normalised target (CPU seconds)", "case": f"{args.size}px window {args.window}",
+        rows.append({"benchmark": "target", "note": "CPU seconds", "device": "cpu", "case": f"{args.size}px window {args.window}",
                      "dtype": "fp32", "batch": args.batch, "provider": provider, "baseline": "average-pools",
                      "rounds": args.rounds, **row, **harness.environment()})  # fmt: skip
         print(f"{provider:14} {row['seconds']} s  {row['ratio']}x [{row['ratio_p20']}, {row['ratio_p80']}]")

@@ -12,14 +12,16 @@ from matplotlib.figure import Figure
 from fastmim.plan.hardware import MEASURED as GPUS
 
 Row = dict[str, Any]
-KEY = ("benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "machine", "provider", "note")
+KEY = ("benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "machine", "provider")
+NOTED = ("step", "profile")  # whose note says what was measured, not what came out
 COLOURS = {"fastmim": "#1b7837", "timm": "#4393c3", "microsoft-simmim": "#b2182b", "microsoft-swin": "#d6604d"}
 OTHERS = ("#8073ac", "#b35806", "#666666", "#35978f")
 
 
 def latest(rows: Sequence[Row], benchmark: str) -> list[Row]:
     """Rows of a benchmark; of those that measured the same thing, the last one."""
-    kept = {tuple(row[k] for k in KEY): row for row in rows if row["benchmark"] == benchmark}
+    key = (*KEY, "note") if benchmark in NOTED else KEY
+    kept = {tuple(row[k] for k in key): row for row in rows if row["benchmark"] == benchmark}
     return list(kept.values())
 
 
@@ -150,6 +152,34 @@ def scaling(rows: Sequence[Row], axis: str, name: str) -> Figure | None:
     axes.set_xlabel(name)
     _finish(axes, "images/s", f"Scaling over {name}")
     return figure
+
+
+def speedups(rows: Sequence[Row], title: str) -> Figure | None:
+    """How many times as fast as the baseline every provider is, a line per case; None where nothing is compared."""
+    rows = [row for row in rows if row["ratio"] and row["provider"] != row["baseline"]]
+    if not rows:
+        return None
+    cases, providers = _names(rows, _case), _names(rows, lambda row: row["provider"])
+    height = 0.85 / len(providers)
+    figure = Figure(figsize=(8.0, 1.5 + 0.28 * len(cases) * max(1.0, len(providers) / 2)), layout="constrained")
+    axes = figure.subplots()
+    for i, provider in enumerate(providers):
+        own = {_case(row): number(row, "ratio") for row in rows if row["provider"] == provider}
+        bars = axes.barh([cases.index(case) + i * height for case in own], list(own.values()), height, label=provider,
+                         color=colour(provider, i))  # fmt: skip
+        axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
+    axes.set_yticks([i + 0.425 - height / 2 for i in range(len(cases))], cases, fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(f"times as fast as {', '.join(_names(rows, lambda row: row['baseline']))}")
+    axes.set_title(title)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _case(row: Row) -> str:
+    return f"{row['case']} {row['dtype']}"
 
 
 def _finish(axes: Any, unit: str, title: str) -> None:

@@ -28,12 +28,20 @@ COLUMNS = {
                  "peak_memory_gib", "loss", "note"),
     "counts": ("case", "batch", "provider", "launches", "mb_per_image", "saved_mb_per_image", "gflop_per_image",
                "modelled_us_per_image"),
+    "data": ("case", "provider", "images_per_sec", "ratio", "note"),
+    "kernels": ("case", "dtype", "batch", "provider", "seconds", "ratio", "note"),
+    "target": ("case", "dtype", "batch", "provider", "seconds", "ratio", "note"),
+    "import": ("case", "seconds", "ratio"),
 }  # fmt: skip
 TITLES = {
     "step": "Training steps",
     "profile": "Where a step's time goes",
     "memory": "Peak memory",
     "pretrain": "Whole runs from JPEG files",
+    "data": "Loading",
+    "kernels": "Single operations",
+    "target": "Normalised target",
+    "import": "Import",
     "counts": "Counts, and a modelled H100 (not measured)",
 }
 STYLE = """
@@ -68,6 +76,9 @@ def pictures(rows: list[Row]) -> dict[str, list[tuple[str, Any]]]:
     if pretrain:
         title = "Whole runs from JPEG files"
         out["pretrain"] = [("Images per second", plots.grouped_bars(pretrain, "images_per_sec", "images/s", title))]
+    for name in ("data", "kernels"):
+        bars = plots.speedups(latest(rows, name), TITLES[name])
+        out |= {name: [("Speed over the baseline", bars)]} if bars else {}
     if counts:
         out["counts"] = [("Modelled roofline", plots.roofline(counts))]
     return {name: [(text, figure) for text, figure in found if figure is not None] for name, found in out.items()}

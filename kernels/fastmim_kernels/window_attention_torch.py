@@ -33,14 +33,14 @@ _CHUNK_GPU = 1 << 26
 def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: Pair,
             shift_size: Pair) -> tuple[Tensor, Tensor]:
     """(B, H, W, 3C) → (B, H, W, C), and an empty tensor for the log-sum-exp that other implementations keep."""
-    q, k, v = gather(qkv, 3 * num_heads, window_size, shift_size).to(_product_dtype(qkv)).chunk(3)
-    wide, alpha, _ = _factors_of_logits(q, k, logit_scale)
-    out, logits = torch.empty_like(v), _buffer(v, wide[0].dtype)
+    x = gather(qkv, 3 * num_heads, window_size, shift_size).to(_product_dtype(qkv))
+    v = x[2 * num_heads :]
+    wide, alpha, _ = _factors_of_logits(x[: 2 * num_heads], logit_scale)
+    out, logits = torch.empty_like(v), _buffer(v, wide.dtype)
     low = logits if v.dtype == logits.dtype else _buffer(v, v.dtype)
     mask = shift_mask(*qkv.shape[1:3], window_size, shift_size, logits.dtype, qkv.device)
     for i in _chunks(v):
-        heads, windows = i
-        p = _softmax(wide[0][i], wide[1][i], bias[heads], None if mask is None else mask[windows], alpha, logits)
+        p = _softmax(wide, i, bias, mask, alpha, logits)
         torch.bmm(_cast(p, low), _matrices(v[i]), out=_matrices(out[i]))
     return scatter(out.to(qkv.dtype), qkv, window_size, shift_size), qkv.new_empty(0, dtype=torch.float32)
 
@@ -51,33 +51,36 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     narrow = _product_dtype(qkv)
     x = gather(qkv, 3 * num_heads, window_size, shift_size).to(narrow)
     grad = gather(grad_out, num_heads, window_size, shift_size).to(narrow)
-    q, k, v = x.chunk(3)
-    wide, alpha, factors = _factors_of_logits(q, k, logit_scale)
-    if factors is not None:
-        q, k = (t.to(narrow) for t in wide)
-    dx, dbias = torch.empty_like(x), bias.new_zeros(bias.shape, dtype=wide[0].dtype)
-    dq, dk, dv = dx.chunk(3)
-    logits, products = _buffer(q, wide[0].dtype), _buffer(q, wide[0].dtype)
-    low = products if narrow == products.dtype else _buffer(q, narrow)
-    mask = shift_mask(*qkv.shape[1:3], window_size, shift_size, logits.dtype, qkv.device)
-    for i in _chunks(q):
-        heads, windows = i
-        p = _softmax(wide[0][i], wide[1][i], bias[heads], None if mask is None else mask[windows], alpha, logits)
-        do = _matrices(grad[i])
-        torch.bmm(_cast(p, low).mT, do, out=_matrices(dv[i]))
-        ds = _cast(torch.bmm(do, _matrices(v[i]).mT, out=low[: p.shape[0]]), products)
-        torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)
-        dbias[heads] += ds.unflatten(0, (heads.stop - heads.start, -1)).sum(1)
-        ds = _cast(ds if alpha == 1 else ds.mul_(alpha), low)
-        torch.bmm(ds, _matrices(k[i]), out=_matrices(dq[i]))
-        torch.bmm(ds.mT, _matrices(q[i]), out=_matrices(dk[i]))
-    dscale = None
-    if logit_scale is not None and factors is not None:
-        dscale = _normalise_backward(dq, wide[0], factors[0], _scale(logit_scale, logits.dtype))
-        _normalise_backward(dk, wide[1], factors[1], None)
-        inside = logit_scale.reshape(-1) <= MAX_LOGIT_SCALE
-        dscale = (dscale * inside).reshape(logit_scale.shape).to(logit_scale.dtype)
+    qk, v = x.split((2 * num_heads, num_heads))
+    wide, alpha, factor = _factors_of_logits(qk, logit_scale)
+    q, k = (qk if logit_scale is None else wide.to(narrow)).chunk(2)
+    dx, dbias = torch.empty_like(x), bias.new_zeros(bias.shape, dtype=wide.dtype)
+    dqk, dv = dx.split((2 * num_heads, num_heads))
+    logits, products = _buffer(v, wide.dtype), _buffer(v, wide.dtype)
+    low = products if narrow == wide.dtype else _buffer(v, narrow)
+    mask = shift_mask(*qkv.shape[1:3], window_size, shift_size, wide.dtype, qkv.device)
+    for i in _chunks(v):
+        p = _softmax(wide, i, bias, mask, alpha, logits)
+        tensors = [_matrices(t[i]) for t in (grad, q, k, v, *dqk.chunk(2), dv)]
+        ds = _chunk_backward(p, *tensors, alpha, products, low)
+        dbias[i[0]] += ds.unflatten(0, (len(dbias[i[0]]), -1)).sum(1)
+    dscale = _normalise_backward(dqk, wide, factor, logit_scale)
     return scatter(dx.to(qkv.dtype), qkv, window_size, shift_size), dbias, dscale
+
+
+def _chunk_backward(p: Tensor, do: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+                    alpha: float, products: Tensor, low: Tensor) -> Tensor:
+    """Write dq, dk and dv (matrices, N, d) of a chunk; returns the gradient of its logits in a buffer's memory.
+
+    ``products`` has the dtype of p, ``low`` that of the operands; they may be one.
+    """
+    torch.bmm(_cast(p, low).mT, do, out=dv)
+    ds = _cast(torch.bmm(do, v.mT, out=low[: p.shape[0]]), products)
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)
+    scaled = _cast(ds if alpha == 1 else torch.mul(ds, alpha, out=p), low)
+    torch.bmm(scaled, k, out=dq)
+    torch.bmm(scaled.mT, q, out=dk)
+    return ds
 
 
 @lru_cache(maxsize=1)
@@ -92,14 +95,14 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return statistics_dtype(x.dtype)
 
 
-def _factors_of_logits(q: Tensor, k: Tensor, logit_scale: Tensor | None
-                       ) -> tuple[list[Tensor], float, tuple[Tensor, Tensor] | None]:
-    """[Q, K] in float32 or better and α of logits α·Q·Kᵀ, and what made unit vectors of q and k."""
-    wide = statistics_dtype(q.dtype)
+def _factors_of_logits(qk: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, float, Tensor | None]:
+    """[Q, K] in float32 or better and α of logits α·Q·Kᵀ, and what q and k (2·heads, …, d) were multiplied by."""
     if logit_scale is None:
-        return [q.to(wide), k.to(wide)], q.shape[-1] ** -0.5, None
-    factors = _factor(q, _scale(logit_scale, wide)), _factor(k, None)
-    return [q * factors[0], k * factors[1]], 1.0, factors
+        return qk.to(statistics_dtype(qk.dtype)), qk.shape[-1] ** -0.5, None
+    norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=statistics_dtype(qk.dtype))
+    factor = norm.clamp_(min=EPS).reciprocal_()
+    factor[: len(qk) // 2] *= _scale(logit_scale, factor.dtype)
+    return qk * factor, 1.0, factor
 
 
 def _cast(x: Tensor, buffer: Tensor) -> Tensor:
@@ -133,16 +136,17 @@ def _even(count: int, largest: int) -> int:
     return -(-count // -(-count // largest))
 
 
-def _softmax(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, alpha: float, buffer: Tensor
+def _softmax(qk: Tensor, chunk: tuple[slice, slice], bias: Tensor, mask: Tensor | None, alpha: float, buffer: Tensor
              ) -> Tensor:
     """Attention weights (matrices, N, N) of a chunk, in the buffer."""
+    q, k = (t[chunk] for t in qk.chunk(2))
     logits = buffer[: q.shape[0] * q.shape[1] * q.shape[2]]
     shaped = logits.view(*q.shape[:3], *logits.shape[1:])
-    bias = bias[:, None, None]
+    bias = bias[chunk[0], None, None]
     if mask is None:
         shaped.copy_(bias)
     else:
-        torch.add(bias.expand(-1, -1, q.shape[2], -1, -1), mask[:, None], out=shaped)
+        torch.add(bias.expand(-1, -1, q.shape[2], -1, -1), mask[chunk[1], None], out=shaped)
     torch.baddbmm(logits, _matrices(q), _matrices(k).mT, alpha=alpha, out=logits)
     p = torch.softmax(logits, -1, out=logits)
     # exp(−100) is a subnormal float32, with which a CPU multiplies ten times slower.
@@ -153,19 +157,13 @@ def _scale(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return logit_scale.reshape(-1, 1, 1, 1, 1).to(dtype).clamp(max=MAX_LOGIT_SCALE).exp()
 
 
-def _factor(x: Tensor, scale: Tensor | None) -> Tensor:
-    """What makes the rows (…, d) of x unit vectors times ``scale``, (…, 1) in float32 or better."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics_dtype(x.dtype))
-    factor = norm.clamp_(min=EPS).reciprocal_()
-    return factor if scale is None else factor.mul_(scale)
-
-
-def _normalise_backward(grad: Tensor, y: Tensor, factor: Tensor, scale: Tensor | None) -> Tensor:
-    """Turn the gradient of ``y = x·factor`` into that of x, in place; returns Σ grad·y of each head."""
-    wide = grad.to(y.dtype)
+def _normalise_backward(grad: Tensor, y: Tensor, factor: Tensor | None, logit_scale: Tensor | None) -> Tensor | None:
+    """Turn the gradient of ``y = factor·x`` (q and k) into that of x, in place; returns that of the logit scale."""
+    if factor is None or logit_scale is None:
+        return None
+    wide, heads = grad.to(y.dtype), len(grad) // 2
     dot = (wide * y).sum(-1, keepdim=True)
-    total = dot.sum((1, 2, 3, 4))
-    if scale is not None:
-        dot /= scale.square()
+    dscale = dot[:heads].sum((1, 2, 3, 4)) * (logit_scale.reshape(-1) <= MAX_LOGIT_SCALE)
+    dot[:heads] /= _scale(logit_scale, y.dtype).square()
     grad.copy_(wide.addcmul_(y, dot, value=-1).mul_(factor))
-    return total
+    return dscale.reshape(logit_scale.shape).to(logit_scale.dtype)
