@@ -143,7 +143,8 @@ class LocalEngine:
 
     def _within_clip(self) -> bool:
         """Whether clipping would multiply by 1: a pass over all gradients that a host that waits anyway can spare."""
-        return self.device.type == "cpu" and float(self.clip_grad / (self._grad_norm + 1e-6)) >= 1
+        assert self.clip_grad is not None
+        return self.check_every_step and float(self.clip_grad / (self._grad_norm + 1e-6)) >= 1
 
     def _guarded_update(self) -> None:
         bad = ~torch.isfinite(self._grad_norm) & (self._first_bad < 0)
