@@ -45,7 +45,8 @@ def main() -> None:
         keys = ("seconds", "seconds_p20", "seconds_p80", "ratio", "ratio_p20", "ratio_p80")
         row = {key: f"{value:.4g}" for key, value in zip(keys, numbers, strict=True)}
         rows.append({"benchmark": "target", "note": "CPU seconds", "device": "cpu",
-                     "case": f"{args.size}px window {args.window}", "dtype": "fp32", "batch": args.batch, "provider": provider, "baseline": "average-pools",
+                     "case": f"{args.size}px window {args.window}", "dtype": "fp32", "batch": args.batch,
+                     "provider": provider, "baseline": "average-pools",
                      "rounds": args.rounds, **row, **harness.environment()})  # fmt: skip
         print(f"{provider:14} {row['seconds']} s  {row['ratio']}x [{row['ratio_p20']}, {row['ratio_p80']}]")
     print(f"largest difference from float64 {worst:.1e}")

@@ -40,17 +40,18 @@ def equal_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_updates_equal_a_plain_loop_bit_for_bit(objective):
+@pytest.mark.parametrize("clip", [0.5, 100.0], ids=["clipped", "within the limit"])
+def test_updates_equal_a_plain_loop_bit_for_bit(objective, clip):
     plain = copy.deepcopy(objective)
     optimizer = torch.optim.AdamW(param_groups(plain, 0.05), lr=1e-2, fused=True)
-    engine = make_engine(objective, clip_grad=0.5)
+    engine = make_engine(objective, clip_grad=clip)
     data = list(batches(objective, 4))
     losses = run(engine, data)
     for (images, mask), expected in zip(data, losses, strict=True):
         loss = plain(images, mask)["loss"]
         assert loss.item() == expected
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
     mean, grad_norm = engine.read()
