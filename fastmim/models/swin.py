@@ -17,6 +17,7 @@ from .layers import (
     to_pair,
     trunc_normal_,
 )
+from .read_rows import put
 from .swin_block import PatchMerging, SwinBlock, WindowAttention, init_attention, normalise, start_stream
 from .swin_shared import Shared, SharedInputs
 
@@ -67,6 +68,7 @@ class SwinStage(nn.Module):
         dtype: torch.dtype,
         low_reduction: Tensor | None,
         final_norm: nn.LayerNorm | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The stage's map from the one before, x, which y is too.
 
@@ -75,6 +77,7 @@ class SwinStage(nn.Module):
             dtype: Of the stream.
             low_reduction: The cast weight of the merging, or None.
             final_norm: Normalises the last stage's map; without it, SwinV2's comes gathered 2×2 where it is even.
+            rows: Numbers of the only tokens that are read; the others' are zero.
         """
         if not isinstance(self.downsample, nn.Identity):
             x, y = self.downsample(x, dtype, low_reduction)
@@ -82,15 +85,16 @@ class SwinStage(nn.Module):
         if pre:
             x, y = normalise(x, self.blocks[0].norm1, self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [final_norm]
+        shape = x.shape[:-1]
         gathers = not pre and final_norm is None and x.shape[1] % 2 == x.shape[2] % 2 == 0
         for block, own, norm in zip(self.blocks, shared, norms, strict=True):
-            merge = gathers and block is self.blocks[-1]
-            x, y = block(x, y, own, norm if pre else None, merge)
-        if pre:
-            return y
+            last = block is self.blocks[-1]
+            x, y = block(x, y, own, norm if pre else None, gathers and last, rows if last else None)
         if final_norm is None:
-            return x
-        return fk.layer_norm(x, final_norm.weight, final_norm.bias, eps=final_norm.eps, impl=self.impl)
+            return y if pre else x
+        if not pre:
+            y = fk.layer_norm(x, final_norm.weight, final_norm.bias, eps=final_norm.eps, impl=self.impl)
+        return y if rows is None else put(y, rows, shape)
 
 
 class SwinTransformer(nn.Module):
@@ -179,8 +183,11 @@ class SwinTransformer(nn.Module):
         self.norm = nn.LayerNorm(self.num_features)
         self.reset_parameters()
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) images and (B, H/p, W/p) mask → (B, h, w, num_features) tokens of ``stride`` pixels."""
+    def forward(self, images: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) images and (B, H/p, W/p) mask → (B, h, w, num_features) tokens of ``stride`` pixels.
+
+        With ``rows`` only tokens of these numbers are meant to be read; the others are zero.
+        """
         patches = self.patch_embed.patches(images)
         blocks = [block for layer in self.layers for block in layer.blocks]
         reductions = [layer.downsample.reduction.weight for layer in self.layers[1:]]
@@ -191,7 +198,8 @@ class SwinTransformer(nn.Module):
         dtype = x.dtype
         for layer, low in zip(self.layers, [None, *low_reductions], strict=True):
             own, shared = shared[: len(layer.blocks)], shared[len(layer.blocks) :]
-            x = y = layer(x, y, own, dtype, low, self.norm if layer is self.layers[-1] else None)
+            end = (self.norm, rows) if layer is self.layers[-1] else (None, None)
+            x = y = layer(x, y, own, dtype, low, *end)
         return x
 
     def set_micro_batch(self, index: int, count: int) -> None:

@@ -13,6 +13,7 @@ import fastmim_kernels as fk
 from fastmim_kernels.dispatch import picks_triton
 
 from .layers import Mlp, trunc_normal_
+from .read_rows import take, take_scale
 from .swin_shared import Shared
 
 Pair = tuple[int, int]
@@ -52,9 +53,15 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, shared: Shared, *, last_bias: bool = True, hand_on: bool = False
+        self,
+        x: Tensor,
+        shared: Shared,
+        *,
+        last_bias: bool = True,
+        hand_on: bool = False,
+        rows: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, H, W, C) → (B, H, W, C).
+        """(B, H, W, C) → (B, H, W, C), or (rows, C) of those tokens alone.
 
         Without ``last_bias`` the caller adds that of ``proj``; ``hand_on`` returns x beside the result.
         """
@@ -80,6 +87,7 @@ class WindowAttention(nn.Module):
         )
         if any(pad):
             x = self._unpad(x, height, width)
+        x = x if rows is None else take(x, rows)
         bias = self.proj.bias if last_bias else None
         out = fk.linear(x, self.proj.weight, bias, low_weight=shared.low_proj, impl=self.impl)
         return (out, stream) if hand_on else out
@@ -116,7 +124,13 @@ class SwinBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim) if extra_norm else None
 
     def forward(
-        self, x: Tensor, y: Tensor, shared: Shared, next_norm: nn.LayerNorm | None, merge: bool = False
+        self,
+        x: Tensor,
+        y: Tensor,
+        shared: Shared,
+        next_norm: nn.LayerNorm | None,
+        merge: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One block on the residual stream.
 
@@ -126,6 +140,7 @@ class SwinBlock(nn.Module):
             shared: This block's.
             merge: SwinV2: gather 2×2 tokens, for the next stage.
             next_norm: Swin: the norm that reads this block's result, applied in the pass that adds to the stream.
+            rows: Numbers of the only tokens whose results are read; these come as (rows, C).
 
         Returns:
             The stream, and ``next_norm`` of it (without one, or for SwinV2, the stream again).
@@ -134,8 +149,12 @@ class SwinBlock(nn.Module):
         inside = not picks_triton("residual_norm", self.attn.impl, x.device)
         attn_drop, mlp_drop = shared.drop
         # Where the product reads the stream itself, its backward pass adds the gradients of the two readers.
-        hand_on = self.version == 2 and not inside and x.dtype == y.dtype
-        branch = self.attn(y, shared, last_bias=inside, hand_on=hand_on)
+        hand_on = self.version == 2 and not inside and x.dtype == y.dtype and rows is None
+        branch = self.attn(y, shared, last_bias=inside, hand_on=hand_on, rows=rows)
+        if rows is not None:
+            tokens = x.shape[1] * x.shape[2]
+            attn_drop, mlp_drop = (take_scale(drop, rows, tokens) for drop in shared.drop)
+            x = take(x, rows)
         bias = None if inside else self.attn.proj.bias
         if self.version == 2:
             branch, x = branch if hand_on else (branch, x)
@@ -149,7 +168,7 @@ class SwinBlock(nn.Module):
         if next_norm is not None and self.norm3 is None:
             return self._add(x, self._mlp(y, shared, inside), next_norm, self._mlp_bias(inside), mlp_drop)
         branch = self._mlp(y, shared, True)
-        x = x + (branch if mlp_drop is None else branch * mlp_drop.view(-1, 1, 1, 1).to(branch.dtype))
+        x = x + (branch if mlp_drop is None else branch * mlp_drop.view(-1, *[1] * (x.ndim - 1)).to(branch.dtype))
         x = x if self.norm3 is None else start_stream(x, self.norm3, x.dtype, self.attn.impl)[0]
         return (x, x) if next_norm is None else normalise(x, next_norm, self.attn.impl)
 

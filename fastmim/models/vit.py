@@ -22,6 +22,7 @@ from .layers import (
     to_pair,
     trunc_normal_,
 )
+from .read_rows import put, take, take_scale
 from .swin import _grid
 
 NORM_EPS = 1e-6
@@ -72,7 +73,8 @@ class Attention(nn.Module):
             self.relative_position_bias_table = None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, bias: Tensor | None, index: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, index: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """(B, N, C) → (B, N, C), or (rows, C) of those tokens alone."""
         b, n, c = x.shape
         qkv = F.linear(x, self.qkv.weight, joint_bias(self.q_bias, self.v_bias))
         q, k, v = qkv.reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -80,7 +82,8 @@ class Attention(nn.Module):
             own = _look_up(self.relative_position_bias_table, index)
             bias = own if bias is None else own + bias
         x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
-        return self.proj(x.transpose(1, 2).reshape(b, n, c))
+        x = x.transpose(1, 2).reshape(b, n, c)
+        return self.proj(x if rows is None else take(x, rows))
 
 
 class VitBlock(nn.Module):
@@ -111,9 +114,14 @@ class VitBlock(nn.Module):
         index: Tensor | None,
         drop: tuple[Tensor | None, Tensor | None],
         next_norm: nn.LayerNorm,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Stream x and y = norm1(x) in; the new stream and ``next_norm`` of it out."""
-        x, y = self._add(x, self.attn(y, bias, index), self.gamma_1, drop[0], self.norm2)
+        """Stream x and y = norm1(x) in; the new stream and ``next_norm`` of it out, or (rows, C) of these tokens."""
+        branch = self.attn(y, bias, index, rows)
+        if rows is not None:
+            drop = take_scale(drop[0], rows, x.shape[1]), take_scale(drop[1], rows, x.shape[1])
+            x = take(x, rows)
+        x, y = self._add(x, branch, self.gamma_1, drop[0], self.norm2)
         return self._add(x, self.mlp(y), self.gamma_2, drop[1], next_norm)
 
     def _add(
@@ -189,8 +197,11 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.reset_parameters()
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) images and (B, H/p, W/p) mask → (B, H/p, W/p, embed_dim) patch tokens (no class token)."""
+    def forward(self, images: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) images and (B, H/p, W/p) mask → (B, H/p, W/p, embed_dim) patch tokens (no class token).
+
+        With ``rows`` only patch tokens of these numbers are meant to be read; the others are zero.
+        """
         x = self.patch_embed(images)
         if mask is not None:
             x = fk.mask_tokens(x, mask, self.mask_token, impl=self.impl)
@@ -203,9 +214,12 @@ class VisionTransformer(nn.Module):
         x, y = fk.residual_norm(x, None, first.weight, first.bias, order="pre", eps=first.eps, impl=self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [self.norm]
         drops = self.drop_paths(x.shape[0])
+        count, batch = self.grid[0] * self.grid[1], len(x)
+        # The class token stands before the patches of each sample.
+        own = None if rows is None else rows + rows.div(count, rounding_mode="floor") + 1
         for block, drop, norm in zip(self.blocks, drops, norms, strict=True):
-            x, y = block(x, y, bias, self.bias_index, drop, norm)
-        return y[:, 1:].unflatten(1, self.grid)
+            x, y = block(x, y, bias, self.bias_index, drop, norm, own if block is self.blocks[-1] else None)
+        return y[:, 1:].unflatten(1, self.grid) if rows is None else put(y, rows, (batch, *self.grid))
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""

@@ -14,6 +14,7 @@ from fastmim_kernels.masked_l1 import LOSSES
 from fastmim_kernels.reference import pixel_shuffle
 
 from ..models import create_encoder
+from ..models.read_rows import masked_tokens
 from .masking import masked_units, random_mask
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -93,7 +94,10 @@ class SimMIM(nn.Module):
         self._check_inputs(images, mask)
         images = self.normalise(images)
         target = fk.local_norm_target(images, self.norm_target, impl=self.impl) if self.norm_target else images
-        tokens = self.encoder(images, mask)
+        rows = None
+        if self.loss_on == "masked":
+            rows = masked_tokens(mask, self.img_size, self._token_grid(), self.stride)
+        tokens = self.encoder(images, mask, rows)
         scored = torch.ones_like(mask) if self.loss_on == "all" else mask
         loss = fk.linear_masked_l1(
             tokens,
@@ -106,6 +110,9 @@ class SimMIM(nn.Module):
             impl=self.impl,
         )
         return {"loss": loss}
+
+    def _token_grid(self) -> tuple[int, int]:
+        return -(-self.img_size[0] // self.stride), -(-self.img_size[1] // self.stride)
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """Say that the next forward pass is number ``index`` of ``count`` before the weights change.

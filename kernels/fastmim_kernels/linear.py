@@ -112,13 +112,13 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     if grad.is_cuda and dtype == torch.float32 != grad.dtype:
         # cuBLAS writes its float32 sums as they are, without a rounding and a cast.
         return torch.mm(grad.t(), x, out_dtype=dtype)
-    few_rows = grad.shape[0] <= 1024
-    if few_rows and grad.dtype == torch.float32 and _is_onednn(grad):
-        # Over more rows MKL is the faster one of the two.
+    rows, outputs = grad.shape
+    if grad.dtype == torch.float32 and (rows <= 256 or (rows <= 4096 and outputs < x.shape[1])) and _is_onednn(grad):
+        # MKL is the faster one of the two with more rows, and where the gradient is the wider operand.
         return product(grad.t(), x.t(), None).to(dtype)
     transposed = grad.t()
     # AMX wants its left operand in rows; a copy of few rows or short ones costs less than what the product gains.
-    if (grad.shape[0] <= 256 or grad.shape[1] <= 512) and grad.dtype == torch.bfloat16 and _is_onednn(grad) \
+    if (rows <= 256 or outputs <= 512) and grad.dtype == torch.bfloat16 and _is_onednn(grad) \
             and _has_amx():
         transposed = transposed.contiguous()
     return (transposed @ x).to(dtype)

@@ -1,0 +1,44 @@
+"""The tokens of the last block that something reads: rows of the others need no projection, MLP or norm.
+
+SimMIM's head reads masked tokens only. How many these are is data, which only a CPU can tell without waiting;
+elsewhere, and for compilers and counters, every row is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastmim_kernels.eager import unwatched
+from fastmim_kernels.token_layout import token_cells
+
+
+def masked_tokens(mask: Tensor, size: tuple[int, int], grid: tuple[int, int], stride: int) -> Tensor | None:
+    """(rows,) numbers of the tokens of a (B, h, w) map that contain masked pixels; None if that saves nothing.
+
+    Args:
+        mask: (B, Hm, Wm) bool or 0/1 of images of ``size``.
+        grid, stride: (h, w) of the map, and the pixels of a token's edge.
+    """
+    if not unwatched((mask,)):
+        return None
+    hit = token_cells(mask != 0, size, grid, stride).flatten(3).any(-1).flatten()
+    rows = hit.nonzero().squeeze(1)
+    return rows if 0 < len(rows) < len(hit) else None
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """(B, …, C) → (rows, C)."""
+    return x.flatten(0, -2).index_select(0, rows)
+
+
+def take_scale(scale: Tensor | None, rows: Tensor, count: int) -> Tensor | None:
+    """(B,) factors of samples of ``count`` tokens → (rows,)."""
+    return None if scale is None else scale.index_select(0, rows.div(count, rounding_mode="floor"))
+
+
+def put(x: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """(rows, C) → (*shape, C), zero elsewhere; inverse of :func:`take`."""
+    return x.new_zeros(math.prod(shape), x.shape[-1]).index_copy(0, rows, x).view(*shape, x.shape[-1])
