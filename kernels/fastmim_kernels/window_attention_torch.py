@@ -61,19 +61,21 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     mask = shift_mask(*qkv.shape[1:3], window_size, shift_size, wide.dtype, qkv.device)
     for i in _chunks(v):
         p = _softmax(wide, i, bias, mask, alpha, logits)
-        tensors = [_matrices(t[i]) for t in (grad, q, k, v, *dqk.chunk(2), dv)]
-        ds = _chunk_backward(p, *tensors, alpha, products, low)
+        operands = [_matrices(t[i]) for t in (grad, q, k, v)]
+        found = [_matrices(t[i]) for t in (*dqk.chunk(2), dv)]
+        ds = _chunk_backward(p, operands, found, alpha, products, low)
         dbias[i[0]] += ds.unflatten(0, (len(dbias[i[0]]), -1)).sum(1)
     dscale = _normalise_backward(dqk, wide, factor, logit_scale)
     return scatter(dx.to(qkv.dtype), qkv, window_size, shift_size), dbias, dscale
 
 
-def _chunk_backward(p: Tensor, do: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-                    alpha: float, products: Tensor, low: Tensor) -> Tensor:
-    """Write dq, dk and dv (matrices, N, d) of a chunk; returns the gradient of its logits in a buffer's memory.
+def _chunk_backward(p: Tensor, operands: list[Tensor], found: list[Tensor], alpha: float, products: Tensor,
+                    low: Tensor) -> Tensor:
+    """Fill ``found``, dq, dk and dv of a chunk, from do, q, k and v (matrices, N, d); returns d logits in a buffer.
 
     ``products`` has the dtype of p, ``low`` that of the operands; they may be one.
     """
+    (do, q, k, v), (dq, dk, dv) = operands, found
     torch.bmm(_cast(p, low).mT, do, out=dv)
     ds = _cast(torch.bmm(do, v.mT, out=low[: p.shape[0]]), products)
     torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)
