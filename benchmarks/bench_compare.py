@@ -28,7 +28,10 @@ from benchmarks.seat import Caller, take_seats  # noqa: E402
 from fastmim.engine.distributed import World, distributed  # noqa: E402
 
 CASES = ("swinv2_base+47", "swinv2_base", "swin_base", "vit_base")
-PROVIDERS = ("fastmim", "timm", "timm-compiled", "microsoft-simmim", "microsoft-swin", "lightly", "mmpretrain")
+PROVIDERS = (
+    "fastmim", "fastmim-compiled", "timm", "timm-compiled", "microsoft-simmim", "microsoft-swin", "lightly",
+    "mmpretrain",
+)  # fmt: skip
 JUDGES = ("microsoft-swin", "microsoft-simmim", "timm")
 RESULTS = harness.RESULTS / "measurements.csv"
 
@@ -46,13 +49,10 @@ def measure_case(
         print(f"  not measured: {reason}", file=sys.stderr)
     if args.baseline not in seats:
         raise ValueError(f"--baseline {args.baseline}: it is not among the providers of {case.name}")
-    judge = next((name for name in JUDGES if name in losses), args.baseline)
-    refused = measure.refusals(losses, judge, measure.TOLERANCE[case.dtype])
-    for name, why in {} if quiet else refused.items():
-        print(f"  REFUSED {name}: {why}; no ratio is reported", file=sys.stderr)
-    if args.baseline in refused:
-        return [], len(refused)
-    kept = {name: seat for name, seat in seats.items() if name not in refused}
+    wrong = refused(losses, case, args.baseline, quiet)
+    if args.baseline in wrong:
+        return [], len(wrong)
+    kept = {name: seat for name, seat in seats.items() if name not in wrong}
     steps = {name: functools.partial(seat.call, "step") for name, seat in kept.items()}
     phases = measure.interleave(steps, args.rounds)
     ranks = world.size if world else 1
@@ -65,7 +65,16 @@ def measure_case(
         rows.append(shared | columns | {"provider": name, "loss": f"{losses[name][0]:.6f}"})
     for seat in seats.values():
         seat.close()
-    return rows, len(refused)
+    return rows, len(wrong)
+
+
+def refused(losses: dict[str, tuple[float, float]], case: Case, baseline: str, quiet: bool = False) -> dict[str, str]:
+    """Provider → why it is not reported; the judge is the first of :data:`JUDGES` that is there, else ``baseline``."""
+    judge = next((name for name in JUDGES if name in losses), baseline)
+    found = measure.refusals(losses, judge, measure.TOLERANCE[case.dtype]) if losses else {}
+    for name, why in {} if quiet else found.items():
+        print(f"  REFUSED {name}: {why}; not reported", file=sys.stderr)
+    return found
 
 
 def describe(case: Case, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -158,16 +167,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return max(launch(ranks, argv) for ranks in args.ranks)
     if args.threads:
         torch.set_num_threads(args.threads)  # what the rows say
-    refused = 0
+    wrong = 0
     with distributed() as world:
         for case in cases(args):
             rows, count = measure_case(case, args, world, apart=world.size == 1)
-            refused += count
+            wrong += count
             if world.is_main:
                 harness.append_rows(args.out, rows)
                 for row in rows:
                     show(row)
-    return 1 if refused else 0
+    return int(wrong > 0)
 
 
 def launch(ranks: int, argv: Sequence[str] | None) -> int:

@@ -83,7 +83,7 @@ def modelled_seconds(case: Case, device_name: str) -> float | None:
 def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """CSV rows of one case."""
     shared = {"benchmark": "counts", "note": "modelled on H100, not measured",
-              **bench_compare.describe(case, case.weights(), 1, args), "device": "none"}  # fmt: skip
+              **bench_compare.describe(case, 1, args), "device": "none"}  # fmt: skip
     rows = []
     for name in args.providers:
         try:

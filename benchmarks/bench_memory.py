@@ -17,14 +17,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import bench_compare, harness, measure, providers  # noqa: E402
+from benchmarks import bench_compare, harness, providers  # noqa: E402
 from benchmarks.processes import Remote  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from benchmarks.seat import Seat, reason_of  # noqa: E402
 
+PROVIDERS = (*bench_compare.PROVIDERS, "fastmim-recompute-fc1_qkv", "fastmim-recompute-full")
 
-def measure_apart(name: str, case: Case, args: argparse.Namespace) -> dict[str, str] | str:
-    """CSV columns of one provider, measured in a new process, or why there are none."""
+Found = tuple[dict[str, str], tuple[float, float]]
+
+
+def measure_apart(name: str, case: Case, args: argparse.Namespace) -> Found | str:
+    """CSV columns and losses of one provider, measured in a new process, or why there are none."""
     seat = Remote(Seat, name, case, args.reference, args.threads)
     try:
         return seat.call("memory")
@@ -34,32 +38,34 @@ def measure_apart(name: str, case: Case, args: argparse.Namespace) -> dict[str, 
         seat.close()
 
 
-def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """CSV rows of one case; a provider whose first loss is not the first one's is left out."""
-    shared = {"benchmark": "memory", **bench_compare.describe(case, 1, args)}
-    rows: list[dict[str, Any]] = []
+def measure_case(case: Case, args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """CSV rows of one case, and how many providers were refused because their losses are not the judge's."""
+    found: dict[str, Found] = {}
     for name in args.providers:
         providers.check_name(name)
         columns = measure_apart(name, case, args)
         if isinstance(columns, str):
             print(f"  not measured: {columns}", file=sys.stderr)
-            continue
-        rows.append(shared | columns | {"provider": name})
-        right, tolerance = float(rows[0]["loss"]), measure.TOLERANCE[case.dtype][0]
-        if not abs(float(columns["loss"]) - right) <= tolerance * right:
-            print(f"  REFUSED {name}: loss {columns['loss']} is not {right}; not reported", file=sys.stderr)
-            rows.pop()
-    return rows
+        else:
+            found[name] = columns
+    losses = {name: own for name, (_, own) in found.items()}
+    refused = bench_compare.refused(losses, case, next(iter(losses), ""))
+    shared = {"benchmark": "memory", **bench_compare.describe(case, 1, args)}
+    kept = {name: columns for name, (columns, _) in found.items() if name not in refused}
+    return [shared | columns | {"provider": name} for name, columns in kept.items()], len(refused)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py memory", description=__doc__)
     bench_compare.add_shared(parser)
+    parser.set_defaults(providers=list(PROVIDERS))
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)  # what the rows say
+    refused = 0
     for case in bench_compare.cases(args):
-        rows = measure_case(case, args)
+        rows, count = measure_case(case, args)
+        refused += count
         harness.append_rows(args.out, rows)
         for row in rows:
             print(
@@ -68,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"  saved {row.get('saved_mb_per_image', '-')} MB/image",
                 flush=True,
             )
-    return 0
+    return int(refused > 0)
 
 
 if __name__ == "__main__":

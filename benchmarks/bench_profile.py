@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import bench_compare, harness, measure, providers  # noqa: E402
+from benchmarks import bench_compare, harness  # noqa: E402
+from benchmarks.processes import Remote  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
+from benchmarks.seat import PROFILED_STEPS as STEPS  # noqa: E402
+from benchmarks.seat import Seat, reason_of  # noqa: E402
 
 PROVIDERS = ("fastmim", "timm", "microsoft-simmim", "microsoft-swin")
 # The first that fits the op's name.
@@ -51,37 +53,25 @@ def by_kind(events: Iterable[tuple[str, float]]) -> dict[str, float]:
     return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
 
-def measure_step(step: Any, images: Any, mask: Any, steps: int) -> tuple[dict[str, float], list[tuple[str, float]]]:
-    """Seconds a step by kind, and the longest single ops."""
-    clock = measure.HostClock()
-    for _ in range(2):
-        measure.run_step(step, images, mask, clock)
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        for _ in range(steps):
-            measure.run_step(step, images, mask, clock)
-    events = [(e.key, e.self_cpu_time_total / 1e6 / steps) for e in recorded.key_averages()]
-    return by_kind(events), sorted(events, key=lambda event: -event[1])
-
-
 def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """CSV rows of one case, one per provider and kind."""
-    source = case.weights()
-    images, mask = case.inputs(source)
-    shared = {"benchmark": "profile", "rounds": args.steps, **bench_compare.describe(case, 1, args)}
+    """CSV rows of one case, one per provider and kind; each provider runs in a process of its own."""
+    shared = {"benchmark": "profile", "rounds": STEPS, **bench_compare.describe(case, 1, args)}
     rows = []
     for name in args.providers:
         try:
-            step = providers.build(name, case, source, reference=args.reference)
-        except providers.Unavailable as reason:
-            print(f"  not measured: {reason}", file=sys.stderr)
+            seat = Remote(Seat, name, case, args.reference, args.threads)
+            events = seat.call("profile")
+        except RuntimeError as error:
+            print(f"  not measured: {reason_of(error)}", file=sys.stderr)
             continue
-        spent, longest = measure_step(step, images, mask, args.steps)
+        seat.close()
+        spent = by_kind(events)
         total = sum(spent.values())
-        print(f"{case.name} {case.dtype} {step.name}: {total:.3f} s a step under the profiler")
+        print(f"{case.name} {case.dtype} {name}: {total:.3f} s a step under the profiler")
         for kind, seconds in spent.items():
             print(f"  {kind:16} {seconds:7.3f} s {100 * seconds / total:5.1f} %")
-            rows.append(shared | {"provider": step.name, "note": kind, "seconds": f"{seconds:.4f}"})
-        for op, seconds in longest[: args.top]:
+            rows.append(shared | {"provider": name, "note": kind, "seconds": f"{seconds:.4f}"})
+        for op, seconds in sorted(events, key=lambda event: -event[1])[: args.top]:
             print(f"    {seconds:7.3f} s  {kind_of(op):16} {op}")
         sys.stdout.flush()
     return rows
@@ -91,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py profile", description=__doc__)
     bench_compare.add_shared(parser)
     parser.set_defaults(providers=list(PROVIDERS))
-    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--top", type=int, default=0, help="also the longest single ops")
     args = parser.parse_args(argv)
     if args.threads:

@@ -52,7 +52,23 @@ def table(rows: list[Row], benchmark: str) -> list[str]:
         row, speeds = f["fastmim"], [faster(f[n]) if n in f else None for n in names]
         cells = "".join(" – |" if s is None else f" {s[0]:.2f}× [{s[1]:.2f}, {s[2]:.2f}] |" for s in speeds)
         rate = f"{row['images_per_sec']} [{row['images_per_sec_p20']}, {row['images_per_sec_p80']}]"
-        lines.append(f"| {row['case']} | {row['dtype']} | {row['batch']} | {rate} |{cells}")
+        lines.append(f"| {model(row, rows)} | {row['dtype']} | {row['batch']} | {rate} |{cells}")
+    return lines
+
+
+def model(row: Row, rows: list[Row]) -> str:
+    """The case, with its image size and ranks where they are not those that it was first measured at."""
+    first = next(r for r in rows if (r["benchmark"], r["case"]) == (row["benchmark"], row["case"]))
+    size = "" if row["img_size"] == first["img_size"] else f", {row['img_size']} px"
+    return row["case"] + size + ("" if row["ranks"] in ("", first["ranks"]) else f", {row['ranks']} ranks")
+
+
+def loading(rows: list[Row]) -> list[str]:
+    """Lines of Markdown: images/s of every loader, and its speed over the reference's composition."""
+    lines = ["| loader | images/s | x the reference's | |", "|---|---|---|---|"]
+    for row in latest(rows, "data"):
+        ratio = f"{float(row['ratio']):.2f} [{float(row['ratio_p20']):.2f}, {float(row['ratio_p80']):.2f}]"
+        lines.append(f"| `{row['provider']}` | {row['images_per_sec']} | {ratio} | {row['note'].partition(';')[0]} |")
     return lines
 
 
@@ -66,7 +82,7 @@ def memory(rows: list[Row]) -> list[str]:
         own, peak = f["fastmim"], number(f["fastmim"], "peak_memory_gib")
         shares = [f"{peak / number(f[n], 'peak_memory_gib'):.2f}" if n in f else "–" for n in names]
         cells = "".join(f" {share} |" for share in shares)
-        lines.append(f"| {own['case']} | {own['dtype']} | {own['batch']} | {peak:.2f} |{cells}")
+        lines.append(f"| {model(own, rows)} | {own['dtype']} | {own['batch']} | {peak:.2f} |{cells}")
     return lines
 
 
@@ -88,12 +104,14 @@ def text(rows: list[Row]) -> str:
         ("Training steps", table(rows, "step")),
         ("Whole runs of `fastmim pretrain` from JPEG files", table(rows, "pretrain")),
         ("Peak memory of a training step", memory(rows)),
+        ("Loading JPEG photographs of 500x375 px, 192 px crops", loading(rows)),
         ("Counted on fake tensors (batch 128, bf16); the time is a roofline of an H100, no measurement", counted(rows)),
     ):
         if len(lines) > 2:
             parts.append("\n".join([f"{title}:", "", *lines]))
-    timed = [r for r in rows if r["benchmark"] in ("step", "memory", "pretrain")]
-    said = dict.fromkeys(f"{r['machine']}, {r['threads']} threads" for r in timed)
+    timed = [r for name in ("step", "memory", "pretrain", "data") for r in latest(rows, name)]
+    rows = [*timed, *latest(rows, "counts")]
+    said = dict.fromkeys(r["machine"] for r in timed)
     dates = sorted({r["date"] for r in rows})
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     measured = f"Measured on {'; '.join(said)}. " if said else "Nothing was timed yet. "

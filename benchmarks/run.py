@@ -1,6 +1,6 @@
 """Everything that can be measured, from one entry:
 
-    python benchmarks/run.py {kernels,step,data,profile,memory,pretrain,counts,import,report,all} [--help | options]
+    python benchmarks/run.py {kernels,step,data,profile,memory,pretrain,target,counts,import,report,all} [options]
 
 ``all`` runs them one after the other with ``--reference``, ``--threads`` and ``--quick`` and draws the report.
 Options of a benchmark are shown by ``run.py NAME --help``.
@@ -23,12 +23,27 @@ MODULES = {
     "profile": "bench_profile",
     "memory": "bench_memory",
     "pretrain": "bench_pretrain",
+    "target": "bench_target",
     "counts": "bench_counts",
     "import": "bench_import",
     "report": "report",
 }
 COMPARED = ("step", "profile", "memory", "pretrain", "counts")  # take --reference
+# What `all` runs after a benchmark: over batch, image size, model size and ranks, for the report's scaling.
+_TWO = ["--dtypes", "bf16", "--providers", "fastmim", "timm", "--rounds", "3"]
+SCALING = {
+    "step": [
+        ["--cases", "swin_base", "--batch", "1", "2", "8", "16", *_TWO],
+        ["--cases", "swin_base", "--img-size", "256", *_TWO],
+        ["--cases", "swinv2_small", "swin_large", "swinv2_large", *_TWO],
+        ["--cases", "swin_base", "--ranks", "2", *_TWO],
+    ],
+    "memory": [["--cases", "swin_base", "swinv2_base+47", "--dtypes", "bf16", "--batch", "32"]],
+}
 QUICK = {
+    "kernels": ["--sizes", "swinv2_base", "--rounds", "3"],
+    "data": ["--images", "256", "--rounds", "1"],
+    "target": ["--rounds", "1"],
     "step": ["--rounds", "3", "--dtypes", "bf16", "--cases", "swin_base"],
     "profile": ["--dtypes", "bf16", "--cases", "swin_base"],
     "memory": ["--dtypes", "bf16", "--cases", "swin_base"],
@@ -67,7 +82,9 @@ def run_all(argv: Sequence[str]) -> int:
     status = 0
     for name in MODULES:
         print(f"== {name}", flush=True)
-        status |= int(run(name, arguments(name, args)) != 0)
+        own = arguments(name, args)
+        for more in [[], *([] if args.quick else SCALING.get(name, []))]:
+            status |= int(run(name, [*own, *more]) != 0)
     return status
 
 

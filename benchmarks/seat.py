@@ -12,6 +12,8 @@ from benchmarks.providers import PRESETS, Case, Unavailable
 from fastmim.engine.distributed import World
 from fastmim.engine.host_memory import keep_freed_memory
 
+PROFILED_STEPS = 4
+
 
 class Seat:
     """Builds a provider for a case and runs its steps; methods take nothing and return what can be pickled.
@@ -46,21 +48,33 @@ class Seat:
         """One training step."""
         return measure.run_step(self.provider, self.images, self.mask, self.clock)[0]
 
-    def memory(self) -> dict[str, str]:
-        """CSV columns of peak memory over three steps, and of what autograd keeps."""
+    def memory(self) -> tuple[dict[str, str], tuple[float, float]]:
+        """CSV columns of peak memory over three steps and of what autograd keeps; the losses of those steps."""
         measure.return_freed_memory()
         measure.reset_peak_memory(self.case.device)
         start = measure.resident() if self.case.device == "cpu" else torch.cuda.memory_allocated()
         # AdamW's moments exist from the first update on: the second step is the first whole one.
-        loss, _ = self.losses()
-        columns = {"start_memory_gib": f"{start / measure.GIB:.3f}", "loss": f"{loss:.6f}"}
+        losses = self.losses()
+        columns = {"start_memory_gib": f"{start / measure.GIB:.3f}", "loss": f"{losses[0]:.6f}"}
         columns |= measure.peak_memory(self.case.device)
         if not self.name.endswith(providers.COMPILED):
             # What a compiled graph keeps does not pass through the hooks.
             with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.dtype == "bf16"):
                 kept = harness.saved_bytes(self.provider.module, self.images, self.mask)
             columns["saved_mb_per_image"] = f"{kept / self.case.batch / 1e6:.1f}"
-        return columns
+        return columns, losses
+
+    def profile(self) -> list[tuple[str, float]]:
+        """(op, seconds a step by itself) under torch's profiler, after steps that it records and forgets.
+
+        Without those the first recorded step pays for the profiler's own memory, several times over.
+        """
+        schedule = torch.profiler.schedule(wait=0, warmup=2, active=PROFILED_STEPS)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], schedule=schedule) as recorded:
+            for _ in range(2 + PROFILED_STEPS):
+                self.step()
+                recorded.step()
+        return [(e.key, e.self_cpu_time_total / 1e6 / PROFILED_STEPS) for e in recorded.key_averages()]
 
     def energy(self) -> float:
         """Joules an image, from NVML's counter."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import bench_counts, op_count  # noqa: E402
+from benchmarks import bench_counts, harness, op_count  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 
 TINY = dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8))
@@ -18,6 +20,13 @@ def test_a_foreign_module_is_counted_as_the_baseline(name: str) -> None:
     found, expected = (op_count.count_step(b, batch=4) for b in (build, op_count.baseline(name, **TINY)))
     assert found.counter.totals() == expected.counter.totals()
     assert found.saved.bytes == expected.saved.bytes
+
+
+def test_rows_of_a_case(capsys: pytest.CaptureFixture[str]) -> None:
+    args = argparse.Namespace(reference=None, providers=["fastmim", "timm", "microsoft-swin"])
+    rows = bench_counts.measure_case(Case("swin_base", "bf16", 2, overrides=tuple(TINY.items())), args)
+    assert [row["provider"] for row in rows] == ["fastmim", "timm"] and "--reference" in capsys.readouterr().err
+    assert rows[0]["launches"] < rows[1]["launches"] and {*rows[0]} <= {*harness.COLUMNS}
 
 
 def test_plain_flops_are_those_of_the_matrix_products() -> None:

@@ -178,10 +178,20 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
     case = Case("swin_base", "fp32", 2, overrides=TINY)
     args = argparse.Namespace(reference=None, threads=1)
     assert "--reference DIR" in bench_memory.measure_apart("microsoft-swin", case, args)
-    found = bench_memory.measure_apart("timm", case, args)
-    assert isinstance(found, dict) and found["memory_kind"] == "resident"
+    answer = bench_memory.measure_apart("timm", case, args)
+    assert not isinstance(answer, str)
+    found, losses = answer
+    assert found["memory_kind"] == "resident" and float(found["loss"]) == pytest.approx(losses[0], abs=1e-6)
     assert float(found["peak_memory_gib"]) >= float(found["start_memory_gib"]) > 0.05
     assert float(found["saved_mb_per_image"]) > 0 and float(found["loss"]) > 0
+
+
+def test_memory_of_a_provider_with_another_loss_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"fastmim": (1.0, 0.9), "fastmim-torch": (1.0, 0.5), "timm": (1.0, 0.9)}
+    monkeypatch.setattr(bench_memory, "measure_apart", lambda name, *_: ({"peak_memory_gib": "1"}, losses[name]))
+    args = argparse.Namespace(reference=None, threads=1, providers=list(losses))
+    rows, refused = bench_memory.measure_case(Case("swin_base", "fp32", 2, overrides=TINY), args)
+    assert [row["provider"] for row in rows] == ["fastmim", "timm"] and refused == 1
 
 
 def test_csv_rows_keep_one_schema(tmp_path: Path) -> None:
