@@ -129,27 +129,27 @@ def environment() -> dict[str, Any]:
     }
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]], *, columns: tuple[str, ...] = COLUMNS) -> None:
-    """Append rows of ``columns`` to a CSV, with a header where the file is new; fewer older columns are filled up.
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows of :data:`COLUMNS` to a CSV, with a header where the file is new; fewer older columns are filled up.
 
     Raises:
         ValueError: a row has a column that the schema does not know.
     """
-    unknown = sorted({key for row in rows for key in row} - set(columns))
+    unknown = sorted({key for row in rows for key in row} - set(COLUMNS))
     if unknown:
-        raise ValueError(f"columns {unknown} are not in the schema; it has {', '.join(columns)}")
-    rows = [*read_rows(path, columns), *rows] if path.exists() else rows
+        raise ValueError(f"columns {unknown} are not in the schema; it has {', '.join(COLUMNS)}")
+    rows = [*read_rows(path), *rows] if path.exists() else rows
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a CSV that :func:`append_rows` wrote; a column it lacks is empty."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [dict.fromkeys(columns, "") | row for row in csv.DictReader(file)]
+        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
 
 
 def _cpu_name() -> str:

@@ -13,9 +13,9 @@ from fastmim.plan.hardware import MEASURED as GPUS
 
 Row = dict[str, Any]
 KEY = ("benchmark", "case", "dtype", "batch", "img_size", "ranks", "device", "machine", "provider")
-NOTED = ("step", "profile")  # whose note says what was measured, not what came out
+NOTED = ("step", "profile", "pretrain")  # whose note says what was measured, not what came out
 COLOURS = {"fastmim": "#1b7837", "timm": "#4393c3", "microsoft-simmim": "#b2182b", "microsoft-swin": "#d6604d"}
-OTHERS = ("#8073ac", "#b35806", "#666666", "#35978f")
+OTHERS = ("#8073ac", "#b35806", "#666666", "#35978f", "#dfc27d", "#c51b7d", "#2d004b")
 
 
 def latest(rows: Sequence[Row], benchmark: str) -> list[Row]:
@@ -179,7 +179,7 @@ def speedups(rows: Sequence[Row], title: str) -> Figure | None:
 
 
 def _case(row: Row) -> str:
-    return f"{row['case']} {row['dtype']}"
+    return f"{row['case']} {row['dtype']} b{row['batch']} {row['device']}"
 
 
 def _finish(axes: Any, unit: str, title: str) -> None:

@@ -111,7 +111,7 @@ def text(rows: list[Row]) -> str:
             parts.append("\n".join([f"{title}:", "", *lines]))
     timed = [r for name in ("step", "memory", "pretrain", "data") for r in latest(rows, name)]
     rows = [*timed, *latest(rows, "counts")]
-    said = dict.fromkeys(r["machine"] for r in timed)
+    said = dict.fromkeys(f"{r['machine']}, {r['threads']} threads" for r in timed if r["threads"])
     dates = sorted({r["date"] for r in rows})
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     measured = f"Measured on {'; '.join(said)}. " if said else "Nothing was timed yet. "

@@ -120,8 +120,9 @@ def where(rows: list[Row]) -> str:
     """Machines, versions, commits and dates of a section, in one sentence each."""
     loads: dict[str, list[float]] = {}
     for r in rows:
-        said = (f"{r['machine']}, {r['threads']} threads; torch {r['torch']}, timm {r['timm']}"
-                f"{', ' + r['reference'] if r['reference'] else ''}; commit {r['commit']}, {r['date']}")  # fmt: skip
+        parts = (r["machine"], r["threads"] and f"{r['threads']} threads", f"torch {r['torch']}",
+                 r["timm"] and f"timm {r['timm']}", r["reference"], f"commit {r['commit']}", r["date"])  # fmt: skip
+        said = ", ".join(filter(None, parts))
         loads.setdefault(said, []).append(float(r["load_average"]))
     lines = [f"{said}; load average {min(own):.1f} to {max(own):.1f}" for said, own in loads.items()]
     return "".join(f'<p class="where">{html.escape(line)}</p>' for line in lines)

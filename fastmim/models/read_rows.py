@@ -14,6 +14,8 @@ from torch import Tensor
 from fastmim_kernels.eager import unwatched
 from fastmim_kernels.token_layout import token_cells
 
+Scales = tuple[Tensor | None, Tensor | None]
+
 
 def masked_tokens(mask: Tensor, size: tuple[int, int], grid: tuple[int, int], stride: int) -> Tensor | None:
     """(rows,) numbers of the tokens of a (B, h, w) map that contain masked pixels; None if that saves nothing.
@@ -34,11 +36,13 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     return x.flatten(0, -2).index_select(0, rows)
 
 
-def take_scale(scale: Tensor | None, rows: Tensor, count: int) -> Tensor | None:
-    """(B,) factors of samples of ``count`` tokens → (rows,)."""
-    return None if scale is None else scale.index_select(0, rows.div(count, rounding_mode="floor"))
+def take_stream(x: Tensor, drop: Scales, rows: Tensor) -> tuple[Tensor, Scales]:
+    """The (rows, C) of a stream (B, …, C), and the (B,) factors of its samples as (rows,)."""
+    samples = rows.div(x[0, ..., 0].numel(), rounding_mode="floor")
+    attn, mlp = (None if scale is None else scale.index_select(0, samples) for scale in drop)
+    return take(x, rows), (attn, mlp)
 
 
 def put(x: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
     """(rows, C) → (*shape, C), zero elsewhere; inverse of :func:`take`."""
-    return x.new_zeros(math.prod(shape), x.shape[-1]).index_copy(0, rows, x).view(*shape, x.shape[-1])
+    return x.new_zeros(math.prod(shape), x.shape[-1]).index_copy_(0, rows, x).view(*shape, x.shape[-1])

@@ -13,7 +13,7 @@ import fastmim_kernels as fk
 from fastmim_kernels.dispatch import picks_triton
 
 from .layers import Mlp, trunc_normal_
-from .read_rows import take, take_scale
+from .read_rows import take, take_stream
 from .swin_shared import Shared
 
 Pair = tuple[int, int]
@@ -147,14 +147,10 @@ class SwinBlock(nn.Module):
         """
         # The gradient of a bias is nearly free in the pass of the norm; on a CPU the product adds the bias for less.
         inside = not picks_triton("residual_norm", self.attn.impl, x.device)
-        attn_drop, mlp_drop = shared.drop
         # Where the product reads the stream itself, its backward pass adds the gradients of the two readers.
         hand_on = self.version == 2 and not inside and x.dtype == y.dtype and rows is None
         branch = self.attn(y, shared, last_bias=inside, hand_on=hand_on, rows=rows)
-        if rows is not None:
-            tokens = x.shape[1] * x.shape[2]
-            attn_drop, mlp_drop = (take_scale(drop, rows, tokens) for drop in shared.drop)
-            x = take(x, rows)
+        x, (attn_drop, mlp_drop) = (x, shared.drop) if rows is None else take_stream(x, shared.drop, rows)
         bias = None if inside else self.attn.proj.bias
         if self.version == 2:
             branch, x = branch if hand_on else (branch, x)

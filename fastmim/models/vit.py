@@ -22,7 +22,7 @@ from .layers import (
     to_pair,
     trunc_normal_,
 )
-from .read_rows import put, take, take_scale
+from .read_rows import put, take, take_stream
 from .swin import _grid
 
 NORM_EPS = 1e-6
@@ -118,9 +118,7 @@ class VitBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Stream x and y = norm1(x) in; the new stream and ``next_norm`` of it out, or (rows, C) of these tokens."""
         branch = self.attn(y, bias, index, rows)
-        if rows is not None:
-            drop = take_scale(drop[0], rows, x.shape[1]), take_scale(drop[1], rows, x.shape[1])
-            x = take(x, rows)
+        x, drop = (x, drop) if rows is None else take_stream(x, drop, rows)
         x, y = self._add(x, branch, self.gamma_1, drop[0], self.norm2)
         return self._add(x, self.mlp(y), self.gamma_2, drop[1], next_norm)
 

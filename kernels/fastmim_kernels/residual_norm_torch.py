@@ -110,6 +110,6 @@ def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Ten
         assert branch is not None
         branch = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
         # Summed within each sample first: then the factor of the samples is a small product.
-        products = (d_residual * branch).reshape(len(branch), -1, branch.shape[-1]).sum(1, dtype=mean.dtype)
+        products = (d_residual * branch).unsqueeze(1).flatten(1, -2).sum(1, dtype=mean.dtype)
         d_params.append(products.sum(0) if drop_scale is None else drop_scale @ products)
     return d_residual, d_branch, torch.stack([d.to(mean.dtype) for d in d_params])

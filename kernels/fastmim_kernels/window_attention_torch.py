@@ -24,8 +24,8 @@ EPS = 1e-12
 NEGLIGIBLE = 1e-20
 """Attention weights of shifted windows below this, 1e-13 of the rounding of the row's sum, become 0."""
 
-# Logits of a chunk. On a CPU two float32 buffers of this many stay in the last cache; smaller ones, in the cache of a
-# core, were slower: 40 % at 2^17. A GPU wants larger launches.
+# Logits of a chunk. On a CPU the buffers of this many (10 bytes a logit at most) stay in the last cache; smaller ones,
+# in the cache of a core, were slower: 40 % at 2^17. A GPU wants larger launches.
 _CHUNK_CPU = 1 << 20
 _CHUNK_GPU = 1 << 26
 
@@ -62,7 +62,7 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     for i in _chunks(v):
         p = _softmax(wide, i, bias, mask, alpha, logits)
         operands = [_matrices(t[i]) for t in (grad, q, k, v)]
-        found = [_matrices(t[i]) for t in (*dqk.chunk(2), dv)]
+        found = [t[i].view(-1, *t.shape[3:]) for t in (*dqk.chunk(2), dv)]
         ds = _chunk_backward(p, operands, found, alpha, products, low)
         dbias[i[0]] += ds.unflatten(0, (len(dbias[i[0]]), -1)).sum(1)
     dscale = _normalise_backward(dqk, wide, factor, logit_scale)
@@ -87,6 +87,8 @@ def _chunk_backward(p: Tensor, operands: list[Tensor], found: list[Tensor], alph
 
 @lru_cache(maxsize=1)
 def _cpu_multiplies_bfloat16() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -168,4 +170,4 @@ def _normalise_backward(grad: Tensor, y: Tensor, factor: Tensor | None, logit_sc
     dscale = dot[:heads].sum((1, 2, 3, 4)) * (logit_scale.reshape(-1) <= MAX_LOGIT_SCALE)
     dot[:heads] /= _scale(logit_scale, y.dtype).square()
     grad.copy_(wide.addcmul_(y, dot, value=-1).mul_(factor))
-    return dscale.reshape(logit_scale.shape).to(logit_scale.dtype)
+    return dscale.reshape(logit_scale.shape)

@@ -36,12 +36,14 @@ def _rows(batch: int, height: int, width: int, parts: int, window_size: Pair, sh
     Called inside custom ops only, so that what is cached is always a real tensor.
     """
     size = batch * height * width * parts
+    # Half the memory of int64, and as fast.
+    dtype = torch.int32 if size < 2**31 else torch.int64
     (wh, ww), rows = window_size, torch.arange(size, device=device).view(batch, height, width, parts)
     rows = rows.roll((-shift_size[0], -shift_size[1]), (1, 2))
     rows = rows.view(batch, height // wh, wh, width // ww, ww, parts).permute(5, 1, 3, 0, 2, 4).reshape(-1)
     inverse = torch.empty_like(rows)
     inverse[rows] = torch.arange(size, device=device)
-    return rows, inverse
+    return rows.to(dtype), inverse.to(dtype)
 
 
 @lru_cache(maxsize=32)

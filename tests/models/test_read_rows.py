@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim.models import read_rows
 from fastmim.objectives import create_objective, simmim
@@ -16,6 +17,9 @@ ENCODERS = {
     "swinv2": dict(name="swinv2", img_size=64, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4),
     "swinv2, norm on the stream of the last block": dict(
         name="swinv2", img_size=64, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4, extra_norm_period=2
+    ),
+    "swin, norm on the stream of the last block": dict(
+        name="swin", img_size=64, embed_dim=16, depths=(2, 2), num_heads=(2, 2), window_size=4, extra_norm_period=2
     ),
     "vit": dict(name="vit", img_size=64, embed_dim=32, depth=2, num_heads=2, init_values=0.1, shared_rel_pos_bias=True),
 }
@@ -61,6 +65,19 @@ def test_loss_and_gradients_are_those_of_all_rows(name, loss, monkeypatch):
         torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", ["swinv2", "vit"])
+def test_bfloat16(name, monkeypatch):
+    """As close as roundings allow: products over other numbers of rows may add in another order."""
+    objective = build(name).float()
+    images, mask = inputs(objective)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(objective, images.float(), mask)
+        monkeypatch.setattr(simmim, "masked_tokens", lambda *args: None)
+        expected = run(objective, images.float(), mask)
+    for ours, whole in zip(found, expected, strict=True):
+        assert (ours - whole).norm() <= 2e-2 * whole.norm() + 1e-6
+
+
 def last_mlp_rows(objective, images, mask):
     blocks = [m for m in objective.encoder.modules() if type(m).__name__ in ("SwinBlock", "VitBlock")]
     seen = []
@@ -92,6 +109,8 @@ def test_nothing_depends_on_data_under_a_compiler_or_on_fake_tensors():
     mask[0, 0] = False
     size = (16, 16), (4, 4), 4
     assert read_rows.masked_tokens(mask, *size).tolist() == list(range(4, 16))
+    with FlopCounterMode(display=False):
+        assert read_rows.masked_tokens(mask, *size) is None
     with torch._subclasses.FakeTensorMode() as mode:
         assert read_rows.masked_tokens(mode.from_tensor(mask), *size) is None
     assert torch.compile(lambda m: torch.tensor(read_rows.masked_tokens(m, *size) is None), backend="eager")(mask)

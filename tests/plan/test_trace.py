@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from fastmim.engine.recompute import apply_recompute
-from fastmim.objectives import create_objective
+from fastmim.objectives import create_objective, simmim
 from fastmim.plan.counter import DispatchCounter, SavedTensors
 from fastmim.plan.cuda_autocast import cuda_autocast
 from fastmim.plan.trace import Footprint, trace
@@ -59,6 +59,12 @@ def allocated_by(run: Callable[[], object]) -> tuple[object, int]:
         result = run()
     events = found.profiler.kineto_results.events()
     return result, sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.fixture(autouse=True)
+def every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner counts a GPU's step; a CPU leaves out rows of the last block."""
+    monkeypatch.setattr(simmim, "masked_tokens", lambda *args: None)
 
 
 @pytest.mark.parametrize("model, policy", CASES)
