@@ -151,12 +151,17 @@ def zero(efficiency: EfficiencySection) -> None:
         "offload_optimizer": efficiency.offload_optimizer != "none",
         "offload_param": efficiency.offload_param != "none",
         "deepspeed": bool(efficiency.deepspeed),
-        "precision": efficiency.precision == "fp16",
     }
     for key, is_given in given.items():
         if is_given and efficiency.zero_stage is None:
             value = "{...}" if key == "deepspeed" else getattr(efficiency, key)
             raise problem(f"efficiency.{key}={value}: needs efficiency.zero_stage, for example 2")
+    # Stage 0 keeps fp32 weights under autocast, without the optimiser of DeepSpeed that scales the loss.
+    if efficiency.precision == "fp16" and not efficiency.zero_stage:
+        stage = show(efficiency.zero_stage)
+        raise problem(
+            f"efficiency.precision=fp16: needs efficiency.zero_stage 1, 2 or 3, not {stage}: only they scale the loss"
+        )
     if efficiency.zero_stage is not None and efficiency.compile:
         raise problem(
             f"efficiency.compile=true: not with zero_stage={efficiency.zero_stage}; DeepSpeed gathers weights in "

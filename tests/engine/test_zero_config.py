@@ -21,7 +21,7 @@ from fastmim.objectives import create_objective
     "override, message",
     [
         ("efficiency.offload_optimizer=cpu", r"efficiency.offload_optimizer=cpu: needs efficiency.zero_stage"),
-        ("efficiency.precision=fp16", r"efficiency.precision=fp16: needs efficiency.zero_stage"),
+        ("efficiency.precision=fp16", r"efficiency.precision=fp16: needs efficiency.zero_stage 1, 2 or 3, not null"),
         ("efficiency.deepspeed={wall_clock_breakdown: true}", r"efficiency.deepspeed=.*needs efficiency.zero_stage"),
         ("efficiency.zero_stage=4", r"efficiency.zero_stage=4: expected one of 0, 1, 2, 3"),
         ("efficiency.recompute=half", r"efficiency.recompute=half: expected one of none, fc1"),
@@ -32,6 +32,14 @@ from fastmim.objectives import create_objective
 def test_config_refuses(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(None, [override])
+
+
+def test_fp16_at_stage_0():
+    """Stage 0 runs without DeepSpeed's loss scaling: small gradients would become zero unseen."""
+    with pytest.raises(ValueError, match="efficiency.precision=fp16: needs efficiency.zero_stage 1, 2 or 3, not 0"):
+        load_config(None, ["efficiency.zero_stage=0", "efficiency.precision=fp16"])
+    for stage in (1, 2, 3):
+        load_config(None, [f"efficiency.zero_stage={stage}", "efficiency.precision=fp16"])
 
 
 def test_stage_3_with_compile():
