@@ -207,6 +207,8 @@ class EfficiencySection(Section):
     @model_validator(mode="after")
     def _check(self) -> EfficiencySection:
         checks.zero(self)
+        checks.offload(self)
+        checks.recompute(self)
         return self
 
 

@@ -42,6 +42,38 @@ def test_fp16_at_stage_0():
         load_config(None, [f"efficiency.zero_stage={stage}", "efficiency.precision=fp16"])
 
 
+@pytest.mark.parametrize(
+    "stage, keys, message",
+    [
+        (0, "offload_optimizer=cpu", "offload_optimizer=cpu: needs efficiency.zero_stage 1, 2 or 3"),
+        ("null", "offload_param=cpu", "offload_param=cpu: needs efficiency.zero_stage=3"),
+        (2, "offload_param=cpu", "offload_param=cpu: needs efficiency.zero_stage=3"),
+        (2, "offload_param=nvme nvme_path=/drive", "offload_param=nvme: needs efficiency.zero_stage=3"),
+        (2, "offload_optimizer=nvme nvme_path=/drive", "offload_optimizer=nvme: needs efficiency.zero_stage=3; or use"),
+        (3, "offload_optimizer=nvme", "nvme_path=null: offload to nvme needs a folder"),
+        (3, "offload_optimizer=cpu offload_param=nvme", "nvme_path=null: offload to nvme needs a folder"),
+    ],
+)
+def test_offload_that_does_not_fit(stage, keys, message):
+    with pytest.raises(ValueError, match=f"efficiency.{message}"):
+        load_config(None, [f"efficiency.{key}" for key in (f"zero_stage={stage}", *keys.split())])
+
+
+@pytest.mark.parametrize(
+    "stage, keys",
+    [
+        (1, "offload_optimizer=cpu"),
+        (3, "offload_optimizer=cpu offload_param=cpu"),
+        (3, "offload_optimizer=nvme nvme_path=/drive"),
+        (3, "offload_param=nvme nvme_path=/drive"),
+    ],
+)
+def test_offload_that_fits_needs_neither_deepspeed_nor_the_drive(stage, keys, monkeypatch):
+    """A config is read on other machines than the one that trains: its folders are looked for there."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    load_config(None, [f"efficiency.{key}" for key in (f"zero_stage={stage}", *keys.split())])
+
+
 def test_stage_3_with_compile():
     with pytest.raises(ValueError, match="efficiency.compile=true: not with zero_stage=3"):
         load_config(None, ["efficiency.zero_stage=3", "efficiency.compile=true"])
@@ -82,10 +114,7 @@ def test_the_configuration():
         (dict(extra={"loss_scale": 1}), "loss_scale: DeepSpeed has no such key"),
         (dict(extra={"gradient_clipping": 1}), "decided by optim.clip_grad"),
         (dict(extra={"zero_optimization": {"stage": 1}}), "decided by efficiency.zero_stage"),
-        (dict(offload_optimizer="nvme"), "efficiency.nvme_path=null"),
         (dict(offload_param="nvme", nvme_path="/no/such/drive"), "efficiency.nvme_path=/no/such/drive: no such folder"),
-        (dict(stage=2, offload_param="cpu"), "efficiency.offload_param=cpu: needs efficiency.zero_stage=3"),
-        (dict(stage=0, offload_optimizer="cpu"), "efficiency.offload_optimizer=cpu: needs"),
     ],
 )
 def test_deepspeed_config_refuses(changes, message):
