@@ -173,12 +173,22 @@ def offload(efficiency: EfficiencySection) -> None:
         raise problem(f"efficiency.offload_param={param}: needs efficiency.zero_stage=3")
     if "nvme" in (optimizer, param) and efficiency.nvme_path is None:
         raise problem("efficiency.nvme_path=null: offload to nvme needs a folder on a local NVMe drive")
+    if efficiency.nvme_path is not None and "nvme" not in (optimizer, param):
+        raise problem(
+            f"efficiency.nvme_path={show(efficiency.nvme_path)}: nothing is offloaded to it; set "
+            "efficiency.offload_optimizer or offload_param to nvme, or nvme_path=null"
+        )
 
 
 def recompute(efficiency: EfficiencySection) -> None:
     """What is said about recomputation applies to some."""
     if efficiency.recompute_offload and efficiency.recompute != "full":
         raise problem(f"efficiency.recompute_offload=true: not with recompute={efficiency.recompute}; use full")
+    if efficiency.recompute_every != 1 and efficiency.recompute == "none":
+        raise problem(
+            f"efficiency.recompute_every={efficiency.recompute_every}: not with recompute=none; "
+            "use recompute=full or another policy, or recompute_every=1"
+        )
 
 
 def lamb(optim: OptimSection, efficiency: EfficiencySection) -> None:

@@ -26,6 +26,8 @@ from fastmim.objectives import create_objective
         ("efficiency.zero_stage=4", r"efficiency.zero_stage=4: expected one of 0, 1, 2, 3"),
         ("efficiency.recompute=half", r"efficiency.recompute=half: expected one of none, fc1"),
         ("efficiency.recompute_offload=true", r"efficiency.recompute_offload=true: .* use full"),
+        ("efficiency.recompute_every=2", r"efficiency.recompute_every=2: not with recompute=none; use recompute=full"),
+        ("efficiency.nvme_path=/drive", r"efficiency.nvme_path=/drive: nothing is offloaded to it; .* nvme_path=null"),
         ("efficiency.fused_optimizer=apexx", r"efficiency.fused_optimizer=apexx: expected auto, true, false, apex"),
     ],
 )
@@ -52,6 +54,7 @@ def test_fp16_at_stage_0():
         (2, "offload_optimizer=nvme nvme_path=/drive", "offload_optimizer=nvme: needs efficiency.zero_stage=3; or use"),
         (3, "offload_optimizer=nvme", "nvme_path=null: offload to nvme needs a folder"),
         (3, "offload_optimizer=cpu offload_param=nvme", "nvme_path=null: offload to nvme needs a folder"),
+        (3, "offload_optimizer=cpu offload_param=cpu nvme_path=/drive", "nvme_path=/drive: nothing is offloaded to it"),
     ],
 )
 def test_offload_that_does_not_fit(stage, keys, message):
