@@ -149,6 +149,11 @@ def zero(efficiency: EfficiencySection) -> None:
     """What DeepSpeed does or needs is asked for only together with it."""
     if efficiency.deepspeed and efficiency.zero_stage is None:
         raise problem("efficiency.deepspeed={...}: needs efficiency.zero_stage, for example 2")
+    # The planner reads this section too; the others are DeepSpeed's alone, and checked where it is imported.
+    section = efficiency.deepspeed.get("zero_optimization", {})
+    if not isinstance(section, Mapping):
+        where = "efficiency.deepspeed.zero_optimization"
+        raise problem(f"{where}={show(section)}: expected a section of keys and values")
     # Stage 0 keeps fp32 weights under autocast, without the optimiser of DeepSpeed that scales the loss.
     if efficiency.precision == "fp16" and not efficiency.zero_stage:
         stage = show(efficiency.zero_stage)

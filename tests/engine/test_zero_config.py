@@ -26,6 +26,7 @@ from fastmim.objectives import create_objective
         ("efficiency.zero_stage=4", r"efficiency.zero_stage=4: expected one of 0, 1, 2, 3"),
         ("efficiency.recompute=half", r"efficiency.recompute=half: expected one of none, fc1"),
         ("efficiency.recompute_offload=true", r"efficiency.recompute_offload=true: .* use full"),
+        ("efficiency={zero_stage: 2, deepspeed: {zero_optimization: 3}}", r"zero_optimization=3: expected a section"),
         ("efficiency.recompute_every=2", r"efficiency.recompute_every=2: not with recompute=none; use recompute=full"),
         ("efficiency.nvme_path=/drive", r"efficiency.nvme_path=/drive: nothing is offloaded to it; .* nvme_path=null"),
         ("efficiency.fused_optimizer=apexx", r"efficiency.fused_optimizer=apexx: expected auto, true, false, apex"),
@@ -117,6 +118,24 @@ def test_the_configuration():
         (dict(extra={"loss_scale": 1}), "loss_scale: DeepSpeed has no such key"),
         (dict(extra={"gradient_clipping": 1}), "decided by optim.clip_grad"),
         (dict(extra={"zero_optimization": {"stage": 1}}), "decided by efficiency.zero_stage"),
+        (dict(extra={"flops_profiler": {"profile_stp": 5}}), "flops_profiler.profile_stp: .*did you mean profile_step"),
+        (dict(extra={"tensorboard": {"output_pth": "x"}}), "tensorboard.output_pth: .*did you mean output_path"),
+        (dict(extra={"csv_monitor": {"job_nam": "x"}}), "csv_monitor.job_nam: .*did you mean job_name"),
+        (dict(extra={"wandb": {"projct": "x"}}), "wandb.projct: .*did you mean project"),
+        (dict(extra={"comet": {"onlin": True}}), "comet.onlin: .*did you mean online"),
+        (dict(extra={"comms_logger": {"verbos": True}}), "comms_logger.verbos: .*did you mean verbose"),
+        (dict(extra={"compile": {"deep_compile": True}}), "compile.deep_compile: .*did you mean deepcompile"),
+        (dict(extra={"timers": {"throughput": {"enable": True}}}), "timers.throughput.enable: .*did you mean enabled"),
+        (dict(extra={"zero_optimization": {"leaf_module": {"class": "x"}}}), "leaf_module.class: .*mean classes"),
+        (dict(extra={"zero_optimization": {1: 2}}), "zero_optimization.1: DeepSpeed has no such key"),
+        (dict(extra={"use_node_local_storage": True}), "use_node_local_storage: DeepSpeed has no such key"),
+        (dict(extra={"fp16": {"enabled": False}}), "fp16.enabled: decided by efficiency.precision"),
+        (dict(extra={"elasticity": {"enabled": True}}), "elasticity: decided by train.global_batch_size"),
+        (dict(extra={"zero_optimization": {"cpu_offload": True}}), "decided by efficiency.offload_optimizer"),
+        (dict(extra={"zero_optimization": 3}), "deepspeed.zero_optimization=3: expected a section of keys and values"),
+        (dict(extra={"aio": None}), "deepspeed.aio=null: expected a section"),
+        (dict(extra={"timers": {"throughput": True}}), "deepspeed.timers.throughput=true: expected a section"),
+        (dict(extra={"zero_optimization": {"offload_param": "cpu"}}), 'offload_param="cpu": expected a section'),
         (dict(offload_param="nvme", nvme_path="/no/such/drive"), "efficiency.nvme_path=/no/such/drive: no such folder"),
     ],
 )
@@ -124,6 +143,25 @@ def test_deepspeed_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         deepspeed_config(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_keys_of_every_section_are_taken():
+    """As DeepSpeed's configuration reference writes them."""
+    extra = {
+        "flops_profiler": {"enabled": True, "profile_step": 3, "module_depth": -1, "top_modules": 1, "detailed": True,
+                           "output_file": None},
+        "tensorboard": {"enabled": True, "output_path": "a", "job_name": "b"},
+        "wandb": {"enabled": False, "group": "a", "team": "b", "project": "c"},
+        "csv_monitor": {"enabled": True, "output_path": "a", "job_name": "b"},
+        "comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False, "prof_ops": []},
+        "timers": {"throughput": {"enabled": True, "synchronized": False}},
+        "fp16": {"loss_scale_window": 500, "initial_scale_power": 12, "hysteresis": 2, "min_loss_scale": 1},
+        "activation_checkpointing": {"partition_activations": True, "number_checkpoints": 4},
+        "zero_optimization": {"stage3_prefetch_bucket_size": 1000, "offload_param": {"pin_memory": True}},
+        "communication_data_type": "bf16", "steps_per_print": 10, "wall_clock_breakdown": True, "dump_state": True,
+    }  # fmt: skip
+    config = deepspeed_config(extra=extra)
+    assert config["flops_profiler"] == extra["flops_profiler"] and config["steps_per_print"] == 10
 
 
 @pytest.fixture
