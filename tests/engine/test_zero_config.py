@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fastmim.config import load_config
+from fastmim.engine import zero_nvme
+from fastmim.engine.distributed import World
 from fastmim.engine.optim import build_optimizer
 from fastmim.engine.zero_build import _Recorder, _Replay, _storage
-from fastmim.engine.zero_nvme import compare_updates
 from fastmim.objectives import create_objective
 
 
@@ -219,9 +220,43 @@ def test_the_apex_of_pypi_is_not_nvidias(monkeypatch):
 def test_swapped_gradients_are_found():
     """Two tensors with each other's update, as DeepSpeed's offload to NVMe was seen to give."""
     right = [torch.full((4,), float(i)) for i in range(4)]
-    compare_updates([t.clone() for t in right], right)
-    with pytest.raises(ValueError, match="2 of 4 test tensors get a wrong update .* use cpu"):
-        compare_updates([right[0], right[2], right[1], right[3]], right)
+    zero_nvme.compare_updates([t.clone() for t in right], right, "key")
+    with pytest.raises(ValueError, match="key: .* 2 of 4 test tensors get a wrong update .* use cpu"):
+        zero_nvme.compare_updates([right[0], right[2], right[1], right[3]], right, "key")
+
+
+@pytest.mark.parametrize(
+    "devices, asked",
+    [
+        (dict(offload_optimizer="nvme"), "efficiency.offload_optimizer=nvme"),
+        (dict(offload_param="nvme"), "efficiency.offload_param=nvme"),
+        (dict(offload_optimizer="cpu", offload_param="nvme"), "efficiency.offload_param=nvme"),
+        (
+            dict(offload_optimizer="nvme", offload_param="nvme"),
+            "efficiency.offload_optimizer=nvme and efficiency.offload_param=nvme",
+        ),
+    ],
+)
+@pytest.mark.parametrize("fault", ["wrong", "refused", None])
+def test_the_key_that_asked_for_nvme_is_named(devices, asked, fault, monkeypatch):
+    """DeepSpeed's update on the drive differs, fails, or is right; the one in memory is done without any offload."""
+    config = {"zero_optimization": {"stage": 3} | {name: {"device": device} for name, device in devices.items()}}
+
+    def updated(config, make_optimizer, world):
+        in_memory = config["zero_optimization"] == {"stage": 3}
+        if fault == "refused" and not in_memory:
+            raise RuntimeError("no\nlibaio")
+        return [torch.full((2,), 2.0 if fault == "wrong" and not in_memory else 1.0)]
+
+    monkeypatch.setattr(zero_nvme, "_updated", updated)
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    if fault is None:
+        zero_nvme.check_nvme(config, lambda params: None, world=world)
+        return
+    with pytest.raises(ValueError) as error:
+        zero_nvme.check_nvme(config, lambda params: None, world=world)
+    message = {"wrong": "with this DeepSpeed 1 of 1", "refused": "DeepSpeed cannot do it here (no libaio); use cpu"}
+    assert str(error.value).startswith(f"{asked}: {message[fault]}")
 
 
 @pytest.mark.parametrize(
