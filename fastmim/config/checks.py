@@ -147,23 +147,53 @@ def batch(train: TrainSection) -> None:
 
 def zero(efficiency: EfficiencySection) -> None:
     """What DeepSpeed does or needs is asked for only together with it."""
-    given = {
-        "offload_optimizer": efficiency.offload_optimizer != "none",
-        "offload_param": efficiency.offload_param != "none",
-        "deepspeed": bool(efficiency.deepspeed),
-        "precision": efficiency.precision == "fp16",
-    }
-    for key, is_given in given.items():
-        if is_given and efficiency.zero_stage is None:
-            value = "{...}" if key == "deepspeed" else getattr(efficiency, key)
-            raise problem(f"efficiency.{key}={value}: needs efficiency.zero_stage, for example 2")
+    if efficiency.deepspeed and efficiency.zero_stage is None:
+        raise problem("efficiency.deepspeed={...}: needs efficiency.zero_stage, for example 2")
+    # The planner reads this section too; the others are DeepSpeed's alone, and checked where it is imported.
+    section = efficiency.deepspeed.get("zero_optimization", {})
+    if not isinstance(section, Mapping):
+        where = "efficiency.deepspeed.zero_optimization"
+        raise problem(f"{where}={show(section)}: expected a section of keys and values")
+    # Stage 0 keeps fp32 weights under autocast, without the optimiser of DeepSpeed that scales the loss.
+    if efficiency.precision == "fp16" and not efficiency.zero_stage:
+        stage = show(efficiency.zero_stage)
+        raise problem(
+            f"efficiency.precision=fp16: needs efficiency.zero_stage 1, 2 or 3, not {stage}: only they scale the loss"
+        )
     if efficiency.zero_stage is not None and efficiency.compile:
         raise problem(
             f"efficiency.compile=true: not with zero_stage={efficiency.zero_stage}; DeepSpeed gathers weights in "
             "hooks that torch.compile cannot see through; use compile=false, or zero_stage=null"
         )
+
+
+def offload(efficiency: EfficiencySection) -> None:
+    """A ZeRO stage that can offload what is asked for, and a folder for what goes to a drive."""
+    stage, optimizer, param = efficiency.zero_stage, efficiency.offload_optimizer, efficiency.offload_param
+    if optimizer == "nvme" and stage != 3:
+        raise problem("efficiency.offload_optimizer=nvme: needs efficiency.zero_stage=3; or use cpu")
+    if optimizer != "none" and not stage:
+        raise problem(f"efficiency.offload_optimizer={optimizer}: needs efficiency.zero_stage 1, 2 or 3")
+    if param != "none" and stage != 3:
+        raise problem(f"efficiency.offload_param={param}: needs efficiency.zero_stage=3")
+    if "nvme" in (optimizer, param) and efficiency.nvme_path is None:
+        raise problem("efficiency.nvme_path=null: offload to nvme needs a folder on a local NVMe drive")
+    if efficiency.nvme_path is not None and "nvme" not in (optimizer, param):
+        raise problem(
+            f"efficiency.nvme_path={show(efficiency.nvme_path)}: nothing is offloaded to it; set "
+            "efficiency.offload_optimizer or offload_param to nvme, or nvme_path=null"
+        )
+
+
+def recompute(efficiency: EfficiencySection) -> None:
+    """What is said about recomputation applies to some."""
     if efficiency.recompute_offload and efficiency.recompute != "full":
         raise problem(f"efficiency.recompute_offload=true: not with recompute={efficiency.recompute}; use full")
+    if efficiency.recompute_every != 1 and efficiency.recompute == "none":
+        raise problem(
+            f"efficiency.recompute_every={efficiency.recompute_every}: not with recompute=none; "
+            "use recompute=full or another policy, or recompute_every=1"
+        )
 
 
 def lamb(optim: OptimSection, efficiency: EfficiencySection) -> None:

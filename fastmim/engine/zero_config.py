@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -20,10 +22,16 @@ _OWNED = {
     "gradient_clipping": "optim.clip_grad",
     "optimizer": "optim.name",
     "scheduler": "optim.schedule",
+    "managed_gradient_accumulation": "train.grad_accum_steps",
+    "elasticity": "train.global_batch_size",
+    "checkpoint": "train.save_every",
+    "fp16.enabled": "efficiency.precision",
     "bf16": "efficiency.precision",
     "bfloat16": "efficiency.precision",
     "torch_autocast": "efficiency.precision",
     "zero_optimization.stage": "efficiency.zero_stage",
+    "zero_optimization.cpu_offload": "efficiency.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "efficiency.offload_param",
     "zero_optimization.offload_optimizer.device": "efficiency.offload_optimizer",
     "zero_optimization.offload_optimizer.nvme_path": "efficiency.nvme_path",
     "zero_optimization.offload_param.device": "efficiency.offload_param",
@@ -68,10 +76,13 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Build the configuration; ``extra`` (nested dicts) is merged in and must hold only known keys.
 
+    That stage, precision and offload fit together is for the caller to see to: the config's checks do.
+
     Raises:
-        ValueError: settings that do not fit together, a folder that does not exist, an unknown key.
+        ValueError: a folder that does not exist, an unknown key, a section that is none.
     """
-    _check(stage, offload_optimizer, offload_param, nvme_path)
+    if nvme_path is not None and not Path(nvme_path).is_dir():
+        raise ValueError(f"efficiency.nvme_path={nvme_path}: no such folder; create it or give another")
     zero: dict[str, Any] = {"stage": stage}
     for name, device in (("offload_optimizer", offload_optimizer), ("offload_param", offload_param)):
         if device != "none":
@@ -100,20 +111,6 @@ def deepspeed_config(
     return config
 
 
-def _check(stage: int, offload_optimizer: str, offload_param: str, nvme_path: str | None) -> None:
-    if offload_optimizer != "none" and stage == 0:
-        raise ValueError(f"efficiency.offload_optimizer={offload_optimizer}: needs efficiency.zero_stage 1, 2 or 3")
-    if offload_param != "none" and stage != 3:
-        raise ValueError(f"efficiency.offload_param={offload_param}: needs efficiency.zero_stage=3")
-    if "nvme" in (offload_optimizer, offload_param):
-        if offload_optimizer == "nvme" and stage != 3:
-            raise ValueError("efficiency.offload_optimizer=nvme: needs efficiency.zero_stage=3; or use cpu")
-        if nvme_path is None:
-            raise ValueError("efficiency.nvme_path=null: offload to nvme needs a folder on a local NVMe drive")
-        if not Path(nvme_path).is_dir():
-            raise ValueError(f"efficiency.nvme_path={nvme_path}: no such folder; create it or give another")
-
-
 def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in extra.items():
@@ -126,59 +123,79 @@ def check_extra(extra: Mapping[str, Any], prefix: str = "") -> None:
     """Refuse keys that DeepSpeed does not know (it ignores many typos), or that another key decides.
 
     Raises:
-        ValueError: naming the key, the closest known one, or the key to use instead.
+        ValueError: naming the key, and the closest known one, the key to use instead, or what it should hold.
     """
+    sections = _sections()
+    known = sections[prefix.rstrip(".")]
     for key, value in extra.items():
         path = f"{prefix}{key}"
         if path in _OWNED:
             raise ValueError(f"efficiency.deepspeed.{path}: decided by {_OWNED[path]}; set that")
-        known = _known(prefix.rstrip("."))
-        if known is not None and key not in known:
-            close = difflib.get_close_matches(key, sorted(known), n=1)
+        if key not in known:
+            close = difflib.get_close_matches(str(key), sorted(known), n=1)
             hint = f"did you mean {close[0]}?" if close else "see DeepSpeed's configuration reference"
             raise ValueError(f"efficiency.deepspeed.{path}: DeepSpeed has no such key; {hint}")
-        if isinstance(value, Mapping):
+        if path in sections:
+            if not isinstance(value, Mapping):
+                shown = json.dumps(value, default=str)
+                raise ValueError(f"efficiency.deepspeed.{path}={shown}: expected a section of keys and values")
             check_extra(value, f"{path}.")
 
 
-def _known(section: str) -> set[str] | None:
-    """Keys of a section of DeepSpeed's configuration; None where it takes any."""
-    from deepspeed.runtime import constants
+@functools.cache
+def _sections() -> dict[str, set[str]]:
+    """The keys of every section of DeepSpeed's configuration by its path; the top's is empty."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.monitor.config import DeepSpeedMonitorConfig
+    from deepspeed.profiling import constants as profiling
     from deepspeed.runtime.activation_checkpointing import config as activation
     from deepspeed.runtime.precision_config import DeepSpeedFP16Config
     from deepspeed.runtime.swap_tensor import constants as aio
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import (
-        DeepSpeedZeroOffloadOptimizerConfig,
-        DeepSpeedZeroOffloadParamConfig,
-    )
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
-    models: dict[str, Any] = {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
-        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
-        "fp16": DeepSpeedFP16Config,
-    }
-    if section in models:
-        fields = models[section].model_fields
-        return set(fields) | {field.alias for field in fields.values() if field.alias}
-    if section == "activation_checkpointing":
-        return _strings(activation, "ACT_CHKPT_")
-    if section == "aio":
-        return _strings(aio, "AIO_")
-    if section == "data_types":
-        return _DATA_TYPES
-    if section:
-        return None
     sections = {
-        "zero_optimization", "activation_checkpointing", "aio", "fp16", "data_types", "flops_profiler", "tensorboard",
-        "wandb", "csv_monitor", "comet", "comms_logger", "compile", "timers", "checkpoint", "elasticity",
-    }  # fmt: skip
-    # Every JSON key that DeepSpeed reads at the top has a lower-case string constant with a default beside it.
+        "activation_checkpointing": _strings(activation, "ACT_CHKPT_"),
+        "aio": _strings(aio, "AIO_"),
+        "data_types": _DATA_TYPES,
+        "flops_profiler": _strings(profiling, "FLOPS_PROFILER_"),
+        "timers": {"throughput"},
+        **_of_model("timers.throughput", DeepSpeedThroughputTimerConfig),
+        **_of_model("comms_logger", CommsLoggerConfig),
+        **_of_model("compile", CompileConfig),
+        **_of_model("fp16", DeepSpeedFP16Config),
+        **_of_model("zero_optimization", DeepSpeedZeroConfig),
+        # Its fields are sections of the top: tensorboard, wandb, csv_monitor, comet.
+        **_of_model("", DeepSpeedMonitorConfig),
+    }
+    return {**sections, "": _top() | {path for path in sections if path and "." not in path}}
+
+
+def _of_model(path: str, model: Any) -> dict[str, set[str]]:
+    """The keys of a section that is a pydantic model, and of the models inside it."""
+    found: dict[str, set[str]] = {path: set()}
+    for name, field in model.model_fields.items():
+        found[path] |= {name, field.alias or name}
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if hasattr(kind, "model_fields"):
+                found |= _of_model(f"{path}.{name}".lstrip("."), kind)
+    return found
+
+
+def _top() -> set[str]:
+    """The keys at the top that are no sections, with those that another key decides."""
+    from deepspeed.runtime import constants
+
+    # Every JSON key that DeepSpeed reads has a string constant with a default beside it; those of sections too.
     names = vars(constants)
-    found = {value for name, value in names.items() if isinstance(value, str) and f"{name}_DEFAULT" in names}
-    inner = set(DeepSpeedFP16Config.model_fields) | _DATA_TYPES | {"enabled", "tag_validation", "load_universal"}
-    return (found - inner) | sections
+    inside = ("FP16_", "BFLOAT16_", "CHECKPOINT_", "TORCH_AUTOCAST_", "LEGACY_FUSION")
+    found = {
+        value
+        for name, value in names.items()
+        if isinstance(value, str) and f"{name}_DEFAULT" in names and not name.startswith(inside)
+    }
+    return found - _DATA_TYPES - {"load_universal", "use_node_local_storage"}
 
 
 def _strings(module: Any, prefix: str) -> set[str]:

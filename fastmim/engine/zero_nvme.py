@@ -18,6 +18,7 @@ from fastmim.engine.zero_config import import_deepspeed
 
 # Four matrices above the size from which DeepSpeed swaps (1 MiB), of different shapes, and one below it.
 _SHAPES = ((512, 768), (768, 640), (640, 1024), (1024, 512), (16, 16))
+_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 class _Probe(nn.Module):
@@ -47,19 +48,26 @@ def check_nvme(config: dict[str, Any], make_optimizer: Callable[[list[nn.Paramet
         ValueError: DeepSpeed cannot offload here, or its update differs.
     """
     in_memory = copy.deepcopy(config)
-    for name in ("offload_optimizer", "offload_param"):
+    for name in _OFFLOADS:
         in_memory["zero_optimization"].pop(name, None)
     expected = _updated(in_memory, make_optimizer, world)
     try:
         found = _updated(config, make_optimizer, world)
     except (RuntimeError, AssertionError, OSError, ImportError) as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"efficiency.offload_optimizer=nvme: DeepSpeed cannot do it here ({text}); use cpu") from None
-    compare_updates(found, expected)
+        raise ValueError(f"{_asked(config)}: DeepSpeed cannot do it here ({text}); use cpu") from None
+    compare_updates(found, expected, _asked(config))
 
 
-def compare_updates(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Refuse offload whose updated weights are not those of the update in memory.
+def _asked(config: dict[str, Any]) -> str:
+    """The keys of our own config that ask for nvme, as they are set."""
+    zero = config["zero_optimization"]
+    names = [name for name in _OFFLOADS if zero.get(name, {}).get("device") == "nvme"]
+    return " and ".join(f"efficiency.{name}=nvme" for name in names)
+
+
+def compare_updates(found: Sequence[Tensor], expected: Sequence[Tensor], asked: str) -> None:
+    """Refuse offload whose updated weights are not those of the update in memory; ``asked`` is what turns it on.
 
     Raises:
         ValueError: naming how many tensors differ.
@@ -68,7 +76,7 @@ def compare_updates(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None
     wrong = [i for i, (a, b) in enumerate(pairs) if not torch.allclose(a, b, rtol=1e-4, atol=1e-6)]
     if wrong:
         raise ValueError(
-            f"efficiency.offload_optimizer=nvme: with this DeepSpeed {len(wrong)} of {len(expected)} test tensors get "
+            f"{asked}: with this DeepSpeed {len(wrong)} of {len(expected)} test tensors get "
             "a wrong update when they are swapped to the drive, and training would go wrong unseen; use cpu"
         )
 

@@ -128,7 +128,7 @@ def _configured(cfg: Config, accum: int, gpus: int) -> Setting:
     moved = efficiency.offload_optimizer != "none", efficiency.offload_param != "none"
     offload = {(False, False): "none", (True, False): "optimizer", (False, True): "param", (True, True): "all"}[moved]
     every = f"/{efficiency.recompute_every}" if efficiency.recompute_every > 1 else ""
-    policy = efficiency.recompute if efficiency.recompute == "none" else f"{efficiency.recompute}{every}"
+    policy = f"{efficiency.recompute}{every}"
     return Setting(efficiency.zero_stage or 0, policy, cfg.train.micro_batch_size, accum, gpus, offload)
 
 

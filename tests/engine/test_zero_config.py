@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fastmim.config import load_config
+from fastmim.engine import zero_nvme
+from fastmim.engine.distributed import World
 from fastmim.engine.optim import build_optimizer
 from fastmim.engine.zero_build import _Recorder, _Replay, _storage
-from fastmim.engine.zero_nvme import compare_updates
 from fastmim.objectives import create_objective
 
 
@@ -21,17 +22,61 @@ from fastmim.objectives import create_objective
     "override, message",
     [
         ("efficiency.offload_optimizer=cpu", r"efficiency.offload_optimizer=cpu: needs efficiency.zero_stage"),
-        ("efficiency.precision=fp16", r"efficiency.precision=fp16: needs efficiency.zero_stage"),
+        ("efficiency.precision=fp16", r"efficiency.precision=fp16: needs efficiency.zero_stage 1, 2 or 3, not null"),
         ("efficiency.deepspeed={wall_clock_breakdown: true}", r"efficiency.deepspeed=.*needs efficiency.zero_stage"),
         ("efficiency.zero_stage=4", r"efficiency.zero_stage=4: expected one of 0, 1, 2, 3"),
         ("efficiency.recompute=half", r"efficiency.recompute=half: expected one of none, fc1"),
         ("efficiency.recompute_offload=true", r"efficiency.recompute_offload=true: .* use full"),
+        ("efficiency={zero_stage: 2, deepspeed: {zero_optimization: 3}}", r"zero_optimization=3: expected a section"),
+        ("efficiency.recompute_every=2", r"efficiency.recompute_every=2: not with recompute=none; use recompute=full"),
+        ("efficiency.nvme_path=/drive", r"efficiency.nvme_path=/drive: nothing is offloaded to it; .* nvme_path=null"),
         ("efficiency.fused_optimizer=apexx", r"efficiency.fused_optimizer=apexx: expected auto, true, false, apex"),
     ],
 )
 def test_config_refuses(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(None, [override])
+
+
+def test_fp16_at_stage_0():
+    """Stage 0 runs without DeepSpeed's loss scaling: small gradients would become zero unseen."""
+    with pytest.raises(ValueError, match="efficiency.precision=fp16: needs efficiency.zero_stage 1, 2 or 3, not 0"):
+        load_config(None, ["efficiency.zero_stage=0", "efficiency.precision=fp16"])
+    for stage in (1, 2, 3):
+        load_config(None, [f"efficiency.zero_stage={stage}", "efficiency.precision=fp16"])
+
+
+@pytest.mark.parametrize(
+    "stage, keys, message",
+    [
+        (0, "offload_optimizer=cpu", "offload_optimizer=cpu: needs efficiency.zero_stage 1, 2 or 3"),
+        ("null", "offload_param=cpu", "offload_param=cpu: needs efficiency.zero_stage=3"),
+        (2, "offload_param=cpu", "offload_param=cpu: needs efficiency.zero_stage=3"),
+        (2, "offload_param=nvme nvme_path=/drive", "offload_param=nvme: needs efficiency.zero_stage=3"),
+        (2, "offload_optimizer=nvme nvme_path=/drive", "offload_optimizer=nvme: needs efficiency.zero_stage=3; or use"),
+        (3, "offload_optimizer=nvme", "nvme_path=null: offload to nvme needs a folder"),
+        (3, "offload_optimizer=cpu offload_param=nvme", "nvme_path=null: offload to nvme needs a folder"),
+        (3, "offload_optimizer=cpu offload_param=cpu nvme_path=/drive", "nvme_path=/drive: nothing is offloaded to it"),
+    ],
+)
+def test_offload_that_does_not_fit(stage, keys, message):
+    with pytest.raises(ValueError, match=f"efficiency.{message}"):
+        load_config(None, [f"efficiency.{key}" for key in (f"zero_stage={stage}", *keys.split())])
+
+
+@pytest.mark.parametrize(
+    "stage, keys",
+    [
+        (1, "offload_optimizer=cpu"),
+        (3, "offload_optimizer=cpu offload_param=cpu"),
+        (3, "offload_optimizer=nvme nvme_path=/drive"),
+        (3, "offload_param=nvme nvme_path=/drive"),
+    ],
+)
+def test_offload_that_fits_needs_neither_deepspeed_nor_the_drive(stage, keys, monkeypatch):
+    """A config is read on other machines than the one that trains: its folders are looked for there."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    load_config(None, [f"efficiency.{key}" for key in (f"zero_stage={stage}", *keys.split())])
 
 
 def test_stage_3_with_compile():
@@ -74,16 +119,50 @@ def test_the_configuration():
         (dict(extra={"loss_scale": 1}), "loss_scale: DeepSpeed has no such key"),
         (dict(extra={"gradient_clipping": 1}), "decided by optim.clip_grad"),
         (dict(extra={"zero_optimization": {"stage": 1}}), "decided by efficiency.zero_stage"),
-        (dict(offload_optimizer="nvme"), "efficiency.nvme_path=null"),
+        (dict(extra={"flops_profiler": {"profile_stp": 5}}), "flops_profiler.profile_stp: .*did you mean profile_step"),
+        (dict(extra={"tensorboard": {"output_pth": "x"}}), "tensorboard.output_pth: .*did you mean output_path"),
+        (dict(extra={"csv_monitor": {"job_nam": "x"}}), "csv_monitor.job_nam: .*did you mean job_name"),
+        (dict(extra={"wandb": {"projct": "x"}}), "wandb.projct: .*did you mean project"),
+        (dict(extra={"comet": {"onlin": True}}), "comet.onlin: .*did you mean online"),
+        (dict(extra={"comms_logger": {"verbos": True}}), "comms_logger.verbos: .*did you mean verbose"),
+        (dict(extra={"compile": {"deep_compile": True}}), "compile.deep_compile: .*did you mean deepcompile"),
+        (dict(extra={"timers": {"throughput": {"enable": True}}}), "timers.throughput.enable: .*did you mean enabled"),
+        (dict(extra={"zero_optimization": {"leaf_module": {"class": "x"}}}), "leaf_module.class: .*mean classes"),
+        (dict(extra={"zero_optimization": {1: 2}}), "zero_optimization.1: DeepSpeed has no such key"),
+        (dict(extra={"use_node_local_storage": True}), "use_node_local_storage: DeepSpeed has no such key"),
+        (dict(extra={"fp16": {"enabled": False}}), "fp16.enabled: decided by efficiency.precision"),
+        (dict(extra={"elasticity": {"enabled": True}}), "elasticity: decided by train.global_batch_size"),
+        (dict(extra={"zero_optimization": {"cpu_offload": True}}), "decided by efficiency.offload_optimizer"),
+        (dict(extra={"zero_optimization": 3}), "deepspeed.zero_optimization=3: expected a section of keys and values"),
+        (dict(extra={"aio": None}), "deepspeed.aio=null: expected a section"),
+        (dict(extra={"timers": {"throughput": True}}), "deepspeed.timers.throughput=true: expected a section"),
+        (dict(extra={"zero_optimization": {"offload_param": "cpu"}}), 'offload_param="cpu": expected a section'),
         (dict(offload_param="nvme", nvme_path="/no/such/drive"), "efficiency.nvme_path=/no/such/drive: no such folder"),
-        (dict(stage=2, offload_param="cpu"), "efficiency.offload_param=cpu: needs efficiency.zero_stage=3"),
-        (dict(stage=0, offload_optimizer="cpu"), "efficiency.offload_optimizer=cpu: needs"),
     ],
 )
 def test_deepspeed_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         deepspeed_config(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_keys_of_every_section_are_taken():
+    """As DeepSpeed's configuration reference writes them."""
+    extra = {
+        "flops_profiler": {"enabled": True, "profile_step": 3, "module_depth": -1, "top_modules": 1, "detailed": True,
+                           "output_file": None},
+        "tensorboard": {"enabled": True, "output_path": "a", "job_name": "b"},
+        "wandb": {"enabled": False, "group": "a", "team": "b", "project": "c"},
+        "csv_monitor": {"enabled": True, "output_path": "a", "job_name": "b"},
+        "comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False, "prof_ops": []},
+        "timers": {"throughput": {"enabled": True, "synchronized": False}},
+        "fp16": {"loss_scale_window": 500, "initial_scale_power": 12, "hysteresis": 2, "min_loss_scale": 1},
+        "activation_checkpointing": {"partition_activations": True, "number_checkpoints": 4},
+        "zero_optimization": {"stage3_prefetch_bucket_size": 1000, "offload_param": {"pin_memory": True}},
+        "communication_data_type": "bf16", "steps_per_print": 10, "wall_clock_breakdown": True, "dump_state": True,
+    }  # fmt: skip
+    config = deepspeed_config(extra=extra)
+    assert config["flops_profiler"] == extra["flops_profiler"] and config["steps_per_print"] == 10
 
 
 @pytest.fixture
@@ -141,9 +220,43 @@ def test_the_apex_of_pypi_is_not_nvidias(monkeypatch):
 def test_swapped_gradients_are_found():
     """Two tensors with each other's update, as DeepSpeed's offload to NVMe was seen to give."""
     right = [torch.full((4,), float(i)) for i in range(4)]
-    compare_updates([t.clone() for t in right], right)
-    with pytest.raises(ValueError, match="2 of 4 test tensors get a wrong update .* use cpu"):
-        compare_updates([right[0], right[2], right[1], right[3]], right)
+    zero_nvme.compare_updates([t.clone() for t in right], right, "key")
+    with pytest.raises(ValueError, match="key: .* 2 of 4 test tensors get a wrong update .* use cpu"):
+        zero_nvme.compare_updates([right[0], right[2], right[1], right[3]], right, "key")
+
+
+@pytest.mark.parametrize(
+    "devices, asked",
+    [
+        (dict(offload_optimizer="nvme"), "efficiency.offload_optimizer=nvme"),
+        (dict(offload_param="nvme"), "efficiency.offload_param=nvme"),
+        (dict(offload_optimizer="cpu", offload_param="nvme"), "efficiency.offload_param=nvme"),
+        (
+            dict(offload_optimizer="nvme", offload_param="nvme"),
+            "efficiency.offload_optimizer=nvme and efficiency.offload_param=nvme",
+        ),
+    ],
+)
+@pytest.mark.parametrize("fault", ["wrong", "refused", None])
+def test_the_key_that_asked_for_nvme_is_named(devices, asked, fault, monkeypatch):
+    """DeepSpeed's update on the drive differs, fails, or is right; the one in memory is done without any offload."""
+    config = {"zero_optimization": {"stage": 3} | {name: {"device": device} for name, device in devices.items()}}
+
+    def updated(config, make_optimizer, world):
+        in_memory = config["zero_optimization"] == {"stage": 3}
+        if fault == "refused" and not in_memory:
+            raise RuntimeError("no\nlibaio")
+        return [torch.full((2,), 2.0 if fault == "wrong" and not in_memory else 1.0)]
+
+    monkeypatch.setattr(zero_nvme, "_updated", updated)
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    if fault is None:
+        zero_nvme.check_nvme(config, lambda params: None, world=world)
+        return
+    with pytest.raises(ValueError) as error:
+        zero_nvme.check_nvme(config, lambda params: None, world=world)
+    message = {"wrong": "with this DeepSpeed 1 of 1", "refused": "DeepSpeed cannot do it here (no libaio); use cpu"}
+    assert str(error.value).startswith(f"{asked}: {message[fault]}")
 
 
 @pytest.mark.parametrize(
