@@ -81,8 +81,11 @@ def states(
     Raises:
         ValueError: The stage cannot offload that.
     """
-    if offload not in OFFLOADS or (offload != "none" and stage == 0) or (offload in ("param", "all") and stage != 3):
-        raise ValueError(f"offload={offload!r}: not possible at ZeRO stage {stage}; use one of {', '.join(OFFLOADS)}")
+    if offload in ("param", "all") and stage != 3:
+        raise ValueError(f"efficiency.offload_param: needs efficiency.zero_stage=3, not {stage}; or use none")
+    if offload == "optimizer" and stage == 0:
+        raise ValueError("efficiency.offload_optimizer: needs efficiency.zero_stage 1, 2 or 3, not 0; or use none")
+    assert offload in OFFLOADS, offload
     if stage == 0:
         return States(4.0 * parameters, 4.0 * parameters, 8.0 * parameters)
     share = parameters / gpus

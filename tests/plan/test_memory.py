@@ -42,7 +42,7 @@ def test_offload_moves_states_to_the_host() -> None:
     assert (moved.weights, moved.gradients, moved.optimizer, moved.host) == (1600, 0, 0, 1200 + 400)
     assert states(800, 3, 8, "all").total == 0
     assert states(800, 3, 8, "param").host == 200
-    with pytest.raises(ValueError, match="offload='param': not possible at ZeRO stage 2"):
+    with pytest.raises(ValueError, match="efficiency.offload_param: needs efficiency.zero_stage=3, not 2"):
         states(800, 2, 8, "param")
 
 

@@ -112,6 +112,14 @@ def test_does_not_fit_names_a_machine_that_does(capsys: pytest.CaptureFixture[st
         (["--images", "0"], "--images 0: must be at least 1"),
         (["--picture", "plan.docx"], "--picture plan.docx: Format 'docx' is not supported"),
         (["optim.lr=-1"], "optim.lr=-1: must be >= 0"),
+        (
+            ["efficiency.zero_stage=2", "efficiency.offload_param=cpu"],
+            "efficiency.offload_param=cpu: needs efficiency.zero_stage=3",
+        ),
+        (
+            ["efficiency.zero_stage=2", "efficiency.offload_optimizer=nvme"],
+            "efficiency.offload_optimizer=nvme: needs efficiency.zero_stage=3; or use cpu",
+        ),
     ],
 )
 def test_user_errors_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
