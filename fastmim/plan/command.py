@@ -20,11 +20,14 @@ from .hardware import Gpu
 from .memory import LAYOUTS, Buckets
 from .recommend import Model, Setting, best, options, smallest_machine, stages_for
 from .report import Plan
+from .roofline import PCIE
 from .trace import Footprint, trace
 
 IMAGENET_1K = 1_281_167
 RECOMPUTE = ("none", "fc1", "gemm", "fc1_qkv", "full/2", "full")
 """Policies of every plan: ``efficiency.recompute``, ``/n`` for every n-th block."""
+_OFFLOADS = {(False, False): "none", (True, False): "optimizer", (False, True): "param", (True, True): "all"}
+"""By (optimiser states, weights)."""
 
 
 def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) -> Plan:
@@ -52,7 +55,7 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
     layouts = {stage > 0 for stage in stages_for(gpus, setting.offload)} | {setting.stage > 0}
     with closing(Tracer(cfg)) as tracer:
         tracer.start((policy, low) for low in sorted(layouts) for policy in policies)
-        model = Model(tracer.footprint, policies, _buckets(cfg), LAYOUTS[_precision(cfg)])
+        model = Model(tracer.footprint, policies, _buckets(cfg), LAYOUTS[_precision(cfg)], _on_a_drive(cfg))
         configured = model.option(gpu, setting)
         found = options(model, gpu, gpus, global_batch, setting.offload)
         fitting = [option for option in [*found, configured] if option.fits]
@@ -71,6 +74,7 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
             smallest=smallest,
             images=total,
             images_from=source,
+            notes=_notes(cfg),
         )
 
 
@@ -106,10 +110,11 @@ def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
     """The footprint of a config under a recomputation policy."""
     precision = _precision(cfg)
     name, _, every = policy.partition("/")
+    offload = cfg.efficiency.recompute_offload and name == "full"
 
     def build() -> Any:
         objective = build_objective(cfg)
-        apply_recompute(objective, name, every=int(every or 1))
+        apply_recompute(objective, name, every=int(every or 1), offload=offload)
         return objective
 
     low_weights = low_weights and precision != "fp32"
@@ -125,11 +130,32 @@ def _precision(cfg: Config) -> str:
 def _configured(cfg: Config, accum: int, gpus: int) -> Setting:
     """The config's own way to run."""
     efficiency = cfg.efficiency
-    moved = efficiency.offload_optimizer != "none", efficiency.offload_param != "none"
-    offload = {(False, False): "none", (True, False): "optimizer", (False, True): "param", (True, True): "all"}[moved]
+    offload = _OFFLOADS[efficiency.offload_optimizer != "none", efficiency.offload_param != "none"]
     every = f"/{efficiency.recompute_every}" if efficiency.recompute_every > 1 else ""
     policy = f"{efficiency.recompute}{every}"
     return Setting(efficiency.zero_stage or 0, policy, cfg.train.micro_batch_size, accum, gpus, offload)
+
+
+def _on_a_drive(cfg: Config) -> str:
+    """What of the offloaded is not in host RAM."""
+    return _OFFLOADS[cfg.efficiency.offload_optimizer == "nvme", cfg.efficiency.offload_param == "nvme"]
+
+
+def _notes(cfg: Config) -> tuple[str, ...]:
+    """What the numbers take for granted about this config."""
+    notes = []
+    if cfg.efficiency.recompute_offload:
+        notes.append(
+            "efficiency.recompute_offload: under full and full/n the inputs of recomputed blocks are in host RAM "
+            "(pinned buffers, which torch may round up to twice that), copied over PCIe at "
+            f"{PCIE / 1e9:g} GB/s beside no compute"
+        )
+    if _on_a_drive(cfg) != "none":
+        notes.append(
+            "offload to nvme: neither the drive's speed (updates are timed as from RAM) nor DeepSpeed's buffers in RAM "
+            "are modelled"
+        )
+    return tuple(notes)
 
 
 def _buckets(cfg: Config) -> Buckets:

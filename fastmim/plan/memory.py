@@ -11,7 +11,7 @@ States of P parameters in two layouts (Rajbhandari et al. 2020, section 3.1, cou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .trace import Footprint
 
@@ -33,7 +33,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the fullest point of a step; ``host`` is what offloading puts into a process's RAM."""
+    """Bytes on one GPU at the fullest point of a step, and what offloading puts into a process's RAM or on a drive."""
 
     weights: float
     gradients: float
@@ -42,23 +42,25 @@ class Memory:
     workspace: float
     buckets: float
     host: float = 0.0
+    drive: float = 0.0
 
     @property
     def total(self) -> float:
         return sum(getattr(self, name) for name in COMPONENTS)
 
 
-COMPONENTS = tuple(f.name for f in fields(Memory) if f.name != "host")
+COMPONENTS = tuple(f.name for f in fields(Memory) if f.name not in ("host", "drive"))
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of the states on one GPU, and of those moved to its host's RAM."""
+    """Bytes of the states on one GPU, and of those moved to its host's RAM or to a drive."""
 
     weights: float
     gradients: float
     optimizer: float
     host: float = 0.0
+    drive: float = 0.0
 
     @property
     def total(self) -> float:
@@ -66,7 +68,12 @@ class States:
 
 
 def states(
-    parameters: int, stage: int, gpus: int, offload: str = "none", layout: tuple[int, int, int] = LAYOUTS["bf16"]
+    parameters: int,
+    stage: int,
+    gpus: int,
+    offload: str = "none",
+    layout: tuple[int, int, int] = LAYOUTS["bf16"],
+    nvme: str = "none",
 ) -> States:
     """Weights, gradients and optimiser states of one of ``gpus`` ranks.
 
@@ -74,9 +81,10 @@ def states(
         parameters: Elements.
         stage: 0 to 3.
         gpus: Ranks that share what the stage divides.
-        offload: What lives in host RAM (or on a drive): "optimizer" (stages 1 to 3; with the rank's gradients from
-            stage 2 on), "param" (the weights, stage 3), "all".
+        offload: What lives outside the GPU: "optimizer" (stages 1 to 3; with the rank's gradients from stage 2 on),
+            "param" (the weights, stage 3), "all".
         layout: Bytes a parameter of weights, gradients and optimiser, for stages 1 to 3.
+        nvme: What of it lives on a drive, in the same words; the rest is in host RAM.
 
     Raises:
         ValueError: The stage cannot offload that.
@@ -91,13 +99,15 @@ def states(
     share = parameters / gpus
     weights = layout[0] * (share if stage == 3 else parameters)
     gradients = layout[1] * (share if stage >= 2 else parameters)
-    optimizer, host = layout[2] * share, 0.0
+    optimizer = layout[2] * share
+    moved = {"optimizer": 0.0, "param": 0.0}
     if offload in ("optimizer", "all"):
-        host, optimizer = optimizer + 4.0 * share, 0.0
+        moved["optimizer"], optimizer = optimizer + 4.0 * share, 0.0
         gradients = gradients if stage == 1 else 0.0
     if offload in ("param", "all"):
-        host, weights = host + weights, 0.0
-    return States(weights, gradients, optimizer, host)
+        moved["param"], weights = weights, 0.0
+    drive = sum(size for what, size in moved.items() if nvme in (what, "all"))
+    return States(weights, gradients, optimizer, sum(moved.values()) - drive, drive)
 
 
 def memory(
@@ -110,31 +120,33 @@ def memory(
     offload: str = "none",
     buckets: Buckets = Buckets(),  # noqa: B008  frozen
     layout: tuple[int, int, int] = LAYOUTS["bf16"],
+    nvme: str = "none",
 ) -> Memory:
     """The fullest point of a training step on one GPU.
 
     Args:
         footprint: Traced with float32 weights for stage 0, with bfloat16 weights for the others.
-        stage, gpus, offload, layout: See :func:`states`.
+        stage, gpus, offload, layout, nvme: See :func:`states`.
         micro_batch: Images in one forward and backward.
         grad_accum_steps: Micro-batches of an update. With one, stage 0 has no gradients before backward, and
             they take the place of activations that are freed.
         buckets: Buffers of stages 1 to 3.
     """
-    held = states(footprint.parameters, stage, gpus, offload, layout)
+    held = states(footprint.parameters, stage, gpus, offload, layout, nvme)
     growing = stage == 0 and grad_accum_steps == 1
     moment = footprint.peak(micro_batch, accumulating=not growing)
     gradients = moment.gradients if growing else held.gradients
     extra = 0.0 if stage == 0 else 4.0 * min(buckets.reduce, footprint.parameters)
     if stage == 3:
         extra += layout[0] * (min(buckets.prefetch, footprint.parameters) + 2 * footprint.largest_block)
-    within = Memory(
-        held.weights, gradients, held.optimizer, moment.activations, moment.workspace + LIBRARIES, extra, held.host
-    )
-    return max(within, _at_update(footprint, held, stage, gpus, offload, extra), key=lambda m: m.total)
+    work = moment.workspace + LIBRARIES
+    within = Memory(held.weights, gradients, held.optimizer, moment.activations, work, extra)
+    fullest = max(within, _at_update(footprint, held, stage, gpus, offload, extra), key=lambda m: m.total)
+    # The host's fullest point is the end of forward, whichever the GPU's is.
+    return replace(fullest, host=held.host + footprint.host(micro_batch), drive=held.drive)
 
 
 def _at_update(footprint: Footprint, held: States, stage: int, gpus: int, offload: str, buckets: float) -> Memory:
     """While the optimiser runs: all gradients, no activations; ZeRO makes a float32 copy of its share of them."""
     copy = 4.0 * footprint.parameters / gpus if stage > 0 and offload in ("none", "param") else 0.0
-    return Memory(held.weights, held.gradients, held.optimizer, 0.0, copy + LIBRARIES, buckets, held.host)
+    return Memory(held.weights, held.gradients, held.optimizer, 0.0, copy + LIBRARIES, buckets)

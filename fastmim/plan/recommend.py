@@ -61,6 +61,7 @@ class Model:
     policies: Sequence[str]
     buckets: Buckets = Buckets()
     layout: tuple[int, int, int] = LAYOUTS["bf16"]
+    nvme: str = "none"
 
     def option(self, gpu: Gpu, setting: Setting) -> Option:
         """Memory and time of one setting."""
@@ -75,6 +76,7 @@ class Model:
             offload=s.offload,
             buckets=self.buckets,
             layout=self.layout,
+            nvme=self.nvme,
         )
         time = step_time(
             footprint,

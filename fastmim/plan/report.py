@@ -32,6 +32,7 @@ class Plan:
     smallest: tuple[Gpu, Option] | None
     images: int
     images_from: str
+    notes: tuple[str, ...] = ()
 
     def gpu_days(self, option: Option) -> float:
         """Of the whole run."""
@@ -43,10 +44,11 @@ def sentence(option: Option, gpu: Gpu) -> str:
     parts = [f"{_label(name)} {getattr(option.memory, name) / 1e9:.1f}" for name in COMPONENTS]
     verdict = "fits" if option.fits else "does not fit"
     host = f"; {option.memory.host / 1e9:.1f} GB of host RAM a GPU" if option.memory.host else ""
+    drive = f"; {option.memory.drive / 1e9:.1f} GB on nvme a GPU" if option.memory.drive else ""
     return (
         f"{how(option)}: {verdict}: {' + '.join(parts)} = {option.memory.total / 1e9:.1f} GB "
         f"{'<=' if option.fits else '>'} {option.limit / 1e9:.1f} GB ({gpu.name}: {gpu.memory:g} GiB less "
-        f"{HEADROOM:.0%} headroom){host}"
+        f"{HEADROOM:.0%} headroom){host}{drive}"
     )
 
 
@@ -75,6 +77,7 @@ def conclusions(plan: Plan) -> list[str]:
         f"{16 * plan.parameters / 1e9:.1f} GB; GB are 10^9 bytes",
         f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s, "
         f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s ({plan.gpu.source})",
+        *plan.notes,
         f"as configured: {sentence(plan.configured, plan.gpu)}",
     ]
     if plan.configured.fits:
@@ -140,6 +143,7 @@ def as_json(plan: Plan) -> str:
         "headroom": HEADROOM,
         "images": plan.images,
         "images_from": plan.images_from,
+        "notes": list(plan.notes),
         "configured": _entry(plan, plan.configured),
         "recommended": None if plan.recommended is None else _entry(plan, plan.recommended),
         "smallest_machine": smallest,
@@ -159,7 +163,7 @@ def _entry(plan: Plan, option: Option) -> dict[str, Any]:
         "offload": s.offload,
         "fits": option.fits,
         "limit_bytes": option.limit,
-        "memory_bytes": {name: getattr(m, name) for name in COMPONENTS} | {"total": m.total, "host": m.host},
+        "memory_bytes": {name: getattr(m, name) for name in (*COMPONENTS, "total", "host", "drive")},
         "modelled_step_seconds": option.time.total,
         "modelled_images_per_sec": option.images_per_sec,
         "modelled_mfu": option.mfu,

@@ -5,6 +5,7 @@
   all-reduce (Patarasuk and Yuan 2009), with the network's bandwidth where more than one machine takes part.
 - Reductions of gradients overlap with backward, ZeRO-3's gathers with the phase that needs them; what is longer
   than the compute beside it is added. The gather of updated weights of stages 1 and 2 overlaps with nothing.
+- Inputs of recomputed blocks that are kept in host memory cross PCIe twice a micro-batch, beside no compute.
 - Offloaded optimiser states are updated on the host, at its memory bandwidth, after their gradients came over PCIe.
 """
 
@@ -61,7 +62,8 @@ def step_time(
     if offload in ("optimizer", "all"):
         update = share * (4 / PCIE + UPDATE / HOST_BANDWIDTH)
     exposed = _exposed(footprint.parameters, gpu, stage, gpus, grad_accum_steps, forward, backward, gathers)
-    return StepTime(grad_accum_steps * (forward + backward), update, exposed)
+    copies = grad_accum_steps * 2 * footprint.host(micro_batch) / PCIE
+    return StepTime(grad_accum_steps * (forward + backward), update, exposed + copies)
 
 
 def _exposed(

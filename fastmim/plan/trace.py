@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
+from fastmim.engine import recompute
 from fastmim.objectives.masking import masked_units
 from fastmim_kernels.dispatch import as_on_a_gpu
 
@@ -48,6 +50,8 @@ class Trace:
     kept: int
     largest_block: int
     """Parameters of the largest block, which ZeRO-3 gathers at once."""
+    host: int = 0
+    """Bytes of recomputed blocks' inputs that forward moves to the CPU's memory; no part of ``kept``."""
 
 
 def trace(
@@ -94,16 +98,33 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     # Tokens without a pixel that is scored are not projected.
     shares = {"fastmim::linear_masked_l1": _masked_share(objective) if objective.loss_on == "masked" else 1.0}
     counter = DispatchCounter(closed_forms(objective.mask_ratio), shares, live=live)
-    with counter:
+    with counter, _moves_to_the_host() as moved:
         with cuda_autocast(LOW) if precision == "bf16" else nullcontext():
             loss = objective(images, mask)["loss"]
-        kept = live.now
+        kept, host = live.now, sum(moved)
         counter.phase = "backward"
         loss.backward()
     others, grads = live.history(p.grad for p in parameters if p.grad is not None)
     objective.zero_grad(set_to_none=True)
     count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
-    return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest)
+    return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest, host)
+
+
+@contextmanager
+def _moves_to_the_host() -> Iterator[list[int]]:
+    """Inside, what recomputation offloads leaves the trace and comes back as a new tensor; yields bytes of each."""
+    moved: list[int] = []
+
+    def pack(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        moved.append(tensor.numel() * tensor.element_size())
+        return tensor.shape, tensor.dtype
+
+    def unpack(packed: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(packed[0], dtype=packed[1])
+
+    # Fake tensors are on the CPU, where save_on_cpu would keep them as they are.
+    with mock.patch.object(recompute, "save_on_cpu", lambda pin_memory: saved_tensors_hooks(pack, unpack)):
+        yield moved
 
 
 def _masked_share(objective: Any) -> float:
@@ -172,6 +193,10 @@ class Footprint:
     def kept(self, batch: int) -> float:
         """Bytes of activations at the end of forward."""
         return self._line(self.small.kept, self.large.kept, batch)
+
+    def host(self, batch: int) -> float:
+        """Bytes that recomputation keeps in the CPU's memory at the end of forward."""
+        return self._line(self.small.host, self.large.host, batch)
 
     def peak(self, batch: int, *, accumulating: bool) -> Moment:
         """The fullest point of forward and backward.

@@ -42,18 +42,22 @@ def test_offload_moves_states_to_the_host() -> None:
     assert (moved.weights, moved.gradients, moved.optimizer, moved.host) == (1600, 0, 0, 1200 + 400)
     assert states(800, 3, 8, "all").total == 0
     assert states(800, 3, 8, "param").host == 200
+    # Of optimiser states and gradients on a drive, weights in RAM, and the other way round.
+    mixed = states(800, 3, 8, "all", nvme="optimizer")
+    assert (mixed.host, mixed.drive) == (200, 1200 + 400)
+    assert states(800, 3, 8, "all", nvme="all").host == 0
     with pytest.raises(ValueError, match="efficiency.offload_param: needs efficiency.zero_stage=3, not 2"):
         states(800, 2, 8, "param")
 
 
-def footprint(parameters: int = 1000) -> Footprint:
+def footprint(parameters: int = 1000, moved: int = 0) -> Footprint:
     """Three points: 10 an image at the end of forward; in backward 4 an image, twice, while gradients grow."""
 
     def traced(batch: int) -> Trace:
         phases = ("forward", "backward", "backward")
         launches = tuple(Launch(phase, "mm", "", 100 * batch, 1000 * batch, "") for phase in phases)
         others = (10 * batch + 7, 4 * batch, 4 * batch)
-        return Trace(batch, parameters, launches, others, (0, 3000, 4000), 10 * batch, 250)
+        return Trace(batch, parameters, launches, others, (0, 3000, 4000), 10 * batch, 250, moved * batch)
 
     return Footprint(traced(2), traced(4))
 
@@ -75,6 +79,15 @@ def test_components_of_a_step() -> None:
     three = memory(footprint(), stage=3, gpus=4, micro_batch=1000, grad_accum_steps=2, buckets=Buckets(100, 10))
     assert (three.weights, three.gradients, three.optimizer) == (500, 1000, 3000)
     assert three.buckets == 4 * 100 + 2 * (10 + 2 * 250)
+
+
+def test_offloaded_block_inputs_are_in_host_ram_and_cross_pcie_twice() -> None:
+    moved = footprint(moved=10**6)
+    need = memory(moved, stage=2, gpus=4, micro_batch=50, grad_accum_steps=3, offload="optimizer")
+    assert need.host == 50 * 10**6 + (12 + 4) * 1000 / 4
+    run = dict(stage=0, gpus=1, micro_batch=50, grad_accum_steps=3)
+    times = [step_time(found, GPUS["a100-40g"], **run).total for found in (footprint(), moved)]
+    assert times[1] - times[0] == pytest.approx(3 * 2 * 50 * 10**6 / 25e9)
 
 
 def test_the_update_can_be_the_fullest_point() -> None:

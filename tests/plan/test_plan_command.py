@@ -7,11 +7,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from fastmim import cli
 from fastmim.config import load_config
+from fastmim.engine.train import build_objective
+from fastmim.models.swin_block import SwinBlock
 from fastmim.plan import command
+from fastmim.plan.cuda_autocast import cuda_autocast
 from fastmim.plan.hardware import GPUS
 from fastmim.plan.trace import Footprint
 
@@ -82,6 +86,39 @@ def test_recomputing_keeps_less_and_computes_more() -> None:
     none, full = (command.trace_config(cfg, policy, False) for policy in ("none", "full"))
     assert full.kept(16) < 0.6 * none.kept(16)
     assert none.flops(16) < full.flops(16) < 1.34 * none.flops(16)
+
+
+def test_offloaded_block_inputs_leave_the_gpu() -> None:
+    deep = [*SMALL[1:], "model.depths=[3, 1]", "efficiency.recompute=full"]
+    kept, moved = (
+        command.trace_config(load_config(DEMO, [*deep, *more]), "full", False)
+        for more in ([], ["efficiency.recompute_offload=true"])
+    )
+    objective = build_objective(load_config(DEMO, deep))
+    sizes: list[int] = []
+
+    def note(block: object, args: tuple[object, ...]) -> None:
+        sizes.extend(arg.nbytes for arg in args if isinstance(arg, torch.Tensor))
+
+    for block in (module for module in objective.modules() if isinstance(module, SwinBlock)):
+        block.register_forward_pre_hook(note)
+    images = torch.zeros(4, 3, *objective.img_size, dtype=torch.uint8)
+    with torch.no_grad(), cuda_autocast():
+        objective(images, objective.random_mask(torch.arange(4)))
+    assert len(sizes) >= 2 * 4 and kept.host(4) == 0
+    assert moved.host(4) == pytest.approx(sum(sizes), rel=0.02)
+    # A block's two inputs, the stream and its norm, may share memory with each other or with what is kept anyway.
+    assert 0.4 * sum(sizes) < kept.kept(4) - moved.kept(4) <= 1.02 * sum(sizes)
+    assert moved.peak(4, accumulating=True).total < kept.peak(4, accumulating=True).total
+    assert moved.flops(4) == kept.flops(4)
+
+
+def test_offloading_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["efficiency.zero_stage=3", "efficiency.offload_param=nvme", "efficiency.nvme_path=/none"]
+    status, out, _ = run(capsys, "--gpus", "2", *own, "efficiency.recompute=full", "efficiency.recompute_offload=true")
+    assert status == 0 and "on nvme a GPU" in out and "of host RAM a GPU" in out
+    assert "offload to nvme: neither the drive's speed" in out
+    assert "efficiency.recompute_offload: under full and full/n the inputs of recomputed blocks are in host RAM" in out
 
 
 def test_the_configs_own_way(capsys: pytest.CaptureFixture[str]) -> None:
