@@ -181,7 +181,7 @@ class EfficiencySection(Section):
 
     kernels: Literal["auto", "triton", "torch", "reference"] = Field("auto", description="implementation of every op")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto = bf16 on a GPU, else fp32; fp16 (loss scaling) only with zero_stage 1 to 3"
+        "auto", description="auto = bf16 on a GPU that has it, else fp32; fp16 (loss scaling) with zero_stage 1 to 3"
     )
     residual_dtype: Literal["auto", "fp32"] = Field(
         "auto", description="residual stream; auto = as the products (float16 excepted), fp32 = as the references"

@@ -19,6 +19,7 @@ from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
 from fastmim.engine.optim import build_optimizer, param_groups
+from fastmim.engine.precision import device_precision, warn_without_bf16
 from fastmim.engine.recompute import apply_recompute
 from fastmim.engine.run import Intervals, Run, TrainResult
 from fastmim.engine.schedule import Schedule, scale_lr
@@ -112,15 +113,22 @@ def make_deepspeed_config(cfg: Config, world: World, accum: int) -> dict[str, An
 
 
 def precision_on(cfg: Config, world: World) -> str:
-    """``efficiency.precision``, where auto has become fp32 or bf16."""
-    precision = cfg.efficiency.precision
-    if precision == "auto":
-        precision = "bf16" if world.device.type == "cuda" else "fp32"
-    return precision
+    """``efficiency.precision``, where auto has become fp32 or bf16.
+
+    Raises:
+        ValueError: this rank's GPU has no bfloat16, and bf16 is asked for.
+    """
+    return device_precision(cfg.efficiency.precision, world.device)
 
 
 def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None = None) -> Any:
-    """The objective on this rank's device, with the same first weights on every rank, or its share of them."""
+    """The objective on this rank's device, with the same first weights on every rank, or its share of them.
+
+    Raises:
+        ValueError: a setting that this device cannot serve, before anything is built.
+    """
+    precision = precision_on(cfg, world)
+    warn_without_bf16(cfg.efficiency.precision, world.device)
     if cfg.efficiency.threads:
         torch.set_num_threads(cfg.efficiency.threads)
     if world.device.type == "cpu":
@@ -136,7 +144,6 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
         return build_objective(cfg)
 
     if efficiency.zero_stage == 3 and deepspeed is not None:
-        precision = precision_on(cfg, world)
         objective = build_partitioned(build, load, config=deepspeed, precision=precision, device=world.device)
     else:
         objective = build()

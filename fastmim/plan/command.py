@@ -6,19 +6,20 @@ import multiprocessing
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from fastmim.config import Config
 from fastmim.data.source import open_index
+from fastmim.engine.precision import auto_is_fp32, precision_of
 from fastmim.engine.recompute import apply_recompute
 from fastmim.engine.stream import batch_sizes
 from fastmim.engine.train import build_objective
 
-from .hardware import Gpu
+from .hardware import Gpu, in_precision
 from .memory import LAYOUTS, Buckets
-from .recommend import Model, Setting, best, options, smallest_machine, stages_for
+from .recommend import Model, Option, Setting, best, options, smallest_machine, stages_for
 from .report import Plan
 from .roofline import PCIE
 from .trace import Footprint, trace
@@ -37,7 +38,7 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
         images: Size of the data set; None: what is in ``data.path``, or else ImageNet-1k's.
 
     Raises:
-        ValueError: the config's batches do not fit ``gpus``.
+        ValueError: the config's batches do not fit ``gpus``, or its precision or offloading the GPU or stage.
     """
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
@@ -49,20 +50,17 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
         global_batch_size=cfg.train.global_batch_size,
         world_size=gpus,
     )
-    setting = _configured(cfg, accum, gpus)
+    precision = precision_of(cfg.efficiency.precision, name=gpu.name, bf16=gpu.bf16)
+    gpu, setting = gpu.at(precision), _configured(cfg, accum, gpus)
     policies = list(dict.fromkeys([*RECOMPUTE, setting.policy]))
     total, source = _images(cfg, global_batch, images)
-    layouts = {stage > 0 for stage in stages_for(gpus, setting.offload)} | {setting.stage > 0}
-    with closing(Tracer(cfg)) as tracer:
+    with closing(Tracer(_in(cfg, precision))) as tracer:
+        model = _model(cfg, tracer, policies, precision)
+        layouts = {stage > 0 for stage in (*stages_for(gpus, setting.offload, model.least_stage), setting.stage)}
         tracer.start((policy, low) for low in sorted(layouts) for policy in policies)
-        model = Model(tracer.footprint, policies, _buckets(cfg), LAYOUTS[_precision(cfg)], _on_a_drive(cfg))
         configured = model.option(gpu, setting)
         found = options(model, gpu, gpus, global_batch, setting.offload)
         fitting = [option for option in [*found, configured] if option.fits]
-        smallest = None
-        if not configured.fits:
-            near = smallest_machine(model, setting, global_batch, setting.offload)
-            smallest = near or smallest_machine(model, None, global_batch, setting.offload)
         return Plan(
             title=cfg.model.name,
             parameters=tracer.footprint(setting.policy, setting.stage > 0).parameters,
@@ -71,10 +69,11 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
             configured=configured,
             options=found,
             recommended=best(fitting) if fitting else None,
-            smallest=smallest,
+            smallest=None if configured.fits else _smallest(cfg, model, setting, global_batch, precision),
             images=total,
             images_from=source,
-            notes=_notes(cfg),
+            precision=precision,
+            notes=_notes(cfg, gpu),
         )
 
 
@@ -108,7 +107,8 @@ class Tracer:
 
 def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
     """The footprint of a config under a recomputation policy."""
-    precision = _precision(cfg)
+    # float16 takes the same bytes and the same kernels as bfloat16, which is what auto is on most GPUs.
+    precision = "fp32" if cfg.efficiency.precision == "fp32" else "bf16"
     name, _, every = policy.partition("/")
     offload = cfg.efficiency.recompute_offload and name == "full"
 
@@ -118,13 +118,37 @@ def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
         return objective
 
     low_weights = low_weights and precision != "fp32"
-    # float16 takes the same bytes and the same kernels as bfloat16.
-    return Footprint(*trace(build, precision=precision.replace("fp16", "bf16"), low_weights=low_weights))
+    return Footprint(*trace(build, precision=precision, low_weights=low_weights))
 
 
-def _precision(cfg: Config) -> str:
-    """What ``auto`` means on a GPU."""
-    return "bf16" if cfg.efficiency.precision == "auto" else cfg.efficiency.precision
+def _in(cfg: Config, precision: str) -> Config:
+    """The config with ``auto`` decided."""
+    return cfg.model_copy(update={"efficiency": cfg.efficiency.model_copy(update={"precision": precision})})
+
+
+def _model(cfg: Config, tracer: Tracer, policies: list[str], precision: str) -> Model:
+    return Model(
+        tracer.footprint,
+        policies,
+        buckets=_buckets(cfg),
+        layout=LAYOUTS[precision],
+        nvme=_on_a_drive(cfg),
+        least_stage=1 if precision == "fp16" else 0,
+    )
+
+
+def _smallest(
+    cfg: Config, model: Model, setting: Setting, global_batch: int, precision: str
+) -> tuple[Gpu, Option] | None:
+    """The smallest known machine: one with bf16 under ``auto``, whatever that is on the GPU of the plan."""
+    elsewhere = "bf16" if cfg.efficiency.precision == "auto" else precision
+    known = in_precision(elsewhere)
+    with ExitStack() as stack:
+        if elsewhere != precision:
+            tracer = stack.enter_context(closing(Tracer(_in(cfg, elsewhere))))
+            model = _model(cfg, tracer, list(model.policies), elsewhere)
+        near = smallest_machine(model, setting, global_batch, setting.offload, known)
+        return near or smallest_machine(model, None, global_batch, setting.offload, known)
 
 
 def _configured(cfg: Config, accum: int, gpus: int) -> Setting:
@@ -141,9 +165,11 @@ def _on_a_drive(cfg: Config) -> str:
     return _OFFLOADS[cfg.efficiency.offload_optimizer == "nvme", cfg.efficiency.offload_param == "nvme"]
 
 
-def _notes(cfg: Config) -> tuple[str, ...]:
+def _notes(cfg: Config, gpu: Gpu) -> tuple[str, ...]:
     """What the numbers take for granted about this config."""
     notes = []
+    if cfg.efficiency.precision == "auto" and not gpu.bf16:
+        notes.append(auto_is_fp32(gpu.name))
     if cfg.efficiency.recompute_offload:
         notes.append(
             "efficiency.recompute_offload: under full and full/n the inputs of recomputed blocks are in host RAM "

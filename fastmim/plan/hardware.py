@@ -3,7 +3,8 @@
 ``memory`` is what a process can allocate: the data sheet's capacity less 1 to 3 GiB for driver, CUDA context and
 libraries. ``flops`` and ``bandwidth`` are ceilings of kernels, ``link`` is what one GPU sends in one direction to
 the others of its machine and ``network`` to other machines. Where no other source is named, NVIDIA's data sheet
-says so, for dense products with float32 sums and without sparsity.
+says so, for dense products with float32 sums and without sparsity. ``fp32`` is the data sheet's rate outside the
+tensor cores: float32 products are computed in float32 (torch's default), not in TF32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Ceilings of one GPU: GiB, FLOP/s in bf16 (fp16 where there is no bf16), bytes/s."""
+    """Ceilings of one GPU: GiB, FLOP/s in bf16 (fp16 where there is no bf16) and in fp32 (0: unknown), bytes/s."""
 
     name: str
     flops: float
@@ -26,6 +27,13 @@ class Gpu:
     network: float = 0.0
     bf16: bool = True
     source: str = ""
+    fp32: float = 0.0
+
+    def at(self, precision: str) -> Gpu:
+        """The same GPU with the FLOP/s of a precision, where they are known."""
+        if precision != "fp32" or not self.fp32:
+            return self
+        return dataclasses.replace(self, flops=self.fp32, source=f"{self.source}; fp32: data sheet")
 
     def seconds(self, bytes_moved: float, flops: float) -> float:
         """Roofline time of a launch."""
@@ -40,24 +48,26 @@ def _gpu(
     link: float,
     source: str,
     *,
+    fp32: float = 0.0,
     network: float = 25.0,
     bf16: bool = True,
 ) -> Gpu:
-    return Gpu(name, tflops * 1e12, bandwidth * 1e9, memory, link * 1e9, network * 1e9, bf16, source)
+    rates = tflops * 1e12, bandwidth * 1e9, memory, link * 1e9, network * 1e9
+    return Gpu(name, *rates, bf16=bf16, source=source, fp32=fp32 * 1e12)
 
 
 _MEASURED = "FLOP/s and bandwidth: ceilings measured on the device; memory and links: data sheet"
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("v100-16g", 15, 125, 900, 150, "V100 SXM2 data sheet; fp16, it has no bf16", network=12.5, bf16=False),
-        _gpu("v100-32g", 31, 125, 900, 150, "V100 SXM2 data sheet; fp16, it has no bf16", network=12.5, bf16=False),
-        _gpu("a100-40g", 39, 312, 1555, 300, "A100 SXM data sheet"),
-        _gpu("a100-80g", 78, 312, 1750, 300, _MEASURED),
-        _gpu("h100-80g", 78, 798, 3000, 450, _MEASURED, network=50),
-        _gpu("h200-141g", 138, 798, 4800, 450, "data sheet; FLOP/s: the H100's ceiling, same chip", network=50),
-        _gpu("b200-180g", 177, 2250, 8000, 900, "HGX B200 data sheet", network=50),
-        _gpu("rtx4090-24g", 23, 165.2, 1008, 32, "Ada data sheet; link: PCIe 4.0 x16", network=12.5),
+        _gpu("v100-16g", 15, 125, 900, 150, "V100 SXM2 data sheet", fp32=15.7, network=12.5, bf16=False),
+        _gpu("v100-32g", 31, 125, 900, 150, "V100 SXM2 data sheet", fp32=15.7, network=12.5, bf16=False),
+        _gpu("a100-40g", 39, 312, 1555, 300, "A100 SXM data sheet", fp32=19.5),
+        _gpu("a100-80g", 78, 312, 1750, 300, _MEASURED, fp32=19.5),
+        _gpu("h100-80g", 78, 798, 3000, 450, _MEASURED, fp32=67, network=50),
+        _gpu("h200-141g", 138, 798, 4800, 450, "data sheet; FLOP/s: the H100's, same chip", fp32=67, network=50),
+        _gpu("b200-180g", 177, 2250, 8000, 900, "HGX B200 data sheet", fp32=75, network=50),
+        _gpu("rtx4090-24g", 23, 165.2, 1008, 32, "Ada data sheet; link: PCIe 4.0 x16", fp32=82.6, network=12.5),
     )
 }
 """By name, smallest and oldest first. ``network``: one 100, 200 or 400 Gb/s adapter a GPU, as is usual for each."""
@@ -66,6 +76,12 @@ MEASURED = tuple(
     dataclasses.replace(GPUS[name], name=chip) for chip, name in (("H100", "h100-80g"), ("A100", "a100-80g"))
 )
 """GPUs whose ceilings were measured, by the name that their drivers' names contain."""
+
+
+def in_precision(precision: str) -> dict[str, Gpu]:
+    """The known GPUs that compute in a precision, with its FLOP/s."""
+    return {name: gpu.at(precision) for name, gpu in GPUS.items() if gpu.bf16 or precision != "bf16"}
+
 
 _CUSTOM = {"memory": "GiB", "tflops": "TFLOP/s", "bandwidth": "GB/s", "link": "GB/s", "network": "GB/s"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .hardware import GIB, GPUS, Gpu
+from .hardware import GIB, Gpu, in_precision
 from .memory import LAYOUTS, Buckets, Memory, memory
 from .roofline import StepTime, step_time
 from .trace import Footprint
@@ -62,6 +62,8 @@ class Model:
     buckets: Buckets = Buckets()
     layout: tuple[int, int, int] = LAYOUTS["bf16"]
     nvme: str = "none"
+    least_stage: int = 0
+    """1 for fp16: the loss scaling that it needs is that of DeepSpeed's cut optimiser states."""
 
     def option(self, gpu: Gpu, setting: Setting) -> Option:
         """Memory and time of one setting."""
@@ -94,13 +96,13 @@ class Model:
         return Option(s, need, time, limit, useful / time.total / gpu.flops)
 
 
-def stages_for(gpus: int, offload: str) -> tuple[int, ...]:
+def stages_for(gpus: int, offload: str, least: int = 0) -> tuple[int, ...]:
     """ZeRO stages that make sense: one GPU has nothing to share, offloading needs a stage that can."""
     if offload in ("param", "all"):
         return (3,)
     if offload == "optimizer":
         return (1, 2, 3) if gpus > 1 else (2,)
-    return (0, 1, 2, 3) if gpus > 1 else (0,)
+    return tuple(range(least, 4)) if gpus > 1 else (least,)
 
 
 def micro_batches(global_batch: int, gpus: int) -> list[int]:
@@ -123,7 +125,7 @@ def options(model: Model, gpu: Gpu, gpus: int, global_batch: int, offload: str =
     """For each stage and policy the fastest micro-batch that fits, or the smallest one where none does."""
     sizes = micro_batches(global_batch, gpus)
     found = []
-    for stage in stages_for(gpus, offload):
+    for stage in stages_for(gpus, offload, model.least_stage):
         for policy in model.policies:
             settings = [Setting(stage, policy, n, global_batch // gpus // n, gpus, offload) for n in sizes]
             tried = [model.option(gpu, setting) for setting in settings]
@@ -141,15 +143,21 @@ def best(fitting: Iterable[Option]) -> Option:
 
 
 def smallest_machine(
-    model: Model, setting: Setting | None, global_batch: int, offload: str = "none", known: Mapping[str, Gpu] = GPUS
+    model: Model,
+    setting: Setting | None,
+    global_batch: int,
+    offload: str = "none",
+    known: Mapping[str, Gpu] | None = None,
 ) -> tuple[Gpu, Option] | None:
-    """The known GPU with bf16 and the count, least memory in all, on which it fits.
+    """The known GPU and the count, least memory in all, on which it fits.
 
     Args:
         setting: Its policy, micro-batch and stage are kept (stage 0 may become another where there are several
             GPUs); None: the fastest way that fits.
+        known: The GPUs to choose from; None: those with bf16.
     """
-    machines = [(gpu, n) for gpu in known.values() for n in COUNTS if global_batch % n == 0 and gpu.bf16]
+    known = in_precision("bf16") if known is None else known
+    machines = [(gpu, n) for gpu in known.values() for n in COUNTS if global_batch % n == 0]
     for gpu, count in sorted(machines, key=lambda m: (m[0].memory * m[1], m[1])):
         tried = _on(model, gpu, count, setting, global_batch, offload)
         if any(option.fits for option in tried):
@@ -165,5 +173,6 @@ def _on(model: Model, gpu: Gpu, count: int, setting: Setting | None, global_batc
     if rest or not accum:
         return []
     policies = [setting.policy] if setting else model.policies
-    stages = stages_for(count, offload) if setting is None or setting.stage == 0 else (setting.stage,)
+    chosen = setting is not None and setting.stage > 0
+    stages = (setting.stage,) if chosen else stages_for(count, offload, model.least_stage)
     return [model.option(gpu, Setting(s, p, micro, accum, count, offload)) for s in stages for p in policies]

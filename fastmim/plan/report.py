@@ -32,6 +32,7 @@ class Plan:
     smallest: tuple[Gpu, Option] | None
     images: int
     images_from: str
+    precision: str = "bf16"
     notes: tuple[str, ...] = ()
 
     def gpu_days(self, option: Option) -> float:
@@ -75,7 +76,7 @@ def conclusions(plan: Plan) -> list[str]:
     lines = [
         f"{plan.parameters / 1e6:,.1f} M parameters; states at stage 0: 16 bytes each, "
         f"{16 * plan.parameters / 1e9:.1f} GB; GB are 10^9 bytes",
-        f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s, "
+        f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s in {plan.precision}, "
         f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s ({plan.gpu.source})",
         *plan.notes,
         f"as configured: {sentence(plan.configured, plan.gpu)}",
@@ -140,6 +141,7 @@ def as_json(plan: Plan) -> str:
         "parameters": plan.parameters,
         "gpu": plan.gpu.__dict__ | {"memory_bytes": plan.gpu.memory * GIB},
         "gpus": plan.gpus,
+        "precision": plan.precision,
         "headroom": HEADROOM,
         "images": plan.images,
         "images_from": plan.images_from,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastmim.plan.counter import Launch
-from fastmim.plan.hardware import GIB, GPUS, find_gpu
+from fastmim.plan.hardware import GIB, GPUS, find_gpu, in_precision
 from fastmim.plan.memory import LIBRARIES, Buckets, memory, states
 from fastmim.plan.recommend import Model, Setting, micro_batches, options, smallest_machine
 from fastmim.plan.roofline import step_time
@@ -148,5 +148,6 @@ def test_known_gpus() -> None:
     assert find_gpu("H100") is GPUS["h100-80g"] and find_gpu("rtx4090") is GPUS["rtx4090-24g"]
     assert {name.split("-")[0] for name in GPUS} == {"v100", "a100", "h100", "h200", "b200", "rtx4090"}
     assert all(gpu.source and gpu.memory > 0 and gpu.link > 0 and gpu.network > 0 for gpu in GPUS.values())
+    assert set(GPUS) - set(in_precision("bf16")) == {"v100-16g", "v100-32g"} and set(in_precision("fp16")) == set(GPUS)
     mine = find_gpu("name=mine,memory=48,tflops=180,bandwidth=900,link=50")
     assert (mine.name, mine.memory, mine.flops, mine.bandwidth, mine.link) == ("mine", 48, 180e12, 900e9, 50e9)

@@ -121,6 +121,21 @@ def test_offloading_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "efficiency.recompute_offload: under full and full/n the inputs of recomputed blocks are in host RAM" in out
 
 
+def test_a_gpu_without_bf16_is_planned_in_fp32_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    status, auto, _ = run(capsys, "--json", "--gpu", "v100-32g")
+    tree = json.loads(auto)
+    assert status == 0 and tree["precision"] == "fp32" and tree["gpu"]["flops"] == 15.7e12
+    assert len(tree["notes"]) == 1 and "v100-32g has no bfloat16" in tree["notes"][0]
+    assert "efficiency.precision=fp16 with efficiency.zero_stage=1" in tree["notes"][0]
+    asked = json.loads(run(capsys, "--json", "--gpu", "v100-32g", "efficiency.precision=fp32")[1])
+    assert asked["notes"] == [] and asked["options"] == tree["options"]
+    fast = ["efficiency.precision=fp16", "efficiency.zero_stage=1"]
+    half = json.loads(run(capsys, "--json", "--gpu", "v100-32g", *fast)[1])
+    assert half["gpu"]["flops"] == 125e12 and half["notes"] == []
+    # Without loss scaling float16 underflows: no stage 0 among what is recommended.
+    assert {option["zero_stage"] for option in half["options"]} == {1}
+
+
 def test_the_configs_own_way(capsys: pytest.CaptureFixture[str]) -> None:
     own = ["efficiency.zero_stage=2", "efficiency.offload_optimizer=cpu", "efficiency.recompute=full"]
     status, out, _ = run(capsys, "--json", "--gpus", "2", *own)
@@ -146,6 +161,7 @@ def test_does_not_fit_names_a_machine_that_does(capsys: pytest.CaptureFixture[st
         (["--gpu", "h101"], "--gpu h101: unknown; the nearest is h100-80g"),
         (["--gpus", "0"], "--gpus 0: must be at least 1"),
         (["--gpus", "3"], "train.global_batch_size=64: not a multiple of 48"),
+        (["--gpu", "v100-32g", "efficiency.precision=bf16"], "precision=bf16: v100-32g has no bfloat16; use fp32"),
         (["--images", "0"], "--images 0: must be at least 1"),
         (["--picture", "plan.docx"], "--picture plan.docx: Format 'docx' is not supported"),
         (["optim.lr=-1"], "optim.lr=-1: must be >= 0"),
