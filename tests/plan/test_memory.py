@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastmim.plan.counter import Launch
@@ -27,6 +29,14 @@ G, H = 3_010_430_176, 663_900_000
 def test_states_are_the_published_ones(parameters: int, gpus: int, stage: int, published: float) -> None:
     found = states(parameters, stage, gpus, layout=PUBLISHED_LAYOUT).total / 1e9
     assert found == pytest.approx(published, abs=0.06)
+
+
+def test_states_that_the_recipe_of_the_giant_states() -> None:
+    text = (Path(__file__).resolve().parents[2] / "configs/simmim/swinv2_giant.yaml").read_text(encoding="utf-8")
+    found = states(G, 2, 8)
+    assert found.total == 2 * G + 4 * G / 8 + (4 + 4 + 4) * G / 8
+    stated = [found.weights, found.gradients, found.optimizer, found.total, states(G, 0, 1).total]
+    assert [f"{size / 1e9:.1f} GB" in text for size in stated] == [True] * 5
 
 
 def test_what_each_stage_divides() -> None:
