@@ -179,11 +179,15 @@ def _plan(options: argparse.Namespace) -> int:
     from fastmim.plan.command import make_plan
     from fastmim.plan.hardware import find_gpu
     from fastmim.plan.report import as_json, as_text, save_picture
+    from fastmim.plan.terminal import show
 
     plan = make_plan(cfg, gpu=find_gpu(options.gpu), gpus=options.gpus, images=options.images)
     if options.picture:
         save_picture(plan, options.picture)
-    _print(as_json(plan) if options.json else as_text(plan))
+    if sys.stdout.isatty() and not options.json and _rank() == 0:
+        show(plan)
+    else:
+        _print(as_json(plan) if options.json else as_text(plan))
     return 0
 
 

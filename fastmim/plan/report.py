@@ -15,6 +15,8 @@ from .recommend import HEADROOM, Option
 
 log = logging.getLogger("fastmim")
 
+TEXT_COLUMNS = {0, 1}
+"""Columns of the table that are not numbers: stage and recompute."""
 _COLORS = ("#4e79a7", "#59a14f", "#76b7b2", "#f28e2b", "#edc948", "#b07aa1")
 
 
@@ -98,21 +100,28 @@ def conclusions(plan: Plan) -> list[str]:
 
 def as_text(plan: Plan) -> str:
     """A table of stages and policies, and the conclusions."""
-    header = ["stage", "recompute", "micro", *(_label(name) for name in COMPONENTS), "total", "fits", "images/s", "MFU"]
-    rows = [header, *(_row(plan, option) for option in plan.options)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    left = {0, 1}
+    rows = table_rows(plan)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: list[str]) -> str:
-        cells = [
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
+        sized = enumerate(zip(row, widths, strict=True))
+        cells = [cell.ljust(w) if i in TEXT_COLUMNS else cell.rjust(w) for i, (cell, w) in sized]
         return "  ".join(cells).rstrip()
 
     table = [line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:])]
+    return "\n".join([*heading(plan), "", *table, "", *conclusions(plan)]) + "\n"
+
+
+def heading(plan: Plan) -> list[str]:
+    """The lines over the table."""
     title = f"{plan.title} on {plan.gpus} x {plan.gpu.name}, global batch {plan.configured.setting.images}"
-    note = "GB a GPU at the fullest point of a step; images/s and MFU are modelled, not measured"
-    return "\n".join([title, note, "", *table, "", *conclusions(plan)]) + "\n"
+    return [title, "GB a GPU at the fullest point of a step; images/s and MFU are modelled, not measured"]
+
+
+def table_rows(plan: Plan) -> list[list[str]]:
+    """The cells of the table: names of the columns, then a row an option."""
+    header = ["stage", "recompute", "micro", *(_label(name) for name in COMPONENTS), "total", "fits", "images/s", "MFU"]
+    return [header, *(_row(plan, option) for option in plan.options)]
 
 
 def _row(plan: Plan, option: Option) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -61,6 +63,25 @@ def test_text_says_what_fits_and_why(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "fits: weights" in out and "8% headroom" in out and "300 steps of 64" in out
     assert len([line for line in out.splitlines() if line[:1] in "0123" and ("none" in line or "full" in line)]) == 8
     assert Image.open(picture).width > 400
+
+
+@pytest.mark.parametrize("columns", [200, 60])
+def test_a_terminal_shows_the_same_words(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(capsys)[1]
+    for name, value in (("COLUMNS", str(columns)), ("LINES", "50"), ("TERM", "xterm-256color")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = run(capsys)[1]
+    if columns == 60:  # too narrow for the table
+        assert shown == plain
+        return
+    assert "\x1b[" in shown  # the recommended row's colour
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert re.sub("[─-]{3,}", "", text).split() == re.sub("-{3,}", "", plain).split()
+    assert all(line.rstrip() in map(str.rstrip, text.splitlines()) for line in plain.splitlines()[-4:])
 
 
 def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
