@@ -38,7 +38,7 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
         images: Size of the data set; None: what is in ``data.path``, or else ImageNet-1k's.
 
     Raises:
-        ValueError: the config's batches do not fit ``gpus``, or its precision or offloading the GPU or stage.
+        ValueError: the config's batches do not fit ``gpus``, or its precision the GPU.
     """
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: must be at least 1")
