@@ -57,8 +57,8 @@ class Seat:
         losses = self.losses()
         columns = {"start_memory_gib": f"{start / measure.GIB:.3f}", "loss": f"{losses[0]:.6f}"}
         columns |= measure.peak_memory(self.case.device)
-        if not self.name.endswith(providers.COMPILED):
-            # What a compiled graph keeps does not pass through the hooks.
+        if not self.name.endswith(providers.COMPILED) and "recompute" not in self.name:
+            # What a compiled graph or a checkpoint keeps does not pass through the hooks.
             with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.dtype == "bf16"):
                 kept = harness.saved_bytes(self.provider.module, self.images, self.mask)
             columns["saved_mb_per_image"] = f"{kept / self.case.batch / 1e6:.1f}"

@@ -173,6 +173,7 @@ def _on(model: Model, gpu: Gpu, count: int, setting: Setting | None, global_batc
     if rest or not accum:
         return []
     policies = [setting.policy] if setting else model.policies
-    chosen = setting is not None and setting.stage > 0
-    stages = (setting.stage,) if chosen else stages_for(count, offload, model.least_stage)
+    stages = stages_for(count, offload, model.least_stage)
+    if setting is not None and setting.stage > 0:
+        stages = (setting.stage,)
     return [model.option(gpu, Setting(s, p, micro, accum, count, offload)) for s in stages for p in policies]
