@@ -144,7 +144,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--img-size", type=int, nargs="+", default=[None], help="pixels; default: the size's own")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), help="each also with -compiled")
     parser.add_argument("--reference", metavar="DIR", help="clone(s) of microsoft/SimMIM, Swin-Transformer")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch; default: torch's choice")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (shared by --ranks); default: its own")
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=RESULTS)
 
@@ -185,6 +185,9 @@ def launch(ranks: int, argv: Sequence[str] | None) -> int:
     start = own.index("--ranks")
     end = next((i for i in range(start + 1, len(own)) if not own[i].isdigit()), len(own))
     own[start:end] = []
+    if ranks > 1 and "--threads" in own:
+        at = own.index("--threads") + 1
+        own[at] = str(max(1, int(own[at]) // ranks))  # the machine's, shared by the ranks
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

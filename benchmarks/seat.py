@@ -69,11 +69,10 @@ class Seat:
 
         Without those the first recorded step pays for the profiler's own memory, several times over.
         """
-        schedule = torch.profiler.schedule(wait=0, warmup=2, active=PROFILED_STEPS)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], schedule=schedule) as recorded:
-            for _ in range(2 + PROFILED_STEPS):
-                self.step()
-                recorded.step()
+        for steps in (2, PROFILED_STEPS):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+                for _ in range(steps):
+                    self.step()
         return [(e.key, e.self_cpu_time_total / 1e6 / PROFILED_STEPS) for e in recorded.key_averages()]
 
     def energy(self) -> float:
