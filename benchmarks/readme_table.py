@@ -115,7 +115,7 @@ def text(rows: list[Row]) -> str:
     dates = sorted({r["date"] for r in rows})
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     measured = f"Measured on {'; '.join(said)}. " if said else "Nothing was timed yet. "
-    parts.append(f"{measured}{dates[0]} to {dates[-1]}, commit {commits}. Brackets are the 20 % and 80 % quantiles; "
+    parts.append(f"{measured}{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {commits}. Brackets are the 20 % and 80 % quantiles; "
                  "every number is a row of `benchmarks/results/measurements.csv`.")  # fmt: skip
     return "\n\n".join(parts)
 
