@@ -113,9 +113,10 @@ def text(rows: list[Row]) -> str:
     rows = [*timed, *latest(rows, "counts")]
     said = dict.fromkeys(f"{r['machine']}, {r['threads']} threads" for r in timed if r["threads"])
     dates = sorted({r["date"] for r in rows})
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     measured = f"Measured on {'; '.join(said)}. " if said else "Nothing was timed yet. "
-    parts.append(f"{measured}{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {commits}. Brackets are the 20 % and 80 % quantiles; "
+    parts.append(f"{measured}{days}, commit {commits}. Brackets are the 20 % and 80 % quantiles; "
                  "every number is a row of `benchmarks/results/measurements.csv`.")  # fmt: skip
     return "\n\n".join(parts)
 
