@@ -54,6 +54,7 @@ def measure_case(
         return [], len(wrong)
     kept = {name: seat for name, seat in seats.items() if name not in wrong}
     steps = {name: functools.partial(seat.call, "step") for name, seat in kept.items()}
+    measure.interleave(steps, args.warm_up)
     phases = measure.interleave(steps, args.rounds)
     ranks = world.size if world else 1
     shared = {"benchmark": "step", "baseline": args.baseline, "rounds": args.rounds,
@@ -127,6 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_shared(parser)
     parser.add_argument("--baseline", default="fastmim", help="provider that ratios are against")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each provider")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps of each before them, beside the loss check's")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU seconds, of a busy machine")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes, data-parallel")
     args = parser.parse_args(argv)

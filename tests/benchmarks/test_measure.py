@@ -115,7 +115,7 @@ class OffByOnePercent(nn.Module):
 
 def arguments(*names: str, baseline: str = "fastmim") -> argparse.Namespace:
     return argparse.Namespace(
-        providers=list(names), reference=None, baseline=baseline, rounds=1, threads=None, clock="wall"
+        providers=list(names), reference=None, baseline=baseline, rounds=1, warm_up=0, threads=None, clock="wall"
     )
 
 
