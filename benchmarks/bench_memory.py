@@ -17,10 +17,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import bench_compare, harness, providers  # noqa: E402
-from benchmarks.processes import Remote  # noqa: E402
+from benchmarks import bench_compare, harness  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
-from benchmarks.seat import Seat, reason_of  # noqa: E402
+from benchmarks.seat import call_apart  # noqa: E402
 
 PROVIDERS = (*bench_compare.PROVIDERS, "fastmim-recompute-fc1_qkv", "fastmim-recompute-full")
 
@@ -29,20 +28,13 @@ Found = tuple[dict[str, str], tuple[float, float]]
 
 def measure_apart(name: str, case: Case, args: argparse.Namespace) -> Found | str:
     """CSV columns and losses of one provider, measured in a new process, or why there are none."""
-    seat = Remote(Seat, name, case, args.reference, args.threads)
-    try:
-        return seat.call("memory")
-    except RuntimeError as error:
-        return reason_of(error)
-    finally:
-        seat.close()
+    return call_apart("memory", name, case, args)
 
 
 def measure_case(case: Case, args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """CSV rows of one case, and how many providers were refused because their losses are not the judge's."""
     found: dict[str, Found] = {}
     for name in args.providers:
-        providers.check_name(name)
         columns = measure_apart(name, case, args)
         if isinstance(columns, str):
             print(f"  not measured: {columns}", file=sys.stderr)

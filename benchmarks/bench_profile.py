@@ -20,10 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks import bench_compare, harness  # noqa: E402
-from benchmarks.processes import Remote  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from benchmarks.seat import PROFILED_STEPS as STEPS  # noqa: E402
-from benchmarks.seat import Seat, reason_of  # noqa: E402
+from benchmarks.seat import call_apart  # noqa: E402
 
 PROVIDERS = ("fastmim", "timm", "microsoft-simmim", "microsoft-swin")
 # The first that fits the op's name.
@@ -58,13 +57,10 @@ def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     shared = {"benchmark": "profile", "rounds": STEPS, **bench_compare.describe(case, 1, args)}
     rows = []
     for name in args.providers:
-        try:
-            seat = Remote(Seat, name, case, args.reference, args.threads)
-            events = seat.call("profile")
-        except RuntimeError as error:
-            print(f"  not measured: {reason_of(error)}", file=sys.stderr)
+        events = call_apart("profile", name, case, args)
+        if isinstance(events, str):
+            print(f"  not measured: {events}", file=sys.stderr)
             continue
-        seat.close()
         spent = by_kind(events)
         total = sum(spent.values())
         print(f"{case.name} {case.dtype} {name}: {total:.3f} s a step under the profiler")

@@ -130,6 +130,18 @@ def take_seats(
     return seats, losses, reasons
 
 
+def call_apart(method: str, name: str, case: Case, args: Any) -> Any:
+    """What a provider's seat answers in a new process that ends with it, or (a string) why it is not there."""
+    providers.check_name(name)
+    seat = Remote(Seat, name, case, args.reference, args.threads)
+    try:
+        return seat.call(method)
+    except RuntimeError as error:
+        return reason_of(error)
+    finally:
+        seat.close()
+
+
 def reason_of(error: Exception) -> str:
     """Why a provider is not there.
 

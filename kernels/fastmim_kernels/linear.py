@@ -119,22 +119,22 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     transposed = grad.t()
     # AMX wants its left operand in rows; a copy of few rows or short ones costs less than what the product gains.
     if (rows <= 256 or outputs <= 512) and grad.dtype == torch.bfloat16 and _is_onednn(grad) \
-            and _has_amx():
+            and has_amx():
         transposed = transposed.contiguous()
     return (transposed @ x).to(dtype)
 
 
 def _is_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and _has_onednn()
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and has_onednn()
 
 
 @lru_cache(maxsize=1)
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @lru_cache(maxsize=1)
-def _has_amx() -> bool:
+def has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .linear import has_amx, has_onednn
 from .rows import statistics_dtype
 from .window_layout import Pair, gather, scatter, shift_mask
 
@@ -87,9 +88,7 @@ def _chunk_backward(p: Tensor, operands: list[Tensor], found: list[Tensor], alph
 
 @lru_cache(maxsize=1)
 def _cpu_multiplies_bfloat16() -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_onednn() and (has_amx() or torch.cpu._is_avx512_bf16_supported())
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
