@@ -30,7 +30,7 @@ from fastmim.engine.recompute import POLICIES, apply_recompute  # noqa: E402
 from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.memory import LIBRARIES, memory  # noqa: E402
 from fastmim.plan.trace import Footprint, fake_values, trace  # noqa: E402
-from fastmim_kernels.dispatch import as_on_a_gpu  # noqa: E402
+from fastmim_kernels.common.dispatch import as_on_a_gpu  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "check_plan.csv"
 ACCUM = 2

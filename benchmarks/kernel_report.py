@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel, without a GPU.
 
-Compiles every case of ``aot_cases()`` in ``fastmim_kernels.triton`` ahead of time for the given architectures (those
+Compiles every case of ``aot_cases()`` in ``fastmim_kernels`` ahead of time for the given architectures (those
 among them on which the case is launched; what the JIT would share is compiled once); prints registers, spills,
 shared memory, the share of global bytes in 128-bit accesses and the tensor-core instructions, and writes them as
 JSON and CSV to ``benchmarks/results/``.
@@ -67,7 +67,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 def measure(module: str, name: str, arch: int) -> dict[str, Any]:
     """What the compiler makes of one case; its error becomes the column ``error``."""
-    from fastmim_kernels.triton import aot
+    from fastmim_kernels.check import aot
 
     case = next(c for c in aot.cases_of(module) if c.name == name)
     try:
@@ -85,7 +85,7 @@ def report(
     known: dict[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of every selected case and architecture, in a fixed order; ``known`` measurements by key are taken."""
-    from fastmim_kernels.triton import aot
+    from fastmim_kernels.check import aot
 
     broken: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -163,7 +163,7 @@ def write(rows: list[dict[str, Any]], stem: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--module", nargs="+", help="modules of fastmim_kernels.triton; default all")
+    parser.add_argument("--module", nargs="+", help="kernel modules, such as mlp.on_triton; default all")
     parser.add_argument("--match", default="", help="regular expression on module/case")
     parser.add_argument("--quick", action="store_true", help="only the subset that every test run compiles")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

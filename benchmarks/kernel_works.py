@@ -12,17 +12,17 @@ from torch import Tensor
 import fastmim_kernels as fk
 from fastmim.models.layers import relative_position_index
 from fastmim.models.swin_shared import relative_coords_table
-from fastmim_kernels.cpb import BiasPlan, bias_plan
-from fastmim_kernels.cpb import traffic as position_bias_traffic
-from fastmim_kernels.gelu import traffic as gelu_traffic
-from fastmim_kernels.linear_loss import linear_traffic
-from fastmim_kernels.local_norm import traffic as local_norm_traffic
-from fastmim_kernels.mask_tokens import traffic as mask_tokens_traffic
-from fastmim_kernels.masked_l1 import traffic as masked_l1_traffic
-from fastmim_kernels.mlp import traffic as mlp_traffic
-from fastmim_kernels.patch_merge import traffic as patch_merge_traffic
-from fastmim_kernels.residual_norm import traffic as residual_norm_traffic
-from fastmim_kernels.window_attention import traffic as window_attention_traffic
+from fastmim_kernels.local_norm.op import traffic as local_norm_traffic
+from fastmim_kernels.mask_tokens.op import traffic as mask_tokens_traffic
+from fastmim_kernels.masked_loss.linear_op import linear_traffic
+from fastmim_kernels.masked_loss.op import traffic as masked_l1_traffic
+from fastmim_kernels.mlp.gelu import traffic as gelu_traffic
+from fastmim_kernels.mlp.op import traffic as mlp_traffic
+from fastmim_kernels.patch_merge.op import traffic as patch_merge_traffic
+from fastmim_kernels.position_bias.op import BiasPlan, bias_plan
+from fastmim_kernels.position_bias.op import traffic as position_bias_traffic
+from fastmim_kernels.residual_norm.op import traffic as residual_norm_traffic
+from fastmim_kernels.window_attention.op import traffic as window_attention_traffic
 
 GRID = 48  # tokens a side in the first stage at 192 px, where the maps are largest
 

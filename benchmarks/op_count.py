@@ -40,7 +40,7 @@ from fastmim.plan.closed_forms import closed_forms  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors  # noqa: E402
 from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
-from fastmim_kernels import dispatch  # noqa: E402
+from fastmim_kernels.common import dispatch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"
 MASKED = 0.6

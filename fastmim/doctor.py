@@ -19,9 +19,9 @@ from torch import Tensor
 
 import fastmim_kernels as fk
 from fastmim._version import __version__
-from fastmim_kernels.dispatch import no_triton
-from fastmim_kernels.self_test import CASES, Case, errors, inputs_of, listed, run_case
-from fastmim_kernels.self_test import failure as self_test_failure
+from fastmim_kernels.check.self_test import CASES, Case, errors, inputs_of, listed, run_case
+from fastmim_kernels.check.self_test import failure as self_test_failure
+from fastmim_kernels.common.dispatch import no_triton
 
 OPTIONAL = ("triton", "deepspeed", "apex", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 _NO_KERNEL = "torch is its only fast implementation"

@@ -27,7 +27,7 @@ def create_encoder(encoder: dict[str, Any], *, impl: str = "auto") -> Encoder:
 
     Args:
         encoder: ``name`` ("swin", "swinv2", "vit" or a key of :data:`SIZES`) and the constructor's arguments.
-        impl: Implementation of the ops inside, see :mod:`fastmim_kernels.dispatch`.
+        impl: Implementation of the ops inside, see :mod:`fastmim_kernels.common.dispatch`.
 
     Raises:
         ValueError: Unknown name or argument, or values that do not fit together.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.linear import product_dtype
+from fastmim_kernels.linear.op import product_dtype
 
 
 def to_pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:

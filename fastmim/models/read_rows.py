@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastmim_kernels.eager import unwatched
-from fastmim_kernels.token_layout import token_cells
+from fastmim_kernels.common.define_op import unwatched
+from fastmim_kernels.common.token_layout import token_cells
 
 Scales = tuple[Tensor | None, Tensor | None]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.dispatch import picks_triton
+from fastmim_kernels.common.dispatch import picks_triton
 
 from .layers import Mlp, trunc_normal_
 from .read_rows import take, take_stream

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.dispatch import picks_triton
-from fastmim_kernels.linear import product_dtype
+from fastmim_kernels.common.dispatch import picks_triton
+from fastmim_kernels.linear.op import product_dtype
 
 from .layers import DropPaths, relative_position_index
 

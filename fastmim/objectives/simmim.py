@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.local_norm import local_statistics
-from fastmim_kernels.masked_l1 import LOSSES
+from fastmim_kernels.local_norm.op import local_statistics
+from fastmim_kernels.masked_loss.op import LOSSES
 from fastmim_kernels.reference import pixel_shuffle
 
 from ..models import create_encoder

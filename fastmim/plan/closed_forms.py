@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastmim_kernels.low_copies import traffic as low_copies_traffic
-from fastmim_kernels.mask_tokens import traffic as mask_tokens_traffic
+from fastmim_kernels.low_copies.op import traffic as low_copies_traffic
+from fastmim_kernels.mask_tokens.op import traffic as mask_tokens_traffic
 
 from .counter import ClosedForm
 

@@ -253,7 +253,7 @@ def _on_cuda(tensor: Tensor) -> Tensor:
 def _caller() -> str:
     """``file.py:line function`` of the innermost frame outside torch and this file."""
     frame = sys._getframe(1)
-    skipped = ("/torch/", __file__, "cuda_autocast.py", "fastmim_kernels/dispatch.py", "contextlib.py", "functools.py")
+    skipped = ("/torch/", __file__, "cuda_autocast.py", "kernels/common/dispatch.py", "contextlib.py", "functools.py")
     while frame is not None:
         path = frame.f_code.co_filename
         if not any(part in path for part in skipped):
@@ -269,7 +269,8 @@ def _kernels_counted_by(count: Callable[[str, Any, int], None]) -> Iterator[None
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
 
-        from fastmim_kernels.triton import arrival, low_copies
+        from fastmim_kernels.common import arrival
+        from fastmim_kernels.low_copies import on_triton as low_copies
     except ModuleNotFoundError:
         yield
         return

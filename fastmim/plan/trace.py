@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastmim.engine import recompute
 from fastmim.objectives.masking import masked_units
-from fastmim_kernels.dispatch import as_on_a_gpu
+from fastmim_kernels.common.dispatch import as_on_a_gpu
 
 from .closed_forms import closed_forms
 from .counter import DispatchCounter, Launch

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import fastmim_kernels as fk
-from fastmim_kernels import dispatch
-from fastmim_kernels.gelu import traffic as gelu_traffic
-from fastmim_kernels.mlp import traffic as mlp_traffic
-from fastmim_kernels.residual_norm import traffic as residual_norm_traffic
-from fastmim_kernels.window_attention import traffic as window_attention_traffic
+from fastmim_kernels.common import dispatch
+from fastmim_kernels.mlp.gelu import traffic as gelu_traffic
+from fastmim_kernels.mlp.op import traffic as mlp_traffic
+from fastmim_kernels.residual_norm.op import traffic as residual_norm_traffic
+from fastmim_kernels.window_attention.op import traffic as window_attention_traffic
 
 pytest.importorskip("triton")
 

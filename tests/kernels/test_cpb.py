@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import bias_plan, cpb_bias, position_bias
-from fastmim_kernels.cpb import _op, traffic
+from fastmim_kernels.position_bias.op import _op, traffic
 from tests.kernels.oracle import check
 
 NAMES = ["weight1", "bias1", "weight2"]

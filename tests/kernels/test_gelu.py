@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import gelu
-from fastmim_kernels.gelu import _backward_op, _op, traffic
+from fastmim_kernels.mlp.gelu import _backward_op, _op, traffic
 from tests.kernels.oracle import check
 
 # 3x7 rows fill no tile, 40 columns pad to 64; one value.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import local_norm_target
-from fastmim_kernels.local_norm import _op, local_statistics, traffic
+from fastmim_kernels.local_norm.op import _op, local_statistics, traffic
 from tests.kernels.oracle import relative_error
 
 # (shape, window): several windows an image; odd edges; narrower than the window on one side and on both.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmim_kernels import low_copies
-from fastmim_kernels.low_copies import _op
+from fastmim_kernels.low_copies.op import _op
 
 
 def parameters() -> list[torch.Tensor]:

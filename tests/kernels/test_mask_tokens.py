@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import mask_tokens
-from fastmim_kernels.mask_tokens import _op, traffic
+from fastmim_kernels.mask_tokens.op import _op, traffic
 from tests.kernels.oracle import check
 
 # 5x3 is neither square nor a power of two, 40 channels pad to 64; one token of 2 channels is the smallest that has

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import linear_masked_l1, masked_l1
-from fastmim_kernels.linear_loss import _op as linear_op
-from fastmim_kernels.linear_loss import linear_traffic
-from fastmim_kernels.masked_l1 import _op, traffic
+from fastmim_kernels.masked_loss.linear_op import _op as linear_op
+from fastmim_kernels.masked_loss.linear_op import linear_traffic
+from fastmim_kernels.masked_loss.op import _op, traffic
 from tests.kernels.oracle import check, relative_error
 
 # (B, C, H, W), token grid, mask grid, stride, and why.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import mlp
-from fastmim_kernels.mlp import _op, traffic
+from fastmim_kernels.mlp.op import _op, traffic
 from tests.kernels.oracle import check
 
 F32, BF16 = torch.float32, torch.bfloat16

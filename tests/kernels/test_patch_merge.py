@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import patch_merge
-from fastmim_kernels.patch_merge import _op, traffic
+from fastmim_kernels.patch_merge.op import _op, traffic
 from tests.kernels.oracle import check
 
 F32, BF16 = torch.float32, torch.bfloat16

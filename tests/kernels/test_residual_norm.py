@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import reference, residual_norm
-from fastmim_kernels.residual_norm import _op, traffic
+from fastmim_kernels.residual_norm.op import _op, traffic
 from tests.kernels.oracle import check
 
 # (order, what else is given)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmim_kernels as fk
-from fastmim_kernels import dispatch, self_test
+from fastmim_kernels.check import self_test
+from fastmim_kernels.common import dispatch
 
 CPU = torch.device("cpu")
 CASE = next(case for case in self_test.CASES if case.op == "gelu")

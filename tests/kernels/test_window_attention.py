@@ -10,9 +10,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim_kernels as fk
-from fastmim_kernels import window_attention_torch as plain
-from fastmim_kernels import window_layout
-from fastmim_kernels.window_attention import traffic
+from fastmim_kernels.window_attention import layout as window_layout
+from fastmim_kernels.window_attention import on_torch as plain
+from fastmim_kernels.window_attention.op import traffic
 
 # (B, H, W), heads, head_dim, window, shift, cosine
 CASES = {

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastmim.plan.counter import DispatchCounter
 from fastmim.plan.live import LiveBytes
-from fastmim_kernels.dispatch import as_on_a_gpu, no_triton, resolve
+from fastmim_kernels.common.dispatch import as_on_a_gpu, no_triton, resolve
 
 
 def test_a_storage_lives_until_its_last_tensor_dies() -> None:

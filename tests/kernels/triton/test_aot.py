@@ -30,7 +30,7 @@ def assert_clean(rows: list[dict], done: subprocess.CompletedProcess[str]) -> No
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if not line.endswith("  -"))
 
 
-MODULES = sorted(path.stem for path in (ROOT / "kernels" / "fastmim_kernels" / "triton").glob("*.py")
+MODULES = sorted(f"{path.parent.name}.{path.stem}" for path in (ROOT / "kernels" / "fastmim_kernels").glob("*/*.py")
                  if re.search(r"^def aot_cases", path.read_text(), re.MULTILINE))
 
 
@@ -68,7 +68,7 @@ def test_the_committed_report_is_what_the_compiler_says(tmp_path: Path) -> None:
 
 BAD = '''
 import triton, triton.language as tl
-from fastmim_kernels.triton.aot import AotCase
+from fastmim_kernels.common.aot_case import AotCase
 
 @triton.jit
 def copy(p_x, p_y, n, B: tl.constexpr):
@@ -83,7 +83,7 @@ def case(name, divisible, block=1024):
 def test_the_report_sees_what_it_is_for(tmp_path: Path) -> None:
     """Without divisibility the accesses are scalar; a tile of 64 Ki values needs local memory."""
     (tmp_path / "bad.py").write_text(BAD)
-    code = ("import sys; sys.path[:0] = sys.argv[1:]; import bad, json; from fastmim_kernels.triton.aot import "
+    code = ("import sys; sys.path[:0] = sys.argv[1:]; import bad, json; from fastmim_kernels.check.aot import "
             "compile_case as c; full = ('p_x', 'p_y', 'n'); print(json.dumps([c(bad.case('a', full), 80), "
             "c(bad.case('b', ()), 80), c(bad.case('c', full, 65536), 80)]))")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmim_kernels.triton import arrival
+from fastmim_kernels.common import arrival
 
 
 @triton.jit

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastmim_kernels.cpb import Block, _op
-from fastmim_kernels.triton import cpb as kernels
+from fastmim_kernels.position_bias import on_triton as kernels
+from fastmim_kernels.position_bias.op import Block, _op
 from tests.kernels.oracle import check
 from tests.kernels.test_cpb import CASES, NAMES, encoder_bias, encoder_inputs, inputs_for, op_args, with_impl
 

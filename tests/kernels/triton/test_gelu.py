@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmim_kernels.gelu import _op
-from fastmim_kernels.gelu import traffic as closed_form
-from fastmim_kernels.triton import gelu as kernels
+from fastmim_kernels.mlp import gelu_on_triton as kernels
+from fastmim_kernels.mlp.gelu import _op
+from fastmim_kernels.mlp.gelu import traffic as closed_form
 from tests.kernels.oracle import check
 from tests.kernels.test_gelu import SHAPES, inputs_for, plain, with_impl
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmim_kernels.triton import arrival
-from fastmim_kernels.triton import linear_gelu as kernels
-from fastmim_kernels.triton.product_add import product_add
+from fastmim_kernels.common import arrival
+from fastmim_kernels.linear.product_add import product_add
+from fastmim_kernels.mlp import on_triton as kernels
 from tests.kernels.oracle import FLOOR, relative_error
 from tests.kernels.triton.conftest import Builder
 

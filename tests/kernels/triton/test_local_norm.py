@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmim_kernels import local_norm_target
-from fastmim_kernels.local_norm import _op
+from fastmim_kernels.local_norm.op import _op
 from tests.kernels.test_local_norm import CASES, images_for, loops
 
 pytestmark = pytest.mark.usefixtures("poison")

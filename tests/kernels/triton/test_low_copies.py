@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmim_kernels.low_copies import traffic
-from fastmim_kernels.triton import low_copies as kernels
+from fastmim_kernels.low_copies import on_triton as kernels
+from fastmim_kernels.low_copies.op import traffic
 from tests.kernels.test_low_copies import check_copies
 
 pytestmark = pytest.mark.usefixtures("poison")

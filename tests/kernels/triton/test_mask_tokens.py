@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastmim_kernels import mask_tokens
-from fastmim_kernels.mask_tokens import _op
-from fastmim_kernels.triton import mask_tokens as kernels
+from fastmim_kernels.mask_tokens import on_triton as kernels
+from fastmim_kernels.mask_tokens.op import _op
 from tests.kernels.oracle import check
 from tests.kernels.test_mask_tokens import VARIANTS, inputs_for, with_impl
 

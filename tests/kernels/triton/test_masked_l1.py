@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmim_kernels import linear_masked_l1, masked_l1
-from fastmim_kernels.masked_l1 import _op
+from fastmim_kernels.masked_loss.op import _op
 from tests.kernels.test_masked_l1 import GEOMETRIES, check_both, inputs_for, operands
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmim_kernels.mlp import _op
+from fastmim_kernels.mlp.op import _op
 from tests.kernels.oracle import check
 from tests.kernels.test_mlp import BF16, F32, NAMES, inputs_for, plain, with_impl
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmim_kernels.patch_merge import _op
-from fastmim_kernels.patch_merge import traffic as closed_form
-from fastmim_kernels.triton import patch_merge as kernels
+from fastmim_kernels.patch_merge import on_triton as kernels
+from fastmim_kernels.patch_merge.op import _op
+from fastmim_kernels.patch_merge.op import traffic as closed_form
 from tests.kernels.oracle import check
 from tests.kernels.test_patch_merge import BF16, F32, SHAPES, STREAMS, inputs_for, with_impl
 

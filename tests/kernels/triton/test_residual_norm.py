@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmim_kernels.residual_norm import _op
-from fastmim_kernels.residual_norm import traffic as closed_form
-from fastmim_kernels.triton import residual_norm as kernels
+from fastmim_kernels.residual_norm import on_triton as kernels
+from fastmim_kernels.residual_norm.op import _op
+from fastmim_kernels.residual_norm.op import traffic as closed_form
 from tests.kernels.oracle import check
 from tests.kernels.test_residual_norm import (
     BF16,

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastmim_kernels.local_norm import traffic as local_norm_traffic
-from fastmim_kernels.mask_tokens import traffic as mask_tokens_traffic
-from fastmim_kernels.masked_l1 import traffic as masked_l1_traffic
-from fastmim_kernels.triton import local_norm as local_norm_kernels
-from fastmim_kernels.triton import mask_tokens as mask_tokens_kernels
-from fastmim_kernels.triton import masked_l1 as masked_l1_kernels
+from fastmim_kernels.local_norm import on_triton as local_norm_kernels
+from fastmim_kernels.local_norm.op import traffic as local_norm_traffic
+from fastmim_kernels.mask_tokens import on_triton as mask_tokens_kernels
+from fastmim_kernels.mask_tokens.op import traffic as mask_tokens_traffic
+from fastmim_kernels.masked_loss import on_triton as masked_l1_kernels
+from fastmim_kernels.masked_loss.op import traffic as masked_l1_traffic
 
 SLACK = 1.02
 Case = Callable[[], tuple[Callable[[], object], int]]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastmim_kernels import linear
-from fastmim_kernels.linear import _op
-from fastmim_kernels.triton import arrival
-from fastmim_kernels.triton import weight_gradient as kernels
+from fastmim_kernels.common import arrival
+from fastmim_kernels.linear import weight_gradient as kernels
+from fastmim_kernels.linear.op import _op
 from tests.kernels.oracle import check, relative_error
 from tests.kernels.triton.test_linear_gelu import BF16, F16, F32, backwards, judge
 

@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from fastmim_kernels import reference
-from fastmim_kernels.triton import window_attention as kernels
-from fastmim_kernels.triton import window_attention_backward, window_tiles
-from fastmim_kernels.window_attention import _op, window_attention
+from fastmim_kernels.window_attention import (
+    triton_backward as window_attention_backward,
+)
+from fastmim_kernels.window_attention import triton_forward as kernels
+from fastmim_kernels.window_attention import (
+    triton_tiles as window_tiles,
+)
+from fastmim_kernels.window_attention.op import _op, window_attention
 from tests.kernels.oracle import check, run
 
 pytestmark = pytest.mark.usefixtures("poison")

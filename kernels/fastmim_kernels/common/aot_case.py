@@ -1,0 +1,60 @@
+"""One kernel in one shipped configuration: what each kernel file states of itself for :mod:`fastmim_kernels.check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+
+
+@dataclasses.dataclass(frozen=True)
+class AotCase:
+    """One kernel in one shipped configuration.
+
+    Attributes:
+        name: "op/direction/shape", unique in its module.
+        kernel: The ``triton.jit`` function.
+        signature: Type of each run-time argument ("*bf16", "i32", "fp32", …).
+        constexprs: Value of each constexpr; an optional pointer that is absent is a constexpr None.
+        divisible: Arguments (pointers and integers) that are multiples of 16, as the JIT would find.
+        quick: Part of the subset that every test run compiles.
+        wide_target: Smallest share of global bytes that 128-bit accesses must carry; below 0.95 only where
+            the rows do not allow it.
+        dot: The kernel must contain tensor-core instructions.
+        persistent: One block an SM is intended.
+        archs: Architectures (90 for sm_90) on which this configuration is ever launched.
+        others: Precisions in which a quick case is compiled too; not fp32 where that has tiles of its own.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    divisible: tuple[str, ...] = ()
+    quick: bool = False
+    wide_target: float = 0.95
+    dot: bool = False
+    persistent: bool = False
+    archs: tuple[int, ...] = (80, 90, 100)
+    others: tuple[str, ...] = ("fp16", "fp32")
+
+    def key(self, arch: int) -> str:
+        """Of the machine code: equal for cases that differ only in the values of run-time arguments.
+
+        It changes with the source of the kernel and of what it calls, and with Triton's version.
+        """
+        parts = (self.kernel.cache_key, sorted(self.signature.items()), sorted(self.constexprs.items()),
+                 sorted(self.divisible), self.num_warps, self.num_stages, arch, triton.__version__)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def in_dtype(case: AotCase, dtype: str) -> AotCase:
+    """``case`` with every bf16 pointer one to ``dtype``, on sm_80 and sm_90."""
+    signature = {name: f"*{dtype}" if kind == "*bf16" else kind for name, kind in case.signature.items()}
+    return dataclasses.replace(case, name=f"{case.name}-in-{dtype}", signature=signature,
+                               archs=tuple(arch for arch in case.archs if arch < 100))

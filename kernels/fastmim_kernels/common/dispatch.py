@@ -1,0 +1,101 @@
+"""Choice of the implementation of an op: one place, no silent fall-back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # a module blocked by a None in sys.modules
+        return False
+
+
+HAS_TRITON = _installed("triton")
+IMPLS = ("auto", "triton", "torch", "reference")
+_as_on_a_gpu = False
+
+
+def self_test(op: str, device: torch.device) -> str:
+    """Why ``op``'s Triton kernel must not be used on ``device``. The package puts its own test here."""
+    return ""
+
+
+def check_impl(impl: str) -> str:
+    """Return ``impl`` unchanged, or raise ``ValueError`` when it is not one of :data:`IMPLS`."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
+    return impl
+
+
+def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device: torch.device) -> Callable:
+    """Pick the function that runs ``op``.
+
+    ``auto`` takes Triton on a CUDA device where the op has a Triton kernel that passed its self-test there, and
+    torch elsewhere. An explicit name never falls back.
+
+    Args:
+        op: Name of the op, for messages.
+        impl: One of :data:`IMPLS`.
+        implementations: The functions this op has, by name.
+        device: Device of the op's inputs.
+
+    Raises:
+        ValueError: ``impl`` is unknown, or this op has no such implementation.
+    """
+    check_impl(impl)
+    if impl == "auto":
+        impl = "triton" if "triton" in implementations and picks_triton(op, impl, device) else "torch"
+    if impl not in implementations:
+        have = ", ".join(["auto", *implementations])
+        raise ValueError(f"impl={impl!r}: {op} has no such implementation; use one of {have}")
+    if impl == "triton" and (reason := no_triton(device)):
+        raise ValueError(f"impl='triton': {op} cannot run its Triton kernel: {reason}; use impl='auto'")
+    return implementations[impl]
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside, every device counts as one that runs Triton kernels: for tracing fake tensors, which execute nothing.
+
+    Not the same as an active FakeTensorMode: ``torch.compile`` traces a CPU model under one, and runs the result.
+    """
+    global _as_on_a_gpu
+    before, _as_on_a_gpu = _as_on_a_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_a_gpu = before
+
+
+def picks_triton(op: str, impl: str, device: torch.device) -> bool:
+    """Whether ``op``, if it has Triton kernels, runs them for ``impl`` on ``device``."""
+    return impl == "triton" or (impl == "auto" and not no_triton(device) and not failed_self_test(op, device))
+
+
+def failed_self_test(op: str, device: torch.device) -> bool:
+    """Whether ``op``'s Triton kernel gives wrong results on this GPU, as :data:`self_test` finds."""
+    return bool(self_test(op, device))
+
+
+# As ``torch.compiler.assume_constant_result`` would: the compiler runs it while it traces and keeps the answer. That
+# function would import the compiler with this package.
+failed_self_test._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def no_triton(device: torch.device) -> str:
+    """Why Triton kernels cannot run on ``device``; empty when they can.
+
+    On a CPU they run in Triton's interpreter only (``TRITON_INTERPRET=1``), which is for tests.
+    """
+    if not HAS_TRITON:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda" and not _as_on_a_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device.type}, not on a CUDA GPU"
+    return ""

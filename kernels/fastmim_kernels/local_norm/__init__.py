@@ -1,0 +1,1 @@
+"""SimMIM's locally normalised target."""

@@ -1,0 +1,1 @@
+"""Low-precision copies of all weights of a step."""

@@ -1,0 +1,1 @@
+"""The mask token in place of hidden patches."""

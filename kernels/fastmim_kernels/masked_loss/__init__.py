@@ -1,0 +1,1 @@
+"""Masked reconstruction losses, with and without SimMIM's linear head."""

@@ -1,0 +1,388 @@
+"""SimMIM's linear head with its masked loss: the prediction lives in registers only.
+
+The tokens are ordered on the device, those with masked pixels first, and their number stays there: a program
+whose rows lie beyond it returns at once, so nothing waits for the host. Of each chunk of rows three kernels
+make the loss and the slope l'(x̂ − x)·m, then the gradients of tokens and head. Sums over all programs are
+made, in a fixed order, by those that arrive last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import arrival
+from ..common.aot_case import AotCase, in_dtype
+from ..common.arrival import arrive
+from ..common.token_layout import EPS
+from .on_triton import _flat, loss_of, slope_of
+
+
+@triton.jit
+def order_kernel(
+    p_mask,  # (B, Hm, Wm) bool as uint8
+    p_order,  # (M,) int64, out: tokens, those with masked pixels first
+    p_hits,  # scalar int64, out: number of those
+    tokens, grid_h, grid_w, mask_h, mask_w, cell_h, cell_w,
+    S: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One program: the place of a token depends on all tokens before it."""
+    o_c = tl.arange(0, COLS)
+    hits = 0
+    for i in range(0, tokens, BLOCK):
+        i_token = i + tl.arange(0, BLOCK)
+        m_token = i_token < tokens
+        i_y = i_token // grid_w % grid_h * S
+        i_x = i_token % grid_w * S
+        # Cells from the one of the token's first pixel on that begin before its end.
+        o_col = (i_x // cell_w)[:, None] + o_c[None, :]
+        m_col = m_token[:, None] & (o_col * cell_w < (i_x + S)[:, None]) & (o_col < mask_w)
+        o_image = i_token // grid_w // grid_h * mask_h
+        b_mask = tl.zeros((BLOCK, COLS), tl.uint8)
+        for r in tl.static_range(ROWS):
+            o_row = i_y // cell_h + r
+            m_row = (o_row * cell_h < i_y + S) & (o_row < mask_h)
+            o_line = ((o_image + o_row) * mask_w)[:, None]
+            b_mask |= tl.load(p_mask + o_line + o_col, mask=m_col & m_row[:, None], other=0)
+        b_hit = ((tl.max(b_mask.to(tl.int32), 1) != 0) & m_token).to(tl.int32)
+        o_hit = tl.cumsum(b_hit, 0) - b_hit + hits
+        # The others fill the end backwards.
+        o_order = tl.where(b_hit != 0, o_hit, tokens - 1 - i_token + o_hit)
+        tl.store(p_order + o_order, i_token.to(tl.int64), mask=m_token)
+        hits += tl.sum(b_hit, 0)
+    tl.store(p_hits, hits.to(tl.int64))
+
+
+@triton.jit
+def head_loss_kernel(
+    p_x,  # (M, D) tokens
+    p_w,  # (K, D) head, K = C·S²
+    p_bias,  # (K,) or None
+    p_target,  # (B, C, H, W) float32 or uint8
+    p_mask,  # (B, Hm, Wm) bool as uint8
+    p_mean,  # (C,) or None
+    p_std,  # (C,) or None
+    p_order,  # (M,) int64 tokens, those with masked pixels first
+    p_hits,  # scalar int64, number of tokens with masked pixels
+    p_slope,  # (rows of the chunk, K) or None
+    p_sum,  # (2, row blocks of all chunks, column blocks) float32, scratch: loss sums, masked pixels
+    p_dbias,  # (row blocks of all chunks, K) float32 or None, scratch
+    p_counter,  # (1 + column blocks,) int32, see .arrival
+    p_loss,  # scalar float32, out
+    p_scale,  # scalar float32, out: 1 / (masked pixels + EPS) / C
+    p_bias_grad,  # (K,) float32 or None, out
+    first, row_blocks, grid_h, grid_w, height, width, mask_h, mask_w, D, K,
+    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOSS: tl.constexpr,
+    PRECISION: tl.constexpr, EPS: tl.constexpr,
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    i_n = tl.program_id(1).to(tl.int64)
+    hits = tl.load(p_hits)
+    i_row = i_m * BM + tl.arange(0, BM)
+    m_row = first + i_row < hits
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_n = o_n < K
+    a_loss = 0.0
+    a_pixels = 0.0
+    a_bias = tl.zeros((BN,), tl.float32)
+    if first + i_m * BM < hits:
+        i_token = tl.load(p_order + first + i_row, mask=m_row, other=0)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, D, BK):
+            o_k = k + tl.arange(0, BK)
+            b_x = tl.load(p_x + i_token[:, None] * D + o_k[None, :], mask=m_row[:, None] & (o_k < D)[None, :], other=0)
+            b_w = tl.load(p_w + o_n[:, None] * D + o_k[None, :], mask=m_n[:, None] & (o_k < D)[None, :], other=0)
+            acc = tl.dot(b_x, tl.trans(b_w.to(b_x.dtype)), acc, input_precision=PRECISION)
+        if p_bias is not None:
+            acc += tl.load(p_bias + o_n, mask=m_n, other=0).to(tl.float32)[None, :]
+        # Pixel of value n of the token: channel n // S², row n // S % S, column n % S.
+        i_c = o_n // (S * S)
+        i_y = (i_token // grid_w % grid_h * S)[:, None] + (o_n // S % S)[None, :]
+        i_x = (i_token % grid_w * S)[:, None] + (o_n % S)[None, :]
+        i_b = i_token // grid_w // grid_h
+        m_in = m_row[:, None] & m_n[None, :] & (i_y < height) & (i_x < width)
+        o_cell = i_b[:, None] * (mask_h * mask_w) + i_y // (height // mask_h) * mask_w + i_x // (width // mask_w)
+        m_hit = tl.load(p_mask + o_cell, mask=m_in, other=0) != 0
+        o_image = (i_b * (K // (S * S)))[:, None] + i_c[None, :]
+        b_t = tl.load(p_target + (o_image * height + i_y) * width + i_x, mask=m_in, other=0).to(tl.float32)
+        if p_mean is not None:
+            b_std = tl.load(p_std + i_c, mask=m_n, other=1)
+            b_mean = tl.load(p_mean + i_c, mask=m_n, other=0)
+            b_t = b_t * (1 / (255 * b_std))[None, :] - (b_mean / b_std)[None, :]
+        b_d = tl.where(m_hit, acc - b_t, 0.0)
+        a_loss = tl.sum(tl.sum(loss_of(b_d, LOSS), 1), 0)
+        a_pixels = tl.sum(tl.sum((m_hit & (i_c == 0)[None, :]).to(tl.float32), 1), 0)
+        if p_slope is not None:
+            b_slope = slope_of(b_d, LOSS)
+            a_bias = tl.sum(b_slope, 0)
+            o_slope = i_row[:, None] * K + o_n[None, :]
+            tl.store(p_slope + o_slope, b_slope.to(p_slope.dtype.element_ty), mask=m_row[:, None] & m_n[None, :])
+    i_block = first // BM + i_m
+    columns = tl.num_programs(1)
+    tl.store(p_sum + i_block * columns + i_n, a_loss)
+    tl.store(p_sum + (row_blocks + i_block) * columns + i_n, a_pixels)
+    if p_dbias is not None:
+        tl.store(p_dbias + i_block * K + o_n, a_bias, mask=m_n)
+    _last_sums(p_sum, p_dbias, p_counter, p_loss, p_scale, p_bias_grad, i_n, row_blocks, columns, K, S, BN, EPS)
+
+
+@triton.jit
+def _last_sums(p_sum, p_dbias, p_counter, p_loss, p_scale, p_bias_grad, i_n, row_blocks, columns, K,
+               S: tl.constexpr, BN: tl.constexpr, EPS: tl.constexpr):
+    """The last program of a block of columns adds its rows up, the last of those all columns."""
+    if arrive(p_counter + 1 + i_n, row_blocks):
+        o_n = i_n * BN + tl.arange(0, BN)
+        a_loss = tl.zeros((32,), tl.float32)
+        a_pixels = tl.zeros((32,), tl.float32)
+        a_bias = tl.zeros((BN,), tl.float32)
+        for r in range(0, row_blocks, 32):
+            o_r = r + tl.arange(0, 32)
+            m_r = o_r < row_blocks
+            p_own = p_sum + o_r * columns + i_n
+            a_loss += tl.load(p_own, mask=m_r, other=0, cache_modifier=".cg")
+            a_pixels += tl.load(p_own + row_blocks * columns, mask=m_r, other=0, cache_modifier=".cg")
+            if p_dbias is not None:
+                m = m_r[:, None] & (o_n < K)[None, :]
+                p_rows = p_dbias + o_r[:, None] * K + o_n[None, :]
+                a_bias += tl.sum(tl.load(p_rows, mask=m, other=0, cache_modifier=".cg"), 0)
+        if p_dbias is not None:
+            tl.store(p_bias_grad + o_n, a_bias, mask=o_n < K)
+        # Rows of the first block hold the sums of their column from here on.
+        tl.store(p_sum + i_n, tl.sum(a_loss, 0))
+        tl.store(p_sum + row_blocks * columns + i_n, tl.sum(a_pixels, 0))
+        if arrive(p_counter, columns):
+            a_loss = tl.zeros((32,), tl.float32)
+            a_pixels = tl.zeros((32,), tl.float32)
+            for n in range(0, columns, 32):
+                i_col = n + tl.arange(0, 32)
+                a_loss += tl.load(p_sum + i_col, mask=i_col < columns, other=0, cache_modifier=".cg")
+                p_all = p_sum + row_blocks * columns + i_col
+                a_pixels += tl.load(p_all, mask=i_col < columns, other=0, cache_modifier=".cg")
+            scale = 1 / (tl.sum(a_pixels, 0) + EPS) / (K // (S * S))
+            tl.store(p_scale, scale)
+            tl.store(p_loss, tl.sum(a_loss, 0) * scale)
+
+
+@triton.jit
+def token_gradient_kernel(
+    p_slope,  # (rows of the chunk, K)
+    p_w,  # (K, D) head
+    p_order,  # (M,) int64
+    p_hits,  # scalar int64
+    p_dx,  # (M, D) gradient of the tokens; zero where nothing is masked
+    first, last, D, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    i_row = i_m * BM + tl.arange(0, BM)
+    m_row = first + i_row < last
+    hits = tl.load(p_hits)
+    m_hit = m_row & (first + i_row < hits)
+    o_d = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    m_d = o_d < D
+    i_token = tl.load(p_order + first + i_row, mask=m_row, other=0)
+    acc = tl.zeros((BM, BN), tl.float32)
+    if first + i_m * BM < hits:
+        for k in range(0, K, BK):
+            o_k = k + tl.arange(0, BK)
+            m_k = o_k < K
+            b_s = tl.load(p_slope + i_row[:, None] * K + o_k[None, :], mask=m_hit[:, None] & m_k[None, :], other=0)
+            b_w = tl.load(p_w + o_k[:, None] * D + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0)
+            acc = tl.dot(b_s, b_w.to(b_s.dtype), acc, input_precision=PRECISION)
+    tl.store(p_dx + i_token[:, None] * D + o_d[None, :], acc.to(p_dx.dtype.element_ty),
+             mask=m_row[:, None] & m_d[None, :])
+
+
+@triton.jit
+def weight_gradient_kernel(
+    p_slope,  # (rows of the chunk, K)
+    p_x,  # (M, D) tokens
+    p_order,  # (M,) int64
+    p_hits,  # scalar int64
+    p_dw,  # (K, D) float32, sum over chunks
+    first, last, D, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+):
+    o_n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_d = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    m_n = o_n < K
+    m_d = o_d < D
+    rows = tl.minimum(tl.load(p_hits), last) - first
+    acc = tl.zeros((BM, BN), tl.float32)
+    for r in range(0, rows, BK):
+        i_row = r + tl.arange(0, BK)
+        m_row = i_row < rows
+        i_token = tl.load(p_order + first + i_row, mask=m_row, other=0)
+        b_s = tl.load(p_slope + i_row[:, None].to(tl.int64) * K + o_n[None, :], mask=m_row[:, None] & m_n[None, :],
+                      other=0)
+        b_x = tl.load(p_x + i_token[:, None] * D + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0)
+        acc = tl.dot(tl.trans(b_s), b_x, acc, input_precision=PRECISION)
+    p_out = p_dw + o_n[:, None] * D + o_d[None, :]
+    m_out = m_n[:, None] & m_d[None, :]
+    if ADD:
+        acc += tl.load(p_out, mask=m_out, other=0)
+    tl.store(p_out, acc, mask=m_out)
+
+
+@triton.jit
+def scale_kernel(
+    p_grad,  # scalar: gradient of the loss
+    p_scale,  # scalar float32
+    p_tokens, p_weight, p_bias,  # gradients over both factors; p_bias may be None
+    p_tokens_out, p_weight_out, p_bias_out,  # out: the gradients
+    tokens, weights, biases,  # values
+    BLOCK: tl.constexpr,
+):
+    b_factor = tl.load(p_grad).to(tl.float32) * tl.load(p_scale)
+    i_block = tl.program_id(0).to(tl.int64)
+    first = tl.cdiv(tokens, BLOCK)
+    second = first + tl.cdiv(weights, BLOCK)
+    if i_block < first:
+        _scale(p_tokens, p_tokens_out, i_block, tokens, b_factor, BLOCK)
+    elif i_block < second:
+        _scale(p_weight, p_weight_out, i_block - first, weights, b_factor, BLOCK)
+    elif p_bias is not None:
+        _scale(p_bias, p_bias_out, i_block - second, biases, b_factor, BLOCK)
+
+
+@triton.jit
+def _scale(p_in, p_out, i_block, count, b_factor, BLOCK: tl.constexpr):
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(p_in + o, mask=o < count, other=0).to(tl.float32) * b_factor
+    tl.store(p_out + o, b_x.to(p_out.dtype.element_ty), mask=o < count)
+
+
+def config(dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """Tiles of the three products."""
+    deep = 32 if dtype == torch.float32 else 64
+    return {"loss": {"BM": 64, "BN": 64, "BK": deep, "num_warps": 4, "num_stages": 3},
+            "tokens": {"BM": 64, "BN": 64, "BK": deep, "num_warps": 4, "num_stages": 3},
+            "weight": {"BM": 64, "BN": 64, "BK": deep, "num_warps": 4, "num_stages": 3}}
+
+
+SLOPE_BYTES = 32 << 20
+"""Most memory for the slope of a chunk, which lives from one kernel to the next two."""
+
+
+def chunk_rows(tokens: int, row_bytes: int) -> int:
+    """Rows whose slope exists at a time, in whole tiles."""
+    return max(64, min(SLOPE_BYTES // row_bytes, tokens + 63) // 64 * 64)
+
+
+def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, mean: Tensor | None,
+            std: Tensor | None, stride: int, loss: str, dtype: torch.dtype, grads: bool
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, scale, d tokens, d weight, d bias), the gradients without the scale and empty unless asked for."""
+    # The head is cast tile by tile.
+    x, head = tokens.flatten(0, 2).to(dtype).contiguous(), weight.contiguous()
+    target, cells = target.contiguous(), mask.view(torch.uint8).contiguous()
+    (m, d), k, device = x.shape, weight.shape[0], tokens.device
+    height, width = target.shape[2:]
+    order, hits = ordered(cells, tokens.shape, (height, width), stride)
+    rows, cfg = chunk_rows(m, k * dtype.itemsize), config(dtype)
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    slope = make(rows, k, dtype=dtype) if grads else None
+    d_x = make(*tokens.shape, dtype=tokens.dtype) if grads else make(0, dtype=tokens.dtype)
+    d_w = make(*weight.shape) if grads else make(0)
+    d_bias = make(k) if grads and bias is not None else make(0)
+    grid = triton.cdiv(rows, cfg["loss"]["BM"]), triton.cdiv(k, cfg["loss"]["BN"])
+    blocks = triton.cdiv(m, rows) * grid[0]
+    sums, biases = make(2, blocks, grid[1]), make(blocks, k) if d_bias.numel() else None
+    value, scale = make(), make()
+    sizes = (blocks, tokens.shape[1], tokens.shape[2], height, width, *mask.shape[1:], d, k)
+    for first in range(0, m, rows):
+        last = min(first + rows, m)
+        head_loss_kernel[grid](
+            x, head, bias, target, cells, _flat(mean), _flat(std), order, hits, slope, sums, biases,
+            arrival.counters(1 + grid[1], device), value, scale, None if biases is None else d_bias, first, *sizes,
+            S=stride, LOSS=loss, PRECISION=precision, EPS=EPS, **cfg["loss"])
+        if grads:
+            _gradients(slope, x, head, order, hits, d_x, d_w, first, last, precision, cfg)
+    return value, scale, d_x, d_w, d_bias
+
+
+def ordered(mask: Tensor, shape: Sequence[int], size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
+    """(tokens, those with masked pixels first; how many those are) of a (B, Hm, Wm) mask of images of ``size``."""
+    m = shape[0] * shape[1] * shape[2]
+    order = torch.empty(m, dtype=torch.int64, device=mask.device)
+    hits = torch.empty((), dtype=torch.int64, device=mask.device)
+    cell = size[0] // mask.shape[1], size[1] // mask.shape[2]
+    # Where cells do not divide a token, one more can reach into it.
+    reach = [triton.next_power_of_2(triton.cdiv(stride, c) + (stride % c != 0)) for c in cell]
+    block = max(16, min(1024, 4096 // reach[1]))
+    order_kernel[(1,)](mask, order, hits, m, shape[1], shape[2], *mask.shape[1:], *cell, S=stride, ROWS=reach[0],
+                       COLS=reach[1], BLOCK=block, num_warps=16)
+    return order, hits
+
+
+def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor,
+             weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The three gradients times ``grad``·``scale``."""
+    given = d_tokens, d_weight, d_bias
+    found = tuple(torch.empty_like(t, dtype=dtype)
+                  for t, dtype in zip(given, (d_tokens.dtype, weight_dtype, bias_dtype), strict=True))
+    grid = (sum(triton.cdiv(t.numel(), 4096) for t in given),)
+    biases = given[2] if d_bias.numel() else None, found[2] if d_bias.numel() else None
+    scale_kernel[grid](grad, scale, *given[:2], biases[0], *found[:2], biases[1], *(t.numel() for t in given),
+                       BLOCK=4096, num_warps=8)
+    return found  # type: ignore[return-value]
+
+
+def _gradients(slope: Tensor | None, x: Tensor, head: Tensor, order: Tensor, hits: Tensor, d_x: Tensor, d_w: Tensor,
+               first: int, last: int, precision: str, cfg: dict[str, dict[str, int]]) -> None:
+    (k, d), tiles = head.shape, cfg["tokens"]
+    grid = triton.cdiv(last - first, tiles["BM"]), triton.cdiv(d, tiles["BN"])
+    token_gradient_kernel[grid](slope, head, order, hits, d_x, first, last, d, k, PRECISION=precision, **tiles)
+    tiles = cfg["weight"]
+    grid = triton.cdiv(k, tiles["BM"]), triton.cdiv(d, tiles["BN"])
+    weight_gradient_kernel[grid](slope, x, order, hits, d_w, first, last, d, k, ADD=first > 0, PRECISION=precision,
+                                 **tiles)
+
+
+_TYPES = {"p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32", "p_mask": "*u8", "p_order": "*i64",
+          "p_hits": "*i64", "p_slope": "*bf16", "p_sum": "*fp32", "p_dbias": "*fp32", "p_dx": "*bf16",
+          "p_dw": "*fp32", "p_counter": "*i32", "p_loss": "*fp32", "p_scale": "*fp32", "p_bias_grad": "*fp32",
+          "p_grad": "*fp32", "p_tokens": "*bf16", "p_weight": "*fp32", "p_tokens_out": "*bf16",
+          "p_weight_out": "*fp32", "p_bias_out": "*fp32"}
+
+
+def aot_cases() -> list[AotCase]:
+    """Head of the Swin encoders (3,072 values a token); the widths are run-time arguments."""
+    cfg, wide = config(torch.bfloat16), config(torch.float32)
+    loss: dict[str, Any] = {"S": 32, "LOSS": "l1", "p_mean": None, "p_std": None, "EPS": EPS}
+    scaled = _case("scale", scale_kernel, {"num_warps": 8, "num_stages": 2}, {"BLOCK": 4096})
+    place = _case("order", order_kernel, {"num_warps": 16, "num_stages": 2},
+                  {"S": 32, "ROWS": 8, "COLS": 8, "BLOCK": 512})
+    # Bytes of the mask.
+    place = dataclasses.replace(place, dot=False, wide_target=0.0, persistent=True)
+    return [place, dataclasses.replace(scaled, dot=False, signature={**scaled.signature, "p_bias": "*fp32"}),
+            _case("loss", head_loss_kernel, cfg["loss"], loss),
+            _case("tokens", token_gradient_kernel, cfg["tokens"], {}),
+            _case("weight", weight_gradient_kernel, cfg["weight"], {"ADD": True}),
+            *(_in_float32(_case(*given)) for given in (
+                ("loss", head_loss_kernel, wide["loss"], loss), ("tokens", token_gradient_kernel, wide["tokens"], {}),
+                ("weight", weight_gradient_kernel, wide["weight"], {"ADD": True})))]
+
+
+def _in_float32(case: AotCase) -> AotCase:
+    """Its products are exact by default, and then not on tensor cores."""
+    return dataclasses.replace(in_dtype(case, "fp32"), dot=False)
+
+
+def _case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any]) -> AotCase:
+    precision = {"PRECISION": "ieee"} if "PRECISION" in kernel.arg_names else {}
+    constexprs = {**precision, **constexprs, **{k: v for k, v in tiles.items() if k.startswith("B")}}
+    signature = {n: _TYPES.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
+    divisible = tuple(n for n in signature if n not in ("grid_h", "grid_w", "row_blocks", "cell_h", "cell_w"))
+    return AotCase(name, kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"], divisible,
+                   quick=True, dot=True, others=("fp16",))

@@ -1,0 +1,1 @@
+"""2x2 tokens into one."""

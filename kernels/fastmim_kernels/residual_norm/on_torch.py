@@ -1,0 +1,115 @@
+"""``residual_norm`` in torch: the path of CPUs, and of devices without Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.rows import column_sum, layer_norm, layer_norm_backward
+from ..patch_merge.op import gather, scatter
+
+
+def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
+            drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
+            out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::residual_norm``."""
+    if branch is None:
+        assert residual is not None
+        out, mean, rstd = layer_norm(residual, weight, bias, eps)
+        return residual.new_empty(0), out.to(out_dtype), mean, rstd
+    if branch_bias is not None:
+        branch = branch + branch_bias.to(branch.dtype)
+    factor = _factor(drop_scale, gamma, branch.ndim, branch.dtype)
+    if order == "post":
+        branch, mean, rstd = layer_norm(branch, weight, bias, eps)
+        if merge:
+            added = gather(_add(residual, branch, factor, branch.dtype if residual is None else residual.dtype),
+                           out_dtype)
+        else:
+            added = _add(residual, branch, factor, stream_dtype)
+        return added, added.new_empty(0) if out_dtype == stream_dtype else added.to(out_dtype), mean, rstd
+    added = _add(residual, branch, factor, stream_dtype)
+    out, mean, rstd = layer_norm(added, weight, bias, eps)
+    return added, out.to(out_dtype), mean, rstd
+
+
+def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None, mean: Tensor,
+             rstd: Tensor, weight: Tensor, branch_bias: Tensor | None, drop_scale: Tensor | None,
+             gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,
+             branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::residual_norm_backward``."""
+    if order == "post":
+        if merge and grad_added is not None:
+            height, width = saved.shape[1:3]
+            # As the gradient of a second reader it is added, that is, returned as d residual.
+            grad_out = scatter(grad_added, height, width, dtype or grad_added.dtype)
+            grad_added = None
+        return _backward_post(grad_added, grad_out, saved, mean, rstd, weight, branch_bias, drop_scale, dtype)
+    assert dtype is not None
+    return _backward_pre(grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, drop_scale, gamma,
+                         dtype, branch_dtype)
+
+
+def _factor(drop_scale: Tensor | None, gamma: Tensor | None, ndim: int, dtype: torch.dtype
+            ) -> Tensor | None:
+    """s·γ, broadcastable to (B, …, C)."""
+    factor = None if drop_scale is None else drop_scale.view(-1, *[1] * (ndim - 1))
+    if gamma is not None:
+        factor = gamma if factor is None else factor * gamma
+    return None if factor is None else factor.to(dtype)
+
+
+def _add(residual: Tensor | None, branch: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if residual is None:
+        return (branch if factor is None else branch * factor).to(dtype)
+    added = residual + branch if factor is None else torch.addcmul(residual, branch, factor)
+    return added.to(dtype)
+
+
+def _backward_post(grad_added: Tensor | None, grad_out: Tensor | None, branch: Tensor, mean: Tensor,
+                   rstd: Tensor, weight: Tensor, branch_bias: Tensor | None, drop_scale: Tensor | None,
+                   dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    d_residual = branch.new_empty(0, dtype=dtype or branch.dtype)
+    if grad_out is None:
+        assert grad_added is not None
+        grad = grad_added
+    else:
+        grad = grad_out.to(dtype or grad_out.dtype) if grad_added is None else grad_added + grad_out
+        d_residual = d_residual if dtype is None else grad
+    grad = grad.to(branch.dtype)
+    factor = _factor(drop_scale, None, branch.ndim, branch.dtype)
+    grad = grad if factor is None else grad * factor
+    x = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
+    d_branch, sums = layer_norm_backward(grad, x, mean, rstd, weight)
+    d_params = [*sums]
+    if branch_bias is not None:
+        d_params.append(column_sum(d_branch))
+    return d_residual, d_branch, torch.stack([d.to(mean.dtype) for d in d_params])
+
+
+def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Tensor, branch: Tensor | None,
+                  mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
+                  drop_scale: Tensor | None, gamma: Tensor | None, dtype: torch.dtype,
+                  branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    if grad_out is None:
+        assert grad_added is not None
+        d_residual, d_params = grad_added.clone(), [mean.new_zeros(weight.shape) for _ in range(2)]
+    else:
+        d_residual, sums = layer_norm_backward(grad_out, added, mean, rstd, weight)
+        d_params = [*sums]
+        if grad_added is not None:
+            d_residual += grad_added
+    factor = _factor(drop_scale, gamma, added.ndim, dtype)
+    if branch_dtype is None or (factor is None and branch_dtype == dtype):
+        d_branch = added.new_empty(0)
+    else:
+        d_branch = (d_residual if factor is None else d_residual * factor).to(branch_dtype)
+    if branch_bias is not None:
+        d_params.append(column_sum(d_branch if d_branch.numel() else d_residual))
+    if gamma is not None:
+        assert branch is not None
+        branch = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
+        # Summed within each sample first: then the factor of the samples is a small product.
+        products = (d_residual * branch).unsqueeze(1).flatten(1, -2).sum(1, dtype=mean.dtype)
+        d_params.append(products.sum(0) if drop_scale is None else drop_scale @ products)
+    return d_residual, d_branch, torch.stack([d.to(mean.dtype) for d in d_params])

@@ -1,0 +1,324 @@
+"""Residual addition, stochastic depth, LayerScale and LayerNorm of a transformer block, in both orders.
+
+One pass over the rows forward and one backward: what autograd would run as an addition, a product, a
+LayerNorm, a cast for the next matrix product, the bias of the previous one, and the gradients of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from ..common.define_op import outside_autocast, shortcut, unwatched
+from ..common.dispatch import resolve
+from ..common.rows import refuse_float64, statistics_dtype
+
+ORDERS = ("pre", "post")
+
+
+def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, *, order: str,
+                  eps: float = 1e-5, drop_scale: Tensor | None = None, gamma: Tensor | None = None,
+                  branch_bias: Tensor | None = None, stream_dtype: torch.dtype | None = None,
+                  out_dtype: torch.dtype | None = None, merge: bool = False, impl: str = "auto"
+                  ) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and normalise.
+
+    ``order="pre"`` (Swin, ViT): ``r = residual + s·γ·(branch + b)``, returns ``(r, LN(r))``.
+    ``order="post"`` (SwinV2): ``r = residual + s·LN(branch + b)``, returns ``(r, r)``.
+
+    The first result is the stream, in the dtype of ``residual``; the second is for the next matrix product,
+    in ``out_dtype``. Feeding each to its own reader saves a cast and the addition of two gradients, even where
+    both are the same memory: do not write into them.
+
+    Args:
+        residual: (B, …, C), the residual stream; None ("post") starts it: ``r = s·LN(branch + b)``.
+        branch: (B, …, C), output of attention or MLP; None ("pre") adds nothing: ``r = residual``.
+        weight: (C,) and bias: (C,), the LayerNorm.
+        order: "pre" or "post".
+        eps: Of the LayerNorm.
+        drop_scale: (B,) factor s of each sample (0 or 1/keep), or None for 1. It gets no gradient.
+        gamma: (C,) LayerScale γ ("pre" only), or None for 1.
+        branch_bias: (C,) bias b of the linear layer that made ``branch``, or None for 0. On a GPU its
+            gradient is nearly free here, where the linear layer would read the whole gradient again.
+        stream_dtype: Of the first result where ``residual`` is None. Default: that of ``branch``.
+        out_dtype: Of the second result. Default: autocast's where it is on, else that of ``branch``.
+        merge: Write the stream of (B, H, W, C) as :func:`.patch_merge.patch_merge` would gather it, in
+            ``out_dtype``, (B, H/2, W/2, 4C): where a stage ends and nothing else reads it ("post" only).
+        impl: See :mod:`fastmim_kernels.common.dispatch`.
+
+    Raises:
+        ValueError: Unknown order, γ with "post", or tensors that do not belong together.
+    """
+    _check(residual, branch, weight, bias, order, drop_scale, gamma, branch_bias)
+    like = given(residual, branch)
+    if merge and (order == "pre" or like.ndim != 4 or like.shape[1] % 2 or like.shape[2] % 2):
+        raise ValueError(f"residual_norm: merge takes order='post' and (B, H, W, C) with even H and W, got "
+                         f"order={order!r} and {tuple(like.shape)}")
+    device = like.device.type
+    function = resolve("residual_norm", impl, _IMPLEMENTATIONS, like.device)
+    stream_dtype = (stream_dtype or like.dtype) if residual is None else residual.dtype
+    if out_dtype is None:
+        dtype = like.dtype if branch is None else branch.dtype
+        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    stream_dtype = out_dtype if merge else stream_dtype
+    if drop_scale is not None:
+        drop_scale = drop_scale.detach().to(statistics_dtype(like.dtype))
+    with torch.autocast(device, enabled=False):
+        return function(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype,
+                        out_dtype, merge)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, out_dtype: torch.dtype | None = None,
+               impl: str = "auto") -> Tensor:
+    """LayerNorm of (B, …, C) with float32 statistics that writes ``out_dtype`` at once, see :func:`residual_norm`."""
+    if out_dtype is None and torch.is_autocast_enabled(x.device.type):
+        out_dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = out_dtype or x.dtype
+    return residual_norm(None, x, weight, bias, order="post", eps=eps, stream_dtype=dtype, out_dtype=dtype,
+                         impl=impl)[0]
+
+
+def traffic(rows: int, channels: int, order: str, *, itemsize: int = 2, branch_itemsize: int = 2,
+            out_itemsize: int = 2, param_itemsize: int = 4, drop_scale: bool = False, gamma: bool = False,
+            branch_bias: bool = False, residual: bool = True, branch: bool = True
+            ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Least (bytes read, bytes written, FLOPs) of forward and of backward, both results in use.
+
+    Args:
+        rows, channels: Of the stream.
+        order: As of :func:`residual_norm`.
+        itemsize, branch_itemsize, out_itemsize, param_itemsize: Bytes of a value of the stream, the branch,
+            the second result ("post": equal to the stream's means there is none), a parameter.
+        drop_scale, gamma, branch_bias, residual, branch: Given.
+    """
+    n, parameter, post = rows * channels, channels * param_itemsize, order == "post"
+    itemsize_b = branch_itemsize * branch
+    second = 0 if post and out_itemsize == itemsize else out_itemsize
+    scales, extras = 4 * rows * drop_scale, gamma + branch_bias
+    forward = (n * (itemsize * residual + itemsize_b) + parameter * (2 + extras) + scales,
+               n * (itemsize * branch + second) + 8 * rows, 0)
+    # "pre" reads the stream again, "post" the branch instead; every result's gradient comes once.
+    read = n * (itemsize + second) + 8 * rows + scales + parameter * (1 + extras)
+    read += n * itemsize_b if post else n * (itemsize + itemsize_b * gamma)
+    own_branch = branch and (post or drop_scale or gamma or itemsize != branch_itemsize)
+    written = n * itemsize * (not post or (second > 0 and residual)) + n * itemsize_b * own_branch
+    return forward, (read, written + 4 * channels * (2 + extras), 0)
+
+
+def _check(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, order: str,
+           drop_scale: Tensor | None, gamma: Tensor | None, branch_bias: Tensor | None) -> None:
+    if order not in ORDERS or (order == "post" and gamma is not None):
+        raise ValueError(f"residual_norm: order={order!r} with gamma={gamma is not None}: "
+                         "order must be 'pre' or 'post', and 'post' takes no gamma")
+    if (residual is None and order == "pre") or (branch is None and order == "post"):
+        raise ValueError(f"residual_norm: order={order!r} needs {'branch' if order == 'post' else 'residual'}")
+    like = given(residual, branch)
+    if like.ndim < 2 or any(t is not None and t.shape != like.shape for t in (residual, branch)):
+        raise ValueError("residual_norm: residual and branch must both be (B, …, C), got "
+                         f"{[None if t is None else tuple(t.shape) for t in (residual, branch)]}")
+    shape = like.shape[-1:]
+    vectors = {"weight": weight, "bias": bias, "gamma": gamma, "branch_bias": branch_bias}
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != shape:
+            raise ValueError(f"residual_norm: {name} must be {tuple(shape)}, got {tuple(vector.shape)}")
+    if drop_scale is not None and drop_scale.shape != like.shape[:1]:
+        raise ValueError(f"residual_norm: drop_scale must be ({like.shape[0]},), got "
+                         f"{tuple(drop_scale.shape)}")
+    if branch is None and any(t is not None for t in (drop_scale, gamma, branch_bias)):
+        raise ValueError("residual_norm: drop_scale, gamma and branch_bias belong to a branch, got branch=None")
+
+
+def given(residual: Tensor | None, branch: Tensor | None) -> Tensor:
+    """The one that is there."""
+    like = residual if branch is None else branch
+    assert like is not None
+    return like
+
+
+def written(order: str, branch: Tensor | None, stream_dtype: torch.dtype, out_dtype: torch.dtype
+            ) -> tuple[bool, bool]:
+    """Whether the two results are tensors of their own, or equal to the residual and to the first result."""
+    return branch is not None, order == "pre" or out_dtype != stream_dtype
+
+
+def _forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
+             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
+             stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool, impl: str
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(new residual, second result, mean, rstd); a result is empty where :func:`written` says so."""
+    residual, branch = (None if t is None else t.contiguous() for t in (residual, branch))
+    args = (residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype, out_dtype,
+            merge)
+    if impl == "triton":
+        from . import on_triton as kernels
+        refuse_float64("residual_norm", given(residual, branch))
+        return kernels.forward(*args)
+    from . import on_torch as residual_norm_torch
+    return residual_norm_torch.forward(*args)
+
+
+_op = torch.library.custom_op("fastmim::residual_norm", _forward, mutates_args=())
+
+
+@_op.register_fake
+def _(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
+      drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
+      out_dtype: torch.dtype, merge: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = given(residual, branch)
+    own_added, own_out = written(order, branch, stream_dtype, out_dtype)
+    rows = like.new_empty(like.numel() // like.shape[-1], dtype=statistics_dtype(like.dtype))
+    return (like.new_empty((merged_shape(like) if merge else like.shape) if own_added else (0,), dtype=stream_dtype),
+            like.new_empty(like.shape if own_out else (0,), dtype=out_dtype), rows, torch.empty_like(rows))
+
+
+def _backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
+              mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
+              drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool,
+              dtype: torch.dtype | None, branch_dtype: torch.dtype | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(d residual in ``dtype``, d branch, (2 to 4, C) of d weight, d bias[, d branch_bias][, d gamma]).
+
+    ``saved`` is the branch ("post") or the new residual ("pre"); a dtype is None where forward had no such
+    tensor. The first two are empty where :func:`owned` says so.
+    """
+    grad_added, grad_out = (None if g is None else g.contiguous() for g in (grad_added, grad_out))
+    saved, branch = saved.contiguous(), None if branch is None else branch.contiguous()
+    args = (grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, drop_scale, gamma, order, merge,
+            dtype, branch_dtype)
+    if impl == "triton":
+        from . import on_triton as kernels
+        return kernels.backward(*args)
+    from . import on_torch as residual_norm_torch
+    return residual_norm_torch.backward(*args)
+
+
+_backward_op = torch.library.custom_op("fastmim::residual_norm_backward", _backward, mutates_args=())
+
+
+@_backward_op.register_fake
+def _(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None, mean: Tensor,
+      rstd: Tensor, weight: Tensor, branch_bias: Tensor | None, drop_scale: Tensor | None,
+      gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None, branch_dtype: torch.dtype | None,
+      impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
+    sums = 2 + (branch_bias is not None) + (gamma is not None)
+    return (saved.new_empty(saved.shape if own_residual else (0,), dtype=dtype or saved.dtype),
+            saved.new_empty(saved.shape if own_branch else (0,), dtype=branch_dtype or saved.dtype),
+            saved.new_empty((sums, saved.shape[-1]), dtype=mean.dtype))
+
+
+def merged_shape(x: Tensor) -> tuple[int, int, int, int]:
+    return x.shape[0], x.shape[1] // 2, x.shape[2] // 2, 4 * x.shape[3]
+
+
+def owned(order: str, merge: bool, grad_out: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None,
+          dtype: torch.dtype | None, branch_dtype: torch.dtype | None) -> tuple[bool, bool]:
+    """Whether d residual and d branch are tensors of their own.
+
+    Otherwise the first equals grad_added, the second d residual, or there is no such input.
+    """
+    post = order == "post"
+    own_branch = post or drop_scale is not None or gamma is not None or branch_dtype != dtype
+    return dtype is not None and (not post or merge or grad_out is not None), branch_dtype is not None and own_branch
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, _, _, _, merge, impl = inputs
+    added, _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    if order == "post":
+        saved, kept = branch, None
+    else:
+        saved, kept = residual if branch is None else added, branch if gamma is not None else None
+    ctx.save_for_backward(saved, kept, mean, rstd, weight, branch_bias, drop_scale, gamma)
+    ctx.settings = order, merge, *(None if t is None else t.dtype for t in (residual, branch)), impl
+    ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, branch_bias, gamma)]
+
+
+@outside_autocast
+def _autograd(ctx, grad_added, grad_out, _mean, _rstd):  # type: ignore[no-untyped-def]
+    grad_added, grad_out = (None if g is None or not g.numel() else g for g in (grad_added, grad_out))
+    order, merge, dtype, branch_dtype, _ = ctx.settings
+    if grad_added is None and grad_out is None:
+        return (None,) * 13
+    if merge:
+        # One reader is meant.
+        grad_added = grad_out if grad_added is None else grad_added if grad_out is None else grad_added + grad_out
+        grad_out = None
+    elif order == "post" and grad_added is None and grad_out.dtype == dtype:
+        grad_added, grad_out = grad_out, None
+    saved = ctx.saved_tensors  # once: checkpointing gives them out a single time
+    d_residual, d_branch, found = _run_backward(grad_added, grad_out, *saved, *ctx.settings)
+    own_residual, own_branch = owned(order, merge, grad_out, *saved[-2:], dtype, branch_dtype)
+    d_residual = None if dtype is None else d_residual if own_residual else grad_added
+    d_branch = None if branch_dtype is None else d_branch if own_branch else d_residual
+    sums = iter(found)
+    d_params = [None if dtype is None else next(sums).to(dtype) for dtype in ctx.dtypes]
+    return d_residual, d_branch, *d_params[:3], None, d_params[3], *[None] * 6
+
+
+torch.library.register_autograd("fastmim::residual_norm", _autograd, setup_context=_setup_context)
+_run_backward = shortcut(_backward_op, _backward)
+
+
+class _TwoReaders(torch.autograd.Function):
+    """The op with two results in every case: an op may not return one tensor twice, or its input.
+
+    Each reader's gradient then arrives by itself, and the backward pass adds them on the way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        added, out, mean, rstd = (_forward if unwatched(args) else _op)(*args)
+        _setup_context(ctx, args, (added, out, mean, rstd))
+        residual, branch, order, stream_dtype, out_dtype = args[0], args[1], args[7], args[9], args[10]
+        own_added, own_out = written(order, branch, stream_dtype, out_dtype)
+        added = added if own_added else residual.detach()
+        return added, out if own_out else added.detach(), mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _autograd(ctx, *grads)
+
+
+# No matrix product inside; torch's counter counts nothing else either.
+@register_flop_formula([torch.ops.fastmim.residual_norm, torch.ops.fastmim.residual_norm_backward])
+def _flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 0
+
+
+def _run(*args, impl: str) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    if not torch.compiler.is_compiling():
+        return _TwoReaders.apply(*args, impl)[:2]
+    # The compiler sees the op itself; where both readers share a result, their gradients meet in an addition.
+    residual, branch, *_, order, _, stream_dtype, out_dtype, _ = args
+    added, out, _, _ = _op(*args, impl)
+    own_added, own_out = written(order, branch, stream_dtype, out_dtype)
+    added = added if own_added else residual
+    return added, out if own_out else added
+
+
+def _reference(residual: Tensor | None, branch: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, *tensors, order, eps, stream_dtype, out_dtype, merge = args
+    like = given(residual, branch)
+    wide = torch.promote_types(like.dtype if residual is None else residual.dtype, weight.dtype)
+    residual = torch.zeros_like(like) if residual is None else residual
+    branch = torch.zeros_like(like) if branch is None else branch
+    wide = torch.promote_types(wide, branch.dtype)
+    cast: list[Any] = [None if t is None else t.to(wide) for t in (residual, branch, weight, *tensors)]
+    added, out = reference.residual_norm(*[*cast, order, eps])
+    if merge:
+        added = out = reference.patch_merge(added)
+    return added.to(stream_dtype), out.to(out_dtype)
+
+
+_IMPLEMENTATIONS: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
+                    "reference": _reference}

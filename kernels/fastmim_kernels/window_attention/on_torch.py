@@ -1,0 +1,172 @@
+"""The torch implementation of window attention: chunks of windows that stay in the cache, backward by recomputation.
+
+Every chunk is a handful of BLAS calls and in-place passes over buffers that are reused. Logits and softmax are in
+float32 (float64 for float64), from float32 queries and keys. The other products are in bfloat16 where the processor
+multiplies that, which takes half their time, else in float32 too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..common.cpu import has_amx, has_onednn
+from ..common.rows import statistics_dtype
+from .layout import Pair, gather, scatter, shift_mask
+
+MAX_LOGIT_SCALE = math.log(100.0)
+EPS = 1e-12
+"""Smallest norm of a query or key of cosine attention, as in ``F.normalize``."""
+
+NEGLIGIBLE = 1e-20
+"""Attention weights of shifted windows below this, 1e-13 of the rounding of the row's sum, become 0."""
+
+# Logits of a chunk. On a CPU the buffers of this many (10 bytes a logit at most) stay in the last cache; smaller ones,
+# in the cache of a core, were slower: 40 % at 2^17. A GPU wants larger launches.
+_CHUNK_CPU = 1 << 20
+_CHUNK_GPU = 1 << 26
+
+
+def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: Pair,
+            shift_size: Pair) -> tuple[Tensor, Tensor]:
+    """(B, H, W, 3C) → (B, H, W, C), and an empty tensor for the log-sum-exp that other implementations keep."""
+    x = gather(qkv, 3 * num_heads, window_size, shift_size).to(_product_dtype(qkv))
+    v = x[2 * num_heads :]
+    wide, alpha, _ = _factors_of_logits(x[: 2 * num_heads], logit_scale)
+    out, logits = torch.empty_like(v), _buffer(v, wide.dtype)
+    low = logits if v.dtype == logits.dtype else _buffer(v, v.dtype)
+    mask = shift_mask(*qkv.shape[1:3], window_size, shift_size, logits.dtype, qkv.device)
+    for i in _chunks(v):
+        p = _softmax(wide, i, bias, mask, alpha, logits)
+        torch.bmm(_cast(p, low), _matrices(v[i]), out=_matrices(out[i]))
+    return scatter(out.to(qkv.dtype), qkv, window_size, shift_size), qkv.new_empty(0, dtype=torch.float32)
+
+
+def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor, lse: Tensor,
+             num_heads: int, window_size: Pair, shift_size: Pair) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of qkv, bias (in the dtype of the softmax) and logit_scale; ``out`` and ``lse`` are not read."""
+    narrow = _product_dtype(qkv)
+    x = gather(qkv, 3 * num_heads, window_size, shift_size).to(narrow)
+    grad = gather(grad_out, num_heads, window_size, shift_size).to(narrow)
+    qk, v = x.split((2 * num_heads, num_heads))
+    wide, alpha, factor = _factors_of_logits(qk, logit_scale)
+    q, k = (qk if logit_scale is None else wide.to(narrow)).chunk(2)
+    dx, dbias = torch.empty_like(x), bias.new_zeros(bias.shape, dtype=wide.dtype)
+    dqk, dv = dx.split((2 * num_heads, num_heads))
+    logits, products = _buffer(v, wide.dtype), _buffer(v, wide.dtype)
+    low = products if narrow == wide.dtype else _buffer(v, narrow)
+    mask = shift_mask(*qkv.shape[1:3], window_size, shift_size, wide.dtype, qkv.device)
+    for i in _chunks(v):
+        p = _softmax(wide, i, bias, mask, alpha, logits)
+        operands = [_matrices(t[i]) for t in (grad, q, k, v)]
+        found = [t[i].view(-1, *t.shape[3:]) for t in (*dqk.chunk(2), dv)]
+        ds = _chunk_backward(p, operands, found, alpha, products, low)
+        dbias[i[0]] += ds.unflatten(0, (len(dbias[i[0]]), -1)).sum(1)
+    dscale = _normalise_backward(dqk, wide, factor, logit_scale)
+    return scatter(dx.to(qkv.dtype), qkv, window_size, shift_size), dbias, dscale
+
+
+def _chunk_backward(p: Tensor, operands: list[Tensor], found: list[Tensor], alpha: float, products: Tensor,
+                    low: Tensor) -> Tensor:
+    """Fill ``found``, dq, dk and dv of a chunk, from do, q, k and v (matrices, N, d); returns d logits in a buffer.
+
+    ``products`` has the dtype of p, ``low`` that of the operands; they may be one.
+    """
+    (do, q, k, v), (dq, dk, dv) = operands, found
+    torch.bmm(_cast(p, low).mT, do, out=dv)
+    ds = _cast(torch.bmm(do, v.mT, out=low[: p.shape[0]]), products)
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)
+    scaled = _cast(ds if alpha == 1 else torch.mul(ds, alpha, out=p), low)
+    torch.bmm(scaled, k, out=dq)
+    torch.bmm(scaled.mT, q, out=dk)
+    return ds
+
+
+@lru_cache(maxsize=1)
+def _cpu_multiplies_bfloat16() -> bool:
+    return has_onednn() and (has_amx() or torch.cpu._is_avx512_bf16_supported())
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Of the products but that of the logits."""
+    if x.dtype == torch.bfloat16 and (x.device.type != "cpu" or _cpu_multiplies_bfloat16()):
+        return x.dtype
+    return statistics_dtype(x.dtype)
+
+
+def _factors_of_logits(qk: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, float, Tensor | None]:
+    """[Q, K] in float32 or better and α of logits α·Q·Kᵀ, and what q and k (2·heads, …, d) were multiplied by."""
+    if logit_scale is None:
+        return qk.to(statistics_dtype(qk.dtype)), qk.shape[-1] ** -0.5, None
+    norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=statistics_dtype(qk.dtype))
+    factor = norm.clamp_(min=EPS).reciprocal_()
+    factor[: len(qk) // 2] *= _scale(logit_scale, factor.dtype)
+    return qk * factor, 1.0, factor
+
+
+def _cast(x: Tensor, buffer: Tensor) -> Tensor:
+    """x in the buffer's dtype; in the buffer where that is not its own."""
+    return x if x.dtype == buffer.dtype else buffer[: x.shape[0]].copy_(x)
+
+
+def _matrices(x: Tensor) -> Tensor:
+    return x.flatten(0, -3)
+
+
+def _buffer(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """(matrices of the largest chunk, N, N)."""
+    heads, windows = next(_chunks(q))
+    n = q.shape[3]
+    return q.new_empty((heads.stop - heads.start) * (windows.stop - windows.start) * q.shape[2], n, n, dtype=dtype)
+
+
+def _chunks(q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Even ranges of heads and windows, the largest first; several heads only with all their windows."""
+    heads, windows, batch, n, _ = q.shape
+    budget = max(1, (_CHUNK_CPU if q.device.type == "cpu" else _CHUNK_GPU) // (batch * n * n))
+    by_head, by_window = _even(heads, max(1, budget // windows)), _even(windows, budget)
+    for h in range(0, heads, by_head):
+        for w in range(0, windows, by_window):
+            yield slice(h, min(h + by_head, heads)), slice(w, min(w + by_window, windows))
+
+
+def _even(count: int, largest: int) -> int:
+    """Length of equal ranges, as few as there must be, that cover ``count``."""
+    return -(-count // -(-count // largest))
+
+
+def _softmax(qk: Tensor, chunk: tuple[slice, slice], bias: Tensor, mask: Tensor | None, alpha: float, buffer: Tensor
+             ) -> Tensor:
+    """Attention weights (matrices, N, N) of a chunk, in the buffer."""
+    q, k = (t[chunk] for t in qk.chunk(2))
+    logits = buffer[: q.shape[0] * q.shape[1] * q.shape[2]]
+    shaped = logits.view(*q.shape[:3], *logits.shape[1:])
+    bias = bias[chunk[0], None, None]
+    if mask is None:
+        shaped.copy_(bias)
+    else:
+        torch.add(bias.expand(-1, -1, q.shape[2], -1, -1), mask[chunk[1], None], out=shaped)
+    torch.baddbmm(logits, _matrices(q), _matrices(k).mT, alpha=alpha, out=logits)
+    p = torch.softmax(logits, -1, out=logits)
+    # exp(−100) is a subnormal float32, with which a CPU multiplies ten times slower.
+    return p if mask is None else torch.threshold_(p, NEGLIGIBLE, 0)
+
+
+def _scale(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return logit_scale.reshape(-1, 1, 1, 1, 1).to(dtype).clamp(max=MAX_LOGIT_SCALE).exp()
+
+
+def _normalise_backward(grad: Tensor, y: Tensor, factor: Tensor | None, logit_scale: Tensor | None) -> Tensor | None:
+    """Turn the gradient of ``y = factor·x`` (q and k) into that of x, in place; returns that of the logit scale."""
+    if factor is None or logit_scale is None:
+        return None
+    wide, heads = grad.to(y.dtype), len(grad) // 2
+    dot = (wide * y).sum(-1, keepdim=True)
+    dscale = dot[:heads].sum((1, 2, 3, 4)) * (logit_scale.reshape(-1) <= MAX_LOGIT_SCALE)
+    dot[:heads] /= _scale(logit_scale, y.dtype).square()
+    grad.copy_(wide.addcmul_(y, dot, value=-1).mul_(factor))
+    return dscale.reshape(logit_scale.shape)
