@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim_kernels as fk
+from fastmim_kernels.common import cpu
 
 # rows, in, out
 SHAPES = {"few rows: the gradient is copied": (5, 7, 640), "short rows: copied": (300, 24, 33),
@@ -93,3 +94,19 @@ def test_message_names_the_shapes():
         fk.linear(torch.zeros(2, 4), torch.zeros(3, 4), low_weight=torch.zeros(4, 3))
     with pytest.raises(ValueError, match="low_bias must have the shape"):
         fk.linear(torch.zeros(2, 4), torch.zeros(3, 4), low_bias=torch.zeros(3))
+
+
+def test_a_processor_without_bfloat16_products_gets_torchs_own(monkeypatch):
+    """oneDNN multiplies no bfloat16 without AVX-512: it raises there."""
+    cpu.onednn_multiplies.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+
+    def refuse(*args):
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuse)
+    inputs, grad = make("short rows: copied", torch.bfloat16)
+    ours, exact = run("torch", inputs, grad), run("reference", inputs, grad)
+    cpu.onednn_multiplies.cache_clear()
+    for one, other in zip(ours, exact, strict=True):
+        assert rms(one - other) <= 0.02 * rms(other)

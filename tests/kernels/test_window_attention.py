@@ -62,7 +62,7 @@ def rms(x):
                          ids=["fp32", "bf16", "bf16 on a processor that does not multiply it"])
 @pytest.mark.parametrize("name", CASES)
 def test_error_is_at_most_twice_that_of_plain_torch(name, dtype, fast, monkeypatch):
-    monkeypatch.setattr(plain, "_cpu_multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(plain, "has_bfloat16_units", lambda: fast)
     errors, floors = defaultdict(list), defaultdict(float)
     for seed in range(8):  # a logit scale's gradient is few numbers: one draw of their rounding says little
         inputs, grad, options = make(name, dtype, seed)
@@ -79,7 +79,7 @@ def test_error_is_at_most_twice_that_of_plain_torch(name, dtype, fast, monkeypat
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_several_chunks_give_the_same(dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(plain, "_cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(plain, "has_bfloat16_units", lambda: True)
     names = ("rectangular window, shifted along one axis", "swin shifted", "window of 24, the largest")
     for name in names:
         inputs, grad, options = make(name, dtype)

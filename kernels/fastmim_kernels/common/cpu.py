@@ -7,11 +7,20 @@ from functools import lru_cache
 import torch
 
 
-@lru_cache(maxsize=1)
-def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@lru_cache(maxsize=4)
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of ``dtype`` here; without AVX-512 it has none of bfloat16 and raises."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @lru_cache(maxsize=1)
 def has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
+
+
+@lru_cache(maxsize=1)
+def has_bfloat16_units() -> bool:
+    """Whether a bfloat16 product takes half the time of a float32 one."""
+    return onednn_multiplies(torch.bfloat16) and (has_amx() or torch.cpu._is_avx512_bf16_supported())

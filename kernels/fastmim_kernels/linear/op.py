@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..common.cpu import has_amx, has_onednn
+from ..common.cpu import has_amx, onednn_multiplies
 from ..common.define_op import outside_autocast, shortcut, shortcut_with_grad
 from ..common.dispatch import resolve
 from ..common.rows import column_sum, refuse_float64, statistics_dtype
@@ -118,14 +118,13 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         return product(grad.t(), x.t(), None).to(dtype)
     transposed = grad.t()
     # AMX wants its left operand in rows; a copy of few rows or short ones costs less than what the product gains.
-    if (rows <= 256 or outputs <= 512) and grad.dtype == torch.bfloat16 and _is_onednn(grad) \
-            and has_amx():
+    if (rows <= 256 or outputs <= 512) and grad.dtype == torch.bfloat16 and _is_onednn(grad) and has_amx():
         transposed = transposed.contiguous()
     return (transposed @ x).to(dtype)
 
 
 def _is_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and has_onednn()
+    return x.device.type == "cpu" and onednn_multiplies(x.dtype)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None,

@@ -1,8 +1,8 @@
 """Position bias of all blocks of an encoder in one launch for each step of the way, and its deterministic adjoint.
 
-Blocks differ in heads and window; a row of ``layout`` (:class:`fastmim_kernels.position_bias.op.Block`) tells a program where
-its block lies in the flat tensors. Programs beyond the size of their block return at once. What torch does badly
-is the adjoint of the look-up, atomics or a sort in every step: here the pairs come sorted by table row.
+Blocks differ in heads and window; a row of ``layout`` (:class:`.op.Block`) tells a program where its block lies in
+the flat tensors. Programs beyond the size of their block return at once. What torch does badly is the adjoint of the
+look-up, atomics or a sort in every step: here the pairs come sorted by table row.
 """
 
 from __future__ import annotations

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..common.cpu import has_amx, has_onednn
+from ..common.cpu import has_bfloat16_units
 from ..common.rows import statistics_dtype
 from .layout import Pair, gather, scatter, shift_mask
 
@@ -86,14 +85,9 @@ def _chunk_backward(p: Tensor, operands: list[Tensor], found: list[Tensor], alph
     return ds
 
 
-@lru_cache(maxsize=1)
-def _cpu_multiplies_bfloat16() -> bool:
-    return has_onednn() and (has_amx() or torch.cpu._is_avx512_bf16_supported())
-
-
 def _product_dtype(x: Tensor) -> torch.dtype:
     """Of the products but that of the logits."""
-    if x.dtype == torch.bfloat16 and (x.device.type != "cpu" or _cpu_multiplies_bfloat16()):
+    if x.dtype == torch.bfloat16 and (x.device.type != "cpu" or has_bfloat16_units()):
         return x.dtype
     return statistics_dtype(x.dtype)
 
