@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import house
+from tests.house import ROOT, imports, names_of
 
 # What each room may import from this repository, besides itself and, for CONFIG_READERS, the config.
 ALLOWED = {
@@ -57,37 +57,8 @@ OPTIONAL = {
 }
 
 
-def module_name(path: Path, root: Path) -> str:
-    parts = list(path.relative_to(root).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
 def sources() -> dict[str, Path]:
-    found = {module_name(p, ROOT): p for p in (ROOT / "fastmim").rglob("*.py")}
-    kernels = ROOT / "kernels"
-    return found | {module_name(p, kernels): p for p in (kernels / "fastmim_kernels").rglob("*.py")}
-
-
-def names_of(node: ast.AST, module: str, is_package: bool) -> list[str]:
-    """Absolute names of what an import statement may load."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if not isinstance(node, ast.ImportFrom):
-        return []
-    base = node.module or ""
-    if node.level:
-        parents = module.split(".")
-        keep = len(parents) - node.level + (1 if is_package else 0)
-        base = ".".join([*parents[:keep], *([node.module] if node.module else [])])
-    # `from fastmim import objectives` imports a room through its parent.
-    return [base, *(f"{base}.{alias.name}" for alias in node.names)]
-
-
-def imports(module: str, path: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute module) of every import in a file, lazy and typing-only ones included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        for name in names_of(node, module, path.name == "__init__.py"):
-            yield node.lineno, name  # type: ignore[attr-defined]
+    return {module: path for module, path in house.sources(ROOT).items() if module.split(".")[0] != "benchmarks"}
 
 
 def room(name: str) -> str | None:
@@ -176,6 +147,27 @@ def test_optional_packages_are_imported_at_the_point_of_use(module: str, path: P
     # A file that is itself the one home of a Triton kernel is imported lazily as a whole.
     optional = OPTIONAL - {"triton"} if module.startswith("fastmim_kernels.") else OPTIONAL
     assert not names & optional
+
+
+@pytest.mark.parametrize("package", ["fastmim", "fastmim_kernels", "benchmarks"])
+def test_no_circle_of_imports(package: str) -> None:
+    """Of modules and of rooms; a lazy import closes a circle as well."""
+    graph = {module: targets for module, targets in house.modules(ROOT).items() if module.split(".")[0] == package}
+    assert house.circles(graph) == []
+    assert house.circles(house.rooms(graph, package)) == []
+
+
+@pytest.mark.parametrize("package", list(house.FLOORS))
+def test_arrows_between_rooms_point_down(package: str) -> None:
+    assert house.climbs(house.rooms(house.modules(ROOT), package), house.FLOORS[package]) == []
+
+
+def test_a_circle_and_a_climb_are_seen() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}
+    assert house.circles(graph) == [["a", "b", "c"]]
+    assert house.back_edges(graph) == 3
+    assert house.climbs({"a": {"b"}, "b": set(), "c": {"b"}}, (("a",), ("b", "c"))) == ["a -> b", "c -> b"]
+    assert house.climbs({"new": set()}, (("a",),)) == ["new has no floor"]
 
 
 def test_a_wrong_import_is_seen(tmp_path: Path) -> None:
