@@ -3,8 +3,8 @@
 Every op that reaches the dispatcher costs max(FLOPs / peak, bytes / bandwidth) of a GPU; bytes are those of
 its tensor inputs and outputs, each once, and a view costs nothing. A custom op of ours is opened: its body
 runs on fake CUDA tensors, so that each copy and each matrix product inside counts by itself, and a Triton
-kernel counts the tensors that it is given. Where the *data* decides how much is read (the mask), the op's own
-closed form replaces that.
+kernel counts the tensors that it is given. Where these do not tell how much is read (the mask decides), the op's own
+declaration says it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,18 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from fastmim_kernels.common.define_op import NAMESPACE, PASSES
+
 from .hardware import Gpu
 from .live import LiveBytes
 
-NAMESPACE = "fastmim"
 VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 WRITE_ONLY = {"fill_", "zero_", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"}
 OVERWRITES = {"copy_"}
 H100_PROCESSORS = 132
-
-ClosedForm = Callable[[Sequence[Any]], tuple[int, int]]
-"""Arguments of a custom op → (bytes read, bytes written) by its kernels."""
 
 
 @dataclasses.dataclass
@@ -89,8 +87,8 @@ class DispatchCounter(TorchDispatchMode):
     """Records every :class:`Launch`; use it inside a ``FakeTensorMode``.
 
     Args:
-        closed_forms: Bytes of custom ops ("fastmim::name") whose kernels read as much as the data say.
-        flop_shares: Of what a custom op's formula says, where it counts work that the data leave out.
+        shares: Of its rows that an op ("mask_tokens") reads, by what the data say: 1 for those that are not here. It
+            scales an op's FLOPs, and its bytes where the op has a formula of what it moves.
         watch: Called with (op, tensor) for every tensor that an op returns, also inside custom ops.
         sites: Find the source line of each forward op and, through autograd, of its backward (slower).
         live: Told what every op makes and, of a custom op, how much its body holds beyond that.
@@ -98,8 +96,7 @@ class DispatchCounter(TorchDispatchMode):
 
     def __init__(
         self,
-        closed_forms: dict[str, ClosedForm] | None = None,
-        flop_shares: dict[str, float] | None = None,
+        shares: Mapping[str, float] | None = None,
         watch: Callable[[str, Tensor], None] | None = None,
         sites: bool = False,
         live: LiveBytes | None = None,
@@ -107,8 +104,7 @@ class DispatchCounter(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.phase = "forward"
-        self.closed_forms = closed_forms or {}
-        self.flop_shares = flop_shares or {}
+        self.shares = shares or {}
         self.watch = watch
         self.sites = sites
         self.live = live
@@ -187,7 +183,9 @@ class DispatchCounter(TorchDispatchMode):
 
         name = func._schema.name
         body = OPDEFS[name]._init_fn
-        total = round(_flops(func, args, kwargs, None) * self.flop_shares.get(name, 1))
+        declared = PASSES[name]
+        rows = self.shares.get(declared.of, 1)
+        total = round(_flops(func, args, kwargs, None) * rows)
         args, kwargs = tree_map_only(Tensor, _on_cuda, (args, kwargs))
         self._site = self._find_site() if self.sites else ""
         self._inside, first = name.partition("::")[2], len(self.launches)
@@ -204,8 +202,8 @@ class DispatchCounter(TorchDispatchMode):
             # What the op's formula says beyond what its matrix products and kernels state is its largest kernel's.
             largest = max(kernels, key=lambda x: (x.flops == 0, x.bytes))
             largest.flops += max(total - sum(x.flops for x in mine), 0)
-            if name in self.closed_forms:
-                share = sum(self.closed_forms[name](args)) / sum(x.bytes for x in kernels)
+            if declared.moved is not None:
+                share = sum(declared.moved(args, rows)) / sum(x.bytes for x in kernels)
                 for launch in kernels:
                     launch.bytes = round(launch.bytes * share)
         return inner.peak() - LiveBytes().tick(tensors_of(out))
@@ -253,7 +251,7 @@ def _on_cuda(tensor: Tensor) -> Tensor:
 def _caller() -> str:
     """``file.py:line function`` of the innermost frame outside torch and this file."""
     frame = sys._getframe(1)
-    skipped = ("/torch/", __file__, "cuda_autocast.py", "kernels/common/dispatch.py", "contextlib.py", "functools.py")
+    skipped = ("/torch/", __file__, "cuda_autocast.py", "kernels/common/", "contextlib.py", "functools.py")
     while frame is not None:
         path = frame.f_code.co_filename
         if not any(part in path for part in skipped):

@@ -25,7 +25,6 @@ from fastmim.engine import recompute
 from fastmim.objectives.masking import masked_units
 from fastmim_kernels.common.dispatch import as_on_a_gpu
 
-from .closed_forms import closed_forms
 from .counter import DispatchCounter, Launch
 from .cuda_autocast import cuda_autocast
 from .hardware import Gpu
@@ -95,9 +94,10 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     images = torch.empty(batch, objective.in_chans, *objective.img_size, dtype=torch.uint8)
     mask = torch.empty(batch, *objective.encoder.grid, dtype=torch.bool)
     live = LiveBytes([*parameters, *objective.buffers(), images, mask])
-    # Tokens without a pixel that is scored are not projected.
-    shares = {"fastmim::linear_masked_l1": _masked_share(objective) if objective.loss_on == "masked" else 1.0}
-    counter = DispatchCounter(closed_forms(objective.mask_ratio), shares, live=live)
+    # Tokens without a pixel that is scored are not projected, those of hidden patches not read.
+    scored = _masked_share(objective) if objective.loss_on == "masked" else 1.0
+    shares = {"mask_tokens": 1 - objective.mask_ratio, "linear_masked_l1": scored}
+    counter = DispatchCounter(shares, live=live)
     with counter, _moves_to_the_host() as moved:
         with cuda_autocast(LOW) if precision == "bf16" else nullcontext():
             loss = objective(images, mask)["loss"]

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-_DIRECT = "_direct"
 _OUTSIDE = "(between ops)"
 _PHASES = ("data", "forward", "backward", "update")
 
@@ -23,18 +22,16 @@ class Row:
 
 
 def op_name(name: str) -> str | None:
-    """Our name of a profiler event: of a ``torch.library`` op, or of its short cut on a CPU; None for others.
+    """Our name of a profiler event: of an op, or of the autograd function around it; None for others.
 
-    >>> op_name("fastmim::mlp"), op_name("mlp_direct"), op_name("mlp_directBackward"), op_name("aten::mm")
-    ('fastmim::mlp', 'fastmim::mlp', 'fastmim::mlp_backward', None)
+    >>> op_name("fastmim::mlp"), op_name("fastmim::mlpBackward"), op_name("aten::mm")
+    ('fastmim::mlp', 'fastmim::mlp_backward', None)
     """
-    if name.startswith("fastmim::"):
-        return name
-    base, direct, rest = name.partition(_DIRECT)
     # The engine's own event has the same name behind its own; the function is an event inside it.
-    if not direct or ":" in base:
+    if not name.startswith("fastmim::"):
         return None
-    return f"fastmim::{base}_backward" if rest.startswith("Backward") else f"fastmim::{base}"
+    op = name.removesuffix("Backward")
+    return op if op == name else f"{op}_backward"
 
 
 def summarise(events: Iterable[Any], on_gpu: bool) -> list[Row]:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import bias_plan, cpb_bias, position_bias
-from fastmim_kernels.position_bias.op import _op, traffic
+from fastmim_kernels.position_bias.op import OP, traffic
 from tests.kernels.oracle import check
 
 NAMES = ["weight1", "bias1", "weight2"]
@@ -104,7 +104,7 @@ def op_args(hidden: int, impl: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("hidden", [0, 5])
 def test_opcheck(hidden: int) -> None:
-    torch.library.opcheck(_op, op_args(hidden, "torch"))
+    torch.library.opcheck(OP.forward.op, op_args(hidden, "torch"))
 
 
 def test_compiles_without_graph_break() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import gelu
-from fastmim_kernels.mlp.gelu import _backward_op, _op, traffic
+from fastmim_kernels.mlp.gelu import OP, traffic
 from tests.kernels.oracle import check
 
 # 3x7 rows fill no tile, 40 columns pad to 64; one value.
@@ -61,9 +61,9 @@ def test_keeps_x_only() -> None:
 def test_opcheck(bias: bool) -> None:
     inputs, _ = inputs_for((2, 3, 16), bias)
     args = [inputs[n].float().requires_grad_() if n in inputs else None for n in ("x", "bias")]
-    torch.library.opcheck(_op, (*args, "torch"))
+    torch.library.opcheck(OP.forward.op, (*args, "torch"))
     detached = [None if a is None else a.detach() for a in args]
-    torch.library.opcheck(_backward_op, (detached[0] * 2, *detached, "torch"))
+    torch.library.opcheck(OP.backward.op, (detached[0] * 2, *detached, "torch"))
 
 
 def test_compiles_without_graph_break() -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import local_norm_target
-from fastmim_kernels.local_norm.op import _op, local_statistics, traffic
+from fastmim_kernels.local_norm.op import OP, local_statistics, traffic
 from tests.kernels.oracle import relative_error
 
 # (shape, window): several windows an image; odd edges; narrower than the window on one side and on both.
@@ -71,7 +71,7 @@ def test_no_gradient_and_no_alias() -> None:
 
 def test_opcheck_compile_and_flops() -> None:
     images = images_for((1, 2, 12, 12))
-    torch.library.opcheck(_op, (images, 5, "torch"))
+    torch.library.opcheck(OP.forward.op, (images, 5, "torch"))
     torch._dynamo.reset()
     compiled = torch.compile(local_norm_target, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(images, 5), local_norm_target(images, 5))

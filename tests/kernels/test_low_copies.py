@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmim_kernels import low_copies
-from fastmim_kernels.low_copies.op import _op
+from fastmim_kernels.low_copies.op import OP
 
 
 def parameters() -> list[torch.Tensor]:
@@ -28,7 +28,7 @@ def test_copies_equal_casts() -> None:
 def test_opcheck_and_compile() -> None:
     given = [t.detach() for t in parameters()[:3]]
     # Sizes that leave no gaps, which nobody writes.
-    torch.library.opcheck(_op, ([given[0], torch.ones(64)], torch.bfloat16, "torch"))
+    torch.library.opcheck(OP.forward.op, ([given[0], torch.ones(64)], torch.bfloat16, "torch"))
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: low_copies(t, torch.bfloat16), fullgraph=True, backend="aot_eager")
     for copy, tensor in zip(compiled(*given), given, strict=True):

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import mask_tokens
-from fastmim_kernels.mask_tokens.op import _op, traffic
+from fastmim_kernels.mask_tokens.op import OP, traffic
 from tests.kernels.oracle import check
 
 # 5x3 is neither square nor a power of two, 40 channels pad to 64; one token of 2 channels is the smallest that has
@@ -76,7 +76,7 @@ def test_dtype_of_the_result() -> None:
 def test_opcheck(variant: str) -> None:
     inputs, names = inputs_for((2, 3, 2, 8), variant)
     args = {k: v.float().requires_grad_() if k in names else v for k, v in inputs.items()}
-    torch.library.opcheck(_op, (args["tokens"], args["mask"], args["mask_token"], args.get("norm_weight"),
+    torch.library.opcheck(OP.forward.op, (args["tokens"], args["mask"], args["mask_token"], args.get("norm_weight"),
                                 args.get("norm_bias"), args.get("pos_embed"), 1e-5, torch.float32, "torch"))
 
 

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import linear_masked_l1, masked_l1
-from fastmim_kernels.masked_loss.linear_op import _op as linear_op
+from fastmim_kernels.masked_loss.linear_op import OP as LINEAR_OP
 from fastmim_kernels.masked_loss.linear_op import linear_traffic
-from fastmim_kernels.masked_loss.op import _op, traffic
+from fastmim_kernels.masked_loss.op import OP, traffic
 from tests.kernels.oracle import check, relative_error
 
 # (B, C, H, W), token grid, mask grid, stride, and why.
@@ -125,8 +125,8 @@ def test_the_prediction_never_exists_as_a_whole() -> None:
     inputs["mask"] = torch.ones_like(inputs["mask"])
     target = inputs["target"].numel()
     with LargestTensor() as mode:
-        linear_op(inputs["tokens"].detach(), inputs["weight"].detach(), inputs["bias"].detach(), inputs["target"],
-                  inputs["mask"], None, None, 8, "l1", torch.float32, True, "torch")
+        LINEAR_OP.forward.op(inputs["tokens"].detach(), inputs["weight"].detach(), inputs["bias"].detach(),
+                             inputs["target"], inputs["mask"], None, None, 8, "l1", torch.float32, True, "torch")
     assert mode.largest <= target  # the target itself, laid out as tokens
     sizes: list[int] = []
     linear = F.linear
@@ -188,8 +188,8 @@ def operands(inputs: dict[str, Any], linear: bool) -> tuple[Any, ...]:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(_op, operands(inputs_for(GEOMETRIES[3], False), False))
-    torch.library.opcheck(linear_op, operands(inputs_for(GEOMETRIES[3], True), True))
+    torch.library.opcheck(OP.forward.op, operands(inputs_for(GEOMETRIES[3], False), False))
+    torch.library.opcheck(LINEAR_OP.forward.op, operands(inputs_for(GEOMETRIES[3], True), True))
 
 
 def test_compiles_without_graph_break() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import mlp
-from fastmim_kernels.mlp.op import _op, traffic
+from fastmim_kernels.mlp.op import OP, traffic
 from tests.kernels.oracle import check
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -113,7 +113,7 @@ def test_opcheck(dtype: torch.dtype, recompute_fc1: bool, biases: str) -> None:
     inputs, _ = inputs_for((2, 3, 16), 24, 8, biases)
     args = [None if inputs[n] is None else inputs[n].float().requires_grad_() for n in NAMES]
     args[0] = args[0].detach().to(dtype).requires_grad_()
-    torch.library.opcheck(_op, (*args, None, None, recompute_fc1, "torch"))
+    torch.library.opcheck(OP.forward.op, (*args, None, None, recompute_fc1, "torch"))
 
 
 def test_compiles_without_graph_break() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import patch_merge
-from fastmim_kernels.patch_merge.op import _op, traffic
+from fastmim_kernels.patch_merge.op import OP, traffic
 from tests.kernels.oracle import check
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -76,7 +76,7 @@ def test_keeps_nothing_without_a_norm() -> None:
 def test_opcheck(norm: bool) -> None:
     inputs, _ = inputs_for((2, 3, 4, 8), norm)
     args = [inputs[n].float().requires_grad_() if n in inputs else None for n in ("x", "weight", "bias")]
-    torch.library.opcheck(_op, (*args, 1e-5, BF16, "torch"))
+    torch.library.opcheck(OP.forward.op, (*args, 1e-5, BF16, "torch"))
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -78,8 +78,8 @@ def test_every_microsecond_belongs_to_one_row() -> None:
     forward = event("forward", 5)
     mlp = event("fastmim::mlp", 1, forward)
     inner = event("aten::mm", 20, mlp)
-    engine = event("autograd::engine::evaluate_function: mlp_directBackward", 2)
-    backward = event("mlp_directBackward", 3, engine)
+    engine = event("autograd::engine::evaluate_function: fastmim::mlpBackward", 2)
+    backward = event("fastmim::mlpBackward", 3, engine)
     alone = event("aten::mm", 4)
     rows = {r.name: (r.microseconds, r.calls) for r in summarise([forward, mlp, inner, engine, backward, alone], False)}
     assert rows == {

@@ -54,13 +54,3 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, wei
         grad.to(wide), x.to(wide), weight.shape, mean.view(shape), rstd.view(shape), weight, weight,
         [True, True, True])
     return dx.to(x.dtype), torch.stack((d_weight, d_bias))
-
-
-def refuse_float64(op: str, x: Tensor) -> None:
-    """The Triton kernels compute in float32.
-
-    Raises:
-        ValueError: x is float64.
-    """
-    if x.dtype == torch.float64:
-        raise ValueError(f"{op}: impl='triton' computes in float32 and got float64; use impl='torch'")

@@ -81,7 +81,8 @@ def config(length: int, lines: int) -> dict[str, int]:
 
 
 def forward(images: Tensor, kernel_size: int) -> Tensor:
-    """(B, C, H, W) float32 → the normalised target, float32. Images are contiguous."""
+    """Launch the kernels; arguments and result as the op ``fastmim::local_norm_target``."""
+    images = images.contiguous()
     b, c, height, width = images.shape
     sums = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     squares = torch.empty(images.shape, dtype=torch.float32, device=images.device)

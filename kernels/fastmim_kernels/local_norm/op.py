@@ -1,20 +1,18 @@
 """The normalised reconstruction target of SimMIM: sliding-window mean and variance.
 
-Microsoft's implementation averages k×k taps at every pixel (2,209 at k = 47). A box filter is separable:
-two multiplications by a banded 0/1 matrix give the same sums with a few hundred operations a pixel and
-without the cancellation of a summed-area table.
+Microsoft's implementation averages k×k taps at every pixel (2,209 at k = 47). A box filter is separable, and no
+implementation here needs more than a few hundred operations a pixel.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from ..common.dispatch import resolve
-
-EPS = 1e-6
+from ..common.define_op import define_op
+from . import on_torch
+from .on_torch import EPS, centre, moments
 
 
 def local_norm_target(images: Tensor, kernel_size: int, *, impl: str = "auto") -> Tensor:
@@ -34,10 +32,7 @@ def local_norm_target(images: Tensor, kernel_size: int, *, impl: str = "auto") -
     _check(images, kernel_size)
     images = images.detach()
     images = images if images.dtype == torch.float64 else images.float()
-    functions = _FLOAT64 if images.dtype == torch.float64 else _IMPLEMENTATIONS
-    function = resolve("local_norm_target", impl, functions, images.device)
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        return function(images, kernel_size)
+    return OP(images, kernel_size, impl=impl)
 
 
 def traffic(shape: tuple[int, int, int, int], *, itemsize: int = 4) -> tuple[int, int, int]:
@@ -59,8 +54,8 @@ def local_statistics(images: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     _check(images, kernel_size)
     images = images.detach()
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        centred, pivot = _centre(images if images.dtype == torch.float64 else images.float())
-        mean, var = _moments(centred, kernel_size)
+        centred, pivot = centre(images if images.dtype == torch.float64 else images.float())
+        mean, var = moments(centred, kernel_size)
         return mean + pivot, (var + EPS).sqrt()
 
 
@@ -71,60 +66,8 @@ def _check(images: Tensor, kernel_size: int) -> None:
         raise ValueError(f"kernel_size={kernel_size}: must be odd and at least 3, for example 47")
 
 
-def _band(size: int, kernel_size: int, like: Tensor) -> Tensor:
-    i = torch.arange(size, device=like.device)
-    return ((i[:, None] - i[None, :]).abs() <= kernel_size // 2).to(like.dtype)
-
-
-def _centre(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images minus the first pixel of each plane, and that pixel.
-
-    The variance does not change, and of a flat plane nothing but exact zeros remains to be subtracted.
-    """
-    pivot = images[..., :1, :1]
-    return images - pivot, pivot
-
-
-def _moments(images: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
-    b, c, height, width = images.shape
-    rows, cols = _band(height, kernel_size, images), _band(width, kernel_size, images)
-    count = rows.sum(1)[:, None] * cols.sum(1)[None, :]
-    # x and x² share each product: one tall one along the rows, one batched one along the columns.
-    both = torch.stack((images, images.square())).reshape(-1, width) @ cols
-    sums = (rows @ both.reshape(-1, height, width)).reshape(2, b, c, height, width).div_(count)
-    mean, var = sums
-    var.addcmul_(mean, mean, value=-1).mul_(count / (count - 1).clamp_(min=1)).clamp_(min=0)
-    return mean, var
-
-
-@torch.library.custom_op("fastmim::local_norm_target", mutates_args=())
-def _op(images: Tensor, kernel_size: int, impl: str) -> Tensor:
-    if impl == "triton":
-        from . import on_triton as kernels
-        return kernels.forward(images.contiguous(), kernel_size)
-    centred, _ = _centre(images)
-    mean, var = _moments(centred, kernel_size)
-    return centred.sub_(mean).mul_(var.add_(EPS).rsqrt_()).contiguous()
-
-
-@_op.register_fake
-def _(images: Tensor, kernel_size: int, impl: str) -> Tensor:
+def _fake(images: Tensor, kernel_size: int, impl: str) -> Tensor:
     return torch.empty_like(images, memory_format=torch.contiguous_format)
 
 
-# Running sums need no matrix product; the banded ones of the torch implementation are its own affair.
-@register_flop_formula(torch.ops.fastmim.local_norm_target)
-def _flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 0
-
-
-def _torch(images: Tensor, kernel_size: int) -> Tensor:
-    return _op(images, kernel_size, "torch")
-
-
-def _triton(images: Tensor, kernel_size: int) -> Tensor:
-    return _op(images, kernel_size, "triton")
-
-
-_FLOAT64 = {"torch": _torch, "reference": reference.local_norm_target}
-_IMPLEMENTATIONS = {**_FLOAT64, "triton": _triton}
+OP = define_op("local_norm_target", on_torch, ".on_triton", reference=reference.local_norm_target, fake=_fake)

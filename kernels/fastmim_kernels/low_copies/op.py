@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from ..common.dispatch import resolve
+from ..common.define_op import define_op
 from ..common.rows import exactly
-
-ALIGN = 64
-"""Values: every copy starts at a multiple of it."""
+from . import on_torch
+from .layout import padded, total
 
 
 def low_copies(tensors: Sequence[Tensor], dtype: torch.dtype, *, impl: str = "auto") -> list[Tensor]:
@@ -33,15 +32,9 @@ def low_copies(tensors: Sequence[Tensor], dtype: torch.dtype, *, impl: str = "au
         raise ValueError(f"low_copies: tensors must be contiguous float32, got {sorted({str(t.dtype) for t in wide})}")
     if not wide:
         return list(tensors)
-    function = resolve("low_copies", impl, _IMPLEMENTATIONS, wide[0].device)
-    parts = function(wide, dtype).split([padded(t.numel()) for t in wide])
+    parts = OP(wide, dtype, impl=impl).split([padded(t.numel()) for t in wide])
     rest = iter([exactly(part, t.shape) for part, t in zip(parts, wide, strict=True)])
     return [t if t.dtype == dtype else next(rest) for t in tensors]
-
-
-def padded(count: int) -> int:
-    """Values that a copy of ``count`` takes."""
-    return -(-count // ALIGN) * ALIGN
 
 
 def traffic(values: int, itemsize: int = 2) -> tuple[int, int, int]:
@@ -49,29 +42,14 @@ def traffic(values: int, itemsize: int = 2) -> tuple[int, int, int]:
     return 4 * values, itemsize * values, 0
 
 
-@torch.library.custom_op("fastmim::low_copies", mutates_args=())
-def _op(tensors: Sequence[Tensor], dtype: torch.dtype, impl: str) -> Tensor:
-    flat = tensors[0].new_empty(sum(padded(t.numel()) for t in tensors), dtype=dtype)
-    if impl == "triton":
-        from . import on_triton as kernels
-        kernels.copy(tensors, flat)
-        return flat
-    end = 0
-    for t in tensors:
-        flat[end : end + t.numel()].copy_(t.reshape(-1))
-        end += padded(t.numel())
-    return flat
+def _fake(tensors: Sequence[Tensor], dtype: torch.dtype, impl: str) -> Tensor:
+    return tensors[0].new_empty(total(tensors), dtype=dtype)
 
 
-@_op.register_fake
-def _(tensors: Sequence[Tensor], dtype: torch.dtype, impl: str) -> Tensor:
-    return tensors[0].new_empty(sum(padded(t.numel()) for t in tensors), dtype=dtype)
+def _moved(args: Sequence[Any], share: float) -> tuple[int, int]:
+    tensors, dtype, _ = args
+    read, written, _ = traffic(sum(t.numel() for t in tensors), dtype.itemsize)
+    return read, written
 
 
-@register_flop_formula(torch.ops.fastmim.low_copies)
-def _flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 0
-
-
-_IMPLEMENTATIONS = {impl: (lambda tensors, dtype, impl=impl: _op(tensors, dtype, impl)) for impl in ("torch", "triton")}
-_IMPLEMENTATIONS["reference"] = _IMPLEMENTATIONS["torch"]
+OP = define_op("low_copies", on_torch, ".on_triton", reference=on_torch.forward, fake=_fake, moved=_moved)

@@ -144,7 +144,8 @@ def config(channels: int, positions: int, batch: int, norm: bool = False) -> dic
 
 def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
             pos_embed: Tensor | None, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, mean, rstd); the statistics are empty without a norm. Inputs are contiguous."""
+    """Launch the forward kernel; arguments and results as the op ``fastmim::mask_tokens``."""
+    tokens, mask = tokens.contiguous(), mask.contiguous()
     batch, height, width, c = tokens.shape
     cfg = config(c, height * width, batch)
     out = torch.empty(tokens.shape, dtype=out_dtype, device=tokens.device)
@@ -161,7 +162,9 @@ def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | N
 
 def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
              weight: Tensor | None, pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(d tokens, (1 or 3, C) d mask_token and d norm, d position or empty), parameters in float32."""
+    """Launch the backward kernel; arguments and results as the op ``fastmim::mask_tokens_backward``."""
+    grad, mask = grad.contiguous(), mask.contiguous()
+    more, tokens = (None if t is None else t.contiguous() for t in (more, tokens))
     batch, height, width, c = grad.shape
     cfg = config(c, height * width, batch)
     kinds = 3 if weight is not None else 1

@@ -165,7 +165,8 @@ def _flat(values: Tensor | None) -> Tensor | None:
 
 def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, stride: int,
             loss: str) -> tuple[Tensor, Tensor]:
-    """(loss, 1 / (count + 1e-5) / C), both float32 scalars. Inputs are contiguous."""
+    """Launch the kernels; arguments and results as the op ``fastmim::masked_l1``."""
+    prediction, target, mask = (t.contiguous() for t in (prediction, target, mask))
     tokens = prediction.shape[:3].numel()
     sums = torch.empty(tokens, dtype=torch.float32, device=prediction.device)
     count = torch.empty(tokens, dtype=torch.int32, device=prediction.device)
@@ -176,11 +177,12 @@ def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | Non
     return result, scale
 
 
-def backward(factor: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None,
-             std: Tensor | None, stride: int, loss: str) -> Tensor:
-    """Gradient of the prediction; ``factor`` is the gradient of the plain sum, a float32 scalar tensor."""
+def backward(grad: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None,
+             std: Tensor | None, scale: Tensor, stride: int, loss: str) -> Tensor:
+    """Launch the kernel; arguments and result as the op ``fastmim::masked_l1_backward``."""
+    prediction, target, mask = (t.contiguous() for t in (prediction, target, mask))
     out = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
-    _launch(prediction, target, mask, mean, std, stride, loss, factor, out, None)
+    _launch(prediction, target, mask, mean, std, stride, loss, grad * scale, out, None)
     return out
 
 

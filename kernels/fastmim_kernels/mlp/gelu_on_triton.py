@@ -114,7 +114,8 @@ def gelu_backward(
 
 
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
-    """Launch the forward kernel on a contiguous (…, N)."""
+    """Launch the forward kernel; argument and result as the op ``fastmim::gelu``."""
+    x = x.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     out = torch.empty_like(x)
@@ -123,7 +124,8 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel: (d x, d bias fp32, empty without one)."""
+    """Launch the backward kernel; arguments and results as the op ``fastmim::gelu_backward``."""
+    grad, x = grad.contiguous(), x.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     dx = torch.empty_like(x)

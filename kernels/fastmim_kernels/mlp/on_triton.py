@@ -29,6 +29,8 @@ from ..common.matmul import (
     tile_of,
     within,
 )
+from ..linear.on_torch import in_dtype_of, product, weight_gradient
+from ..linear.on_triton import input_gradient, parameter_gradients
 from .gelu_on_triton import normal_cdf
 
 
@@ -190,6 +192,29 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tupl
         grad, weight, pre, dx, out, *sums, count, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0,
         GROUP=GROUP, PRECISION=precision(), **tiles)
     return dx, sums[0][0] if bias else dx.new_empty(0, dtype=torch.float32), out
+
+
+def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+            low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::mlp``; the second product is cuBLAS's."""
+    (low1, cast1), (low2, cast2) = in_dtype_of(x, weight1, low_weight1), in_dtype_of(x, weight2, low_weight2)
+    pre, activation = linear_gelu(x.reshape(-1, x.shape[-1]), low1, bias1, pre=not recompute_fc1, gelu=True)
+    return product(activation, low2, bias2).view(*x.shape[:-1], -1), pre, cast1, cast2
+
+
+def backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
+             has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, add: Tensor | None
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::mlp_backward``."""
+    rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).contiguous()
+    if not pre.numel():  # as forward would have kept it, bit for bit
+        pre, _ = linear_gelu(rows, weight1, bias1, pre=True, gelu=False)
+    d_hidden, d_bias1, activation = gelu_gradient(grad, weight2, pre, bias1 is not None)
+    d_weight2, d_bias2 = parameter_gradients(grad, activation, weight2_dtype, has_bias2)
+    del activation
+    d_weight1 = weight_gradient(d_hidden, rows, weight1_dtype)
+    return input_gradient(d_hidden, weight1, add).view(x.shape), d_weight1, d_bias1, d_weight2, d_bias2
 
 
 def aot_cases() -> list[AotCase]:

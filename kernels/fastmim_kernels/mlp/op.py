@@ -9,28 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from ..common.define_op import outside_autocast, shortcut, shortcut_with_grad
-from ..common.dispatch import resolve
-from ..common.rows import column_sum, refuse_float64, statistics_dtype
-from ..common.two_readers import and_input
-from ..linear.op import (
-    check_low,
-    fitting,
-    input_gradient,
-    parameter_gradients,
-    product,
-    product_dtype,
-    weight_gradient,
-)
+from ..common.define_op import Kept, define_op
+from ..common.rows import statistics_dtype
+from ..linear.op import check_low, fitting, product_dtype
+from . import on_torch
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
@@ -57,7 +45,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     Raises:
         ValueError: Shapes do not belong together.
     """
-    return _call(_IMPLEMENTATIONS, x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, impl)
+    return _call(OP, x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, impl)
 
 
 def mlp_and_input(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
@@ -66,22 +54,19 @@ def mlp_and_input(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Ten
     """(:func:`mlp`, x), the second for another reader of x: one product then adds both gradients up."""
     args = x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, impl
     if x.dtype != product_dtype(x):
-        return _call(_IMPLEMENTATIONS, *args), x
-    return _call(_AND_INPUT, *args)
+        return _call(OP, *args), x
+    return _call(OP.hand_on, *args)
 
 
-def _call(implementations: dict[str, Callable], x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
-          bias2: Tensor | None, low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str
-          ) -> Any:
+def _call(run: Callable, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+          low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str) -> Any:
     _check(x, weight1, bias1, weight2, bias2)
     check_low("mlp", {"low_weight1": (low_weight1, weight1), "low_weight2": (low_weight2, weight2)})
-    function = resolve("mlp", impl, implementations, x.device)
     x = x.to(product_dtype(x))
     # Without a graph the pre-activation is of no use to anybody: its buffer takes the activation.
     recompute_fc1 = recompute_fc1 or not torch.is_grad_enabled()
-    with torch.autocast(x.device.type, enabled=False):
-        return function(x, weight1, bias1, weight2, bias2, fitting(low_weight1, x.dtype),
-                        fitting(low_weight2, x.dtype), recompute_fc1)
+    return run(x, weight1, bias1, weight2, bias2, fitting(low_weight1, x.dtype), fitting(low_weight2, x.dtype),
+               recompute_fc1, impl=impl)
 
 
 def traffic(rows: int, channels: int, hidden: int, out_channels: int | None = None, *, itemsize: int = 2,
@@ -120,56 +105,20 @@ def _check(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bi
             raise ValueError(f"mlp: {name} must be ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def _forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
-             low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+          low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str
+          ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(result, pre-activation, W1, W2 in the dtype of x); empty: recomputed, given, or already in that dtype."""
-    rows = x.reshape(-1, x.shape[-1])
-    low1 = weight1.to(x.dtype) if low_weight1 is None else low_weight1
-    low2 = weight2.to(x.dtype) if low_weight2 is None else low_weight2
-    pre, activation = _hidden(rows, low1, bias1, not recompute_fc1, impl)
-    out = product(activation, low2, bias2).view(*x.shape[:-1], -1)
-    low1, low2 = (x.new_empty(0) if w.dtype == x.dtype or given is not None else low
-                  for w, given, low in ((weight1, low_weight1, low1), (weight2, low_weight2, low2)))
-    return out, pre, low1, low2
-
-
-_op = torch.library.custom_op("fastmim::mlp", _forward, mutates_args=())
-
-
-@_op.register_fake
-def _(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
-      low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str
-      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pre = (0,) if recompute_fc1 else (x.numel() // x.shape[-1], weight1.shape[0])
     low1, low2 = (x.new_empty((0,) if w.dtype == x.dtype or given is not None else w.shape)
                   for w, given in ((weight1, low_weight1), (weight2, low_weight2)))
     return x.new_empty((*x.shape[:-1], weight2.shape[0])), x.new_empty(pre), low1, low2
 
 
-def _backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
-              has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str,
-              add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward_fake(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
+                   has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str,
+                   add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(d x + ``add``, d W1, d b1, d W2, d b2), the weights' in the dtypes given; ``pre`` empty is recomputed."""
-    rows = x.reshape(-1, x.shape[-1])
-    grad = grad.reshape(-1, grad.shape[-1]).contiguous()
-    if not pre.numel():
-        pre = _pre_activation(rows, weight1, bias1, impl)
-    d_hidden, d_bias1, activation = _hidden_gradient(grad, weight2, pre, bias1 is not None, impl)
-    d_weight2, d_bias2 = parameter_gradients(grad, activation, weight2_dtype, has_bias2, impl)
-    del activation
-    d_weight1 = weight_gradient(d_hidden, rows, weight1_dtype)
-    dx = input_gradient(d_hidden, weight1, add, impl).view(x.shape)
-    return dx, d_weight1, d_bias1, d_weight2, d_bias2
-
-
-_backward_op = torch.library.custom_op("fastmim::mlp_backward", _backward, mutates_args=())
-
-
-@_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
-      has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str,
-      add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = statistics_dtype(x.dtype)
     return (x.new_empty(x.shape), weight1.new_empty(weight1.shape, dtype=weight1_dtype),
             x.new_empty((0,) if bias1 is None else bias1.shape, dtype=wide),
@@ -177,77 +126,32 @@ def _(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | Non
             x.new_empty(weight2.shape[0] if has_bias2 else 0, dtype=wide))
 
 
-def _hidden(x: Tensor, weight1: Tensor, bias1: Tensor | None, keep: bool, impl: str) -> tuple[Tensor, Tensor]:
-    """(pre-activation, or empty unless ``keep``; activation)."""
-    if impl == "triton":
-        from . import on_triton as linear_gelu
-        refuse_float64("mlp", x)
-        return linear_gelu.linear_gelu(x, weight1, bias1, pre=keep, gelu=True)
-    pre = product(x, weight1, bias1)
-    return (pre, F.gelu(pre)) if keep else (x.new_empty(0), torch.ops.aten.gelu_(pre))
-
-
-def _pre_activation(x: Tensor, weight1: Tensor, bias1: Tensor | None, impl: str) -> Tensor:
-    """As :func:`_hidden` keeps it, bit for bit."""
-    if impl == "triton":
-        from . import on_triton as linear_gelu
-        return linear_gelu.linear_gelu(x, weight1, bias1, pre=True, gelu=False)[0]
-    return product(x, weight1, bias1)
-
-
-def _hidden_gradient(grad: Tensor, weight2: Tensor, pre: Tensor, bias: bool, impl: str
-                     ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of the pre-activation, its sum over the rows or empty, activation)."""
-    if impl == "triton":
-        from . import on_triton as linear_gelu
-        return linear_gelu.gelu_gradient(grad, weight2, pre, bias)
-    d_hidden = input_gradient(grad, weight2, None, impl)
-    torch.ops.aten.gelu_backward.grad_input(d_hidden, pre, grad_input=d_hidden)
-    wide = statistics_dtype(pre.dtype)
-    return d_hidden, column_sum(d_hidden).to(wide) if bias else pre.new_empty(0, dtype=wide), F.gelu(pre)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(inputs: Any, outputs: Any) -> Any:
     x, weight1, bias1, weight2, bias2, given1, given2, _, impl = inputs
-    _, pre, low1, low2 = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(pre, low1, low2)
+    _, pre, low1, low2 = outputs
     low1, low2 = (low if low.numel() else weight if given is None else given
                   for low, given, weight in ((low1, given1, weight1), (low2, given2, weight2)))
-    ctx.save_for_backward(x, pre, low1, bias1, low2)
-    ctx.settings = bias2 is not None, weight1.dtype, weight2.dtype, impl
-    ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias1, bias2)]
+    bias_dtypes = [None if b is None else b.dtype for b in (bias1, bias2)]
+    return (x, pre, low1, bias1, low2), (bias_dtypes, (bias2 is not None, weight1.dtype, weight2.dtype, impl))
 
 
-@outside_autocast
-def _autograd(ctx, grad, _pre, _low1, _low2, add=None):  # type: ignore[no-untyped-def]
+def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, add: Tensor | None = None
+               ) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return add, *(None,) * 8
-    dx, dw1, db1, dw2, db2 = _run_backward(grad, *ctx.saved_tensors, *ctx.settings, add)
-    db1, db2 = (None if t is None else b.to(t) for b, t in zip((db1, db2), ctx.bias_dtypes, strict=True))
-    return dx, dw1, db1, dw2, db2, None, None, None, None
+        return (add,)
+    bias_dtypes, settings = kept.settings
+    dx, dw1, db1, dw2, db2 = backward(grad, *kept.tensors, *settings, add)
+    db1, db2 = (None if dtype is None else b.to(dtype) for b, dtype in zip((db1, db2), bias_dtypes, strict=True))
+    return dx, dw1, db1, dw2, db2
 
 
-torch.library.register_autograd("fastmim::mlp", _autograd, setup_context=_setup_context)
-_run_op = shortcut_with_grad(_op, _forward, _setup_context, _autograd)
-_run_backward = shortcut(_backward_op, _backward)
-_run_and_input = and_input(shortcut(_op, _forward), _setup_context, _autograd)
-
-
-@register_flop_formula(torch.ops.fastmim.mlp)
-def _flops(x: Any, weight1: Any, bias1: Any, weight2: Any, *args: Any, **kwargs: Any) -> int:
+def _flops(x: Any, weight1: Any, bias1: Any, weight2: Any, *_: Any) -> int:
     return 2 * math.prod(x[:-1]) * weight1[0] * (weight1[1] + weight2[0])
 
 
-@register_flop_formula(torch.ops.fastmim.mlp_backward)
-def _backward_flops(grad: Any, x: Any, pre: Any, weight1: Any, bias1: Any, weight2: Any, *args: Any,
-                    **kwargs: Any) -> int:
+def _backward_flops(grad: Any, x: Any, pre: Any, weight1: Any, bias1: Any, weight2: Any, *_: Any) -> int:
     recomputed = 2 * math.prod(x) * weight1[0] if pre[0] == 0 else 0
     return 2 * _flops(x, weight1, bias1, weight2) + recomputed
-
-
-def _run(*args, impl: str) -> Tensor:  # type: ignore[no-untyped-def]
-    return _run_op(*args, impl)[0]
 
 
 def _reference(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
@@ -256,8 +160,6 @@ def _reference(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor
     return reference.mlp(x, weight1.to(x.dtype), low1, weight2.to(x.dtype), low2)
 
 
-_IMPLEMENTATIONS: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
-                    "reference": _reference}
-_AND_INPUT: dict[str, Callable] = {
-    "torch": lambda *args: _run_and_input(*args, "torch"), "triton": lambda *args: _run_and_input(*args, "triton"),
-    "reference": lambda x, *args: (_reference(x, *args), x)}
+OP = define_op("mlp", on_torch, ".on_triton", reference=_reference, fake=_fake, backward_fake=_backward_fake,
+               save=_save, gradients=_gradients, readers=lambda inputs, outputs: (outputs[0], inputs[0]),
+               flops=_flops, backward_flops=_backward_flops)

@@ -150,6 +150,7 @@ def patch_merge_backward(
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
             ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::patch_merge``."""
+    x = x.contiguous()
     batch, height, width, channels = x.shape
     merged = (batch, (height + 1) // 2, (width + 1) // 2, 4 * channels)
     out = torch.empty(merged, dtype=out_dtype, device=x.device)
@@ -164,6 +165,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, o
 def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor | None, height: int,
              width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::patch_merge_backward``."""
+    grad, x = grad.contiguous(), None if x is None else x.contiguous()
     channels = grad.shape[-1] // 4
     dx = torch.empty((grad.shape[0], height, width, channels), dtype=dtype, device=grad.device)
     rows, norm = grad.numel() // (4 * channels), weight is not None

@@ -1,6 +1,6 @@
 """Position bias of all blocks of an encoder in one launch for each step of the way, and its deterministic adjoint.
 
-Blocks differ in heads and window; a row of ``layout`` (:class:`.op.Block`) tells a program where its block lies in
+Blocks differ in heads and window; a row of ``layout`` (:class:`.layout.Block`) tells a program where its block lies in
 the flat tensors. Programs beyond the size of their block return at once. What torch does badly is the adjoint of the
 look-up, atomics or a sort in every step: here the pairs come sorted by table row.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from .op import Block
+from .layout import sizes, unflatten
 
 
 @triton.jit
@@ -184,33 +184,33 @@ def parameter_tiles(heads: int) -> dict[str, int]:
     return {"BT": 32 if block_h <= 32 else 16, "BK": 16, "BH": block_h, "num_warps": 4}
 
 
-def forward(params: Tensor, index: Tensor, coords: Tensor, layout: Tensor, blocks: Sequence[Block], total: int,
-            hidden: int) -> tuple[Tensor, Tensor]:
-    """(biases, sigmoids), as the op ``fastmim::position_bias``."""
+def forward(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Tensor, table: Tensor,
+            layout: Sequence[int], hidden: int) -> tuple[Tensor, Tensor]:
+    """Launch the kernels; arguments and results as the op ``fastmim::position_bias``."""
+    blocks = unflatten(layout)
     heads, rows, pairs = (max(block[i] for block in blocks) for i in range(3))
-    bias = torch.empty(total, dtype=torch.float32, device=params.device)
-    size = blocks[-1].table + blocks[-1].heads * blocks[-1].rows if hidden else 0
-    sigmoids = torch.empty(size, dtype=torch.float32, device=params.device)
+    bias, sigmoids = (torch.empty(size, dtype=torch.float32, device=params.device) for size in sizes(blocks, hidden))
     if hidden:
         grid = len(blocks), triton.cdiv(rows, TABLE["BT"]), triton.cdiv(heads, TABLE["BH"])
-        table_kernel[grid](params, coords, layout, sigmoids, K=hidden, **TABLE)
+        table_kernel[grid](params, coords, table, sigmoids, K=hidden, **TABLE)
     grid = len(blocks), triton.cdiv(heads, LOOK_UP["LINES"]), triton.cdiv(pairs, LOOK_UP["BLOCK"])
-    look_up_kernel[grid](sigmoids if hidden else params, index, layout, bias, MLP=hidden > 0, **LOOK_UP)
+    look_up_kernel[grid](sigmoids if hidden else params, index, table, bias, MLP=hidden > 0, **LOOK_UP)
     return bias, sigmoids
 
 
-def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, order: Tensor, start: Tensor, coords: Tensor,
-             layout: Tensor, blocks: Sequence[Block], hidden: int) -> Tensor:
-    """Gradient of the parameters, as the op ``fastmim::position_bias_backward``; ``grad`` is contiguous."""
+def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, order: Tensor, start: Tensor,
+             coords: Tensor, table: Tensor, layout: Sequence[int], hidden: int) -> Tensor:
+    """Launch the kernels; arguments and result as the op ``fastmim::position_bias_backward``."""
+    blocks, grad = unflatten(layout), grad.contiguous()
     heads, rows = (max(block[i] for block in blocks) for i in range(2))
     found = torch.empty_like(params)
     d_table = torch.empty_like(sigmoids) if hidden else found
     grid = len(blocks), rows, triton.cdiv(heads, SCATTER["LINES"])
-    scatter_kernel[grid](grad, order, start, sigmoids, layout, d_table, MLP=hidden > 0, **SCATTER)
+    scatter_kernel[grid](grad, order, start, sigmoids, table, d_table, MLP=hidden > 0, **SCATTER)
     if hidden:
         tiles = parameter_tiles(heads)
         grid = len(blocks), triton.cdiv(hidden, tiles["BK"])
-        parameters_kernel[grid](d_table, params, coords, layout, found, K=hidden, **tiles)
+        parameters_kernel[grid](d_table, params, coords, table, found, K=hidden, **tiles)
     return found
 
 

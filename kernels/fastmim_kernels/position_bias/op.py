@@ -8,51 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from ..common.define_op import outside_autocast
-from ..common.dispatch import resolve
+from ..common.define_op import Kept, define_op
 from ..common.rows import exactly, statistics_dtype
-
-ALIGN = 16
-"""Values: a bias starts at a multiple of it, so that kernels read 128 bits at a time."""
-
-
-class Block(NamedTuple):
-    """Where a block's parts lie: sizes, then offsets into flat tensors."""
-
-    heads: int
-    rows: int
-    """T of the bias table."""
-    pairs: int
-    """N² of the bias."""
-    params: int
-    coords: int
-    pair: int
-    start: int
-    table: int
-    bias: int
-
-
-class BiasPlan(NamedTuple):
-    """What :func:`position_bias` knows of the blocks; the tensors are buffers of the model."""
-
-    rows: Tensor
-    """(Σ N²,) int64: table row of each query/key pair, stage after stage."""
-    order: Tensor
-    """(Σ N²,) int64: the pairs of a stage sorted by table row."""
-    start: Tensor
-    """(Σ (T + 1),) int64: first pair of each row in that order."""
-    coords: Tensor
-    """(Σ T, 2) float32: log-spaced relative coordinates; empty for tables."""
-    layout: Tensor
-    """(blocks, 9) int64: :class:`Block` of each, for the kernels."""
+from . import on_torch
+from .layout import ALIGN, BiasPlan, Block, part, sizes, unflatten
 
 
 def bias_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[int], rows: Sequence[int],
@@ -116,11 +81,12 @@ def position_bias(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tupl
             raise ValueError(f"position_bias: weight1, bias1, weight2 or the table must be {wanted}, got "
                              f"{[tuple(p.shape) for p in own]}")
     given = [p for own in params for p in own]
-    device, wide = given[0].device, statistics_dtype(given[0].dtype)
-    function = resolve("cpb_bias", impl, _FLOAT64 if wide == torch.float64 else _IMPLEMENTATIONS, device)
-    # The MLP is tiny and its output decides logits of magnitude 16: always full precision.
-    with torch.autocast(device.type, enabled=False):
-        return function(plan, blocks, torch.cat([p.reshape(-1) for p in given]).to(wide), hidden)
+    wide = statistics_dtype(given[0].dtype)
+    flat = torch.cat([p.reshape(-1) for p in given]).to(wide)
+    bias = OP(flat, *plan, [value for block in blocks for value in block], hidden, impl=impl)
+    ends = [block.bias for block in blocks[1:]] + [bias.numel()]
+    parts = bias.split([end - block.bias for block, end in zip(blocks, ends, strict=True)])
+    return [exactly(p, (b.heads, math.isqrt(b.pairs), math.isqrt(b.pairs))) for p, b in zip(parts, blocks, strict=True)]
 
 
 def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *,
@@ -159,156 +125,56 @@ def traffic(blocks: int, heads: int, rows: int, pairs: int, hidden: int = 512
     return forward, (params + rows * 8 + pairs * 8 + table + bias, params, 2 * first + 2 * second)
 
 
-def _unflatten(layout: Sequence[int]) -> list[Block]:
-    size = len(Block._fields)
-    return [Block(*layout[i : i + size]) for i in range(0, len(layout), size)]
-
-
-def _total(blocks: Sequence[Block]) -> int:
-    last = blocks[-1]
-    return last.bias + math.ceil(last.heads * last.pairs / ALIGN) * ALIGN
-
-
-@torch.library.custom_op("fastmim::position_bias", mutates_args=())
-def _op(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Tensor, table: Tensor,
-        layout: Sequence[int], hidden: int, impl: str) -> tuple[Tensor, Tensor]:
+def _fake(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Tensor, table: Tensor,
+          layout: Sequence[int], hidden: int, impl: str) -> tuple[Tensor, Tensor]:
     """(the biases, the (heads, T) tables over 16 of each block; empty without an MLP)."""
-    blocks = _unflatten(layout)
-    if impl == "triton":
-        from . import on_triton as kernels
-        return kernels.forward(params, index, coords, table, blocks, _total(blocks), hidden)
-    bias = params.new_empty(_total(blocks))
-    sigmoids = params.new_empty(blocks[-1].table + blocks[-1].heads * blocks[-1].rows if hidden else 0)
-    for block in blocks:
-        at = index[block.pair : block.pair + block.pairs]
-        if hidden:
-            values = _part(sigmoids, block.table, block.heads, block.rows)
-            first, weight2 = _hidden(params, coords, block, hidden)
-            torch.sigmoid(weight2 @ first.mT, out=values)
-        else:
-            values = _part(params, block.params, block.rows, block.heads).mT
-        found = _part(bias, block.bias, block.heads, block.pairs)
-        torch.index_select(values, 1, at, out=found)
-        if hidden:
-            found.mul_(16)
-    return bias, sigmoids
+    biases, tables = sizes(unflatten(layout), hidden)
+    return params.new_empty(biases), params.new_empty(tables)
 
 
-@_op.register_fake
-def _(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Tensor, table: Tensor,
-      layout: Sequence[int], hidden: int, impl: str) -> tuple[Tensor, Tensor]:
-    blocks = _unflatten(layout)
-    sigmoids = blocks[-1].table + blocks[-1].heads * blocks[-1].rows if hidden else 0
-    return params.new_empty(_total(blocks)), params.new_empty(sigmoids)
-
-
-@torch.library.custom_op("fastmim::position_bias_backward", mutates_args=())
-def _backward_op(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, order: Tensor, start: Tensor,
-                 coords: Tensor, table: Tensor, layout: Sequence[int], hidden: int, impl: str) -> Tensor:
+def _backward_fake(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, order: Tensor, start: Tensor,
+                   coords: Tensor, table: Tensor, layout: Sequence[int], hidden: int, impl: str) -> Tensor:
     """Gradient of ``params``."""
-    blocks, grad = _unflatten(layout), grad.contiguous()
-    if impl == "triton":
-        from . import on_triton as kernels
-        return kernels.backward(grad, sigmoids, params, order, start, coords, table, blocks, hidden)
-    found = torch.empty_like(params)
-    for block in blocks:
-        lines = _part(grad, block.bias, block.heads, block.pairs)
-        sums = _scatter(lines, index[block.pair : block.pair + block.pairs], order, start, block)
-        if not hidden:
-            _part(found, block.params, block.rows, block.heads).copy_(sums.mT)
-            continue
-        values = _part(sigmoids, block.table, block.heads, block.rows)
-        sums.mul_(values).mul_(1 - values).mul_(16)
-        first, weight2 = _hidden(params, coords, block, hidden)
-        d_first = torch.ops.aten.threshold_backward(sums.mT @ weight2, first, 0)
-        # Products instead of sums over the rows: one pass over d_first gives both.
-        inputs = coords[block.coords : block.coords + block.rows].to(params.dtype)
-        both = d_first.mT @ torch.cat((inputs, inputs.new_ones(len(inputs), 1)), 1)
-        _part(found, block.params, hidden, 2).copy_(both[:, :2])
-        _part(found, block.params + 2 * hidden, 1, hidden).copy_(both[:, 2])
-        torch.mm(sums, first, out=_part(found, block.params + 3 * hidden, block.heads, hidden))
-    return found
-
-
-@_backward_op.register_fake
-def _(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Tensor,
-      table: Tensor, layout: Sequence[int], hidden: int, impl: str) -> Tensor:
     return torch.empty_like(params)
 
 
-def _part(flat: Tensor, start: int, rows: int, columns: int) -> Tensor:
-    return flat[start : start + rows * columns].view(rows, columns)
+def _save(inputs: Any, outputs: Any) -> Any:
+    return (outputs[1], *inputs[:6]), inputs[6:]
 
 
-def _hidden(params: Tensor, coords: Tensor, block: Block, hidden: int) -> tuple[Tensor, Tensor]:
-    """(T, K) activation of the first layer, and W2. One block at a time: its 1 MB stays in a CPU's cache."""
-    inputs = coords[block.coords : block.coords + block.rows].to(params.dtype)
-    bias1 = params[block.params + 2 * hidden : block.params + 3 * hidden]
-    first = torch.addmm(bias1, inputs, _part(params, block.params, hidden, 2).mT).relu_()
-    return first, _part(params, block.params + 3 * hidden, block.heads, hidden)
+def _gradients(backward: Callable, kept: Kept, grad: Tensor) -> tuple[Tensor]:
+    return (backward(grad, *kept.tensors, *kept.settings),)
 
 
-def _scatter(grad: Tensor, index: Tensor, order: Tensor, start: Tensor, block: Block) -> Tensor:
-    """(heads, N²) summed into (heads, T) in a fixed order."""
-    if grad.device.type == "cpu":  # one thread a line, in order
-        return grad.new_zeros(len(grad), block.rows).scatter_add_(1, index.expand_as(grad), grad)
-    lines = grad.mT.index_select(0, order[block.pair : block.pair + block.pairs])
-    lengths = start[block.start : block.start + block.rows + 1].diff()
-    return torch.segment_reduce(lines, "sum", lengths=lengths, axis=0).mT.contiguous()
+def _flops(params: Any, index: Any, order: Any, start: Any, coords: Any, table: Any, layout: Sequence[int],
+           hidden: int, *_: Any) -> int:
+    return sum(traffic(1, b.heads, b.rows, b.pairs, hidden)[0][2] for b in unflatten(layout))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *inputs[:6])
-    ctx.settings = inputs[6:]
+def _backward_flops(grad: Any, sigmoids: Any, params: Any, index: Any, order: Any, start: Any, coords: Any, table: Any,
+                    layout: Sequence[int], hidden: int, *_: Any) -> int:
+    return sum(traffic(1, b.heads, b.rows, b.pairs, hidden)[1][2] for b in unflatten(layout))
 
 
-@outside_autocast
-def _autograd(ctx, grad, _sigmoids):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return (None,) * 9
-    return _backward_op(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 8
-
-
-torch.library.register_autograd("fastmim::position_bias", _autograd, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.fastmim.position_bias)
-def _flops(params, index, order, start, coords, table, layout, hidden, *args, **kwargs  # type: ignore[no-untyped-def]
-           ) -> int:
-    return sum(traffic(1, b.heads, b.rows, b.pairs, hidden)[0][2] for b in _unflatten(layout))
-
-
-@register_flop_formula(torch.ops.fastmim.position_bias_backward)
-def _backward_flops(grad, sigmoids, params, index, order, start, coords, table, layout,  # type: ignore[no-untyped-def]
-                    hidden, *args, **kwargs) -> int:
-    return sum(traffic(1, b.heads, b.rows, b.pairs, hidden)[1][2] for b in _unflatten(layout))
-
-
-def _run(plan: BiasPlan, blocks: Sequence[Block], params: Tensor, hidden: int, impl: str) -> list[Tensor]:
-    bias = _op(params, *plan, [value for block in blocks for value in block], hidden, impl)[0]
-    ends = [block.bias for block in blocks[1:]] + [bias.numel()]
-    parts = bias.split([end - block.bias for block, end in zip(blocks, ends, strict=True)])
-    return [exactly(part, (b.heads, math.isqrt(b.pairs), math.isqrt(b.pairs)))
-            for part, b in zip(parts, blocks, strict=True)]
-
-
-def _reference(plan: BiasPlan, blocks: Sequence[Block], params: Tensor, hidden: int) -> list[Tensor]:
+def _reference(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Tensor, table: Tensor,
+               layout: Sequence[int], hidden: int) -> Tensor:
+    """The biases as the op gives them: flat, with gaps up to the next multiple of :data:`.layout.ALIGN`."""
+    blocks = unflatten(layout)
     found = []
-    for block in blocks:
+    for block, end in zip(blocks, [b.bias for b in blocks[1:]] + [sizes(blocks, hidden)[0]], strict=True):
         n = math.isqrt(block.pairs)
-        index = plan.rows[block.pair : block.pair + block.pairs].view(n, n)
+        rows = index[block.pair : block.pair + block.pairs].view(n, n)
         if hidden:
-            coords = plan.coords[block.coords : block.coords + block.rows].to(params.dtype)
-            end = block.params + 3 * hidden
-            weight1 = _part(params, block.params, hidden, 2)
-            bias1, weight2 = params[end - hidden : end], _part(params, end, block.heads, hidden)
-            found.append(reference.cpb_bias(coords, index, weight1[None], bias1[None], weight2[None])[0])
+            inputs = coords[block.coords : block.coords + block.rows].to(params.dtype)
+            second = block.params + 3 * hidden
+            weight1, weight2 = part(params, block.params, hidden, 2), part(params, second, block.heads, hidden)
+            bias = reference.cpb_bias(inputs, rows, weight1[None], params[None, second - hidden : second],
+                                      weight2[None])[0]
         else:
-            found.append(_part(params, block.params, block.rows, block.heads).mT[:, index])
-    return found
+            bias = part(params, block.params, block.rows, block.heads).mT[:, rows]
+        found += [bias.flatten(), bias.new_zeros(end - block.bias - bias.numel())]
+    return torch.cat(found)
 
 
-_FLOAT64: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "reference": _reference}
-_IMPLEMENTATIONS: dict[str, Callable] = {**_FLOAT64, "triton": partial(_run, impl="triton")}
+OP = define_op("position_bias", on_torch, ".on_triton", reference=_reference, fake=_fake, backward_fake=_backward_fake,
+               save=_save, gradients=_gradients, flops=_flops, backward_flops=_backward_flops)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..common.rows import column_sum, layer_norm, layer_norm_backward
-from ..patch_merge.op import gather, scatter
+from ..patch_merge.on_torch import gather, scatter
 
 
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
             drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
             out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::residual_norm``."""
+    residual, branch = (None if t is None else t.contiguous() for t in (residual, branch))
     if branch is None:
         assert residual is not None
         out, mean, rstd = layer_norm(residual, weight, bias, eps)
@@ -38,6 +39,8 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
              gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,
              branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::residual_norm_backward``."""
+    grad_added, grad_out, branch = (None if t is None else t.contiguous() for t in (grad_added, grad_out, branch))
+    saved = saved.contiguous()
     if order == "post":
         if merge and grad_added is not None:
             height, width = saved.shape[1:3]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from .op import given, merged_shape, owned, written
+from .layout import given, merged_shape, owned, written
 
 ELEMENTS_PER_THREAD = 8
 """One 128-bit access of bf16: 16 and more warps stay resident beside three sums a column in registers."""
@@ -221,6 +221,7 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
             stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::residual_norm``."""
+    residual, branch = (None if t is None else t.contiguous() for t in (residual, branch))
     like = given(residual, branch)
     channels, device = like.shape[-1], like.device
     rows = like.numel() // channels
@@ -243,6 +244,8 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
              drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,
              branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::residual_norm_backward``."""
+    grad_added, grad_out, branch = (None if t is None else t.contiguous() for t in (grad_added, grad_out, branch))
+    saved = saved.contiguous()
     channels, device = saved.shape[-1], saved.device
     rows = saved.numel() // channels
     own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)

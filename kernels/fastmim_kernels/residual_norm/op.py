@@ -7,18 +7,16 @@ LayerNorm, a cast for the next matrix product, the bias of the previous one, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
-from ..common.define_op import outside_autocast, shortcut, unwatched
-from ..common.dispatch import resolve
-from ..common.rows import refuse_float64, statistics_dtype
+from ..common.define_op import Kept, define_op
+from ..common.rows import statistics_dtype
+from . import on_torch
+from .layout import given, merged_shape, owned, written
 
 ORDERS = ("pre", "post")
 
@@ -62,7 +60,6 @@ def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor
         raise ValueError(f"residual_norm: merge takes order='post' and (B, H, W, C) with even H and W, got "
                          f"order={order!r} and {tuple(like.shape)}")
     device = like.device.type
-    function = resolve("residual_norm", impl, _IMPLEMENTATIONS, like.device)
     stream_dtype = (stream_dtype or like.dtype) if residual is None else residual.dtype
     if out_dtype is None:
         dtype = like.dtype if branch is None else branch.dtype
@@ -70,9 +67,8 @@ def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor
     stream_dtype = out_dtype if merge else stream_dtype
     if drop_scale is not None:
         drop_scale = drop_scale.detach().to(statistics_dtype(like.dtype))
-    with torch.autocast(device, enabled=False):
-        return function(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype,
-                        out_dtype, merge)
+    return OP.hand_on(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype,
+                      out_dtype, merge, impl=impl)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, out_dtype: torch.dtype | None = None,
@@ -135,42 +131,10 @@ def _check(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias:
         raise ValueError("residual_norm: drop_scale, gamma and branch_bias belong to a branch, got branch=None")
 
 
-def given(residual: Tensor | None, branch: Tensor | None) -> Tensor:
-    """The one that is there."""
-    like = residual if branch is None else branch
-    assert like is not None
-    return like
-
-
-def written(order: str, branch: Tensor | None, stream_dtype: torch.dtype, out_dtype: torch.dtype
-            ) -> tuple[bool, bool]:
-    """Whether the two results are tensors of their own, or equal to the residual and to the first result."""
-    return branch is not None, order == "pre" or out_dtype != stream_dtype
-
-
-def _forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
-             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
-             stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool, impl: str
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
+          drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
+          out_dtype: torch.dtype, merge: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(new residual, second result, mean, rstd); a result is empty where :func:`written` says so."""
-    residual, branch = (None if t is None else t.contiguous() for t in (residual, branch))
-    args = (residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype, out_dtype,
-            merge)
-    if impl == "triton":
-        from . import on_triton as kernels
-        refuse_float64("residual_norm", given(residual, branch))
-        return kernels.forward(*args)
-    from . import on_torch as residual_norm_torch
-    return residual_norm_torch.forward(*args)
-
-
-_op = torch.library.custom_op("fastmim::residual_norm", _forward, mutates_args=())
-
-
-@_op.register_fake
-def _(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
-      drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
-      out_dtype: torch.dtype, merge: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = given(residual, branch)
     own_added, own_out = written(order, branch, stream_dtype, out_dtype)
     rows = like.new_empty(like.numel() // like.shape[-1], dtype=statistics_dtype(like.dtype))
@@ -178,34 +142,16 @@ def _(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tens
             like.new_empty(like.shape if own_out else (0,), dtype=out_dtype), rows, torch.empty_like(rows))
 
 
-def _backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
-              mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
-              drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool,
-              dtype: torch.dtype | None, branch_dtype: torch.dtype | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
+                   mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
+                   drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool,
+                   dtype: torch.dtype | None, branch_dtype: torch.dtype | None, impl: str
+                   ) -> tuple[Tensor, Tensor, Tensor]:
     """(d residual in ``dtype``, d branch, (2 to 4, C) of d weight, d bias[, d branch_bias][, d gamma]).
 
     ``saved`` is the branch ("post") or the new residual ("pre"); a dtype is None where forward had no such
     tensor. The first two are empty where :func:`owned` says so.
     """
-    grad_added, grad_out = (None if g is None else g.contiguous() for g in (grad_added, grad_out))
-    saved, branch = saved.contiguous(), None if branch is None else branch.contiguous()
-    args = (grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, drop_scale, gamma, order, merge,
-            dtype, branch_dtype)
-    if impl == "triton":
-        from . import on_triton as kernels
-        return kernels.backward(*args)
-    from . import on_torch as residual_norm_torch
-    return residual_norm_torch.backward(*args)
-
-
-_backward_op = torch.library.custom_op("fastmim::residual_norm_backward", _backward, mutates_args=())
-
-
-@_backward_op.register_fake
-def _(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None, mean: Tensor,
-      rstd: Tensor, weight: Tensor, branch_bias: Tensor | None, drop_scale: Tensor | None,
-      gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None, branch_dtype: torch.dtype | None,
-      impl: str) -> tuple[Tensor, Tensor, Tensor]:
     own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
     sums = 2 + (branch_bias is not None) + (gamma is not None)
     return (saved.new_empty(saved.shape if own_residual else (0,), dtype=dtype or saved.dtype),
@@ -213,97 +159,45 @@ def _(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch:
             saved.new_empty((sums, saved.shape[-1]), dtype=mean.dtype))
 
 
-def merged_shape(x: Tensor) -> tuple[int, int, int, int]:
-    return x.shape[0], x.shape[1] // 2, x.shape[2] // 2, 4 * x.shape[3]
-
-
-def owned(order: str, merge: bool, grad_out: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None,
-          dtype: torch.dtype | None, branch_dtype: torch.dtype | None) -> tuple[bool, bool]:
-    """Whether d residual and d branch are tensors of their own.
-
-    Otherwise the first equals grad_added, the second d residual, or there is no such input.
-    """
-    post = order == "post"
-    own_branch = post or drop_scale is not None or gamma is not None or branch_dtype != dtype
-    return dtype is not None and (not post or merge or grad_out is not None), branch_dtype is not None and own_branch
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(inputs: Any, outputs: Any) -> Any:
     residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, _, _, _, merge, impl = inputs
-    added, _, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
+    added, _, mean, rstd = outputs
     if order == "post":
         saved, kept = branch, None
     else:
         saved, kept = residual if branch is None else added, branch if gamma is not None else None
-    ctx.save_for_backward(saved, kept, mean, rstd, weight, branch_bias, drop_scale, gamma)
-    ctx.settings = order, merge, *(None if t is None else t.dtype for t in (residual, branch)), impl
-    ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, branch_bias, gamma)]
+    dtypes = [None if p is None else p.dtype for p in (weight, bias, branch_bias, gamma)]
+    settings = order, merge, *(None if t is None else t.dtype for t in (residual, branch)), impl
+    return (saved, kept, mean, rstd, weight, branch_bias, drop_scale, gamma), (dtypes, settings)
 
 
-@outside_autocast
-def _autograd(ctx, grad_added, grad_out, _mean, _rstd):  # type: ignore[no-untyped-def]
-    grad_added, grad_out = (None if g is None or not g.numel() else g for g in (grad_added, grad_out))
-    order, merge, dtype, branch_dtype, _ = ctx.settings
+def _gradients(backward: Callable, kept: Kept, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_added, grad_out = (None if g is None or not g.numel() else g for g in grads)
+    dtypes, (order, merge, dtype, branch_dtype, impl) = kept.settings
     if grad_added is None and grad_out is None:
-        return (None,) * 13
+        return ()
     if merge:
         # One reader is meant.
         grad_added = grad_out if grad_added is None else grad_added if grad_out is None else grad_added + grad_out
         grad_out = None
-    elif order == "post" and grad_added is None and grad_out.dtype == dtype:
+    elif order == "post" and grad_added is None and grad_out is not None and grad_out.dtype == dtype:
         grad_added, grad_out = grad_out, None
-    saved = ctx.saved_tensors  # once: checkpointing gives them out a single time
-    d_residual, d_branch, found = _run_backward(grad_added, grad_out, *saved, *ctx.settings)
-    own_residual, own_branch = owned(order, merge, grad_out, *saved[-2:], dtype, branch_dtype)
+    d_residual, d_branch, sums = backward(grad_added, grad_out, *kept.tensors, order, merge, dtype, branch_dtype, impl)
+    drop_scale, gamma = kept.tensors[-2:]
+    own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
     d_residual = None if dtype is None else d_residual if own_residual else grad_added
     d_branch = None if branch_dtype is None else d_branch if own_branch else d_residual
-    sums = iter(found)
-    d_params = [None if dtype is None else next(sums).to(dtype) for dtype in ctx.dtypes]
-    return d_residual, d_branch, *d_params[:3], None, d_params[3], *[None] * 6
+    rest = iter(sums)
+    d_params = [None if dtype is None else next(rest).to(dtype) for dtype in dtypes]
+    return d_residual, d_branch, *d_params[:3], None, d_params[3]
 
 
-torch.library.register_autograd("fastmim::residual_norm", _autograd, setup_context=_setup_context)
-_run_backward = shortcut(_backward_op, _backward)
-
-
-class _TwoReaders(torch.autograd.Function):
-    """The op with two results in every case: an op may not return one tensor twice, or its input.
-
-    Each reader's gradient then arrives by itself, and the backward pass adds them on the way.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        added, out, mean, rstd = (_forward if unwatched(args) else _op)(*args)
-        _setup_context(ctx, args, (added, out, mean, rstd))
-        residual, branch, order, stream_dtype, out_dtype = args[0], args[1], args[7], args[9], args[10]
-        own_added, own_out = written(order, branch, stream_dtype, out_dtype)
-        added = added if own_added else residual.detach()
-        return added, out if own_out else added.detach(), mean, rstd
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _autograd(ctx, *grads)
-
-
-# No matrix product inside; torch's counter counts nothing else either.
-@register_flop_formula([torch.ops.fastmim.residual_norm, torch.ops.fastmim.residual_norm_backward])
-def _flops(*args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 0
-
-
-def _run(*args, impl: str) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    if not torch.compiler.is_compiling():
-        return _TwoReaders.apply(*args, impl)[:2]
-    # The compiler sees the op itself; where both readers share a result, their gradients meet in an addition.
-    residual, branch, *_, order, _, stream_dtype, out_dtype, _ = args
-    added, out, _, _ = _op(*args, impl)
+def _readers(inputs: Any, outputs: Any) -> tuple[Tensor, Tensor]:
+    """Two results in every case: an op may not return one tensor twice, or its input."""
+    residual, branch, *_, order, _, stream_dtype, out_dtype, _, _ = inputs
     own_added, own_out = written(order, branch, stream_dtype, out_dtype)
-    added = added if own_added else residual
-    return added, out if own_out else added
+    added = outputs[0] if own_added else residual
+    return added, outputs[1] if own_out else added
 
 
 def _reference(residual: Tensor | None, branch: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -320,5 +214,5 @@ def _reference(residual: Tensor | None, branch: Tensor | None, *args: Any) -> tu
     return added.to(stream_dtype), out.to(out_dtype)
 
 
-_IMPLEMENTATIONS: dict[str, Callable] = {"torch": partial(_run, impl="torch"), "triton": partial(_run, impl="triton"),
-                    "reference": _reference}
+OP = define_op("residual_norm", on_torch, ".on_triton", reference=_reference, fake=_fake,
+               backward_fake=_backward_fake, save=_save, gradients=_gradients, results=2, readers=_readers)

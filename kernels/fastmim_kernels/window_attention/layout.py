@@ -1,7 +1,8 @@
-"""Between the image layout and the windows of each head, and the shift mask; for the torch implementation."""
+"""Between the image layout and the windows of each head, and the shift mask."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 from .. import reference
 
 Pair = tuple[int, int]
+
+
+def pair(sizes: Sequence[int]) -> Pair:
+    """What the dispatcher hands on as a list."""
+    rows, columns = sizes
+    return rows, columns
 
 
 def gather(x: Tensor, parts: int, window_size: Pair, shift_size: Pair) -> Tensor:

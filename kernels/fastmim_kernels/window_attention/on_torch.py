@@ -8,14 +8,14 @@ multiplies that, which takes half their time, else in float32 too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..common.cpu import has_bfloat16_units
 from ..common.rows import statistics_dtype
-from .layout import Pair, gather, scatter, shift_mask
+from .layout import gather, pair, scatter, shift_mask
 
 MAX_LOGIT_SCALE = math.log(100.0)
 EPS = 1e-12
@@ -30,9 +30,10 @@ _CHUNK_CPU = 1 << 20
 _CHUNK_GPU = 1 << 26
 
 
-def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: Pair,
-            shift_size: Pair) -> tuple[Tensor, Tensor]:
-    """(B, H, W, 3C) → (B, H, W, C), and an empty tensor for the log-sum-exp that other implementations keep."""
+def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: Sequence[int],
+            shift_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::window_attention``; of the log-sum-exp nothing is kept."""
+    qkv, window_size, shift_size = qkv.contiguous(), pair(window_size), pair(shift_size)
     x = gather(qkv, 3 * num_heads, window_size, shift_size).to(_product_dtype(qkv))
     v = x[2 * num_heads :]
     wide, alpha, _ = _factors_of_logits(x[: 2 * num_heads], logit_scale)
@@ -45,9 +46,11 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
     return scatter(out.to(qkv.dtype), qkv, window_size, shift_size), qkv.new_empty(0, dtype=torch.float32)
 
 
-def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor, lse: Tensor,
-             num_heads: int, window_size: Pair, shift_size: Pair) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of qkv, bias (in the dtype of the softmax) and logit_scale; ``out`` and ``lse`` are not read."""
+def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor | None, lse: Tensor,
+             num_heads: int, window_size: Sequence[int], shift_size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of ``fastmim::window_attention_backward``; ``out`` and ``lse`` are not read."""
+    grad_out, qkv = grad_out.contiguous(), qkv.contiguous()
+    window_size, shift_size = pair(window_size), pair(shift_size)
     narrow = _product_dtype(qkv)
     x = gather(qkv, 3 * num_heads, window_size, shift_size).to(narrow)
     grad = gather(grad_out, num_heads, window_size, shift_size).to(narrow)
@@ -66,7 +69,8 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
         ds = _chunk_backward(p, operands, found, alpha, products, low)
         dbias[i[0]] += ds.unflatten(0, (len(dbias[i[0]]), -1)).sum(1)
     dscale = _normalise_backward(dqk, wide, factor, logit_scale)
-    return scatter(dx.to(qkv.dtype), qkv, window_size, shift_size), dbias, dscale
+    dqkv = scatter(dx.to(qkv.dtype), qkv, window_size, shift_size)
+    return dqkv, dbias, dbias.new_empty(0) if dscale is None else dscale
 
 
 def _chunk_backward(p: Tensor, operands: list[Tensor], found: list[Tensor], alpha: float, products: Tensor,

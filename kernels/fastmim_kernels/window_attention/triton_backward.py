@@ -8,11 +8,14 @@ could add them too, but alone it would read the groups of a head at the speed of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import pair
 from .triton_gradient_tiles import (
     add_bias,
     add_shares,
@@ -211,9 +214,9 @@ def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -
 
 
 def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor,
-             lse: Tensor, num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int],
-             bias_grad: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Launch the backward kernel and the reduction of its partial sums.
+             lse: Tensor, num_heads: int, window_size: Sequence[int], shift_size: Sequence[int],
+             bias_grad: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Launch the backward kernel and the reduction of its partial sums; as ``fastmim::window_attention_backward``.
 
     Args:
         grad_out: (B, H, W, C), gradient of the output.
@@ -224,8 +227,10 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
 
     Returns:
         Gradients of qkv (its dtype), bias (float32; None without ``bias_grad``) and logit_scale (float32, its
-        shape; None without a logit scale; zero where it is clamped).
+        shape; empty without a logit scale; zero where it is clamped).
     """
+    grad_out, qkv = grad_out.contiguous(), qkv.contiguous()
+    window_size, shift_size = pair(window_size), pair(shift_size)
     batch, height, width, c3 = qkv.shape
     n, head_dim = window_size[0] * window_size[1], c3 // 3 // num_heads
     windows = batch * height * width // n
@@ -242,7 +247,8 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     kernel = backward_kernel if single_tile(*which) else backward_large_kernel
     kernel[(num_heads * groups,)](
         *arguments, **common, ROWS=tiling.ROWS, KEYS=tiling.KEYS, num_warps=tiling.num_warps)
-    return dqkv, *_reduce(partial, dscale, logit_scale)
+    dbias, total = _reduce(partial, dscale, logit_scale)
+    return dqkv, dbias, lse.new_empty(0) if total is None else total
 
 
 def _reduce(partial: Tensor | None, dscale: Tensor | None, logit_scale: Tensor | None

@@ -7,6 +7,7 @@ all tiles of queries attend to one chunk of keys after the other, under an onlin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from .layout import pair
 from .triton_backward import backward, backward_kernel, backward_large_kernel, reduce_kernel, single_tile
 from .triton_backward import config as backward_config
 from .triton_tiles import (
@@ -41,7 +43,7 @@ from .triton_tiles import (
     window_seams,
 )
 
-__all__ = ["aot_cases", "backward", "forward", "traffic"]
+__all__ = ["aot_cases", "backward", "forward"]
 
 
 @triton.jit
@@ -177,11 +179,11 @@ def config(n: int, head_dim: int, dtype: torch.dtype) -> Tiling:
 
 
 def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int,
-            window_size: tuple[int, int], shift_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel.
+            window_size: Sequence[int], shift_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel; arguments and results as the op ``fastmim::window_attention``.
 
     Args:
-        qkv: (B, H, W, 3C) contiguous; bfloat16, float16 or float32.
+        qkv: (B, H, W, 3C); bfloat16, float16 or float32.
         bias: (heads, N, N), float32 or narrower.
         logit_scale: num_heads values, or None for softmax(q·k/√d).
         num_heads: Number of heads; divides C.
@@ -195,6 +197,7 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
     Raises:
         ValueError: An image has more than 2^31 values, beyond the kernels' offsets within an image.
     """
+    qkv, window_size, shift_size = qkv.contiguous(), pair(window_size), pair(shift_size)
     batch, height, width, c3 = qkv.shape
     if height * width * c3 >= 2**31:
         raise ValueError(f"window_attention: an image of qkv must have fewer than 2^31 values, got {tuple(qkv.shape)}")
@@ -211,24 +214,6 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
         **common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype), **tile_constexprs(n, tiling),
         num_warps=tiling.num_warps)
     return out, lse
-
-
-def traffic(batch: int, height: int, width: int, channels: int, num_heads: int, window_size: tuple[int, int],
-            dtype_bytes: int, backward: bool) -> tuple[int, int, int]:
-    """(bytes read, bytes written, FLOPs) at the least, with a float32 bias that is read once.
-
-    Forward: reads 3C and writes C a token, and writes the log-sum-exp. Backward: reads qkv, the output (but up
-    to 64 tokens on one chunk of keys), its gradient and the log-sum-exp, writes 3C a token and the bias gradient;
-    five products instead of two. Not counted, since they stay in L1 or L2: the bias read again for every window
-    beyond 64 tokens, and there in backward the program's own bias gradient and a second read of q.
-    """
-    n = window_size[0] * window_size[1]
-    tokens = batch * height * width
-    row, lse, bias = tokens * channels * dtype_bytes, tokens * num_heads * 4, num_heads * n * n * 4
-    product = 2 * tokens * n * channels
-    if backward:
-        return 5 * row + lse + bias, 3 * row + bias, 5 * product
-    return 3 * row + bias, row + lse, 2 * product
 
 
 _SHAPES = {  # name: (window, heads, head_dim, cosine) of a shifted block, at 192 px where the window allows

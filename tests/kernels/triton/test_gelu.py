@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmim_kernels.mlp import gelu_on_triton as kernels
-from fastmim_kernels.mlp.gelu import _op
+from fastmim_kernels.mlp.gelu import OP
 from fastmim_kernels.mlp.gelu import traffic as closed_form
 from tests.kernels.oracle import check
 from tests.kernels.test_gelu import SHAPES, inputs_for, plain, with_impl
@@ -39,7 +39,7 @@ def test_normal_distribution_function_is_exact_to_float32() -> None:
 def test_opcheck(bias: bool) -> None:
     inputs, _ = inputs_for((2, 3, 16), bias)
     args = [inputs[n].float().requires_grad_() if n in inputs else None for n in ("x", "bias")]
-    torch.library.opcheck(_op, (*args, "triton"))
+    torch.library.opcheck(OP.forward.op, (*args, "triton"))
 
 
 @pytest.mark.parametrize("bias", [False, True])

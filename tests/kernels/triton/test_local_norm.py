@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmim_kernels import local_norm_target
-from fastmim_kernels.local_norm.op import _op
+from fastmim_kernels.local_norm.op import OP
 from tests.kernels.test_local_norm import CASES, images_for, loops
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -31,4 +31,4 @@ def test_flat_images_give_exact_zeros() -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(_op, (images_for((1, 1, 8, 8)), 5, "triton"))
+    torch.library.opcheck(OP.forward.op, (images_for((1, 1, 8, 8)), 5, "triton"))

@@ -5,7 +5,7 @@ import torch
 
 from fastmim_kernels import mask_tokens
 from fastmim_kernels.mask_tokens import on_triton as kernels
-from fastmim_kernels.mask_tokens.op import _op
+from fastmim_kernels.mask_tokens.op import OP
 from tests.kernels.oracle import check
 from tests.kernels.test_mask_tokens import VARIANTS, inputs_for, with_impl
 
@@ -42,7 +42,7 @@ def test_infinite_hidden_tokens_are_never_read() -> None:
 def test_opcheck(variant: str) -> None:
     inputs, names = inputs_for((2, 2, 2, 8), variant)
     args = {k: v.float().requires_grad_() if k in names else v for k, v in inputs.items()}
-    torch.library.opcheck(_op, (args["tokens"], args["mask"], args["mask_token"], args.get("norm_weight"),
+    torch.library.opcheck(OP.forward.op, (args["tokens"], args["mask"], args["mask_token"], args.get("norm_weight"),
                                 args.get("norm_bias"), args.get("pos_embed"), 1e-5, torch.float32, "triton"))
 
 

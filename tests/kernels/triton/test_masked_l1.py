@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmim_kernels import linear_masked_l1, masked_l1
-from fastmim_kernels.masked_loss.op import _op
+from fastmim_kernels.masked_loss.op import OP
 from tests.kernels.test_masked_l1 import GEOMETRIES, check_both, inputs_for, operands
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -39,7 +39,7 @@ def test_nothing_masked_is_zero() -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(_op, (*operands(inputs_for(GEOMETRIES[3], False), False)[:-1], "triton"))
+    torch.library.opcheck(OP.forward.op, (*operands(inputs_for(GEOMETRIES[3], False), False)[:-1], "triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmim_kernels.mlp.op import _op
+from fastmim_kernels.mlp.op import OP
 from tests.kernels.oracle import check
 from tests.kernels.test_mlp import BF16, F32, NAMES, inputs_for, plain, with_impl
 
@@ -23,4 +23,4 @@ def test_against_float64(biases: str, recompute_fc1: bool, x: torch.dtype, param
 def test_opcheck() -> None:
     inputs, _ = inputs_for((2, 3, 16), 24, 8)
     args = [inputs[n].float().requires_grad_() for n in NAMES]
-    torch.library.opcheck(_op, (*args, None, None, False, "triton"))
+    torch.library.opcheck(OP.forward.op, (*args, None, None, False, "triton"))

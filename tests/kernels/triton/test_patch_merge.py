@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmim_kernels.patch_merge import on_triton as kernels
-from fastmim_kernels.patch_merge.op import _op
+from fastmim_kernels.patch_merge.op import OP
 from fastmim_kernels.patch_merge.op import traffic as closed_form
 from tests.kernels.oracle import check
 from tests.kernels.test_patch_merge import BF16, F32, SHAPES, STREAMS, inputs_for, with_impl
@@ -39,7 +39,7 @@ def test_float16() -> None:
 def test_opcheck(norm: bool) -> None:
     inputs, _ = inputs_for((2, 3, 4, 8), norm)
     args = [inputs[n].float().requires_grad_() if n in inputs else None for n in ("x", "weight", "bias")]
-    torch.library.opcheck(_op, (*args, 1e-5, BF16, "triton"))
+    torch.library.opcheck(OP.forward.op, (*args, 1e-5, BF16, "triton"))
 
 
 @pytest.mark.parametrize("stream", [F32, BF16])

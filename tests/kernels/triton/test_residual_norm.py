@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmim_kernels.residual_norm import on_triton as kernels
-from fastmim_kernels.residual_norm.op import _op
+from fastmim_kernels.residual_norm.op import OP
 from fastmim_kernels.residual_norm.op import traffic as closed_form
 from tests.kernels.oracle import check
 from tests.kernels.test_residual_norm import (
@@ -77,7 +77,8 @@ def test_one_result_alone() -> None:
 @pytest.mark.parametrize("order, given", [("pre", ""), ("post", "scale+branch_bias")])
 def test_opcheck(order: str, given: str) -> None:
     args = op_args(inputs_for((2, 3, 16), given), order, BF16, "triton")
-    torch.library.opcheck(_op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(OP.forward.op, args,
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 @pytest.mark.parametrize("stream", [F32, BF16])

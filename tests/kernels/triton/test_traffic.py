@@ -53,8 +53,8 @@ def masked_l1_case(direction: str, dtype: torch.dtype) -> Case:
         closed = masked_l1_traffic((2, 2, 2), 3, 32, 512, hit=0.5, itemsize=2, target_itemsize=target.element_size())
         if direction == "forward":
             return lambda: masked_l1_kernels.forward(prediction, target, mask, *stats, 32, "l1"), sum(closed[0][:2])
-        return lambda: masked_l1_kernels.backward(torch.ones(()), prediction, target, mask, *stats, 32,
-                                                  "l1"), sum(closed[1][:2])
+        return lambda: masked_l1_kernels.backward(torch.ones(()), prediction, target, mask, *stats,
+                                                  torch.ones(()), 32, "l1"), sum(closed[1][:2])
     return build
 
 

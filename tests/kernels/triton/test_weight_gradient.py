@@ -9,7 +9,7 @@ from torch import Tensor
 from fastmim_kernels import linear
 from fastmim_kernels.common import arrival
 from fastmim_kernels.linear import weight_gradient as kernels
-from fastmim_kernels.linear.op import _op
+from fastmim_kernels.linear.op import OP
 from tests.kernels.oracle import check, relative_error
 from tests.kernels.triton.test_linear_gelu import BF16, F16, F32, backwards, judge
 
@@ -91,7 +91,7 @@ def test_linear(bias: bool, x: torch.dtype, parameters: torch.dtype) -> None:
 
 def test_opcheck() -> None:
     args = [torch.randn(size, requires_grad=True) for size in ((2, 3, 16), (24, 16), (24,))]
-    torch.library.opcheck(_op, (*args, None, None, "triton"))
+    torch.library.opcheck(OP.forward.op, (*args, None, None, "triton"))
 
 
 def test_float64_is_refused() -> None:

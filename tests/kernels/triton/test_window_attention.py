@@ -14,7 +14,7 @@ from fastmim_kernels.window_attention import triton_forward as kernels
 from fastmim_kernels.window_attention import (
     triton_tiles as window_tiles,
 )
-from fastmim_kernels.window_attention.op import _op, window_attention
+from fastmim_kernels.window_attention.op import OP, traffic, window_attention
 from tests.kernels.oracle import check, run
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -131,7 +131,7 @@ def test_zero_vectors_are_finite() -> None:
 def test_opcheck() -> None:
     inputs, names = inputs_for("rectangle shifted along one axis only")
     qkv, bias, scale = (inputs[n].requires_grad_() for n in ("qkv", "bias", "logit_scale"))
-    torch.library.opcheck(_op, (qkv, bias, scale, 2, (4, 3), (2, 0), "triton"))
+    torch.library.opcheck(OP.forward.op, (qkv, bias, scale, 2, (4, 3), (2, 0), "triton"))
 
 
 @pytest.mark.parametrize("window, heads", [(6, 2), (9, 1)])
@@ -141,9 +141,7 @@ def test_bytes(window: int, heads: int, byte_counter, monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "window_groups", lambda *args: groups)
     qkv = torch.randn(batch, window, window, 3 * heads * 32).bfloat16()
     bias, scale, size = torch.zeros(heads, n, n), torch.zeros(heads), (window, window)
-    least = [
-        sum(kernels.traffic(batch, window, window, heads * 32, heads, size, 2, back)[:2]) for back in (False, True)
-    ]
+    least = [sum(moved[:2]) for moved in traffic(qkv.shape, heads, size)]
     byte_counter.reset()
     out, lse = kernels.forward(qkv, bias, scale, heads, size, (0, 0))
     # Up to 64 tokens a program reads its bias once, beyond from L1 for every window.

@@ -1,0 +1,38 @@
+"""A linear layer on a GPU: cuBLAS, but for gradients that one pass gives together.
+
+The gradient of the bias comes with the weight's, and the sum of the gradients of two readers of x with the input's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import on_torch
+from .on_torch import forward
+from .product_add import product_add
+from .weight_gradient import weight_gradient
+
+__all__ = ["backward", "forward", "input_gradient", "parameter_gradients"]
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype,
+             add: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::linear_backward``."""
+    grad = grad.reshape(-1, grad.shape[-1]).contiguous()
+    dx = input_gradient(grad, weight, add).view(x.shape) if need_x else x.new_empty(0)
+    return dx, *parameter_gradients(grad, x.reshape(-1, x.shape[-1]), weight_dtype, has_bias)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
+    """As :func:`.on_torch.input_gradient`."""
+    if add is None:
+        return on_torch.input_gradient(grad, weight, None)
+    return product_add(grad, weight, add.reshape(-1, add.shape[-1]))
+
+
+def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`.on_torch.parameter_gradients`."""
+    if not has_bias:
+        return on_torch.parameter_gradients(grad, x, dtype, False)
+    return weight_gradient(grad, x.contiguous(), dtype)

@@ -1,0 +1,68 @@
+"""``linear_masked_l1`` in torch, loss and gradients a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.token_layout import (
+    cover,
+    loss_gradient_,
+    loss_sum,
+    masked_difference,
+    normalised,
+    patchify,
+    pixel_scale,
+    token_cells,
+    token_chunks,
+)
+from .inputs import buffers, loss_dtype
+
+
+def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, mean: Tensor | None,
+            std: Tensor | None, stride: int, loss: str, dtype: torch.dtype, grads: bool
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::linear_masked_l1``."""
+    wide = loss_dtype(dtype, target.dtype)
+    total = tokens.new_zeros((), dtype=wide)
+    d_tokens, d_weight, d_bias = buffers(tokens, weight, bias, wide, grads)
+    grid = tokens.shape[1:3]
+    cells = token_cells(mask, target.shape[2:], grid, stride)
+    patches = patchify(cover(grid, target, stride), stride).flatten(0, 2)
+    head, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, d_x = tokens.flatten(0, 2), d_tokens.flatten(0, 2) if grads else d_tokens
+    first = True
+    for rows, chosen in token_chunks(cells):
+        chunk = x[rows].to(dtype)
+        pixels = normalised(patches[rows].unflatten(1, (-1, stride, stride)), mean, std, wide)
+        difference = masked_difference(F.linear(chunk, head, shift), pixels, chosen)
+        total += loss_sum(difference, loss)
+        if grads:
+            slope = loss_gradient_(difference, loss).flatten(1)
+            if bias is not None:
+                d_bias += slope.sum(0)
+            slope = slope.to(dtype)
+            d_x[rows] = (slope @ head).to(d_x.dtype)
+            if dtype == wide:
+                # beta 0 ignores what the buffer holds.
+                d_weight.addmm_(slope.T, chunk, beta=0 if first else 1)
+            elif first:
+                d_weight.copy_(slope.T @ chunk)
+            else:
+                d_weight += slope.T @ chunk
+            first = False
+    if grads and first:
+        d_weight.zero_()
+    scale = pixel_scale(target, mask, total.dtype)
+    return total * scale, scale, d_tokens, d_weight, d_bias
+
+
+def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor,
+             weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::linear_masked_l1_backward``."""
+    factor = grad * scale
+    # A 0-d factor would be rounded to the dtype of the tensor it scales: widen first.
+    wide = factor.dtype
+    return (d_tokens.to(wide) * factor).to(d_tokens.dtype), (d_weight * factor).to(weight_dtype), \
+        (d_bias * factor).to(bias_dtype)
