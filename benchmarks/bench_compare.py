@@ -21,19 +21,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import harness, measure, providers  # noqa: E402
+from benchmarks import harness, measure, options  # noqa: E402
+from benchmarks.options import describe  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
-from benchmarks.reference import commit_of, find_clones  # noqa: E402
 from benchmarks.seat import Caller, take_seats  # noqa: E402
 from fastmim.engine.distributed import World, distributed  # noqa: E402
 
-CASES = ("swinv2_base+47", "swinv2_base", "swin_base", "vit_base")
-PROVIDERS = (
-    "fastmim", "fastmim-compiled", "timm", "timm-compiled", "microsoft-simmim", "microsoft-swin", "lightly",
-    "mmpretrain",
-)  # fmt: skip
 JUDGES = ("microsoft-swin", "microsoft-simmim", "timm")
-RESULTS = harness.RESULTS / "measurements.csv"
 
 
 def measure_case(
@@ -78,18 +72,6 @@ def refused(losses: dict[str, tuple[float, float]], case: Case, baseline: str, q
     return found
 
 
-def describe(case: Case, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Columns that say what was measured, on what."""
-    out = {"case": case.name, "dtype": case.dtype, "batch": case.batch, "img_size": case.encoder()["img_size"],
-           "ranks": ranks, "device": case.device, **harness.environment()}  # fmt: skip
-    if case.device == "cuda":
-        out["machine"] = torch.cuda.get_device_name()
-    if args.reference:
-        clones = find_clones(args.reference)
-        out["reference"] = " ".join(f"{name}@{commit_of(path)}" for name, path in clones.items())
-    return out
-
-
 def gpu_columns(seat: Caller, case: Case, images_per_sec: float) -> dict[str, str]:
     """Shares of the peak and of the modelled roofline, and energy, where there is a GPU."""
     if case.device != "cuda":
@@ -125,7 +107,7 @@ def show(row: dict[str, Any]) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.py step", description=__doc__)
-    add_shared(parser)
+    options.add_shared(parser)
     parser.add_argument("--baseline", default="fastmim", help="provider that ratios are against")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each provider")
     parser.add_argument("--warm-up", type=int, default=5, help="steps of each before them, beside the loss check's")
@@ -137,31 +119,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def add_shared(parser: argparse.ArgumentParser) -> None:
-    """Options that say which step is measured."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--cases", nargs="+", default=list(CASES), help="sizes; +47 = normalised target of 47 pixels")
-    parser.add_argument("--dtypes", nargs="+", default=list(providers.DTYPES), choices=providers.DTYPES)
-    parser.add_argument("--batch", type=int, nargs="+", default=[4 if device == "cpu" else 128], help="images a rank")
-    parser.add_argument("--img-size", type=int, nargs="+", default=[None], help="pixels; default: the size's own")
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), help="each also with -compiled")
-    parser.add_argument("--reference", metavar="DIR", help="clone(s) of microsoft/SimMIM, Swin-Transformer")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch (shared by --ranks); default: its own")
-    parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-
-
-def cases(args: argparse.Namespace) -> list[Case]:
-    """Every combination that the options ask for."""
-    return [
-        Case(name, dtype, batch, size, args.device)
-        for name in args.cases
-        for size in args.img_size
-        for batch in args.batch
-        for dtype in args.dtypes
-    ]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -171,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)  # what the rows say
     wrong = 0
     with distributed() as world:
-        for case in cases(args):
+        for case in options.cases(args):
             rows, count = measure_case(case, args, world, apart=world.size == 1)
             wrong += count
             if world.is_main:

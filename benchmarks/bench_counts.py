@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import bench_compare, harness, op_count, providers  # noqa: E402
+from benchmarks import harness, op_count, options, providers  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 
@@ -37,7 +37,7 @@ def builder(name: str, case: Case, reference: str | None) -> Callable[[], nn.Mod
         Unavailable: the provider has no such model.
     """
     if name in providers.PRESETS:
-        return lambda: case.build(impl="auto")
+        return lambda: case.build()
     module = providers.foreign_module(name, case, case.weights(), reference)
     for part in module.modules():
         if hasattr(part, "fused_attn"):
@@ -63,7 +63,7 @@ def model_gflop(case: Case) -> float:
     """GFLOP an image of the plain objective's matrix products, forward and backward: what the step must at least do."""
     fake = FakeTensorMode()
     with fake, mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor):
-        objective: Any = case.build(impl="reference").train()
+        objective: Any = case.build(kernels="reference").train()
         images = torch.empty(1, objective.in_chans, *objective.img_size)
         mask = torch.empty(1, *objective.encoder.grid, dtype=torch.bool)
         with FlopCounterMode(display=False) as counter:
@@ -83,7 +83,7 @@ def modelled_seconds(case: Case, device_name: str) -> float | None:
 def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """CSV rows of one case."""
     shared = {"benchmark": "counts", "note": "modelled on H100, not measured",
-              **bench_compare.describe(case, 1, args), "device": "none"}  # fmt: skip
+              **options.describe(case, 1, args), "device": "none"}  # fmt: skip
     rows = []
     for name in args.providers:
         try:
@@ -104,10 +104,10 @@ def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py counts", description=__doc__)
-    bench_compare.add_shared(parser)
-    parser.set_defaults(providers=list(COUNTED), batch=[128], dtypes=["bf16"], cases=list(bench_compare.CASES[1:]))
+    options.add_shared(parser)
+    parser.set_defaults(providers=list(COUNTED), batch=[128], dtypes=["bf16"], cases=list(options.CASES[1:]))
     args = parser.parse_args(argv)
-    for case in bench_compare.cases(args):
+    for case in options.cases(args):
         rows = measure_case(case, args)
         harness.append_rows(args.out, rows)
         for r in rows:

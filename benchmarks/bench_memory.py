@@ -17,11 +17,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import bench_compare, harness  # noqa: E402
+from benchmarks import bench_compare, harness, options  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from benchmarks.seat import call_apart  # noqa: E402
 
-PROVIDERS = (*bench_compare.PROVIDERS, "fastmim-recompute-fc1_qkv", "fastmim-recompute-full")
+PROVIDERS = (*options.PROVIDERS, "fastmim-recompute-fc1_qkv", "fastmim-recompute-full")
 
 Found = tuple[dict[str, str], tuple[float, float]]
 
@@ -42,20 +42,20 @@ def measure_case(case: Case, args: argparse.Namespace) -> tuple[list[dict[str, A
             found[name] = columns
     losses = {name: own for name, (_, own) in found.items()}
     refused = bench_compare.refused(losses, case, next(iter(losses), ""))
-    shared = {"benchmark": "memory", **bench_compare.describe(case, 1, args)}
+    shared = {"benchmark": "memory", **options.describe(case, 1, args)}
     kept = {name: columns for name, (columns, _) in found.items() if name not in refused}
     return [shared | columns | {"provider": name} for name, columns in kept.items()], len(refused)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py memory", description=__doc__)
-    bench_compare.add_shared(parser)
+    options.add_shared(parser)
     parser.set_defaults(providers=list(PROVIDERS))
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)  # what the rows say
     refused = 0
-    for case in bench_compare.cases(args):
+    for case in options.cases(args):
         rows, count = measure_case(case, args)
         refused += count
         harness.append_rows(args.out, rows)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import fastmim  # noqa: E402
-from benchmarks import bench_compare, harness, measure  # noqa: E402
+from benchmarks import harness, measure, options  # noqa: E402
 from benchmarks.providers import CLIP, Case  # noqa: E402
 from benchmarks.reference import KINDS, build_reference, case_config, find_clones, load_modules  # noqa: E402
 from fastmim.engine.metrics import read_rows  # noqa: E402
@@ -220,7 +220,7 @@ def measure_run(case: str, dtype: str, args: argparse.Namespace, data: str) -> l
     torch.set_num_threads(threads)
     shared = {"benchmark": "pretrain", "baseline": "fastmim", "rounds": args.rounds,
               "note": f"{args.steps} steps, {args.workers} workers",
-              **bench_compare.describe(Case(case, dtype, args.batch), 1, args)}  # fmt: skip
+              **options.describe(Case(case, dtype, args.batch), 1, args)}  # fmt: skip
     return [shared | {"provider": name} | columns(own, runs["fastmim"], args.batch) for name, own in runs.items()]
 
 
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="folder with JPEG files in a sub-folder; default: tiles of photographs")
     parser.add_argument("--reference", metavar="DIR", help="clone(s) of " + ", ".join(KINDS))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of our config")
-    parser.add_argument("--out", type=Path, default=bench_compare.RESULTS)
+    parser.add_argument("--out", type=Path, default=options.RESULTS)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import bench_compare, harness  # noqa: E402
+from benchmarks import harness, options  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from benchmarks.seat import PROFILED_STEPS as STEPS  # noqa: E402
 from benchmarks.seat import call_apart  # noqa: E402
@@ -54,7 +54,7 @@ def by_kind(events: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """CSV rows of one case, one per provider and kind; each provider runs in a process of its own."""
-    shared = {"benchmark": "profile", "rounds": STEPS, **bench_compare.describe(case, 1, args)}
+    shared = {"benchmark": "profile", "rounds": STEPS, **options.describe(case, 1, args)}
     rows = []
     for name in args.providers:
         events = call_apart("profile", name, case, args)
@@ -75,13 +75,13 @@ def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py profile", description=__doc__)
-    bench_compare.add_shared(parser)
+    options.add_shared(parser)
     parser.set_defaults(providers=list(PROVIDERS))
     parser.add_argument("--top", type=int, default=0, help="also the longest single ops")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    for case in bench_compare.cases(args):
+    for case in options.cases(args):
         harness.append_rows(args.out, measure_case(case, args))
         gc.collect()
     return 0

@@ -17,9 +17,10 @@ import time
 import torch
 
 from fastmim.config import load_config
-from fastmim.engine import train as training
+from fastmim.data import Batch
+from fastmim.engine.build import make_deepspeed_config, make_engine, make_objective
 from fastmim.engine.distributed import distributed, exit_process
-from fastmim.engine.stream import batch_sizes
+from fastmim.engine.loop import train_step
 
 GIB = 2**30
 
@@ -50,27 +51,22 @@ def main() -> None:
 
 
 def measure(cfg, world) -> dict:
-    accum, _ = batch_sizes(
-        micro_batch_size=cfg.train.micro_batch_size, grad_accum_steps=1, global_batch_size=None, world_size=world.size
-    )
     report: dict = {"import_gib": round(peak_rss(), 2)}
-    deepspeed = training.make_deepspeed_config(cfg, world, accum)
+    deepspeed = make_deepspeed_config(cfg, world)
     start = time.perf_counter()
-    objective = training.make_objective(cfg, world, deepspeed)
+    objective = make_objective(cfg, world, deepspeed)
     report |= {"construct_s": round(time.perf_counter() - start, 1), "construct_gib": round(peak_rss(), 2)}
     report["parameters"] = sum(p.ds_numel for p in objective.parameters())
-    engine = training.make_engine(cfg, objective, world, accum, deepspeed)
+    engine = make_engine(cfg, objective, world, deepspeed)
     gc.collect()
     report["engine_gib"] = round(peak_rss(), 2)
     images = torch.randn(cfg.train.micro_batch_size, objective.in_chans, *objective.img_size)
-    mask = objective.random_mask(torch.arange(len(images)))
+    batches = iter([(0, Batch(images, torch.arange(len(images))))])
     start = time.perf_counter()
-    engine.set_lr(1e-4)
-    engine.backward(engine(images, mask)["loss"])
-    engine.step()
-    loss, norm = engine.read()
+    train_step(engine, batches, lr=1e-4, seed=0, total=1, steps_per_epoch=1)
+    means = engine.read()
     report |= {"step_s": round(time.perf_counter() - start, 1), "peak_gib": round(peak_rss(), 2)}
-    return report | {"loss": loss, "grad_norm": norm, "held_gib": {k: v / GIB for k, v in engine.held_bytes().items()}}
+    return report | means | {"held_gib": {k: v / GIB for k, v in engine.held_bytes().items()}}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +23,59 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 from benchmarks.op_count import versions, write  # noqa: E402
-from fastmim import create_objective  # noqa: E402
-from fastmim.engine.local import LocalEngine  # noqa: E402
-from fastmim.engine.optim import build_optimizer, param_groups  # noqa: E402
-from fastmim.engine.recompute import POLICIES, apply_recompute  # noqa: E402
+from fastmim.config import Config  # noqa: E402
+from fastmim.data import Batch  # noqa: E402
+from fastmim.engine.build import make_engine, recomputed_objective  # noqa: E402
+from fastmim.engine.distributed import World  # noqa: E402
+from fastmim.engine.loop import train_step  # noqa: E402
+from fastmim.engine.recompute import POLICIES  # noqa: E402
 from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.memory import LIBRARIES, memory  # noqa: E402
 from fastmim.plan.trace import Footprint, fake_values, trace  # noqa: E402
 from fastmim_kernels.common.dispatch import as_on_a_gpu  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "check_plan.csv"
-ACCUM = 2
+ACCUM, STEPS = 2, 2
 TOLERANCE = 0.10
 
 
-def builder(encoder: dict[str, Any], policy: str) -> Callable[[], Any]:
-    """The objective of the SwinV2 recipes under a recomputation policy."""
+def config(encoder: dict[str, Any], policy: str, batch: int) -> Config:
+    """A run of the SwinV2 recipes under a recomputation policy."""
+    return Config.model_validate({
+        "model": encoder,
+        "objective": {"norm_target": 47},
+        "train": {"micro_batch_size": batch, "grad_accum_steps": ACCUM, "steps": STEPS, "epochs": None},
+        "efficiency": {"precision": "bf16", "recompute": policy},
+    })  # fmt: skip
 
-    def build() -> Any:
-        objective = create_objective("simmim", encoder=encoder, norm_target=47)
-        apply_recompute(objective, policy)
-        return objective
 
-    return build
-
-
-def tracked_peak(build: Callable[[], Any], batch: int, dtype: torch.dtype = torch.bfloat16) -> int:
+def tracked_peak(cfg: Config, dtype: torch.dtype = torch.bfloat16) -> int:
     """Most bytes that MemTracker saw alive in two optimiser steps of LocalEngine."""
+    tracker = MemTracker()
     with FakeTensorMode(), as_on_a_gpu(), fake_values():
-        objective = build().train()
-        optimizer = build_optimizer("adamw", param_groups(objective, 0.05), 1e-4)
-        engine = LocalEngine(
-            objective, optimizer, grad_accum_steps=ACCUM, clip_grad=5.0, precision="bf16", check_every_step=False
-        )
-        tracker = MemTracker()
-        tracker.track_external(objective, optimizer)
+        objective = recomputed_objective(cfg).train()
+        engine: Any = make_engine(cfg, objective, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
+        engine.check_every_step = False  # as on a GPU
+        tracker.track_external(objective, engine.optimizer)
         with tracker, cuda_autocast(dtype):
-            for micro in range(2 * ACCUM):
-                objective.set_micro_batch(micro % ACCUM, ACCUM)
-                images = torch.empty(batch, objective.in_chans, *objective.img_size, dtype=torch.uint8)
-                mask = torch.empty(batch, *objective.encoder.grid, dtype=torch.bool)
-                loss = engine(images, mask)["loss"]
-                engine.backward(loss)
-                engine.step()
-                tracker.reset_mod_stats()
+            batches = _batches(objective, cfg.train.micro_batch_size, tracker)
+            for _ in range(STEPS):
+                train_step(engine, batches, lr=1e-4, seed=0, total=STEPS, steps_per_epoch=STEPS)
         return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
 
 
-def planned_peak(build: Callable[[], Any], batch: int) -> float:
+def _batches(objective: Any, batch: int, tracker: MemTracker) -> Iterator[tuple[int, Batch]]:
+    while True:
+        tracker.reset_mod_stats()  # it expects a module to run once
+        images = torch.empty(batch, objective.in_chans, *objective.img_size, dtype=torch.uint8)
+        yield 0, Batch(images, torch.arange(batch))
+
+
+def planned_peak(cfg: Config) -> float:
     """The planner's total without the libraries' constant."""
-    plan = memory(Footprint(*trace(build)), stage=0, gpus=1, micro_batch=batch, grad_accum_steps=ACCUM)
-    return plan.total - LIBRARIES
+    footprint = Footprint(*trace(lambda: recomputed_objective(cfg)))
+    batch, accum = cfg.train.micro_batch_size, cfg.train.grad_accum_steps
+    return memory(footprint, stage=0, gpus=1, micro_batch=batch, grad_accum_steps=accum).total - LIBRARIES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for name in args.models:
         for policy in args.policies:
-            build = builder({"name": name, "drop_path_rate": 0.1}, policy)
-            planned, tracked = planned_peak(build, args.batch), tracked_peak(build, args.batch)
+            cfg = config({"name": name, "drop_path_rate": 0.1}, policy, args.batch)
+            planned, tracked = planned_peak(cfg), tracked_peak(cfg)
             off = planned / tracked - 1
             rows.append(
                 {

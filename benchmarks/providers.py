@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from benchmarks.baseline import timm_objective
 from benchmarks.reference import KINDS, build_reference, case_config, find_clones
 from benchmarks.third_party import lightly_objective, mmpretrain_objective
+from fastmim.config import Config
+from fastmim.engine.build import make_engine, recomputed_objective
 from fastmim.engine.distributed import World
-from fastmim.engine.local import LocalEngine
-from fastmim.engine.optim import build_optimizer, param_groups
-from fastmim.engine.recompute import POLICIES, apply_recompute
+from fastmim.engine.recompute import POLICIES
 from fastmim.interop import load_reference
 from fastmim.models import expand_size
-from fastmim.objectives import create_objective
 
 LR, WEIGHT_DECAY, CLIP = 1e-4, 0.05, 5.0
 DTYPES = ("fp32", "bf16")
@@ -81,9 +80,19 @@ class Case:
     def norm_target(self) -> int:
         return int(self.name.partition("+")[2] or 0)
 
-    def build(self, **kwargs: Any) -> nn.Module:
-        """Our objective for this case."""
-        return create_objective("simmim", encoder=self.encoder(), norm_target=self.norm_target, **kwargs)
+    def config(self, **efficiency: Any) -> Config:
+        """Of a run that takes this case's step; ``efficiency`` are keys of that section."""
+        return Config.model_validate({
+            "model": self.encoder(),
+            "objective": {"norm_target": self.norm_target},
+            "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY, "clip_grad": CLIP},
+            "train": {"micro_batch_size": self.batch},
+            "efficiency": {"precision": self.dtype, **efficiency},
+        })  # fmt: skip
+
+    def build(self, **efficiency: Any) -> Any:
+        """Our objective for this case, as :meth:`config` says."""
+        return recomputed_objective(self.config(**efficiency))
 
     def weights(self) -> nn.Module:
         """An objective that holds the first weights of every provider."""
@@ -138,18 +147,11 @@ def build(name: str, case: Case, source: nn.Module, *, reference: str | None = N
 
 
 def _ours(name: str, case: Case, source: nn.Module, preset: dict[str, Any], world: World | None) -> Provider:
-    objective = case.build(impl=preset.get("kernels", "auto"))
+    objective = case.build(**preset)
     objective.load_state_dict(source.state_dict())
-    apply_recompute(objective.to(case.device).train(), preset.get("recompute", "none"))
-    groups = param_groups(objective, WEIGHT_DECAY, "default")
-    engine = LocalEngine(
-        objective,
-        build_optimizer("adamw", groups, LR, fused=preset.get("fused_optimizer", "auto")),
-        clip_grad=CLIP,
-        precision=case.dtype,
-        compile=preset["compile"],
-        world=world,
-    )
+    objective.to(case.device).train()
+    world = world or World(rank=0, size=1, local_rank=0, device=torch.device(case.device))
+    engine = make_engine(case.config(**preset), objective, world)
     return Provider(name, objective, lambda images, mask: engine(images, mask)["loss"], engine.backward, engine.step)
 
 

@@ -204,7 +204,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from fastmim.engine.convert import convert
+    from fastmim.engine.checkpoint import convert
 
     _print(f"{convert(options.checkpoint, options.out, whole=options.whole)}\n")
     return 0

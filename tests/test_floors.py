@@ -35,10 +35,11 @@ ALLOWED = {
     "fastmim.data": {"fastmim_kernels"},
     "fastmim_kernels": set(),
 }
-# Two commands build what train() builds, and are beside the cli for length only.
+# train() and what it builds from; two commands build the same, and are beside the cli for length only.
 CONFIG_READERS = {
     "fastmim",
     "fastmim.cli",
+    "fastmim.engine.build",
     "fastmim.engine.train",
     "fastmim.plan.command",
     "fastmim.profile.command",

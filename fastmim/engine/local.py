@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from fastmim.engine import distributed
+from fastmim.engine.base import Engine
+from fastmim.engine.checkpoint.shards import MODEL_FILE, OPTIMIZER_FILE, STEP, WEIGHT, Shards, is_sharded
 from fastmim.engine.distributed import World
-from fastmim.engine.fragments import STEP
-from fastmim.engine.nonfinite import NonFiniteError, find_nonfinite
-from fastmim.engine.shards import WEIGHT, Shards, is_sharded
-
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
+from fastmim.engine.nonfinite import NonFiniteError
 
 
-class LocalEngine:
-    """Forward, backward and update of an objective.
+class LocalEngine(Engine):
+    """Forward, backward and update of an objective that every rank holds whole.
 
-    Call ``engine(images, mask)``, ``engine.backward(loss)`` and ``engine.step()`` once per micro-batch; the
-    update happens on every ``grad_accum_steps``-th. Nothing waits for the device except :meth:`read`.
+    Nothing waits for the device except :meth:`read` and :meth:`state`.
 
     An update with a non-finite gradient is not applied, nor is any after it; the first such step is
     remembered on the device and reported as :class:`NonFiniteError` by :meth:`read`, or by :meth:`step`
     itself with ``check_every_step``. A non-finite loss makes every gradient of its step non-finite, on every
-    rank.
+    rank. (Without the check the host does not know, and calls the objective's ``after_step`` all the same; no state
+    of such a run is ever saved.)
 
     Args:
-        objective: module with ``forward(images, mask) -> {"loss": scalar}``, on its device.
+        objective: module with ``forward(images, mask) -> {"loss": scalar, …}``, on its device.
         optimizer: a torch optimiser over its parameters. Unless it is fused, each update is checked on the
             host.
         grad_accum_steps: micro-batches per update; the loss is their mean.
@@ -46,9 +42,6 @@ class LocalEngine:
         check_every_step: look for non-finite values after every update; None: only on the CPU, where it is
             free.
     """
-
-    #: Rank 0 alone writes a checkpoint, and a forward pass needs no other rank.
-    sharded = collective = False
 
     def __init__(
         self,
@@ -64,22 +57,13 @@ class LocalEngine:
     ) -> None:
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"efficiency.precision={precision!r}: unknown; use fp32 or bf16")
-        self.objective = objective
-        self.optimizer = optimizer
-        self.grad_accum_steps = grad_accum_steps
-        self.clip_grad = clip_grad
-        self.precision = precision
-        self.steps = 0
         self._params = [param for param in objective.parameters() if param.requires_grad]
-        self.device = self._params[0].device
+        device = self._params[0].device
+        super().__init__(objective, optimizer, grad_accum_steps=grad_accum_steps, precision=precision, device=device)
+        self.clip_grad = clip_grad
         self._fused = all(bool(group.get("fused")) for group in optimizer.param_groups)
-        self.check_every_step = self.device.type == "cpu" if check_every_step is None else check_every_step
-        self._micro = 0
-        self._loss_count = 0
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._grad_norm = torch.zeros((), device=self.device)
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self._forward = self._wrap(compile, world)
+        self.check_every_step = device.type == "cpu" if check_every_step is None else check_every_step
+        self._module = self._wrap(compile, world)
 
     def _wrap(self, compile: bool, world: World | None) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
         module: nn.Module = self.objective
@@ -93,60 +77,22 @@ class LocalEngine:
             )
         return module
 
-    @property
-    def at_boundary(self) -> bool:
-        """True while the current micro-batch is the last one of its update."""
-        return self._micro == self.grad_accum_steps - 1
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision that the forward pass runs in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def set_lr(self, lr: float) -> None:
-        """Learning rate of the next update; a group's ``lr_scale`` multiplies it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-
-    def __call__(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Forward of one micro-batch: images (B, C, H, W), mask (B, H/p, W/p) bool -> {"loss": scalar}."""
-        module = self._forward
+    def _forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        module = self._module
         ddp = isinstance(module, DistributedDataParallel) and not self.at_boundary
         with module.no_sync() if ddp else nullcontext(), self.autocast():  # type: ignore[attr-defined]
             return module(images, mask)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's loss."""
-        value = loss.detach()
-        # 0·inf = NaN: an infinite L1 loss has finite gradients (signs), which must not pass as a good step.
-        # On finite losses the factor is exactly 1.
-        (loss * (value * 0 + 1) / self.grad_accum_steps).backward()
-        self._loss_sum += value
-        self._loss_count += 1
+    def _backward(self, loss: Tensor) -> None:
+        (loss / self.grad_accum_steps).backward()
 
-    def step(self) -> None:
-        """Count one micro-batch and update the parameters if it was the last of its update.
-
-        Raises:
-            NonFiniteError: with ``check_every_step``, if the update met a non-finite gradient.
-        """
-        if not self.at_boundary:
-            self._micro += 1
-            return
-        self._micro = 0
-        self.steps += 1
+    def _step(self, update: bool) -> bool:
+        if not update:
+            return False
         grads = [param.grad for param in self._params if param.grad is not None]
         self._grad_norm = get_total_norm(grads)
         if self.clip_grad and not self._within_clip():
             clip_grads_with_norm_(self._params, self.clip_grad, self._grad_norm)
-        self._guarded_update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _within_clip(self) -> bool:
-        """Whether clipping would multiply by 1: a pass over all gradients that a host that waits anyway can spare."""
-        assert self.clip_grad is not None
-        return self.check_every_step and float(self.clip_grad / (self._grad_norm + 1e-6)) >= 1
-
-    def _guarded_update(self) -> None:
         bad = ~torch.isfinite(self._grad_norm) & (self._first_bad < 0)
         self._first_bad.masked_fill_(bad, self.steps)
         is_bad = self._first_bad >= 0
@@ -156,51 +102,25 @@ class LocalEngine:
                 raise NonFiniteError(int(self._first_bad))
         else:
             # The fused kernel itself leaves everything as it is where found_inf is 1.
-            self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = is_bad.float()
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
 
-    def read(self) -> tuple[float, float]:
-        """Mean loss since the last call (over ranks too) and the last gradient norm before clipping.
-
-        The one host synchronisation of a logged step.
-
-        Raises:
-            NonFiniteError: some update since the last call met a non-finite gradient.
-        """
-        mean = distributed.all_reduce_mean(self._loss_sum / max(self._loss_count, 1))
-        values = torch.stack([mean, self._grad_norm.double(), self._first_bad.double()])
-        loss, norm, bad = values.tolist()
-        self._loss_sum.zero_()
-        self._loss_count = 0
-        if bad >= 0:
-            raise NonFiniteError(int(bad))
-        return loss, norm
-
-    def diagnose(self, images: Tensor, mask: Tensor) -> str | None:
-        """Name the first non-finite value of a micro-batch that :class:`NonFiniteError` was raised for."""
-        return find_nonfinite(self.objective, images, mask, self.autocast())
+    def _within_clip(self) -> bool:
+        """Whether clipping would multiply by 1: a pass over all gradients that a host that waits anyway can spare."""
+        assert self.clip_grad is not None
+        return self.check_every_step and float(self.clip_grad / (self._grad_norm + 1e-6)) >= 1
 
     def state(self) -> dict[str, Any]:
-        """The small state beside weights and moments, as JSON values. Every rank calls it; waits for the
-        device.
-
-        Raises:
-            NonFiniteError: some update since the last :meth:`read` met a non-finite gradient.
-        """
-        total = distributed.all_reduce_mean(self._loss_sum.clone())
-        loss_sum, bad = torch.stack([total, self._first_bad.double()]).tolist()
-        if bad >= 0:
-            raise NonFiniteError(int(bad))
-        state: dict[str, Any] = {"step": self.steps, "loss_sum": loss_sum, "loss_count": self._loss_count}
+        """See :meth:`Engine.state`."""
         # LAMB and apex' optimisers count updates in the group, torch's in the state of each parameter.
         counts = [int(group["step"]) for group in self.optimizer.param_groups if "step" in group]
-        return state | ({"group_steps": counts} if counts else {})
+        return super().state() | ({"group_steps": counts} if counts else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` returned."""
-        self.steps = int(state["step"])
-        self._loss_sum.fill_(state["loss_sum"])
-        self._loss_count = int(state["loss_count"])
+        super().load_state(state)
         if counts := state.get("group_steps"):
             current = self.optimizer.state_dict()
             for group, count in zip(current["param_groups"], counts, strict=True):

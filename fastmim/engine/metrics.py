@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class StepClock:
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """A phase of :func:`fastmim.engine.loop.train_step`: the host waits in "data" only."""
+        return self.waiting() if name == "data" else nullcontext()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

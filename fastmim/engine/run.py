@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from fastmim.engine import distributed
-from fastmim.engine.checkpoint import save_checkpoint
-from fastmim.engine.convert import consolidate
+from fastmim.engine.base import Engine
+from fastmim.engine.checkpoint import consolidate, save_checkpoint
 from fastmim.engine.distributed import World
-from fastmim.engine.local import LocalEngine
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
 from fastmim.engine.progress import Progress
-from fastmim.engine.zero import ZeroEngine
 from fastmim.evaluate.curve import save_curve
 from fastmim.evaluate.reconstruct import save_reconstruction
 from fastmim.evaluate.validation import validation_loss
@@ -52,6 +51,21 @@ class Intervals:
     picture: int = 0
 
 
+def make_folder(folder: Path) -> None:
+    """Create ``output.dir``.
+
+    Raises:
+        ValueError: it is a file, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        raise ValueError(f"output.dir={folder}: cannot be created ({reason}); choose another folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output.dir={folder}: cannot be written to; choose another folder")
+
+
 class Run:
     """The outputs of a run. Every rank has one; rank 0 writes and talks.
 
@@ -76,7 +90,7 @@ class Run:
         self,
         *,
         folder: Path,
-        engine: LocalEngine | ZeroEngine,
+        engine: Engine,
         world: World,
         start: int,
         total: int,
@@ -121,13 +135,13 @@ class Run:
         return step == self.total or (every > 0 and step % every == 0)
 
     def _log(self, step: int, lr: float, validate: bool) -> None:
-        loss, grad_norm = self.engine.read()
+        means = self.engine.read()
         steps = step - self._logged
         rates = self.clock.read(steps, steps * self.global_batch_size)
         memory, kind = peak_memory()
         epoch = step / self.loader.steps_per_epoch
-        row: dict[str, Any] = {"step": step, "epoch": epoch, "loss": loss, "lr": lr}
-        row |= {"grad_norm": grad_norm, **rates, "peak_memory_gib": memory, "memory_kind": kind}
+        row: dict[str, Any] = {"step": step, "epoch": epoch, "loss": means.pop("loss"), "lr": lr}
+        row |= {**means, **rates, "peak_memory_gib": memory, "memory_kind": kind}
         if validate:
             with self.clock.paused():
                 row["val_loss"] = self._validate()

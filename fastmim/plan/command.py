@@ -1,4 +1,4 @@
-"""``fastmim plan``: from a config to a plan. With :mod:`fastmim.cli` and ``train`` the only reader of the config."""
+"""``fastmim plan``: from a config to a plan."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from typing import Any
 
 from fastmim.config import Config
 from fastmim.data.source import open_index
+from fastmim.engine.build import recomputed_objective, step_sizes
 from fastmim.engine.precision import auto_is_fp32, precision_of
-from fastmim.engine.recompute import apply_recompute
-from fastmim.engine.stream import batch_sizes
-from fastmim.engine.train import build_objective
 
 from .hardware import Gpu, in_precision
 from .memory import LAYOUTS, Buckets
@@ -44,17 +42,12 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
         raise ValueError(f"--gpus {gpus}: must be at least 1")
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: must be at least 1")
-    accum, global_batch = batch_sizes(
-        micro_batch_size=cfg.train.micro_batch_size,
-        grad_accum_steps=cfg.train.grad_accum_steps,
-        global_batch_size=cfg.train.global_batch_size,
-        world_size=gpus,
-    )
+    accum, global_batch = step_sizes(cfg, gpus)
     precision = precision_of(cfg.efficiency.precision, name=gpu.name, bf16=gpu.bf16)
     gpu, setting = gpu.at(precision), _configured(cfg, accum, gpus)
     policies = list(dict.fromkeys([*RECOMPUTE, setting.policy]))
     total, source = _images(cfg, global_batch, images)
-    with closing(Tracer(_in(cfg, precision))) as tracer:
+    with closing(Tracer(_with(cfg, precision=precision))) as tracer:
         model = _model(cfg, tracer, policies, precision)
         layouts = {stage > 0 for stage in (*stages_for(gpus, setting.offload, model.least_stage), setting.stage)}
         tracer.start((policy, low) for low in sorted(layouts) for policy in policies)
@@ -111,19 +104,14 @@ def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
     precision = "fp32" if cfg.efficiency.precision == "fp32" else "bf16"
     name, _, every = policy.partition("/")
     offload = cfg.efficiency.recompute_offload and name == "full"
-
-    def build() -> Any:
-        objective = build_objective(cfg)
-        apply_recompute(objective, name, every=int(every or 1), offload=offload)
-        return objective
-
+    cfg = _with(cfg, recompute=name, recompute_every=int(every or 1), recompute_offload=offload)
     low_weights = low_weights and precision != "fp32"
-    return Footprint(*trace(build, precision=precision, low_weights=low_weights))
+    return Footprint(*trace(lambda: recomputed_objective(cfg), precision=precision, low_weights=low_weights))
 
 
-def _in(cfg: Config, precision: str) -> Config:
-    """The config with ``auto`` decided."""
-    return cfg.model_copy(update={"efficiency": cfg.efficiency.model_copy(update={"precision": precision})})
+def _with(cfg: Config, **efficiency: Any) -> Config:
+    """The config with other values in its section ``efficiency``."""
+    return cfg.model_copy(update={"efficiency": cfg.efficiency.model_copy(update=efficiency)})
 
 
 def _model(cfg: Config, tracer: Tracer, policies: list[str], precision: str) -> Model:
@@ -145,7 +133,7 @@ def _smallest(
     known = in_precision(elsewhere)
     with ExitStack() as stack:
         if elsewhere != precision:
-            tracer = stack.enter_context(closing(Tracer(_in(cfg, elsewhere))))
+            tracer = stack.enter_context(closing(Tracer(_with(cfg, precision=elsewhere))))
             model = _model(cfg, tracer, list(model.policies), elsewhere)
         near = smallest_machine(model, setting, global_batch, setting.offload, known)
         return near or smallest_machine(model, None, global_batch, setting.offload, known)

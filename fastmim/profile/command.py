@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmim.config import Config
 from fastmim.engine import distributed
+from fastmim.engine.build import build
 from fastmim.engine.distributed import World
-from fastmim.engine.stream import batch_sizes, stream
-from fastmim.engine.train import make_deepspeed_config, make_engine, make_folder, make_loader, make_objective
+from fastmim.engine.loop import train_step
+from fastmim.engine.run import make_folder
+from fastmim.engine.stream import stream
 
 from .summary import Row, as_text, summarise
 from .timeline import Timeline
 
 WARM_UP = 1
-Batches = Iterator[tuple[Tensor, Tensor]]
+Step = Callable[..., None]
+"""One training step; ``phase`` marks what the host is doing."""
 
 
 def profile_run(cfg: Config, *, steps: int = 3, out: Path | None = None) -> str:
@@ -47,62 +50,45 @@ def profile_run(cfg: Config, *, steps: int = 3, out: Path | None = None) -> str:
     with distributed.distributed(always=zero) as world, ExitStack() as stack:
         folder = out or Path(cfg.output.dir) / "profile"
         make_folder(folder)
-        accum, global_batch = batch_sizes(
-            micro_batch_size=cfg.train.micro_batch_size,
-            grad_accum_steps=cfg.train.grad_accum_steps,
-            global_batch_size=cfg.train.global_batch_size,
-            world_size=world.size,
-        )
-        deepspeed = make_deepspeed_config(cfg, world, accum) if zero else None
-        objective = make_objective(cfg, world, deepspeed)
-        batches, source = _batches(cfg, objective, world, accum, 2 * steps + WARM_UP, stack)
-        engine = make_engine(cfg, objective, world, accum, deepspeed)
-        engine.set_lr(cfg.optim.lr)
-
-        def step(phase: Callable[[str], Any]) -> None:
-            for micro in range(accum):
-                objective.set_micro_batch(micro, accum)
-                with phase("data"):
-                    images, mask = next(batches)
-                with phase("forward"):
-                    loss = engine(images, mask)["loss"]
-                with phase("backward"):
-                    engine.backward(loss)
-                with phase("update"):
-                    engine.step()
-
+        cfg, source = _with_images(cfg)
+        parts = build(cfg, world, stack)
+        engine, loader = parts.engine, parts.loader
+        stop = 2 * steps + WARM_UP
+        batches = stream(loader, start=0, stop=stop, grad_accum_steps=engine.grad_accum_steps)
+        lengths = {"total": parts.schedule.total_steps, "steps_per_epoch": loader.steps_per_epoch}
+        step = partial(train_step, engine, batches, lr=cfg.optim.lr, seed=cfg.train.seed, **lengths)
         for _ in range(WARM_UP):
-            step(lambda name: nullcontext())
+            step()
         timeline, seconds = _sampled(step, steps, world)
         found, rows = _profiled(step, steps, world)
         if world.is_main:
             found.export_chrome_trace(str(folder / "trace.json"))
             written = [folder / "trace.json", *timeline.save(folder), folder / "summary.json"]
-            facts = _facts(world, steps, seconds, global_batch, timeline, source)
+            facts = _facts(world, steps, seconds, parts.global_batch, timeline, source)
             rows_as_json = [row.__dict__ for row in rows]
             written[-1].write_text(json.dumps(facts | {"ops": rows_as_json}, indent=1) + "\n", encoding="utf-8")
             return _report(facts, rows, steps, world, timeline, written)
         return ""
 
 
-def _sampled(step: Callable[[Any], None], steps: int, world: World) -> tuple[Timeline, float]:
+def _sampled(step: Step, steps: int, world: World) -> tuple[Timeline, float]:
     """(the timeline, seconds a step without the profiler)."""
     timeline = Timeline(world.device)
     _wait(world)
     began = time.perf_counter()
     with timeline:
         for _ in range(steps):
-            step(timeline.phase)
+            step(phase=timeline.phase)
         _wait(world)
     return timeline, (time.perf_counter() - began) / steps
 
 
-def _profiled(step: Callable[[Any], None], steps: int, world: World) -> tuple[Any, list[Row]]:
+def _profiled(step: Step, steps: int, world: World) -> tuple[Any, list[Row]]:
     on_gpu = world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, record_shapes=True) as found:
         for _ in range(steps):
-            step(record_function)
+            step(phase=record_function)
         _wait(world)
     return found, summarise(found.events(), on_gpu)
 
@@ -112,30 +98,12 @@ def _wait(world: World) -> None:
         torch.cuda.synchronize(world.device)
 
 
-def _batches(
-    cfg: Config, objective: Any, world: World, accum: int, steps: int, stack: ExitStack
-) -> tuple[Batches, str]:
-    """(images and masks on the device, where they come from)."""
+def _with_images(cfg: Config) -> tuple[Config, str]:
+    """(the config, with synthetic images where it names none; where they come from)."""
     if cfg.data.path is None and cfg.data.file_list is None:
-        return _synthetic(cfg, objective, world), "synthetic images"
-    loader = stack.enter_context(closing(make_loader(cfg, objective, world, accum)))
-
-    def real() -> Batches:
-        for epoch, batch in stream(loader, start=0, stop=steps, grad_accum_steps=accum):
-            yield batch.images, objective.random_mask(batch.sample_ids, seed=cfg.train.seed, epoch=epoch)
-
-    return real(), f"images of {cfg.data.path or cfg.data.file_list}"
-
-
-def _synthetic(cfg: Config, objective: Any, world: World) -> Batches:
-    size, device = cfg.train.micro_batch_size, world.device
-    shape = (size, objective.in_chans, *objective.img_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    ids = torch.arange(size, device=device)
-    epoch = 0
-    while True:
-        yield images, objective.random_mask(ids, seed=cfg.train.seed, epoch=epoch)
-        epoch += 1
+        data = cfg.data.model_copy(update={"loader": "synthetic"})
+        return cfg.model_copy(update={"data": data}), "synthetic images"
+    return cfg, f"images of {cfg.data.path or cfg.data.file_list}"
 
 
 def _facts(

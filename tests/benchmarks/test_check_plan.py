@@ -19,8 +19,8 @@ SMALL: dict[str, Any] = dict(
 
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_peak_of_a_training_step(policy: str) -> None:
-    build = check_plan.builder(SMALL, policy)
-    assert check_plan.planned_peak(build, 32) == pytest.approx(check_plan.tracked_peak(build, 32), rel=0.10)
+    cfg = check_plan.config(SMALL, policy, batch=32)
+    assert check_plan.planned_peak(cfg) == pytest.approx(check_plan.tracked_peak(cfg), rel=0.10)
 
 
 def test_the_committed_figures() -> None:

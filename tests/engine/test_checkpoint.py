@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmim.engine import checkpoint
 from fastmim.engine.checkpoint import (
     check_same_run,
     find_resume,
@@ -17,6 +16,7 @@ from fastmim.engine.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from fastmim.engine.checkpoint import save as saving
 from fastmim.engine.distributed import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -92,13 +92,13 @@ def fail_at(monkeypatch, target, name, call):
     ("target", "name", "call"),
     [
         (FakeEngine, "save", 1),
-        (checkpoint, "save_file", 1),
+        (saving, "save_file", 1),
         (Path, "write_text", 2),  # after the engine's own
-        (checkpoint.os, "fsync", 1),
-        (checkpoint.os, "fsync", 3),
+        (saving.os, "fsync", 1),
+        (saving.os, "fsync", 3),
         (Path, "rename", 1),  # of the finished folder
         (Path, "rename", 2),  # of the old one that is to be deleted
-        (checkpoint.shutil, "rmtree", 1),  # of the old one
+        (saving.shutil, "rmtree", 1),  # of the old one
     ],
 )
 def test_a_crash_while_saving_leaves_a_loadable_checkpoint(tmp_path, monkeypatch, target, name, call):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastmim.engine import build as building
 from fastmim.engine import train as train_module
 from fastmim.engine.checkpoint import list_checkpoints
 from fastmim.engine.local import LocalEngine
@@ -141,6 +142,19 @@ def test_the_loss_of_a_row_is_the_mean_since_the_last(settings, tmp_path):
     each = [row["loss"] for row in rows(tmp_path / "each")]
     pairs = [row["loss"] for row in rows(tmp_path / "pairs")]
     assert pairs == pytest.approx([sum(each[:2]) / 2, sum(each[2:]) / 2], rel=1e-12)
+
+
+def test_other_scalars_of_the_objective_are_logged(settings, tmp_path, monkeypatch):
+    def with_scalar(cfg):
+        objective = build_objective(cfg)
+        forward = objective.forward
+        objective.forward = lambda images, mask: (out := forward(images, mask)) | {"twice": 2 * out["loss"]}
+        return objective
+
+    build_objective = building.build_objective
+    monkeypatch.setattr(building, "build_objective", with_scalar)
+    train(settings(tmp_path, train__steps=4, train__log_every=2, train__grad_accum_steps=2))
+    assert [row["twice"] for row in rows(tmp_path)] == pytest.approx([2 * row["loss"] for row in rows(tmp_path)])
 
 
 def test_learning_rates_of_a_run(settings, tmp_path):
@@ -275,16 +289,16 @@ def test_batch_sizes():
 
 @pytest.mark.parametrize("check_every_step", [True, False])
 def test_a_non_finite_loss_names_step_and_module(settings, tmp_path, monkeypatch, check_every_step):
-    def broken(cfg, objective, world, accum, deepspeed):
-        engine = make_engine(cfg, objective, world, accum, deepspeed)
+    def broken(cfg, objective, world, deepspeed):
+        engine = make_engine(cfg, objective, world, deepspeed)
         engine.check_every_step = check_every_step
         objective.encoder.layers[0].blocks[1].mlp.register_forward_hook(
             lambda module, args, out: out * (float("nan") if engine.steps >= 4 else 1.0)
         )
         return engine
 
-    make_engine = train_module.make_engine
-    monkeypatch.setattr(train_module, "make_engine", broken)
+    make_engine = building.make_engine
+    monkeypatch.setattr(building, "make_engine", broken)
     with pytest.raises(FloatingPointError, match=r"step 5: .*encoder\.layers\.0\.blocks\.1") as error:
         train(settings(tmp_path, train__log_every=6, train__save_every=3, model__drop_path_rate=0))
     assert "\n" not in str(error.value)

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastmim.cli import main
-from fastmim.engine.convert import convert
-from fastmim.engine.shards import WEIGHT, Piece, Shards, write_shard
+from fastmim.engine.checkpoint import convert
+from fastmim.engine.checkpoint.shards import WEIGHT, Piece, Shards, write_shard
 
 pytest.importorskip("deepspeed")
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fastmim.config import load_config
-from fastmim.engine import zero_nvme
 from fastmim.engine.distributed import World
 from fastmim.engine.optim import build_optimizer
-from fastmim.engine.zero_build import _Recorder, _Replay, _storage
+from fastmim.engine.zero import nvme
+from fastmim.engine.zero.build import _Recorder, _Replay, _storage
 from fastmim.objectives import create_objective
 
 
@@ -92,11 +92,11 @@ def test_nested_deepspeed_keys_from_the_command_line():
 
 def deepspeed_config(**changes):
     pytest.importorskip("deepspeed")
-    from fastmim.engine import zero_config
+    from fastmim.engine.zero import config
 
-    zero_config.import_deepspeed(torch.device("cpu"))
+    config.import_deepspeed(torch.device("cpu"))
     settings = dict(stage=3, micro_batch_size=4, grad_accum_steps=2, world_size=8, clip_grad=5.0, precision="bf16")
-    return zero_config.deepspeed_config(**settings | changes)
+    return config.deepspeed_config(**settings | changes)
 
 
 def test_the_configuration():
@@ -220,9 +220,9 @@ def test_the_apex_of_pypi_is_not_nvidias(monkeypatch):
 def test_swapped_gradients_are_found():
     """Two tensors with each other's update, as DeepSpeed's offload to NVMe was seen to give."""
     right = [torch.full((4,), float(i)) for i in range(4)]
-    zero_nvme.compare_updates([t.clone() for t in right], right, "key")
+    nvme.compare_updates([t.clone() for t in right], right, "key")
     with pytest.raises(ValueError, match="key: .* 2 of 4 test tensors get a wrong update .* use cpu"):
-        zero_nvme.compare_updates([right[0], right[2], right[1], right[3]], right, "key")
+        nvme.compare_updates([right[0], right[2], right[1], right[3]], right, "key")
 
 
 @pytest.mark.parametrize(
@@ -248,13 +248,13 @@ def test_the_key_that_asked_for_nvme_is_named(devices, asked, fault, monkeypatch
             raise RuntimeError("no\nlibaio")
         return [torch.full((2,), 2.0 if fault == "wrong" and not in_memory else 1.0)]
 
-    monkeypatch.setattr(zero_nvme, "_updated", updated)
+    monkeypatch.setattr(nvme, "_updated", updated)
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     if fault is None:
-        zero_nvme.check_nvme(config, lambda params: None, world=world)
+        nvme.check_nvme(config, lambda params: None, world=world)
         return
     with pytest.raises(ValueError) as error:
-        zero_nvme.check_nvme(config, lambda params: None, world=world)
+        nvme.check_nvme(config, lambda params: None, world=world)
     message = {"wrong": "with this DeepSpeed 1 of 1", "refused": "DeepSpeed cannot do it here (no libaio); use cpu"}
     assert str(error.value).startswith(f"{asked}: {message[fault]}")
 

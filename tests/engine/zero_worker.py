@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from fastmim.config import load_config
-from fastmim.engine import train as training
+from fastmim.engine import build as building
 from fastmim.engine.distributed import distributed, exit_process
+from fastmim.engine.train import train
 
 
 def weighed(make_engine, path, *args, **kwargs):
@@ -50,12 +51,12 @@ def die_in_step(engine, step):
 
 def main() -> None:
     torch.set_num_threads(1)
-    make_engine = training.make_engine
+    make_engine = building.make_engine
     with distributed(always=True) as world:
         for overrides in json.loads(Path(sys.argv[1]).read_text()):
             cfg = load_config(None, overrides)
-            training.make_engine = partial(weighed, make_engine, Path(cfg.output.dir) / f"held-{world.rank}.json")
-            training.train(cfg)
+            building.make_engine = partial(weighed, make_engine, Path(cfg.output.dir) / f"held-{world.rank}.json")
+            train(cfg)
     exit_process(0)
 
 

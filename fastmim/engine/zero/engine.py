@@ -1,10 +1,9 @@
-"""Training under DeepSpeed's ZeRO: weights, gradients and optimiser states cut among the ranks."""
+"""The contract of ``LocalEngine`` on DeepSpeed: weights, gradients and optimiser states cut among the ranks."""
 
 from __future__ import annotations
 
 import functools
 import math
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from fastmim.engine import distributed, fragments
+from fastmim.engine.base import Engine
+from fastmim.engine.checkpoint.shards import STEP, WEIGHT, Piece, Shards, write_shard
 from fastmim.engine.distributed import World
 from fastmim.engine.nonfinite import NonFiniteError
-from fastmim.engine.shards import WEIGHT, Piece, Shards, write_shard
-from fastmim.engine.zero_config import import_deepspeed
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from fastmim.engine.zero import fragments
+from fastmim.engine.zero.config import import_deepspeed
 
 
-class ZeroEngine:
-    """Forward, backward and update of an objective: the contract of ``LocalEngine``, on DeepSpeed.
+class ZeroEngine(Engine):
+    """Forward, backward and update of an objective under ZeRO.
 
     Stage 0 keeps everything on every rank, 1 cuts the optimiser's states, 2 also the gradients, 3 also the
     weights. With ``precision="bf16"`` (stages 1–3) the weights are bf16, and the master weights, the moments and
@@ -32,10 +30,10 @@ class ZeroEngine:
     on; otherwise :meth:`step` raises.
 
     Args:
-        objective: module with ``forward(images, mask) -> {"loss": scalar}``; for stage 3 built by
-            :func:`fastmim.engine.zero_build.build_partitioned`.
+        objective: module with ``forward(images, mask) -> {"loss": scalar, …}``; for stage 3 built by
+            :func:`fastmim.engine.zero.build.build_partitioned`.
         optimizer: a torch optimiser over its parameters.
-        config: from :func:`fastmim.engine.zero_config.deepspeed_config`.
+        config: from :func:`fastmim.engine.zero.config.deepspeed_config`.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         world: this process among all.
 
@@ -43,8 +41,9 @@ class ZeroEngine:
         ValueError: DeepSpeed is not installed, or refuses the configuration.
     """
 
-    #: Every rank writes its share of a checkpoint.
     sharded = True
+    # It would upset DeepSpeed's bookkeeping of gradients.
+    _free_backward = False
 
     def __init__(
         self,
@@ -58,15 +57,10 @@ class ZeroEngine:
         if precision == "fp16" and world.device.type == "cpu":
             raise ValueError("efficiency.precision=fp16: not on a CPU; use bf16 or fp32")
         deepspeed = import_deepspeed(world.device)
-        self.objective, self.world, self.precision = objective, world, precision
-        self.device = world.device
+        accum: int = config["gradient_accumulation_steps"]
+        super().__init__(objective, optimizer, grad_accum_steps=accum, precision=precision, device=world.device)
+        self.world = world
         self.stage: int = config["zero_optimization"]["stage"]
-        self.grad_accum_steps: int = config["gradient_accumulation_steps"]
-        self.steps = 0
-        self._micro = 0
-        self._grad_norm = torch.zeros(())
-        self._loss_count = 0
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         if precision != "fp32":
             # Inside DeepSpeed's engine, which would switch off an autocast around it.
             objective.forward = _in_autocast(objective.forward, self.autocast)
@@ -83,77 +77,30 @@ class ZeroEngine:
         return self.stage == 3 and self.world.size > 1
 
     @property
-    def at_boundary(self) -> bool:
-        """True while the current micro-batch is the last one of its update."""
-        return self._micro == self.grad_accum_steps - 1
-
-    @property
     def _base(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer if self.stage else self.optimizer
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision that the forward pass runs in."""
-        dtype = _DTYPES.get(self.precision, torch.bfloat16)
-        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
-
-    def set_lr(self, lr: float) -> None:
-        """Learning rate of the next update; a group's ``lr_scale`` multiplies it."""
-        for group in self._base.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-
-    def __call__(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Forward of one micro-batch: images (B, C, H, W), mask (B, H/p, W/p) bool -> {"loss": scalar}."""
+    def _forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         return self._engine(images, mask)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's loss; the last of an update also reduces them."""
-        value = loss.detach()
-        # As in LocalEngine: an infinite L1 loss has finite gradients, which must not pass as a good step.
-        self._engine.backward(loss * (value * 0 + 1))
-        self._loss_sum += value
-        self._loss_count += 1
+    def _backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)  # which divides by the number of micro-batches
 
-    def step(self) -> None:
-        """Count one micro-batch and update the parameters if it was the last of its update.
-
-        Raises:
-            NonFiniteError: the update met a non-finite gradient (but under fp16, which lowers its scale).
-        """
-        if not self.at_boundary:
-            self._micro += 1
-            self._engine.step()
-            return
-        self._micro = 0
-        self.steps += 1
-        if self.stage == 0:
-            grads = [param.grad for param in self.objective.parameters() if param.grad is not None]
-            self._grad_norm = get_total_norm(grads)
+    def _step(self, update: bool) -> bool:
+        if update and self.stage == 0:
+            self._grad_norm = get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
             if not bool(torch.isfinite(self._grad_norm)):
                 self._base.zero_grad(set_to_none=True)
                 raise NonFiniteError(self.steps)
         self._engine.step()
-        if self.stage:
-            norm = self._engine.get_global_grad_norm()
-            self._grad_norm = torch.as_tensor(math.nan if norm is None else norm).detach()
-            if self.optimizer.overflow and self.precision != "fp16":
-                raise NonFiniteError(self.steps)
-
-    def read(self) -> tuple[float, float]:
-        """Mean loss since the last call (over ranks too) and the last gradient norm before clipping."""
-        mean = distributed.all_reduce_mean(self._loss_sum / max(self._loss_count, 1))
-        loss, norm = torch.stack([mean.cpu(), self._grad_norm.double().cpu()]).tolist()
-        self._loss_sum.zero_()
-        self._loss_count = 0
-        return loss, norm
-
-    def diagnose(self, images: Tensor, mask: Tensor) -> str | None:
-        """Name the first non-finite value of a micro-batch: from the forward pass only.
-
-        A backward pass outside DeepSpeed's engine would upset its bookkeeping of gradients.
-        """
-        from fastmim.engine.nonfinite import find_nonfinite
-
-        return find_nonfinite(self.objective, images, mask, self.autocast(), backward=False)
+        if not update or self.stage == 0:
+            return update
+        norm = self._engine.get_global_grad_norm()
+        self._grad_norm = torch.as_tensor(math.nan if norm is None else norm).detach()
+        overflow = bool(self.optimizer.overflow)
+        if overflow and self.precision != "fp16":
+            raise NonFiniteError(self.steps)
+        return not overflow
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of ``weights``, ``master`` weights, ``moments`` and ``gradients`` on this rank."""
@@ -162,18 +109,13 @@ class ZeroEngine:
         )
 
     def state(self) -> dict[str, Any]:
-        """The small state beside weights and moments, as JSON values. Every rank calls it."""
-        total = distributed.all_reduce_mean(self._loss_sum.clone())
-        state: dict[str, Any] = {"step": self.steps, "loss_sum": float(total), "loss_count": self._loss_count}
-        if self.precision == "fp16" and self.stage:
-            state["loss_scale"] = float(self.optimizer.loss_scale)
-        return state
+        """See :meth:`Engine.state`."""
+        scaled = self.precision == "fp16" and self.stage > 0
+        return super().state() | ({"loss_scale": float(self.optimizer.loss_scale)} if scaled else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over the values of :meth:`state`."""
-        self.steps = int(state["step"])
-        self._loss_sum.fill_(state["loss_sum"])
-        self._loss_count = int(state["loss_count"])
+        """Take back what :meth:`state` returned."""
+        super().load_state(state)
         if self.precision == "fp16" and "loss_scale" in state:
             self.optimizer.loss_scaler.cur_scale = state["loss_scale"]
 
@@ -201,7 +143,7 @@ class ZeroEngine:
             for slot in fragments.moments(self._base, one):
                 pieces.append(Piece(one.name, slot, one.start, self._get(one, slot)))
             count = fragments.step_count(self._base, one)
-            pieces.append(Piece(one.name, fragments.STEP, one.start, torch.tensor([count])))
+            pieces.append(Piece(one.name, STEP, one.start, torch.tensor([count])))
         if self.world.is_main:
             pieces += [Piece(name, WEIGHT, 0, value.reshape(-1)) for name, value in self._whole().items()]
         write_shard(folder, self.world.rank, pieces, self._shapes())
@@ -219,7 +161,7 @@ class ZeroEngine:
             self._put(one, None, shards.read(one.name, WEIGHT, one.start, stop))
             slots = [slot for slot in fragments.MOMENTS if slot in shards.slots(one.name)]
             if slots:
-                count = shards.scalar(one.name, fragments.STEP)
+                count = shards.scalar(one.name, STEP)
                 fragments.create_state(self._base, one.key, count)
             for slot in slots:
                 self._put(one, slot, shards.read(one.name, slot, one.start, stop))

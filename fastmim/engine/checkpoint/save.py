@@ -1,7 +1,7 @@
 """Checkpoints that a kill at any moment cannot damage.
 
 A checkpoint is a folder ``checkpoints/step-00000020``: weights and optimiser moments (safetensors, in one
-piece or as :mod:`fastmim.engine.shards`), the random generators of every rank (safetensors) and
+piece or as :mod:`fastmim.engine.checkpoint.shards`), the random generators of every rank (safetensors) and
 ``state.json``. It is written under another name, flushed to the disk, and renamed; so a folder with that name is
 complete. Nothing in it is a pickle.
 """
@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastmim.engine import distributed
+from fastmim.engine.base import Engine
 from fastmim.engine.distributed import World
 
 log = logging.getLogger("fastmim")
@@ -31,20 +32,6 @@ FORMAT = 1
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-class Saves(Protocol):
-    """What an engine offers: ``LocalEngine`` and ``ZeroEngine`` do.
-
-    ``sharded``: every rank calls ``save`` and writes its own file, instead of rank 0 alone.
-    """
-
-    sharded: bool
-
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
 
 
 def step_of(path: Path) -> int | None:
@@ -109,7 +96,7 @@ def set_aside(root: Path, after_step: int) -> None:
     log.warning("%s not part of this run: moved to %s", count, aside)
 
 
-def save_checkpoint(root: Path, engine: Saves, extra: Mapping[str, Any], *, keep: int, world: World) -> Path:
+def save_checkpoint(root: Path, engine: Engine, extra: Mapping[str, Any], *, keep: int, world: World) -> Path:
     """Write a checkpoint of the current step; every rank calls it.
 
     Args:
@@ -191,7 +178,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, engine: Saves, *, world: World, seed: int) -> dict[str, Any]:
+def load_checkpoint(path: Path, engine: Engine, *, world: World, seed: int) -> dict[str, Any]:
     """Restore engine and random generators from a checkpoint; every rank calls it.
 
     A rank that the checkpoint does not know (more processes than before) gets generators derived from

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmim.engine.zero_config import import_deepspeed
+from fastmim.engine.zero.config import import_deepspeed
 
 
 class _Operation:
@@ -148,7 +148,7 @@ def build_partitioned(
         build: constructs the module; draws from torch's CPU generator as it would otherwise. Buffers that hold
             values must be made with ``device="cpu"``.
         load: fills the module with stored weights.
-        config: DeepSpeed's, from :func:`fastmim.engine.zero_config.deepspeed_config`.
+        config: DeepSpeed's, from :func:`fastmim.engine.zero.config.deepspeed_config`.
         precision: ``"bf16"`` and ``"fp16"`` store the weights so; the values are drawn in fp32.
         device: of this rank.
 

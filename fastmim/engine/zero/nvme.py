@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.engine.distributed import World
-from fastmim.engine.zero_config import import_deepspeed
+from fastmim.engine.zero.config import import_deepspeed
 
 # Four matrices above the size from which DeepSpeed swaps (1 MiB), of different shapes, and one below it.
 _SHAPES = ((512, 768), (768, 640), (640, 1024), (1024, 512), (16, 16))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmim.engine.checkpoint.shards import STEP
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STEP = "step"
 
 
 @dataclass

@@ -20,7 +20,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
 WEIGHT = "weight"
+STEP = "step"
 _DTYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -109,8 +112,8 @@ class Shards:
             for path in sorted(folder.glob("shard-*.safetensors")):
                 self._add_shard(path)
         else:
-            self._add_whole(folder / "model.safetensors", lambda key: (key, WEIGHT))
-            self._add_whole(folder / "optimizer.safetensors", lambda key: tuple(key.rsplit("|", 1)))
+            self._add_whole(folder / MODEL_FILE, lambda key: (key, WEIGHT))
+            self._add_whole(folder / OPTIMIZER_FILE, lambda key: tuple(key.rsplit("|", 1)))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
 

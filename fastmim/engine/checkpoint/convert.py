@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastmim.engine.checkpoint import find_resume, read_state
-from fastmim.engine.shards import Entry, Shards, write_safetensors
+from fastmim.engine.checkpoint.save import find_resume, read_state
+from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
 
 _ENCODER = "encoder."
 

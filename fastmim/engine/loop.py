@@ -1,0 +1,56 @@
+"""One optimiser step: the loop that training, profiling and benchmarks run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from fastmim.engine.base import Engine, Paced
+
+#: Entered around "data", "forward", "backward" and "update" of every micro-batch.
+Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+def _unmarked(name: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def train_step(
+    engine: Engine,
+    batches: Iterator[tuple[int, Any]],
+    *,
+    lr: float,
+    seed: int,
+    total: int,
+    steps_per_epoch: int,
+    phase: Phase = _unmarked,
+) -> None:
+    """Take the micro-batches of one update, and update.
+
+    Args:
+        engine: of an objective with ``random_mask`` and ``set_micro_batch``; its ``steps`` tells which step this is.
+        batches: (epoch, micro-batch with ``images`` (B, C, H, W) and ``sample_ids`` (B,)), on the device.
+        lr: learning rate of the update.
+        seed: of the masks.
+        total, steps_per_epoch: length of the run and of an epoch in updates, for the objective's schedules.
+        phase: marks what the host is doing.
+
+    Raises:
+        NonFiniteError: the update met a non-finite gradient, where the engine looks at once.
+    """
+    objective: Any = engine.objective
+    if isinstance(objective, Paced):
+        objective.set_step(engine.steps, total, steps_per_epoch)
+    engine.set_lr(lr)
+    for micro in range(engine.grad_accum_steps):
+        objective.set_micro_batch(micro, engine.grad_accum_steps)
+        with phase("data"):
+            epoch, batch = next(batches)
+        with phase("forward"):
+            mask = objective.random_mask(batch.sample_ids, seed=seed, epoch=epoch)
+            loss = engine(batch.images, mask)["loss"]
+        with phase("backward"):
+            engine.backward(loss)
+        with phase("update"):
+            engine.step()
