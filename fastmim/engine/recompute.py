@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fastmim.models.layers import Mlp
-from fastmim.models.swin_block import SwinBlock
+from fastmim.models.swin import SwinBlock
 from fastmim.models.vit import VitBlock
 
 POLICIES = ("none", "fc1", "fc1_qkv", "gemm", "full")

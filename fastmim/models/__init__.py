@@ -7,15 +7,20 @@ from typing import Any
 
 from .sizes import FAMILIES, SIZES, expand_size
 from .swin import SwinTransformer
+from .swinv2 import SwinTransformerV2
 from .vit import VisionTransformer
 
 Encoder = SwinTransformer | VisionTransformer
+ENCODERS: dict[str, type[Encoder]] = {"swin": SwinTransformer, "swinv2": SwinTransformerV2, "vit": VisionTransformer}
+"""The class of each family; its keyword arguments are those of ``create_encoder``."""
 
 __all__ = [
+    "ENCODERS",
     "FAMILIES",
     "SIZES",
     "Encoder",
     "SwinTransformer",
+    "SwinTransformerV2",
     "VisionTransformer",
     "create_encoder",
     "expand_size",
@@ -34,14 +39,12 @@ def create_encoder(encoder: dict[str, Any], *, impl: str = "auto") -> Encoder:
     """
     kwargs = expand_size(encoder)
     name = kwargs.pop("name")
-    cls = VisionTransformer if name == "vit" else SwinTransformer
-    if name != "vit":
-        kwargs["version"] = 2 if name == "swinv2" else 1
+    cls = ENCODERS[name]
     known = set(inspect.signature(cls).parameters) - {"impl"}
     unknown = sorted(set(kwargs) - known)
     if unknown:
         raise ValueError(
             f"encoder {unknown[0]}={kwargs[unknown[0]]!r}: {name} has no such argument; "
-            f"it takes {', '.join(sorted(known - {'version'}))}"
+            f"it takes {', '.join(sorted(known))}"
         )
     return cls(**kwargs, impl=impl)

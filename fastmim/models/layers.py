@@ -8,6 +8,8 @@ from torch import Tensor, nn
 import fastmim_kernels as fk
 from fastmim_kernels.linear.op import product_dtype
 
+from .stream import Step
+
 
 def to_pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
     """``7`` → ``(7, 7)``; a pair of integers is returned as a tuple.
@@ -19,6 +21,17 @@ def to_pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, i
     if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
         raise ValueError(f"{name}={value!r}: must be a positive integer or a pair of them (rows, columns)")
     return pair[0], pair[1]
+
+
+def patch_grid(img_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Patches in (rows, columns) of an image.
+
+    Raises:
+        ValueError: The patch does not divide both edges.
+    """
+    if img_size[0] % patch_size or img_size[1] % patch_size:
+        raise ValueError(f"img_size={img_size}: both edges must be multiples of patch_size={patch_size}")
+    return img_size[0] // patch_size, img_size[1] // patch_size
 
 
 def trunc_normal_(tensor: Tensor, std: float, bound: float) -> None:
@@ -66,34 +79,20 @@ class PatchEmbed(nn.Module):
 class Mlp(nn.Module):
     """Linear – exact GELU – Linear; backward computes the activation again instead of keeping it."""
 
-    def __init__(self, dim: int, hidden_dim: int, impl: str) -> None:
+    def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.impl = impl
         self.recompute_fc1 = False
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        last_bias: bool = True,
-        low_weights: tuple[Tensor | None, Tensor | None] = (None, None),
-        hand_on: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(…, C) → (…, C); without ``last_bias`` the caller adds that of ``fc2``; ``hand_on`` returns x beside it."""
-        fc1, fc2 = self.fc1, self.fc2
-        return (fk.mlp_and_input if hand_on else fk.mlp)(
-            x,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias if last_bias else None,
-            low_weight1=low_weights[0],
-            low_weight2=low_weights[1],
-            recompute_fc1=self.recompute_fc1,
-            impl=self.impl,
-        )
+    def forward(self, y: Tensor, *, step: Step, hand_on: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """(…, C) → (…, C), without the bias of ``fc2`` where ``step`` leaves it to the next norm.
+
+        With ``hand_on``, see :meth:`.Step.read`, (result, y).
+        """
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, step.product_bias(self.fc2)
+        how = {"low_weight1": step.low_fc1, "low_weight2": step.low_fc2, "recompute_fc1": self.recompute_fc1}
+        return (fk.mlp_and_input if hand_on else fk.mlp)(y, *weights, **how, impl=step.impl)
 
 
 class DropPaths(nn.Module):
@@ -126,22 +125,6 @@ class DropPaths(nn.Module):
         return f"rates={[round(rate, 4) for rate in self.rates]}"
 
 
-RESIDUAL_DTYPES = ("auto", "fp32")
-
-
-def stream_dtype(x: Tensor, residual_dtype: str) -> torch.dtype:
-    """Dtype of the residual stream.
-
-    "auto" is that of the products, for half the traffic of everything between them; every norm still has
-    float32 statistics, and what is rounded to bfloat16 is the stored stream alone. The range of float16 is too
-    small for a stream, and "fp32" is what the references have under autocast: both keep float32.
-    """
-    dtype = product_dtype(x)
-    if residual_dtype == "fp32" or dtype == torch.float16:
-        return torch.promote_types(dtype, torch.float32)
-    return dtype
-
-
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """The linear schedule 0 … rate over ``depth`` blocks.
 
@@ -151,13 +134,6 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     if not 0 <= rate < 1:
         raise ValueError(f"drop_path_rate={rate}: must lie in [0, 1)")
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
-
-
-def joint_bias(q_bias: Tensor | None, v_bias: Tensor | None) -> Tensor | None:
-    """(3C,) bias of the fused qkv projection of BEiT and SwinV2, whose keys have none."""
-    if q_bias is None or v_bias is None:
-        return None
-    return torch.cat((q_bias, torch.zeros_like(v_bias), v_bias))
 
 
 def relative_position_index(window_size: tuple[int, int]) -> Tensor:

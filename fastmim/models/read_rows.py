@@ -11,10 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastmim_kernels.common.define_op import unwatched
+import fastmim_kernels as fk
 from fastmim_kernels.common.token_layout import token_cells
-
-Scales = tuple[Tensor | None, Tensor | None]
 
 
 def masked_tokens(mask: Tensor, size: tuple[int, int], grid: tuple[int, int], stride: int) -> Tensor | None:
@@ -24,7 +22,7 @@ def masked_tokens(mask: Tensor, size: tuple[int, int], grid: tuple[int, int], st
         mask: (B, Hm, Wm) bool or 0/1 of images of ``size``.
         grid, stride: (h, w) of the map, and the pixels of a token's edge.
     """
-    if not unwatched((mask,)):
+    if not fk.shape_may_follow(mask):
         return None
     hit = token_cells(mask != 0, size, grid, stride).flatten(3).any(-1).flatten()
     rows = hit.nonzero().squeeze(1)
@@ -34,13 +32,6 @@ def masked_tokens(mask: Tensor, size: tuple[int, int], grid: tuple[int, int], st
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """(B, …, C) → (rows, C)."""
     return x.flatten(0, -2).index_select(0, rows)
-
-
-def take_stream(x: Tensor, drop: Scales, rows: Tensor) -> tuple[Tensor, Scales]:
-    """The (rows, C) of a stream (B, …, C), and the (B,) factors of its samples as (rows,)."""
-    samples = rows.div(x[0, ..., 0].numel(), rounding_mode="floor")
-    attn, mlp = (None if scale is None else scale.index_select(0, samples) for scale in drop)
-    return take(x, rows), (attn, mlp)
 
 
 def put(x: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:

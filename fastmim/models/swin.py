@@ -1,4 +1,4 @@
-"""Swin and SwinV2 encoders with a mask token, on timm's parameter names."""
+"""The Swin encoder with a mask token, on timm's parameter names (Liu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -9,96 +9,124 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
-from .layers import (
-    RESIDUAL_DTYPES,
-    PatchEmbed,
-    drop_path_rates,
-    stream_dtype,
-    to_pair,
-    trunc_normal_,
-)
+from .layers import Mlp, PatchEmbed, drop_path_rates, patch_grid, to_pair, trunc_normal_
 from .read_rows import put
-from .swin_block import PatchMerging, SwinBlock, WindowAttention, init_attention, normalise, start_stream
-from .swin_shared import Shared, SharedInputs
+from .stream import Step, check_residual_dtype, normalise, start_stream, stream_dtype
+from .swin_shared import SharedInputs
+from .window_attention import WindowAttention
 
 Pair = tuple[int, int]
 
 
+class SwinBlock(nn.Module):
+    """x + attention(LN(x)), then x + MLP(LN(x)) (figure 3b); with ``extra_norm`` LN of that."""
+
+    def __init__(self, dim: int, attn: WindowAttention, mlp_ratio: float, extra_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm3 = nn.LayerNorm(dim) if extra_norm else None
+
+    def forward(self, x: Tensor, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The (B, H, W, C) stream x and ``y = norm1(x)`` → the stream and ``step.next_norm`` of it, if there is one."""
+        branch = self.attn(y, step=step)
+        x, y = step.add_norm(step.take(x), branch, self.norm2, self.attn.proj, step.drop_attn)
+        if self.norm3 is None and step.next_norm is not None:
+            return step.add_norm(x, self.mlp(y, step=step), step.next_norm, self.mlp.fc2, step.drop_mlp)
+        x = step.add(x, self.mlp(y, step=step.alone()), step.drop_mlp)
+        if self.norm3 is not None:
+            x, _ = start_stream(x, self.norm3, x.dtype, step.impl)
+        return (x, x) if step.next_norm is None else normalise(x, step.next_norm, step.impl)
+
+    def weights(self) -> list[Tensor]:
+        """Those of the four products."""
+        return [self.attn.qkv.weight, self.attn.proj.weight, self.mlp.fc1.weight, self.mlp.fc2.weight]
+
+
+class PatchMerging(nn.Module):
+    """2×2 tokens → their LN → one token of twice the channels."""
+
+    def __init__(self, dim: int, impl: str, norm_dim: int | None = None) -> None:
+        super().__init__()
+        self.impl = impl
+        self.norm = nn.LayerNorm(norm_dim or 4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor, dtype: torch.dtype, low_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) → the (B, ⌈H/2⌉, ⌈W/2⌉, 2C) stream in ``dtype``, for its two readers."""
+        norm, weight = self.norm, self.reduction.weight
+        merged = fk.patch_merge(x, norm.weight, norm.bias, eps=norm.eps, impl=self.impl)
+        x = fk.linear(merged, weight, low_weight=low_weight, impl=self.impl).to(dtype)
+        return x, x
+
+
 class SwinStage(nn.Module):
-    """Patch merging (but in the first stage) and the blocks of one resolution."""
+    """Patch merging (but in the first stage) and the blocks of one resolution.
+
+    Args:
+        resolution: (rows, columns) of the map.
+        extra_norm: Of each block.
+    """
+
+    attention, block, merging = WindowAttention, SwinBlock, PatchMerging
 
     def __init__(
         self,
-        *,
         dim: int,
-        downsample: bool,
-        resolution: Pair,
-        depth: int,
         num_heads: int,
+        resolution: Pair,
         window_size: Pair,
         mlp_ratio: float,
         qkv_bias: bool,
-        version: int,
         extra_norm: list[bool],
         impl: str,
+        downsample: bool,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: must divide the stage's {dim} channels")
-        self.version, self.impl = version, impl
         # A window as large as the map has nothing to shift.
         shift = tuple(0 if r <= w else w // 2 for r, w in zip(resolution, window_size, strict=True))
-        self.downsample = PatchMerging(dim // 2, version, impl) if downsample else nn.Identity()
-        self.blocks = nn.ModuleList(
-            SwinBlock(
-                dim,
-                WindowAttention(dim, num_heads, window_size, shift if i % 2 else (0, 0), qkv_bias, version, impl),
-                mlp_ratio,
-                version,
-                extra_norm[i],
-            )
-            for i in range(depth)
-        )
+        self.downsample = self.merging(dim // 2, impl) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList()
+        for i, extra in enumerate(extra_norm):
+            attn = self.attention(dim, num_heads, window_size, shift if i % 2 else (0, 0), qkv_bias)
+            self.blocks.append(self.block(dim, attn, mlp_ratio, extra))
 
     def forward(
         self,
         x: Tensor,
         y: Tensor,
-        shared: list[Shared],
+        steps: list[Step],
         dtype: torch.dtype,
         low_reduction: Tensor | None,
         final_norm: nn.LayerNorm | None,
-        rows: Tensor | None = None,
     ) -> Tensor:
         """The stage's map from the one before, x, which y is too.
 
         Args:
-            shared: Of each block.
+            steps: Of each block.
             dtype: Of the stream.
             low_reduction: The cast weight of the merging, or None.
             final_norm: Normalises the last stage's map; without it, SwinV2's comes gathered 2×2 where it is even.
-            rows: Numbers of the only tokens that are read; the others' are zero.
         """
         if not isinstance(self.downsample, nn.Identity):
             x, y = self.downsample(x, dtype, low_reduction)
-        pre = self.version == 1
-        if pre:
-            x, y = normalise(x, self.blocks[0].norm1, self.impl)
+        return self.run_blocks(x, y, steps, final_norm)
+
+    def run_blocks(self, x: Tensor, y: Tensor, steps: list[Step], final_norm: nn.LayerNorm | None) -> Tensor:
+        """The stream x, which y is too, through the blocks."""
+        x, y = normalise(x, self.blocks[0].norm1, steps[0].impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [final_norm]
-        shape = x.shape[:-1]
-        gathers = not pre and final_norm is None and x.shape[1] % 2 == x.shape[2] % 2 == 0
-        for block, own, norm in zip(self.blocks, shared, norms, strict=True):
-            last = block is self.blocks[-1]
-            x, y = block(x, y, own, norm if pre else None, gathers and last, rows if last else None)
-        if final_norm is None:
-            return y if pre else x
-        if not pre:
-            y = fk.layer_norm(x, final_norm.weight, final_norm.bias, eps=final_norm.eps, impl=self.impl)
-        return y if rows is None else put(y, rows, shape)
+        for block, step, norm in zip(self.blocks, steps, norms, strict=True):
+            x, y = block(x, y, step._replace(next_norm=norm))
+        return y
 
 
 class SwinTransformer(nn.Module):
-    """Swin (``version=1``) or SwinV2 (``version=2``) encoder that replaces masked patches by a mask token.
+    """Swin encoder that replaces masked patches by a mask token.
 
     Args:
         img_size: Pixels, an integer or (height, width); ``patch_size`` divides both.
@@ -108,8 +136,10 @@ class SwinTransformer(nn.Module):
         extra_norm_period: Every so many blocks a LayerNorm on the residual stream (SwinV2-H and -G: 6); 0 = none.
         extra_norm_scope: Count blocks within a "stage" (the public ports) or over the "global" depth.
         residual_dtype: "auto", or "fp32" for the residual stream that the references have under autocast; see
-            :func:`fastmim.models.layers.stream_dtype`.
+            :func:`fastmim.models.stream.stream_dtype`.
     """
+
+    stage = SwinStage
 
     def __init__(
         self,
@@ -128,60 +158,41 @@ class SwinTransformer(nn.Module):
         extra_norm_period: int = 0,
         extra_norm_scope: str = "stage",
         residual_dtype: str = "auto",
-        version: int = 1,
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        fk.check_impl(impl)
-        if residual_dtype not in RESIDUAL_DTYPES:
-            raise ValueError(f"residual_dtype={residual_dtype!r}: must be one of {', '.join(RESIDUAL_DTYPES)}")
-        self.residual_dtype = residual_dtype
+        self.impl, self.residual_dtype = fk.check_impl(impl), check_residual_dtype(residual_dtype)
         self.img_size = to_pair(img_size, "img_size")
-        self.grid = _grid(self.img_size, patch_size)
+        self.grid = patch_grid(self.img_size, patch_size)
         if len(depths) != len(num_heads):
             raise ValueError(f"num_heads={tuple(num_heads)}: must have one entry per stage, depths={tuple(depths)}")
-        self.version, self.impl = version, impl
-        self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
-        self.stride = patch_size * 2 ** (len(depths) - 1)
-        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        stages = range(len(depths))
+        self.patch_size, self.stride = patch_size, patch_size * 2 ** stages[-1]
+        self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim * 2 ** stages[-1]
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=True, impl=impl)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         extra = _extra_norms(depths, extra_norm_period, extra_norm_scope)
         pretrained = _per_stage(pretrained_window_size, len(depths))
-        maps = [(math.ceil(self.grid[0] / 2**s), math.ceil(self.grid[1] / 2**s)) for s in range(len(depths))]
+        maps = [(math.ceil(self.grid[0] / 2**s), math.ceil(self.grid[1] / 2**s)) for s in stages]
         largest = to_pair(window_size, "window_size")
         # A window larger than the map shrinks to it.
         windows = [(min(largest[0], rows), min(largest[1], columns)) for rows, columns in maps]
-        self.layers = nn.ModuleList()
-        for s, depth in enumerate(depths):
-            first = sum(depths[:s])
-            self.layers.append(
-                SwinStage(
-                    dim=embed_dim * 2**s,
-                    downsample=s > 0,
-                    depth=depth,
-                    num_heads=num_heads[s],
-                    version=version,
-                    resolution=maps[s],
-                    impl=impl,
-                    window_size=windows[s],
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    extra_norm=extra[first : first + depth],
-                )
-            )
-        self.shared = SharedInputs(
-            windows=windows,
-            pretrained_windows=[(p, p) for p in pretrained],
-            depths=depths,
-            num_heads=num_heads,
-            drop_path=drop_path_rates(drop_path_rate, sum(depths)),
-            dim=self.num_features,
-            version=version,
-            impl=impl,
-        )
+        own = [(embed_dim * 2**s, num_heads[s], maps[s], windows[s], mlp_ratio, qkv_bias, extra[s]) for s in stages]
+        self.layers = nn.ModuleList(self.stage(*own[s], impl, downsample=s > 0) for s in stages)
+        self.last_map = maps[-1]
+        rates = drop_path_rates(drop_path_rate, sum(depths))
+        coordinates = self.coordinates(windows, pretrained)
+        self.shared = SharedInputs(windows, depths, num_heads, coordinates, rates, self.num_features, impl)
         self.norm = nn.LayerNorm(self.num_features)
         self.reset_parameters()
+
+    def coordinates(self, windows: list[Pair], pretrained_windows: list[int]) -> list[Tensor] | None:
+        """Of each stage, where an MLP makes the position biases from offsets; None for tables."""
+        return None
+
+    def all_blocks(self) -> list[SwinBlock]:
+        """Those of all stages."""
+        return [block for layer in self.layers for block in layer.blocks]
 
     def forward(self, images: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """(B, C, H, W) images and (B, H/p, W/p) mask → (B, h, w, num_features) tokens of ``stride`` pixels.
@@ -189,74 +200,54 @@ class SwinTransformer(nn.Module):
         With ``rows`` only tokens of these numbers are meant to be read; the others are zero.
         """
         patches = self.patch_embed.patches(images)
-        blocks = [block for layer in self.layers for block in layer.blocks]
-        reductions = [layer.downsample.reduction.weight for layer in self.layers[1:]]
-        proj = self.patch_embed.proj
-        shared, low = self.shared(blocks, [proj.weight.flatten(1), proj.bias, *reductions], patches)
-        low_embed, low_reductions = (low[0], low[1]), low[2:]
-        x, y = self._embed(patches, low_embed, mask)
-        dtype = x.dtype
-        for layer, low in zip(self.layers, [None, *low_reductions], strict=True):
-            own, shared = shared[: len(layer.blocks)], shared[len(layer.blocks) :]
-            end = (self.norm, rows) if layer is self.layers[-1] else (None, None)
-            x = y = layer(x, y, own, dtype, low, *end)
-        return x
+        proj, reductions = self.patch_embed.proj, [layer.downsample.reduction.weight for layer in self.layers[1:]]
+        steps, low = self.shared(self.all_blocks(), [proj.weight.flatten(1), proj.bias, *reductions], patches)
+        if rows is not None:
+            steps[-1] = steps[-1].only(rows, math.prod(self.last_map))
+        dtype = stream_dtype(patches, self.residual_dtype)
+        x, y = self._start(self.patch_embed.project(patches, *low[:2]), mask, dtype)
+        norms = [None] * (len(self.layers) - 1) + [self.norm]
+        for layer, low_reduction, norm in zip(self.layers, [None, *low[2:]], norms, strict=True):
+            own, steps = steps[: len(layer.blocks)], steps[len(layer.blocks) :]
+            x = y = layer(x, y, own, dtype, low_reduction, norm)
+        return x if rows is None else put(x, rows, (len(images), *self.last_map))
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """See :meth:`SharedInputs.set_micro_batch`."""
         self.shared.set_micro_batch(index, count)
 
-    def _embed(
-        self, patches: Tensor, low: tuple[Tensor | None, Tensor | None], mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The first residual stream, for its two readers."""
-        x, norm = self.patch_embed.project(patches, *low), self.patch_embed.norm
-        dtype, eps = stream_dtype(x, self.residual_dtype), norm.eps
+    def _start(self, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The residual stream that begins with embedded patches x, for its two readers."""
+        norm = self.patch_embed.norm
         if mask is None:
             return start_stream(x, norm, dtype, self.impl)
-        return fk.mask_tokens_twice(
-            x,
-            mask,
-            self.mask_token,
-            norm_weight=norm.weight,
-            norm_bias=norm.bias,
-            eps=eps,
-            out_dtype=dtype,
-            impl=self.impl,
-        )
+        how = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps, "out_dtype": dtype}
+        return fk.mask_tokens_twice(x, mask, self.mask_token, **how, impl=self.impl)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Microsoft's initialisation: truncated normal of std 0.02 cut at ±2; SwinV2's block norms start at 0."""
+        """Microsoft's initialisation: truncated normal of std 0.02 cut at ±2."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02, bound=2.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, WindowAttention):
-                init_attention(module)
-            elif isinstance(module, SwinBlock) and self.version == 2:
-                for norm in (module.norm1, module.norm2):
-                    nn.init.zeros_(norm.weight)
-                    nn.init.zeros_(norm.bias)
+                module.reset_parameters()
         trunc_normal_(self.mask_token, std=0.02, bound=2.0)
 
 
-def _grid(img_size: Pair, patch_size: int) -> Pair:
-    if img_size[0] % patch_size or img_size[1] % patch_size:
-        raise ValueError(f"img_size={img_size}: both edges must be multiples of patch_size={patch_size}")
-    return img_size[0] // patch_size, img_size[1] // patch_size
-
-
-def _per_stage(value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:
-    values = (value,) * stages if isinstance(value, int) else tuple(value)
+def _per_stage(value: int | tuple[int, ...], stages: int) -> list[int]:
+    values = [value] * stages if isinstance(value, int) else list(value)
     if len(values) != stages:
         raise ValueError(f"pretrained_window_size={value!r}: must be an integer or one per stage ({stages})")
     return values
 
 
-def _extra_norms(depths: tuple[int, ...], period: int, scope: str) -> list[bool]:
+def _extra_norms(depths: tuple[int, ...], period: int, scope: str) -> list[list[bool]]:
+    """Of each stage, whether its blocks have one."""
     if scope not in ("stage", "global"):
         raise ValueError(f"extra_norm_scope={scope!r}: must be 'stage' or 'global'")
-    indices = [i for d in depths for i in range(d)] if scope == "stage" else list(range(sum(depths)))
-    return [period > 0 and (i + 1) % period == 0 for i in indices]
+    starts = [sum(depths[:s]) if scope == "global" else 0 for s in range(len(depths))]
+    spans = [range(start, start + depth) for start, depth in zip(starts, depths, strict=True)]
+    return [[period > 0 and (i + 1) % period == 0 for i in span] for span in spans]

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.common.dispatch import picks_triton
 from fastmim_kernels.linear.op import product_dtype
 
 from .layers import DropPaths, relative_position_index
+from .stream import Step
 
 Pair = tuple[int, int]
-
-
-class Shared(NamedTuple):
-    """One block's part; ``low_…`` are copies in the dtype of the products, None where the products cast themselves."""
-
-    bias: Tensor
-    """(heads, N, N) additive attention bias."""
-    qkv_bias: Tensor | None
-    """(3C,)"""
-    drop: tuple[Tensor | None, Tensor | None]
-    """(B,) factors of stochastic depth for attention and MLP."""
-    low_qkv_bias: Tensor | None = None
-    low_qkv: Tensor | None = None
-    low_proj: Tensor | None = None
-    low_fc1: Tensor | None = None
-    low_fc2: Tensor | None = None
 
 
 def relative_coords_table(window_size: Pair, pretrained_window_size: Pair) -> Tensor:
@@ -45,37 +30,33 @@ def relative_coords_table(window_size: Pair, pretrained_window_size: Pair) -> Te
 
 
 class SharedInputs(nn.Module):
-    """Makes the :class:`Shared` of every block. It has buffers of its own and no parameters.
+    """Makes the :class:`.Step` of every block. It has buffers of its own and no parameters.
 
     Args:
-        windows, pretrained_windows, depths, num_heads: Of each stage.
+        windows, depths, num_heads: Of each stage.
+        coordinates: Of each stage (entries, 2) for an MLP of position biases; None for tables.
         drop_path: Rate of each block.
         dim: Channels of the last stage.
-        version: 1 for Swin, 2 for SwinV2.
     """
 
     zeros: Tensor
 
     def __init__(
         self,
-        *,
         windows: Sequence[Pair],
-        pretrained_windows: Sequence[Pair],
         depths: Sequence[int],
         num_heads: Sequence[int],
+        coordinates: list[Tensor] | None,
         drop_path: list[float],
         dim: int,
-        version: int,
         impl: str,
     ) -> None:
         super().__init__()
-        self.version, self.impl = version, impl
+        self.impl = impl
         self.drop_paths = DropPaths(drop_path)
         index = [relative_position_index(window) for window in windows]
-        pairs = zip(windows, pretrained_windows, strict=True)
         rows = [(2 * height - 1) * (2 * width - 1) for height, width in windows]
-        coords = [relative_coords_table(*pair) for pair in pairs] if version == 2 else None
-        plan, self.blocks = fk.bias_plan(index, depths, num_heads, rows, coords)
+        plan, self.blocks = fk.bias_plan(index, depths, num_heads, rows, coordinates)
         for name, tensor in plan._asdict().items():
             self.register_buffer(f"bias_{name}", tensor, persistent=False)
         self._plan: Any = type(plan)
@@ -93,59 +74,50 @@ class SharedInputs(nn.Module):
         if index == 0:
             self._kept = None
 
-    def forward(self, blocks: Sequence[Any], others: Sequence[Tensor], x: Tensor) -> tuple[list[Shared], list[Any]]:
+    def forward(
+        self, blocks: Sequence[Any], others: Sequence[Tensor], x: Tensor
+    ) -> tuple[list[Step], list[Tensor | None]]:
         """The inputs of each of ``blocks`` for patches x, and low copies of the parameters ``others`` (or None)."""
-        biases = self.qkv_biases(blocks)
-        low_biases, low_weights, low_others = self.low_copies(blocks, biases, others, x)
-        rest = zip(self.drop_paths(x.shape[0]), low_biases, low_weights, strict=True)
-        shared = [
-            Shared(bias, qkv_bias, drop, low_bias, *low)
-            for bias, qkv_bias, (drop, low_bias, low) in zip(self.position_bias(blocks), biases, rest, strict=True)
+        fusion, attns = fk.fusion(self.impl, x.device), [block.attn for block in blocks]
+        qkv_biases = self.qkv_biases(attns)
+        low = self.low_copies(blocks, qkv_biases, others, product_dtype(x)) if fusion.casts_once else []
+        copies = iter(low or [None] * (len(others) + 5 * len(blocks)))
+        low_others = [next(copies) for _ in others]
+        drops = self.drop_paths(x.shape[0])
+        biases = self.position_bias(attns)
+        steps = [
+            Step(self.impl, fusion, bias, attn, mlp, qkv_bias, *islice(copies, 5))
+            for bias, (attn, mlp), qkv_bias in zip(biases, drops, qkv_biases, strict=True)
         ]
-        return shared, low_others
+        return steps, low_others
 
-    def position_bias(self, blocks: Sequence[Any]) -> list[Tensor]:
+    def position_bias(self, attns: Sequence[Any]) -> list[Tensor]:
         """(heads, N, N) of each block, in one evaluation for all stages."""
         plan = self._plan(*(getattr(self, f"bias_{name}") for name in self._plan._fields))
-        params: list[tuple[Tensor, ...]] = []
-        for attn in (block.attn for block in blocks):
-            if self.version == 1:
-                params.append((attn.relative_position_bias_table,))
-            else:
-                first, _, second = attn.cpb_mlp
-                params.append((first.weight, first.bias, second.weight))
-        return fk.position_bias(plan, self.blocks, params, impl=self.impl)
+        return fk.position_bias(plan, self.blocks, [attn.bias_parameters() for attn in attns], impl=self.impl)
 
-    def qkv_biases(self, blocks: Sequence[Any]) -> list[Tensor | None]:
+    def qkv_biases(self, attns: Sequence[Any]) -> list[Tensor | None]:
         """(3C,) of each block; SwinV2's keys have none, and one concatenation makes room for it in all blocks."""
-        attns = [block.attn for block in blocks]
-        if self.version == 1:
+        if getattr(attns[0], "q_bias", None) is None:
             return [attn.qkv.bias for attn in attns]
-        if attns[0].q_bias is None:
-            return [None] * len(attns)
         parts = [p for a in attns for p in (a.q_bias, self.zeros[: len(a.v_bias)].to(a.v_bias.dtype), a.v_bias)]
         return list(torch.cat(parts).split([3 * a.v_bias.numel() for a in attns]))
 
     def low_copies(
-        self, blocks: Sequence[Any], biases: Sequence[Tensor | None], others: Sequence[Tensor], x: Tensor
-    ) -> tuple[list[Any], list[Any], list[Any]]:
-        """Copies of the qkv biases, of each block's four weights, and of ``others``.
+        self, blocks: Sequence[Any], qkv_biases: Sequence[Tensor | None], others: Sequence[Tensor], dtype: torch.dtype
+    ) -> list[Tensor | None]:
+        """Copies of ``others`` and of each block's qkv bias and four weights, in the dtype of the products.
 
-        None, for the products to cast by themselves, on a CPU, without autocast, and where ZeRO-3 has spread the
-        weights: a copy of all of them is what it avoids.
+        Empty, for the products to cast by themselves, without autocast, and where ZeRO-3 has spread the weights: a
+        copy of all of them is what it avoids.
         """
-        nothing = [None] * len(blocks), [(None,) * 4] * len(blocks), [None] * len(others)
-        dtype = product_dtype(x)
         spread = hasattr(blocks[0].norm1.weight, "ds_id")
-        casts = others[0].dtype == torch.float32 != dtype
-        if not casts or spread or not picks_triton("low_copies", self.impl, x.device):
-            return nothing
-        given = [b for b in biases if b is not None]
-        weights = [w for block in blocks for w in block.weights()]
-        copies = iter(self._copies([*given, *weights, *others], dtype))
-        low_biases = [None if b is None else next(copies) for b in biases]
-        low_weights = [tuple(next(copies) for _ in range(4)) for _ in blocks]
-        return low_biases, low_weights, list(copies)
+        if spread or not others[0].dtype == torch.float32 != dtype:
+            return []
+        own = (t for block, bias in zip(blocks, qkv_biases, strict=True) for t in (bias, *block.weights()))
+        tensors = [*others, *own]
+        copies = iter(self._copies([t for t in tensors if t is not None], dtype))
+        return [None if t is None else next(copies) for t in tensors]
 
     def _copies(self, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         if torch.compiler.is_compiling():

@@ -11,19 +11,17 @@ from torch import Tensor, nn
 import fastmim_kernels as fk
 
 from .layers import (
-    RESIDUAL_DTYPES,
     DropPaths,
     Mlp,
     PatchEmbed,
     drop_path_rates,
-    joint_bias,
+    patch_grid,
     relative_position_index,
-    stream_dtype,
     to_pair,
     trunc_normal_,
 )
-from .read_rows import put, take, take_stream
-from .swin import _grid
+from .read_rows import put
+from .stream import Step, check_residual_dtype, normalise, stream_dtype
 
 NORM_EPS = 1e-6
 
@@ -73,61 +71,42 @@ class Attention(nn.Module):
             self.relative_position_bias_table = None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, bias: Tensor | None, index: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """(B, N, C) → (B, N, C), or (rows, C) of those tokens alone."""
-        b, n, c = x.shape
-        qkv = F.linear(x, self.qkv.weight, joint_bias(self.q_bias, self.v_bias))
+    def forward(self, y: Tensor, index: Tensor | None, *, step: Step) -> Tensor:
+        """(B, N, C) → (B, N, C), or the rows that ``step`` wants; ``index`` are the rows of an own table of biases."""
+        b, n, c = y.shape
+        qkv = F.linear(y, self.qkv.weight, self._qkv_bias())
         q, k, v = qkv.reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = step.bias
         if self.relative_position_bias_table is not None:
             own = _look_up(self.relative_position_bias_table, index)
             bias = own if bias is None else own + bias
-        x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
-        x = x.transpose(1, 2).reshape(b, n, c)
-        return self.proj(x if rows is None else take(x, rows))
+        out = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+        return self.proj(step.take(out.transpose(1, 2).reshape(b, n, c)))
+
+    def _qkv_bias(self) -> Tensor | None:
+        if self.q_bias is None:
+            return None
+        return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
 
 
 class VitBlock(nn.Module):
-    """Pre-norm block with optional LayerScale."""
+    """x + γ₁·attention(LN(x)), then x + γ₂·MLP(LN(x)), with LayerScale γ or without."""
 
-    def __init__(
-        self,
-        dim: int,
-        attn: Attention,
-        mlp_ratio: float,
-        init_values: float | None,
-        impl: str,
-    ) -> None:
+    def __init__(self, dim: int, attn: Attention, mlp_ratio: float, init_values: float | None) -> None:
         super().__init__()
-        self.impl = impl
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), impl)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.gamma_1 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
 
-    def forward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        bias: Tensor | None,
-        index: Tensor | None,
-        drop: tuple[Tensor | None, Tensor | None],
-        next_norm: nn.LayerNorm,
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Stream x and y = norm1(x) in; the new stream and ``next_norm`` of it out, or (rows, C) of these tokens."""
-        branch = self.attn(y, bias, index, rows)
-        x, drop = (x, drop) if rows is None else take_stream(x, drop, rows)
-        x, y = self._add(x, branch, self.gamma_1, drop[0], self.norm2)
-        return self._add(x, self.mlp(y), self.gamma_2, drop[1], next_norm)
-
-    def _add(
-        self, x: Tensor, branch: Tensor, gamma: Tensor | None, drop: Tensor | None, norm: nn.LayerNorm
-    ) -> tuple[Tensor, Tensor]:
-        return fk.residual_norm(
-            x, branch, norm.weight, norm.bias, order="pre", eps=norm.eps, drop_scale=drop, gamma=gamma, impl=self.impl
-        )
+    def forward(self, x: Tensor, y: Tensor, index: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """The (B, N, C) stream x and ``y = norm1(x)`` → the stream and ``step.next_norm`` of it."""
+        branch = self.attn(y, index, step=step)
+        x, y = step.add_norm(step.take(x), branch, self.norm2, self.attn.proj, step.drop_attn, self.gamma_1)
+        branch = self.mlp(y, step=step)
+        return step.add_norm(x, branch, step.next_norm, self.mlp.fc2, step.drop_mlp, self.gamma_2)
 
 
 class VisionTransformer(nn.Module):
@@ -139,7 +118,7 @@ class VisionTransformer(nn.Module):
         shared_rel_pos_bias: One relative position bias for all blocks (SimMIM pretraining).
         rel_pos_bias: One per block.
         abs_pos_embed: Learned absolute positions.
-        residual_dtype: "auto" or "fp32", see :func:`fastmim.models.layers.stream_dtype`.
+        residual_dtype: "auto" or "fp32", see :func:`fastmim.models.stream.stream_dtype`.
     """
 
     def __init__(
@@ -162,15 +141,11 @@ class VisionTransformer(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        fk.check_impl(impl)
-        if residual_dtype not in RESIDUAL_DTYPES:
-            raise ValueError(f"residual_dtype={residual_dtype!r}: must be one of {', '.join(RESIDUAL_DTYPES)}")
-        self.residual_dtype = residual_dtype
+        self.impl, self.residual_dtype = fk.check_impl(impl), check_residual_dtype(residual_dtype)
         if embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: must divide embed_dim={embed_dim}")
         self.img_size = to_pair(img_size, "img_size")
-        self.grid = _grid(self.img_size, patch_size)
-        self.impl = impl
+        self.grid = patch_grid(self.img_size, patch_size)
         self.patch_size = self.stride = patch_size
         self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=False, impl=impl)
@@ -188,7 +163,6 @@ class VisionTransformer(nn.Module):
                 Attention(embed_dim, num_heads, qkv_bias, self.grid if rel_pos_bias else None),
                 mlp_ratio,
                 init_values,
-                impl,
             )
             for _ in range(depth)
         )
@@ -208,16 +182,19 @@ class VisionTransformer(nn.Module):
             x = x + self.pos_embed
         x = x.to(stream_dtype(x, self.residual_dtype))
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
-        first = self.blocks[0].norm1
-        x, y = fk.residual_norm(x, None, first.weight, first.bias, order="pre", eps=first.eps, impl=self.impl)
+        x, y = normalise(x, self.blocks[0].norm1, self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [self.norm]
-        drops = self.drop_paths(x.shape[0])
-        count, batch = self.grid[0] * self.grid[1], len(x)
-        # The class token stands before the patches of each sample.
-        own = None if rows is None else rows + rows.div(count, rounding_mode="floor") + 1
-        for block, drop, norm in zip(self.blocks, drops, norms, strict=True):
-            x, y = block(x, y, bias, self.bias_index, drop, norm, own if block is self.blocks[-1] else None)
-        return y[:, 1:].unflatten(1, self.grid) if rows is None else put(y, rows, (batch, *self.grid))
+        steps = [
+            Step(self.impl, bias=bias, drop_attn=attn, drop_mlp=mlp, next_norm=norm)
+            for (attn, mlp), norm in zip(self.drop_paths(len(x)), norms, strict=True)
+        ]
+        if rows is not None:
+            # The class token stands before the patches of each sample.
+            count = math.prod(self.grid)
+            steps[-1] = steps[-1].only(rows + rows.div(count, rounding_mode="floor") + 1, count + 1)
+        for block, step in zip(self.blocks, steps, strict=True):
+            x, y = block(x, y, self.bias_index, step)
+        return y[:, 1:].unflatten(1, self.grid) if rows is None else put(y, rows, (len(images), *self.grid))
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""

@@ -8,6 +8,7 @@ import torch as _torch
 
 from .common import dispatch as _dispatch
 from .common.dispatch import IMPLS, check_impl
+from .fusion import Fusion, fusion, shape_may_follow
 from .linear.op import linear, linear_and_input
 from .local_norm.op import local_norm_target
 from .low_copies.op import low_copies
@@ -22,9 +23,11 @@ from .window_attention.op import window_attention
 
 __all__ = [
     "IMPLS",
+    "Fusion",
     "bias_plan",
     "check_impl",
     "cpb_bias",
+    "fusion",
     "gelu",
     "layer_norm",
     "linear",
@@ -40,6 +43,7 @@ __all__ = [
     "patch_merge",
     "position_bias",
     "residual_norm",
+    "shape_may_follow",
     "window_attention",
 ]
 

@@ -79,7 +79,7 @@ def test_bfloat16(name, monkeypatch):
 
 
 def last_mlp_rows(objective, images, mask):
-    blocks = [m for m in objective.encoder.modules() if type(m).__name__ in ("SwinBlock", "VitBlock")]
+    blocks = [m for m in objective.encoder.modules() if type(m).__name__ in ("SwinBlock", "SwinV2Block", "VitBlock")]
     seen = []
     handle = blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
     objective(images, mask)

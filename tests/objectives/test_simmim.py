@@ -244,10 +244,8 @@ def test_weights_cast_ahead_give_the_same_step(name, monkeypatch):
         calls.append(args)
         return fastmim_kernels.low_copies(*args, **kwargs)
 
-    shared = SimpleNamespace(**{n: getattr(fastmim_kernels, n) for n in ("position_bias", "bias_plan")})
-    shared.low_copies = low_copies
-    monkeypatch.setattr(swin_shared, "fk", shared)
-    monkeypatch.setattr(swin_shared, "picks_triton", lambda *args: True)
+    monkeypatch.setattr(swin_shared, "fk", SimpleNamespace(**vars(fastmim_kernels) | {
+        "low_copies": low_copies, "fusion": lambda *args: fastmim_kernels.Fusion(casts_once=True)}))
     for step in range(2):
         for index in range(2):
             objective.set_micro_batch(index, 2)

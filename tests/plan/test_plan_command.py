@@ -15,7 +15,7 @@ from PIL import Image
 from fastmim import cli
 from fastmim.config import load_config
 from fastmim.engine.build import build_objective
-from fastmim.models.swin_block import SwinBlock
+from fastmim.models.swin import SwinBlock
 from fastmim.plan import command
 from fastmim.plan.cuda_autocast import cuda_autocast
 from fastmim.plan.hardware import GPUS

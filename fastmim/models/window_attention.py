@@ -1,0 +1,71 @@
+"""Self-attention within windows, as Swin's blocks have it and those of SwinV2 extend it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmim_kernels as fk
+
+from .layers import trunc_normal_
+from .stream import Step
+
+Pair = tuple[int, int]
+
+
+class WindowAttention(nn.Module):
+    """Attention with a table of position biases; a step evaluates those of all blocks at once, see :class:`.Step`."""
+
+    logit_scale: Tensor | None
+
+    def __init__(self, dim: int, num_heads: int, window_size: Pair, shift_size: Pair, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads, self.window_size, self.shift_size = num_heads, window_size, shift_size
+        self.add_parameters(dim, qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def add_parameters(self, dim: int, qkv_bias: bool) -> None:
+        """All but the projection's."""
+        self.logit_scale = None
+        entries = (2 * self.window_size[0] - 1) * (2 * self.window_size[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(entries, self.num_heads))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+
+    def reset_parameters(self) -> None:
+        """All but those of linear layers."""
+        trunc_normal_(self.relative_position_bias_table, std=0.02, bound=2.0)
+
+    def bias_parameters(self) -> tuple[Tensor, ...]:
+        """What :func:`fastmim_kernels.position_bias` makes the position bias from."""
+        return (self.relative_position_bias_table,)
+
+    def forward(self, y: Tensor, *, step: Step, hand_on: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, H, W, C) → (B, H, W, C), or the rows that ``step`` wants, without the bias of ``proj`` where it says so.
+
+        With ``hand_on``, see :meth:`.Step.read`, (result, y).
+        """
+        height, width = y.shape[1:3]
+        pad = (-height % self.window_size[0], -width % self.window_size[1])
+        weights = self.qkv.weight, step.qkv_bias
+        how = {"low_weight": step.low_qkv, "low_bias": step.low_qkv_bias, "impl": step.impl}
+        if hand_on and not any(pad):
+            qkv, y = fk.linear_and_input(y, *weights, **how)
+        else:
+            qkv = fk.linear(self._pad(y, pad) if any(pad) else y, *weights, **how)
+        shape = {"num_heads": self.num_heads, "window_size": self.window_size, "shift_size": self.shift_size}
+        out = fk.window_attention(qkv, step.bias, **shape, logit_scale=self.logit_scale, impl=step.impl)
+        out = step.take(self._unpad(out, height, width) if any(pad) else out)
+        out = fk.linear(out, self.proj.weight, step.product_bias(self.proj), low_weight=step.low_proj, impl=step.impl)
+        return (out, y) if hand_on else out
+
+    def _pad(self, x: Tensor, pad: Pair) -> Tensor:
+        """Zeros at the end of the *rolled* map, as timm does, expressed in the layout before the roll."""
+        rows, cols = self.shift_size
+        x = F.pad(torch.roll(x, (-rows, -cols), (1, 2)), (0, 0, 0, pad[1], 0, pad[0]))
+        return torch.roll(x, (rows, cols), (1, 2))
+
+    def _unpad(self, x: Tensor, height: int, width: int) -> Tensor:
+        rows, cols = self.shift_size
+        x = torch.roll(x, (-rows, -cols), (1, 2))[:, :height, :width]
+        return torch.roll(x, (rows, cols), (1, 2))

@@ -1,0 +1,40 @@
+"""What one op takes over from another, on the implementation that runs: asked once a step, by the encoder.
+
+A model learns here all that it needs to know of implementations, so that its blocks need not ask.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common.define_op import unwatched
+from .common.dispatch import picks_triton
+
+
+class Fusion(NamedTuple):
+    """Who casts, who adds a bias, who adds gradients. The default: every op does its own work."""
+
+    norm_adds_bias: bool = False
+    """``residual_norm`` adds the bias of the product before it, and has its gradient nearly for free. On a CPU the
+    product adds it for less."""
+    product_adds_gradients: bool = False
+    """A product that reads the residual stream hands it on to the next reader, and adds the gradients of both."""
+    casts_once: bool = False
+    """``low_copies`` casts the weights of all products once a step, which else cast their own."""
+
+
+def fusion(impl: str, device: torch.device) -> Fusion:
+    """The plan for ops of ``impl`` on ``device``."""
+    in_norm = picks_triton("residual_norm", impl, device)
+    return Fusion(in_norm, in_norm, picks_triton("low_copies", impl, device))
+
+
+def shape_may_follow(data: Tensor) -> bool:
+    """Whether a shape may depend on the values of ``data``: on a CPU, without a compiler or fake tensors.
+
+    Elsewhere the host would wait for the device, and what is traced must hold for other values.
+    """
+    return unwatched((data,))
