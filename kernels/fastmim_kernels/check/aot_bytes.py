@@ -46,7 +46,8 @@ def _accesses(ttgir: str) -> list[tuple[Place, float, bool]]:
     """(place, bytes × LOOP_TRIPS^depth, is TMA) of every global access."""
     lines = ttgir.splitlines()
     places = _places(lines)
-    found, regions = [], []
+    found: list[tuple[Place, float, bool]] = []
+    regions: list[bool] = []
     for line in lines:
         code = _LOC_TAIL.sub("", line).strip()
         if code.startswith("}"):
