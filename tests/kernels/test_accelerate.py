@@ -210,7 +210,8 @@ def test_in_place(name: str) -> None:
         assert {n: id(t) for n, t in before.items()} == {n: id(t) for n, t in after}
     assert list(model.state_dict()) == list(state)
     second = fk.accelerate(model, impl="reference")
-    assert second.already == first.replaced and not second.replaced and model.layers[0].blocks[0].attn.impl == "reference"
+    assert second.already == first.replaced and not second.replaced
+    assert model.layers[0].blocks[0].attn.impl == "reference"
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.load_state_dict(plain.state_dict())
         check(other, plain, images(32, 32))
