@@ -160,8 +160,9 @@ def time_pairs(chosen: Sequence[str], batch: int, rounds: int) -> None:
 
         timings = harness.interleave({k: lambda m=m: step(m) for k, m in models.items()}, rounds=rounds, warmup=3)
         ratio = harness.speedup(timings["timm"], timings["accelerated"])
-        print(f"{name}, batch {batch}, float32: " + ", ".join(f"{k} {t.quantiles()[0]:.3f} s" for k, t in timings.items())
-              + f"; {ratio[0]:.2f} times as fast ({ratio[1]:.2f} to {ratio[2]:.2f}, 20 and 80 % of {rounds} rounds)")
+        shown = ", ".join(f"{side} {timing.quantiles()[0]:.3f} s" for side, timing in timings.items())
+        print(f"{name}, batch {batch}, float32: {shown}; {ratio[0]:.2f} times as fast ({ratio[1]:.2f} to "
+              f"{ratio[2]:.2f}, 20 and 80 % of {rounds} rounds)", flush=True)
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:

@@ -16,10 +16,19 @@ from torch import nn
 
 from ..common.dispatch import check_impl
 from .parts import DropIn, Mlp, adopt
-from .swin import PatchMerging, PatchMergingV2, SwinTransformerBlock, SwinTransformerV2Block
+from .swin import (
+    PatchMerging,
+    PatchMergingV2,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    SwinTransformerV2Block,
+    SwinTransformerV2Stage,
+)
 from .vit import VitBlock
 
 DROP_INS: dict[type[nn.Module], type[DropIn]] = {
+    v1.SwinTransformerStage: SwinTransformerStage,
+    v2.SwinTransformerV2Stage: SwinTransformerV2Stage,
     v1.SwinTransformerBlock: SwinTransformerBlock,
     v2.SwinTransformerV2Block: SwinTransformerV2Block,
     v1.PatchMerging: PatchMerging,
@@ -64,7 +73,7 @@ class Report:
 def accelerate(model: nn.Module, *, impl: str = "auto") -> Report:
     """Let a timm Swin, SwinV2 or ViT, or a model that contains one, compute on the kernels, in place.
 
-    Blocks (with their window attention), MLPs and patch mergings become instances of subclasses in
+    Stages, blocks (with their window attention), MLPs and patch mergings become instances of subclasses in
     :mod:`fastmim_kernels.nn`: the same objects with the same parameters, buffers, hooks and state dict, so that
     optimisers and references made before stay valid. Outputs and gradients differ by rounding, and stochastic depth
     draws what timm's draws. What a rule of :mod:`.rules` does not know stays as it is.

@@ -1,4 +1,4 @@
-"""timm's Swin and SwinV2 modules on the kernels: window attention, block, patch merging."""
+"""timm's Swin and SwinV2 modules on the kernels: window attention, block, stage, patch merging."""
 
 from __future__ import annotations
 
@@ -162,11 +162,19 @@ class SwinTransformerBlock(_Block, v1.SwinTransformerBlock):
         """(B, H, W, C) → (B, H, W, C)."""
         if self.as_timm():
             return super().forward(x)
-        x, y = add_and_norm(self.norm1, x, None, "pre", self.impl)
+        return self.step(*add_and_norm(self.norm1, x, None, "pre", self.impl), None)[0]
+
+    def step(self, x: Tensor, y: Tensor, next_norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+        """From the stream and ``norm1`` of it to the stream and ``next_norm`` of it (without one: the stream)."""
         branch, bias = self.attn.branch(y, self.shift_size)
         x, y = add_and_norm(self.norm2, x, branch, "pre", self.impl, branch_bias=bias,
                             drop_scale=drop_scale(self.drop_path1, branch, branch.dtype))
-        return x + self.drop_path2(self.mlp(y))
+        if next_norm is None:
+            x = x + self.drop_path2(self.mlp(y))
+            return x, x
+        branch, bias = mlp_branch(self.mlp, y)
+        return add_and_norm(next_norm, x, branch, "pre", self.impl, branch_bias=bias,
+                            drop_scale=drop_scale(self.drop_path2, branch, branch.dtype))
 
 
 class SwinTransformerV2Block(_Block, v2.SwinTransformerV2Block):
@@ -177,12 +185,62 @@ class SwinTransformerV2Block(_Block, v2.SwinTransformerV2Block):
         if self.as_timm():
             return super().forward(x)
         x = x.to(normed_dtype(x))
-        branch, bias = self.attn.branch(x, self.shift_size)
+        return self.step(x, x, True)[0]
+
+    def step(self, x: Tensor, y: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """The stream for its two readers, the addition and the product: the latter's in autocast's dtype.
+
+        ``last``: no block reads the second result.
+        """
+        branch, bias = self.attn.branch(y, self.shift_size)
         x, y = add_and_norm(self.norm1, x, branch, "post", self.impl, branch_bias=bias,
                             drop_scale=drop_scale(self.drop_path1, branch, x.dtype))
         branch, bias = mlp_branch(self.mlp, y)
-        return add_and_norm(self.norm2, x, branch, "post", self.impl, branch_bias=bias, out_dtype=x.dtype,
-                            drop_scale=drop_scale(self.drop_path2, branch, x.dtype))[0]
+        return add_and_norm(self.norm2, x, branch, "post", self.impl, branch_bias=bias,
+                            out_dtype=x.dtype if last else None,
+                            drop_scale=drop_scale(self.drop_path2, branch, x.dtype))
+
+
+class _Stage(DropIn):
+    """Blocks that hand on the stream and what the next one reads of it, which one pass writes."""
+
+    def rule(self) -> str:
+        """None of its own; what forbids a block its step forbids it here."""
+        return ""
+
+    def as_timm(self) -> bool:
+        """Block by block, as checkpointing, a hook on a block, or a block that is no drop-in asks for."""
+        return bool(self.grad_checkpointing) or any(
+            not isinstance(block, _Block) or rules.hooked(block) or block.as_timm() for block in self.blocks)
+
+
+class SwinTransformerStage(_Stage, v1.SwinTransformerStage):
+    """timm's Swin stage; the pass that adds to the stream also applies the next block's first norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, H', W', D)."""
+        if self.as_timm():
+            return super().forward(x)
+        x = self.downsample(x)
+        norms = [block.norm1 for block in self.blocks]
+        x, y = add_and_norm(norms[0], x, None, "pre", self.impl)
+        for block, next_norm in zip(self.blocks, [*norms[1:], None], strict=True):
+            x, y = block.step(x, y, next_norm)
+        return x
+
+
+class SwinTransformerV2Stage(_Stage, v2.SwinTransformerV2Stage):
+    """timm's SwinV2 stage; the pass that adds to the stream also casts it for the next block's product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, H', W', D)."""
+        if self.as_timm():
+            return super().forward(x)
+        x = self.downsample(x)
+        x = y = x.to(normed_dtype(x))
+        for i, block in enumerate(self.blocks):
+            x, y = block.step(x, y, i == len(self.blocks) - 1)
+        return x
 
 
 class PatchMerging(DropIn, v1.PatchMerging):
