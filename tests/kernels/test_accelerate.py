@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -233,12 +233,23 @@ def test_materialised_from_meta(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_to_one_graph(name: str) -> None:
+    """Whose nodes show what runs: three blocks and a merging on the ops, and nothing of timm's in between."""
     model = accelerated(create(name, img_size=32, window_size=3, depths=(1, 2)))
+    ran: Counter[str] = Counter()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        ran.update(re.sub(r".*\.", "", str(node.target).removesuffix(".default")) for node in graph.graph.nodes)
+        return graph.forward
+
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     expected = results(model, images(32, 32))
     for key, value in results(compiled, images(32, 32)).items():
         torch.testing.assert_close(value, expected[key.replace("_orig_mod.", "")])
+    assert [ran[op] for op in ("window_attention", "mlp", "patch_merge", "position_bias")] == [3, 3, 1, 3]
+    # Swin: one before each stage and two a block, but for the last of a stage; SwinV2: two a block, and the merging's.
+    assert ran["residual_norm"] == (6 if name.startswith("swin_") else 7)
+    assert not any("softmax" in op or "gelu" in op for op in ran)
 
 
 def test_traces_as_timm() -> None:
@@ -247,6 +258,13 @@ def test_traces_as_timm() -> None:
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(accelerated(model), images(32, 32))
     torch.testing.assert_close(traced(images(32, 32)), model(images(32, 32)))
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model = create(NAMES[1], img_size=32, window_size=4)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name.endswith("bias"))
+    check(accelerated(model), model, images(32, 32))
 
 
 class Doubled(v1.SwinTransformerBlock):

@@ -125,7 +125,7 @@ def _swap(module: nn.Module, impl: str) -> str:
         return f"a subclass of {known}, which may compute something else"
     if isinstance(module, _WINDOW_ATTENTION):
         return "its block stays, and hands it windows"
-    if isinstance(module, timm.layers.Attention):
+    if isinstance(module, vit.Attention):
         return "torch's scaled_dot_product_attention is its kernel"
     return "no drop-in" if _of_timm(kind) and _PART.search(kind.__name__) else ""
 
