@@ -4,6 +4,9 @@ Every op takes ``impl="auto" | "triton" | "torch" | "reference"``; an explicit n
 This package never imports ``fastmim``.
 """
 
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
 import torch as _torch
 
 from .common import dispatch as _dispatch
@@ -21,9 +24,14 @@ from .position_bias.op import bias_plan, cpb_bias, position_bias
 from .residual_norm.op import layer_norm, residual_norm
 from .window_attention.op import window_attention
 
+if TYPE_CHECKING:
+    from . import nn
+    from .nn import accelerate
+
 __all__ = [
     "IMPLS",
     "Fusion",
+    "accelerate",
     "bias_plan",
     "check_impl",
     "cpb_bias",
@@ -40,12 +48,23 @@ __all__ = [
     "masked_l1",
     "mlp",
     "mlp_and_input",
+    "nn",
     "patch_merge",
     "position_bias",
     "residual_norm",
     "shape_may_follow",
     "window_attention",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    # These import timm, which no op needs.
+    if name not in ("accelerate", "nn"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(f"{__name__}.nn")
+    return module if name == "nn" else module.accelerate
 
 
 def _self_test(op: str, device: _torch.device) -> str:
