@@ -12,6 +12,7 @@ import torch
 
 from fastmim.config import Config, save_config
 from fastmim.data import build_loader
+from fastmim.data.augment import View
 from fastmim.engine import checkpoint, distributed
 from fastmim.engine.distributed import World
 from fastmim.engine.host_memory import keep_freed_memory
@@ -22,7 +23,6 @@ from fastmim.engine.optim import build_optimizer, param_groups
 from fastmim.engine.precision import device_precision, warn_without_bf16
 from fastmim.engine.recompute import apply_recompute
 from fastmim.engine.run import Intervals, Run, TrainResult
-from fastmim.engine.schedule import Schedule, scale_lr
 from fastmim.engine.stream import batch_sizes, stream
 from fastmim.engine.zero import ZeroEngine
 from fastmim.engine.zero_build import build_partitioned
@@ -31,6 +31,7 @@ from fastmim.engine.zero_nvme import check_nvme
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.interop import load_weights
 from fastmim.objectives import create_objective
+from fastmim.objectives.schedule import Schedule, scale_lr
 
 __all__ = ["TrainResult", "train"]
 
@@ -156,18 +157,13 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
 
 def build_objective(cfg: Config) -> Any:
     """The objective with weights from torch's generator, on torch's default device."""
-    section = cfg.objective
     return create_objective(
-        section.name,
+        cfg.objective.name,
         encoder={**cfg.model.encoder_kwargs(), "residual_dtype": cfg.efficiency.residual_dtype},
         impl=cfg.efficiency.kernels,
-        mask_ratio=section.mask_ratio,
-        unit=section.unit,
-        norm_target=section.norm_target,
-        loss=section.loss,
-        loss_on=section.loss_on,
         mean=cfg.data.mean,
         std=cfg.data.std,
+        **cfg.objective.arguments(),
     )
 
 
@@ -178,11 +174,14 @@ def make_loader(cfg: Config, objective: Any, world: World, accum: int, **changes
         ValueError: no folder is given, or it has no usable image.
     """
     data = cfg.data
+    given = dict(scale=data.scale, ratio=data.ratio, hflip=data.hflip, interpolation=data.interpolation)
+    views = [View(**view.over(given)) for view in objective.views()]
     arguments: dict[str, Any] = dict(
         path=data.path,
         file_list=data.file_list,
-        img_size=objective.img_size,
-        in_chans=objective.in_chans,
+        img_size=views[0].size,
+        views=views,
+        in_chans=cfg.model.in_chans,
         micro_batch_size=cfg.train.micro_batch_size,
         grad_accum_steps=accum,
         rank=world.rank,
@@ -191,10 +190,6 @@ def make_loader(cfg: Config, objective: Any, world: World, accum: int, **changes
         loader=data.loader,
         num_workers=data.num_workers,
         train=True,
-        scale=data.scale,
-        ratio=data.ratio,
-        hflip=data.hflip,
-        interpolation=data.interpolation,
         max_bad_fraction=data.max_bad_fraction,
         verify=data.verify,
         min_size=data.min_size,

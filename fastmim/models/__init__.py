@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+from .rules import check_architecture
 from .sizes import FAMILIES, SIZES, expand_size
 from .swin import SwinTransformer
 from .vit import VisionTransformer
@@ -17,7 +19,9 @@ __all__ = [
     "Encoder",
     "SwinTransformer",
     "VisionTransformer",
+    "check_encoder",
     "create_encoder",
+    "encoder_settings",
     "expand_size",
 ]
 
@@ -45,3 +49,27 @@ def create_encoder(encoder: dict[str, Any], *, impl: str = "auto") -> Encoder:
             f"it takes {', '.join(sorted(known - {'version'}))}"
         )
     return cls(**kwargs, impl=impl)
+
+
+def encoder_settings(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument that :func:`create_encoder` would build with: given ones over the size's over the defaults.
+
+    ``name`` is the family. Nothing is built.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    kwargs = expand_size(encoder)
+    cls = VisionTransformer if kwargs["name"] == "vit" else SwinTransformer
+    own = ("impl", "version")
+    defaults = {key: p.default for key, p in inspect.signature(cls).parameters.items() if key not in own}
+    return {**defaults, **kwargs}
+
+
+def check_encoder(encoder: Mapping[str, Any]) -> None:
+    """Refuse what :func:`create_encoder` would refuse of the architecture, without building it.
+
+    Raises:
+        ValueError: ``argument=value: what; fix`` in one line.
+    """
+    check_architecture(encoder_settings(encoder))

@@ -18,6 +18,7 @@ from .layers import (
     trunc_normal_,
 )
 from .read_rows import put
+from .rules import check_stages, patch_grid
 from .swin_block import PatchMerging, SwinBlock, WindowAttention, init_attention, normalise, start_stream
 from .swin_shared import Shared, SharedInputs
 
@@ -43,8 +44,6 @@ class SwinStage(nn.Module):
         impl: str,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads}: must divide the stage's {dim} channels")
         self.version, self.impl = version, impl
         # A window as large as the map has nothing to shift.
         shift = tuple(0 if r <= w else w // 2 for r, w in zip(resolution, window_size, strict=True))
@@ -137,9 +136,8 @@ class SwinTransformer(nn.Module):
             raise ValueError(f"residual_dtype={residual_dtype!r}: must be one of {', '.join(RESIDUAL_DTYPES)}")
         self.residual_dtype = residual_dtype
         self.img_size = to_pair(img_size, "img_size")
-        self.grid = _grid(self.img_size, patch_size)
-        if len(depths) != len(num_heads):
-            raise ValueError(f"num_heads={tuple(num_heads)}: must have one entry per stage, depths={tuple(depths)}")
+        self.grid = patch_grid(self.img_size, patch_size)
+        check_stages(num_heads, depths, embed_dim)
         self.version, self.impl = version, impl
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
         self.stride = patch_size * 2 ** (len(depths) - 1)
@@ -240,12 +238,6 @@ class SwinTransformer(nn.Module):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
         trunc_normal_(self.mask_token, std=0.02, bound=2.0)
-
-
-def _grid(img_size: Pair, patch_size: int) -> Pair:
-    if img_size[0] % patch_size or img_size[1] % patch_size:
-        raise ValueError(f"img_size={img_size}: both edges must be multiples of patch_size={patch_size}")
-    return img_size[0] // patch_size, img_size[1] // patch_size
 
 
 def _per_stage(value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:

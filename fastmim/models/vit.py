@@ -23,7 +23,7 @@ from .layers import (
     trunc_normal_,
 )
 from .read_rows import put, take, take_stream
-from .swin import _grid
+from .rules import check_heads, patch_grid
 
 NORM_EPS = 1e-6
 
@@ -166,10 +166,9 @@ class VisionTransformer(nn.Module):
         if residual_dtype not in RESIDUAL_DTYPES:
             raise ValueError(f"residual_dtype={residual_dtype!r}: must be one of {', '.join(RESIDUAL_DTYPES)}")
         self.residual_dtype = residual_dtype
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads={num_heads}: must divide embed_dim={embed_dim}")
+        check_heads(num_heads, embed_dim)
         self.img_size = to_pair(img_size, "img_size")
-        self.grid = _grid(self.img_size, patch_size)
+        self.grid = patch_grid(self.img_size, patch_size)
         self.impl = impl
         self.patch_size = self.stride = patch_size
         self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim

@@ -128,10 +128,9 @@ def _batches(
 
 
 def _synthetic(cfg: Config, objective: Any, world: World) -> Batches:
-    size, device = cfg.train.micro_batch_size, world.device
-    shape = (size, objective.in_chans, *objective.img_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    ids = torch.arange(size, device=device)
+    size = cfg.train.micro_batch_size
+    images, _ = objective.example(size)
+    ids = torch.arange(size, device=world.device)
     epoch = 0
     while True:
         yield images, objective.random_mask(ids, seed=cfg.train.seed, epoch=epoch)
