@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,15 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
 
 def _sections(tree: Tree, overrides: Sequence[str]) -> Sections:
     """The sections there are, that of the objective being the one which the file, or else an override, names."""
-    names = [tree.get("objective")]
+    layers = [tree.get("objective")]
     for override in overrides:
         key, _, text = (part.strip() for part in override.partition("="))
-        if key == "objective.name":
-            names.append({"name": text})
-        elif key == "objective":
-            names.append(yaml_text.parse(text))
-    given = [one["name"] for one in names if isinstance(one, dict) and one.get("name") is not None]
+        with suppress(ValueError):  # what is no YAML is refused where the override is read
+            if key == "objective.name":
+                layers.append({"name": text if _is_plain(text) else yaml_text.parse(text)})
+            elif key == "objective":
+                layers.append(yaml_text.parse(text))
+    given = [layer["name"] for layer in layers if isinstance(layer, dict) and layer.get("name") is not None]
     sections = {name: field.annotation for name, field in Config.model_fields.items()}
     try:
         return {**sections, "objective": objective_section(given[-1] if given else DEFAULT)}  # type: ignore[dict-item]
@@ -164,12 +166,17 @@ def _check_key(override: str, parts: list[str], sections: Sections) -> None:
             raise ValueError(unknown_key(sections, location))
 
 
+def _is_plain(text: str) -> bool:
+    """Whether a text field takes it as it is: neither quoted, nor null, nor nothing."""
+    return bool(text) and text[0] not in "'\"" and text != "null"
+
+
 def _parse_value(override: str, parts: list[str], text: str, sections: Sections) -> Any:
     """YAML; but what a text field gets is taken as it is, unless it is quoted or null."""
     text = text.strip()
     field = fields_at(sections, parts)[parts[1]] if len(parts) == 2 else None
     takes_text = field is not None and describe(field.annotation).startswith("text")
-    if text and takes_text and text[0] not in "'\"" and text != "null":
+    if takes_text and _is_plain(text):
         return text
     try:
         value = yaml_text.parse(text)
