@@ -33,7 +33,7 @@ from torchvision import transforms
 from fastmim.data import build_loader, pack_images
 from fastmim.data.demo import _find_photos
 from fastmim.data.loader import PREFETCH
-from fastmim.objectives.masking import random_mask
+from fastmim.objectives.masks import random_mask
 
 SIZE, TILE, UNIT, PATCH, MASK_RATIO, BATCH = 192, (500, 375), 32, 4, 0.6, 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -97,9 +97,9 @@ def _config_show(options: argparse.Namespace) -> int:
 
 
 def _config_keys(options: argparse.Namespace) -> int:
-    from fastmim.config import Config, explain
+    from fastmim.config import explain, load_config
 
-    _print(explain(Config()))
+    _print(explain(load_config(None, options.overrides)))
     return 0
 
 
@@ -233,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--explain", action="store_true", help="with the type, default and meaning of every key")
     shown.set_defaults(command=_config_show)
     keys = config_commands.add_parser("keys", parents=[common], help="print every key, its type and default")
+    keys.add_argument("overrides", metavar="key=value", nargs="*", help="objective.name=... shows another's keys")
     keys.set_defaults(command=_config_keys)
 
     data = commands.add_parser("data", help="make the demo's photographs, check a folder, pack and index shards")

@@ -36,6 +36,7 @@ MISTAKES = [
     ("model.img_sise=96", ["model.img_sise: unknown key", "did you mean 'img_size'", "patch_size"]),
     ("optimizer.lr=1", ["optimizer: unknown key", "optim", "sections: model, objective, data"]),
     ("steps=5", ["steps: unknown key", "did you mean 'train.steps'"]),
+    ("objective.norm_targt=3", ["objective.norm_targt: unknown key; did you mean 'norm_target'", "keys of objective"]),
     ("train.zzz=1", ["train.zzz: unknown key", "keys of train: steps, epochs"]),
     # malformed overrides
     ("train.steps", ["'train.steps': expected section.key=value"]),
@@ -44,6 +45,7 @@ MISTAKES = [
     ("train.steps.more=3", ["train.steps is a value, not a section"]),
     ("model=3", ["model is a section; expected model.key=value"]),
     ("model.depths=[2, 2", ["'model.depths=[2, 2'", "not YAML", "line 1"]),
+    ("objective=[1", ["override 'objective=[1': the value is not YAML"]),
     ("base=other.yaml", ["base is a key of files only"]),
     # types
     ("train.steps=abc", ["train.steps=abc: expected an integer"]),
@@ -62,6 +64,8 @@ MISTAKES = [
         "efficiency.fused_optimizer=maybe",
         ["efficiency.fused_optimizer=maybe: expected auto, true, false, apex or cpu_adam"],
     ),
+    ("objective.name=simimm", ["objective.name=simimm: unknown objective", "did you mean 'simmim'", "module:Class"]),
+    ("objective.name=null", ["objective.name=null: expected text"]),
     ("objective.loss=l3", ["objective.loss=l3: expected one of l1, l2, smooth_l1"]),
     ("efficiency.kernels=tritn", ["did you mean 'triton'"]),
     ("data.path=''", ["data.path='': expected a path"]),
@@ -306,6 +310,12 @@ def test_encoder_kwargs_build_the_objective() -> None:
     assert create_objective("simmim", encoder=kwargs).img_size == (64, 96)
 
 
+def test_the_objective_may_be_named_in_any_way() -> None:
+    names = ["objective.name=simmim", 'objective.name="simmim"', "objective={name: simmim}", "objective={unit: 32}"]
+    assert all(load_config(None, [name]).objective == Config().objective for name in names)
+    assert list(type(Config().objective).model_fields) == ["name", *Config().objective.arguments()]
+
+
 def test_the_defaults_are_valid_and_frozen() -> None:
     cfg = Config()
     assert cfg == load_config() and cfg.train.epochs == 100
@@ -331,7 +341,7 @@ def test_dump_keeps_floats_exactly() -> None:
 
 def test_explain_names_every_key() -> None:
     text = explain(Config())
-    for section, field in Config.model_fields.items():
-        for key in field.annotation.model_fields:  # type: ignore[union-attr]
+    for section in Config.model_fields:
+        for key in type(getattr(Config(), section)).model_fields:
             assert f"\n  {key}:" in text, f"{section}.{key}"
     assert "(integer; default 64)" in text and "expected" not in text

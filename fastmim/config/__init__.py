@@ -5,12 +5,12 @@ Only the cli, ``fastmim.engine.train`` and the package root read it; everything 
 
 from fastmim.config.explain import explain
 from fastmim.config.load import dump_config, load_config, save_config
+from fastmim.config.objective import ObjectiveSection
 from fastmim.config.sections import (
     Config,
     DataSection,
     EfficiencySection,
     ModelSection,
-    ObjectiveSection,
     OptimSection,
     OutputSection,
     TrainSection,

@@ -19,7 +19,8 @@ def explain(cfg: Config) -> str:
 def _section(name: str, section: Section, values: dict[str, object]) -> str:
     lines = [f"# {section.__doc__}", f"{name}:"]
     for key, field in type(section).model_fields.items():
-        comment = f"{field.description} ({describe(field.annotation)}; default {show(field.default)})"
+        default = "required" if field.is_required() else f"default {show(field.default)}"
+        comment = f"{field.description} ({describe(field.annotation)}; {default})".lstrip()
         lines += textwrap.wrap(comment, 100, initial_indent="  # ", subsequent_indent="  #   ")
         lines.append(textwrap.indent(yaml_text.dump({key: values[key]}).rstrip(), "  "))
     return "\n".join(lines) + "\n"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 from fastmim.config import yaml_text
 from fastmim.config.fields import describe
-from fastmim.config.messages import nearest, one_line, section_at, unknown_key
+from fastmim.config.messages import Sections, fields_at, names_at, nearest, one_line, unknown_key
+from fastmim.config.objective import DEFAULT, objective_section
 from fastmim.config.sections import Config
 
 Tree = dict[str, Any]
@@ -38,11 +41,30 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
             values that do not fit together, a file that is missing, is not YAML or includes itself.
     """
     tree = _read(Path(path), ()) if path is not None else {}
-    tree = _merge(tree, _parse_overrides(overrides))
+    sections = _sections(tree, overrides)
+    tree = _merge(tree, _parse_overrides(overrides, sections))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(one_line(error, Config)) from None
+        raise ValueError(one_line(error, sections)) from None
+
+
+def _sections(tree: Tree, overrides: Sequence[str]) -> Sections:
+    """The sections there are, that of the objective being the one which the file, or else an override, names."""
+    layers = [tree.get("objective")]
+    for override in overrides:
+        key, _, text = (part.strip() for part in override.partition("="))
+        with suppress(ValueError):  # what is no YAML is refused where the override is read
+            if key == "objective.name":
+                layers.append({"name": text if _is_plain(text) else yaml_text.parse(text)})
+            elif key == "objective":
+                layers.append(yaml_text.parse(text))
+    given = [layer["name"] for layer in layers if isinstance(layer, dict) and layer.get("name") is not None]
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    try:
+        return {**sections, "objective": objective_section(given[-1] if given else DEFAULT)}  # type: ignore[dict-item]
+    except PydanticCustomError as error:
+        raise ValueError(error.message()) from None
 
 
 def dump_config(cfg: Config) -> str:
@@ -115,45 +137,46 @@ def _overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
     return merged
 
 
-def _parse_overrides(overrides: Sequence[str]) -> Tree:
+def _parse_overrides(overrides: Sequence[str], sections: Sections) -> Tree:
     tree: Tree = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
             raise ValueError(f"override '{override}': expected section.key=value, for example train.steps=20")
-        _check_key(override, parts)
-        value = _parse_value(override, parts, text)
+        _check_key(override, parts, sections)
+        value = _parse_value(override, parts, text, sections)
         for part in reversed(parts):
             value = {part: value}
         tree = _overlay(tree, value)
     return tree
 
 
-def _check_key(override: str, parts: list[str]) -> None:
+def _check_key(override: str, parts: list[str], sections: Sections) -> None:
     """The key exists, one level deep (but below a field that holds a tree); checked before the value is read."""
     if parts[0] == "base":
         raise ValueError(f"override '{override}': base is a key of files only; name another file instead")
     for depth, part in enumerate(parts, start=1):
         location = tuple(parts[:depth])
-        if depth > 2 and _holds_tree(parts):
+        if depth > 2 and describe(fields_at(sections, parts)[parts[1]].annotation) == "section":
             return
         if depth > 2:
             raise ValueError(f"override '{override}': {'.'.join(parts[:2])} is a value, not a section")
-        if part not in section_at(Config, location).model_fields:
-            raise ValueError(unknown_key(Config, location))
+        if part not in names_at(sections, location):
+            raise ValueError(unknown_key(sections, location))
 
 
-def _holds_tree(parts: list[str]) -> bool:
-    return describe(section_at(Config, parts[:2]).model_fields[parts[1]].annotation) == "section"
+def _is_plain(text: str) -> bool:
+    """Whether a text field takes it as it is: neither quoted, nor null, nor nothing."""
+    return bool(text) and text[0] not in "'\"" and text != "null"
 
 
-def _parse_value(override: str, parts: list[str], text: str) -> Any:
+def _parse_value(override: str, parts: list[str], text: str, sections: Sections) -> Any:
     """YAML; but what a text field gets is taken as it is, unless it is quoted or null."""
     text = text.strip()
-    field = None if len(parts) > 2 else section_at(Config, parts).model_fields[parts[-1]]
+    field = fields_at(sections, parts)[parts[1]] if len(parts) == 2 else None
     takes_text = field is not None and describe(field.annotation).startswith("text")
-    if text and takes_text and text[0] not in "'\"" and text != "null":
+    if takes_text and _is_plain(text):
         return text
     try:
         value = yaml_text.parse(text)

@@ -7,7 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
+
+Sections = Mapping[str, type[BaseModel]]
+"""The class of every section by its name, that of the objective chosen by the config included."""
 
 _EXPECTED = {
     "int_type": "expected an integer",
@@ -39,6 +43,15 @@ def problem(text: str) -> PydanticCustomError:
     return PydanticCustomError("fastmim", "{text}", {"text": text})
 
 
+def said_by(section: str, given: Mapping[str, Any], error: ValueError) -> PydanticCustomError:
+    """What a component says of its ``argument=value: what; fix``, with its section and the value as it was written."""
+    text = str(error)
+    argument, _, rest = text.partition("=")
+    if argument not in given:
+        return problem(text)
+    return problem(f"{section}.{argument}={show(given[argument])}: {rest.partition(': ')[2]}")
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the choice nearest to `name`, or an empty string."""
     found = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.6)
@@ -64,46 +77,46 @@ def dotted(location: Iterable[str | int]) -> str:
     return path
 
 
-def section_at(root: type[BaseModel], location: Iterable[str | int]) -> type[BaseModel]:
-    """The model class that holds the key at `location`."""
-    section = root
-    for part in list(location)[:-1]:
-        field = section.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            break
-        section = field.annotation
-    return section
+def fields_at(sections: Sections, location: Iterable[str | int]) -> Mapping[str, FieldInfo]:
+    """The keys of the section in which the key at `location` stands; none of the top, which holds the sections."""
+    path = list(location)
+    return sections[str(path[0])].model_fields if len(path) > 1 and path[0] in sections else {}
 
 
-def unknown_key(root: type[BaseModel], location: tuple[str | int, ...]) -> str:
+def names_at(sections: Sections, location: tuple[str | int, ...]) -> list[str]:
+    """The names that the key at `location` could have."""
+    return list(sections if len(location) == 1 else fields_at(sections, location))
+
+
+def unknown_key(sections: Sections, location: tuple[str | int, ...]) -> str:
     """The line for a key that does not exist: the nearest name, and every name there is."""
     key = str(location[-1])
-    names = list(section_at(root, location).model_fields)
+    names = names_at(sections, location)
     where = dotted(location[:-1])
     hint = nearest(key, names)
     if not hint:
-        homes = [f"{s}.{key}" for s, f in root.model_fields.items() if key in _keys_of(f.annotation)]
+        homes = [f"{name}.{key}" for name, section in sections.items() if key in section.model_fields]
         hint = f"; did you mean '{homes[0]}'?" if homes else ""
     kind = f"keys of {where}" if where else "sections"
     return f"{dotted(location)}: unknown key{hint} ({kind}: {', '.join(names)})"
 
 
-def one_line(error: ValidationError, root: type[BaseModel]) -> str:
+def one_line(error: ValidationError, sections: Sections) -> str:
     """The first problem in `error` as one line, with a count of the others."""
     errors = error.errors(include_url=False)
     # An unknown key first: what else is wrong may follow from it.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return _line(first, root) + more
+    return _line(first, sections) + more
 
 
-def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
+def _line(error: ErrorDetails, sections: Sections) -> str:
     kind, location = error["type"], error["loc"]
     context: Mapping[str, Any] = error.get("ctx", {})
     if kind == "fastmim":
         return str(context["text"])
     if kind == "extra_forbidden":
-        return unknown_key(root, location)
+        return unknown_key(sections, location)
     path = dotted(location)
     if kind == "missing":
         return f"{path}: {_EXPECTED[kind]}"
@@ -118,8 +131,3 @@ def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
     else:
         text = _EXPECTED.get(kind, error["msg"])
     return f"{path}={show(error['input'])}: {text}"
-
-
-def _keys_of(annotation: Any) -> list[str]:
-    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return list(annotation.model_fields) if is_section else []

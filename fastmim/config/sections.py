@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from fastmim.config import checks
 from fastmim.config.fields import (
@@ -14,7 +14,6 @@ from fastmim.config.fields import (
     Channels,
     Count,
     Counts,
-    Fraction,
     Fused,
     IntOrInts,
     Path,
@@ -29,6 +28,7 @@ from fastmim.config.fields import (
     Tree,
     UnitRange,
 )
+from fastmim.config.objective import DEFAULT, AnyObjective, objective_section
 
 
 class ModelSection(Section):
@@ -65,22 +65,6 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
         checks.architecture(self.encoder_kwargs())
-        return self
-
-
-class ObjectiveSection(Section):
-    """What is hidden from the encoder, what it must predict, and how the error is measured."""
-
-    name: Literal["simmim"] = Field("simmim", description="pretraining objective")
-    mask_ratio: Fraction = Field(0.6, description="share of mask units hidden; the count per image is rounded up")
-    unit: Positive = Field(32, description="edge of a mask unit in pixels, a multiple of patch_size")
-    norm_target: Count = Field(0, description="window of the locally normalised target in pixels (odd; 47), 0 = off")
-    loss: Literal["l1", "l2", "smooth_l1"] = Field("l1", description="error per pixel")
-    loss_on: Literal["masked", "all"] = Field("masked", description="pixels that count")
-
-    @model_validator(mode="after")
-    def _check(self) -> ObjectiveSection:
-        checks.norm_target(self.norm_target)
         return self
 
 
@@ -140,7 +124,7 @@ class OptimSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> OptimSection:
-        checks.schedule(self)
+        checks.schedule(self.schedule, self.model_dump())
         return self
 
 
@@ -172,7 +156,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
         checks.length(self.steps, self.epochs)
-        checks.batch(self)
+        checks.batch(self.global_batch_size, self.micro_batch_size)
         return self
 
 
@@ -206,9 +190,9 @@ class EfficiencySection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> EfficiencySection:
-        checks.zero(self)
-        checks.offload(self)
-        checks.recompute(self)
+        checks.zero(self.zero_stage, self.precision, self.compile, self.deepspeed)
+        checks.offload(self.zero_stage, self.offload_optimizer, self.offload_param, self.nvme_path)
+        checks.recompute(self.recompute, self.recompute_every, self.recompute_offload)
         return self
 
 
@@ -224,7 +208,7 @@ class Config(Section):
     """The whole configuration of a run, checked across its sections."""
 
     model: ModelSection = Field(default_factory=ModelSection, description="the encoder")
-    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="the pretraining task")
+    objective: AnyObjective = Field(default_factory=lambda: objective_section(DEFAULT)(), description="the task")
     data: DataSection = Field(default_factory=DataSection, description="the images")
     optim: OptimSection = Field(default_factory=OptimSection, description="optimiser and learning rate")
     train: TrainSection = Field(default_factory=TrainSection, description="length, batches, logging")
@@ -236,11 +220,12 @@ class Config(Section):
     def _statistics(cls, value: Any) -> Any:
         return checks.default_statistics(value)
 
-    @model_validator(mode="after")
-    def _check(self) -> Config:
-        encoder, objective = self.model.encoder_kwargs(), self.objective
-        checks.lamb(self.optim, self.efficiency)
-        checks.mask_unit(encoder, objective.unit)
-        checks.some_visible(encoder, objective.unit, objective.mask_ratio)
-        checks.channels(self.model.in_chans, mean=self.data.mean, std=self.data.std)
-        return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, value: Any, handler: ModelWrapValidatorHandler[Config]) -> Config:
+        cfg = handler(value)
+        encoder = cfg.model.encoder_kwargs()
+        checks.lamb(cfg.optim.name, cfg.efficiency.zero_stage)
+        checks.objective(cfg.objective, encoder, value)
+        checks.channels(cfg.model.in_chans, mean=cfg.data.mean, std=cfg.data.std)
+        return cfg

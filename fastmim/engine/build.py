@@ -15,6 +15,7 @@ import torch
 
 from fastmim.config import Config
 from fastmim.data import build_loader
+from fastmim.data.augment import View
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint.save import seed_rank
 from fastmim.engine.distributed import World
@@ -23,7 +24,6 @@ from fastmim.engine.local import LocalEngine
 from fastmim.engine.optim import build_optimizer, param_groups
 from fastmim.engine.precision import device_precision, warn_without_bf16
 from fastmim.engine.recompute import apply_recompute
-from fastmim.engine.schedule import Schedule, scale_lr
 from fastmim.engine.stream import batch_sizes
 from fastmim.engine.zero import ZeroEngine
 from fastmim.engine.zero.build import build_partitioned
@@ -31,9 +31,11 @@ from fastmim.engine.zero.config import deepspeed_config, import_deepspeed
 from fastmim.engine.zero.nvme import check_nvme
 from fastmim.interop import load_weights
 from fastmim.objectives import create_objective
+from fastmim.objectives.schedule import Schedule, scale_lr
 
 log = logging.getLogger("fastmim")
 
+_OF_A_CROP = {"scale", "ratio", "hflip", "interpolation"}
 # The keys of the data section that are not arguments of build_loader: the validation's folder, and the objective's.
 _NOT_THE_LOADERS = {"val_path", "mean", "std"}
 
@@ -150,18 +152,13 @@ def recomputed_objective(cfg: Config) -> Any:
 
 def build_objective(cfg: Config) -> Any:
     """The objective with weights from torch's generator, on torch's default device."""
-    section = cfg.objective
     return create_objective(
-        section.name,
+        cfg.objective.name,
         encoder={**cfg.model.encoder_kwargs(), "residual_dtype": cfg.efficiency.residual_dtype},
         impl=cfg.efficiency.kernels,
-        mask_ratio=section.mask_ratio,
-        unit=section.unit,
-        norm_target=section.norm_target,
-        loss=section.loss,
-        loss_on=section.loss_on,
         mean=cfg.data.mean,
         std=cfg.data.std,
+        **cfg.objective.arguments(),
     )
 
 
@@ -171,9 +168,12 @@ def make_loader(cfg: Config, objective: Any, world: World, **changes: Any) -> An
     Raises:
         ValueError: no folder is given, or it has no usable image.
     """
-    arguments = cfg.data.model_dump(exclude=_NOT_THE_LOADERS) | dict(
-        img_size=objective.img_size,
-        in_chans=objective.in_chans,
+    crop = cfg.data.model_dump(include=_OF_A_CROP)
+    views = [View(**view.over(crop)) for view in objective.views()]
+    arguments = cfg.data.model_dump(exclude=_NOT_THE_LOADERS | _OF_A_CROP) | dict(
+        views=views,
+        img_size=views[0].size,
+        in_chans=cfg.model.in_chans,
         micro_batch_size=cfg.train.micro_batch_size,
         grad_accum_steps=step_sizes(cfg, world.size)[0],
         rank=world.rank,

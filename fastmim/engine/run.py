@@ -18,7 +18,7 @@ from fastmim.engine.distributed import World
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
 from fastmim.engine.progress import Progress
 from fastmim.evaluate.curve import save_curve
-from fastmim.evaluate.reconstruct import save_reconstruction
+from fastmim.evaluate.reconstruct import save_picture
 from fastmim.evaluate.validation import validation_loss
 
 _NAMED_BAD_FILES = 50
@@ -163,9 +163,9 @@ class Run:
         main = self.world.is_main
         if self.picture_batch is not None and (main or self.engine.collective):
             path, autocast = self.picture_path(step), self.engine.autocast()
-            save_reconstruction(self.engine.objective, *self.picture_batch, path, autocast=autocast, write=main)
-        if self.picture_batch is not None and main:
-            self.metrics.picture("reconstructions", path, step)
+            drawn = save_picture(self.engine.objective, *self.picture_batch, path, autocast=autocast, write=main)
+            if drawn and main:
+                self.metrics.picture("reconstructions", path, step)
 
     def save(self) -> Path:
         """Write a checkpoint of the current step; every rank calls it."""

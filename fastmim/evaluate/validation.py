@@ -81,7 +81,7 @@ def _in_step(objective: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> Counte
     """The batches with their number of samples, on every rank as many as on the rank that has most."""
     remaining = _counted(batches)
     device = next(objective.parameters()).device
-    images = torch.zeros(1, objective.in_chans, *objective.img_size, device=device)
+    images, _ = objective.example(1)
     sample_ids = torch.zeros(1, dtype=torch.int64, device=device)
     while True:
         images, sample_ids, count = next(remaining, (images, sample_ids, 0))

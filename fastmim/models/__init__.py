@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+from .rules import check_architecture
 from .sizes import FAMILIES, SIZES, expand_size
 from .swin import SwinTransformer
 from .swinv2 import SwinTransformerV2
@@ -22,7 +24,9 @@ __all__ = [
     "SwinTransformer",
     "SwinTransformerV2",
     "VisionTransformer",
+    "check_encoder",
     "create_encoder",
+    "encoder_settings",
     "expand_size",
 ]
 
@@ -48,3 +52,26 @@ def create_encoder(encoder: dict[str, Any], *, impl: str = "auto") -> Encoder:
             f"it takes {', '.join(sorted(known))}"
         )
     return cls(**kwargs, impl=impl)
+
+
+def encoder_settings(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument that :func:`create_encoder` would build with: given ones over the size's over the defaults.
+
+    ``name`` is the family. Nothing is built.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    kwargs = expand_size(encoder)
+    parameters = inspect.signature(ENCODERS[kwargs["name"]]).parameters
+    defaults = {key: p.default for key, p in parameters.items() if key != "impl"}
+    return {**defaults, **kwargs}
+
+
+def check_encoder(encoder: Mapping[str, Any]) -> None:
+    """Refuse what :func:`create_encoder` would refuse of the architecture, without building it.
+
+    Raises:
+        ValueError: ``argument=value: what; fix`` in one line.
+    """
+    check_architecture(encoder_settings(encoder))

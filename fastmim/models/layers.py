@@ -23,17 +23,6 @@ def to_pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, i
     return pair[0], pair[1]
 
 
-def patch_grid(img_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Patches in (rows, columns) of an image.
-
-    Raises:
-        ValueError: The patch does not divide both edges.
-    """
-    if img_size[0] % patch_size or img_size[1] % patch_size:
-        raise ValueError(f"img_size={img_size}: both edges must be multiples of patch_size={patch_size}")
-    return img_size[0] // patch_size, img_size[1] // patch_size
-
-
 def trunc_normal_(tensor: Tensor, std: float, bound: float) -> None:
     """Fill with a normal of the given std truncated at ±bound, in place.
 

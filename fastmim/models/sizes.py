@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 _SWIN: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
 """Keyword arguments of ``create_encoder`` for each name; ``swinv2_giant`` is SwinV2-G (3.0 B)."""
 
 
-def expand_size(encoder: dict[str, Any]) -> dict[str, Any]:
+def expand_size(encoder: Mapping[str, Any]) -> dict[str, Any]:
     """Resolve ``encoder["name"]`` when it is a size; explicit keys win over the size's.
 
     Raises:
@@ -47,8 +48,9 @@ def expand_size(encoder: dict[str, Any]) -> dict[str, Any]:
     if name in FAMILIES:
         return dict(encoder)
     if name not in SIZES:
-        close = difflib.get_close_matches(str(name), [*SIZES, *FAMILIES], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join([*FAMILIES, *SIZES])}"
-        raise ValueError(f"encoder name={name!r}: unknown; {hint}")
+        known = [*FAMILIES, *SIZES]
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"name={name!r}: unknown encoder{hint} (use one of {', '.join(known)})")
     size = SIZES[name]
     return {**size, **encoder, "name": size["name"]}

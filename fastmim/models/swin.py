@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
-from .layers import Mlp, PatchEmbed, drop_path_rates, patch_grid, to_pair, trunc_normal_
+from .layers import Mlp, PatchEmbed, drop_path_rates, to_pair, trunc_normal_
 from .read_rows import put
+from .rules import check_stages, patch_grid
 from .stream import Step, check_residual_dtype, normalise, start_stream, stream_dtype
 from .swin_shared import SharedInputs
 from .window_attention import WindowAttention
@@ -85,8 +86,6 @@ class SwinStage(nn.Module):
         downsample: bool,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads}: must divide the stage's {dim} channels")
         # A window as large as the map has nothing to shift.
         shift = tuple(0 if r <= w else w // 2 for r, w in zip(resolution, window_size, strict=True))
         self.downsample = self.merging(dim // 2, impl) if downsample else nn.Identity()
@@ -164,8 +163,7 @@ class SwinTransformer(nn.Module):
         self.impl, self.residual_dtype = fk.check_impl(impl), check_residual_dtype(residual_dtype)
         self.img_size = to_pair(img_size, "img_size")
         self.grid = patch_grid(self.img_size, patch_size)
-        if len(depths) != len(num_heads):
-            raise ValueError(f"num_heads={tuple(num_heads)}: must have one entry per stage, depths={tuple(depths)}")
+        check_stages(num_heads, depths, embed_dim)
         stages = range(len(depths))
         self.patch_size, self.stride = patch_size, patch_size * 2 ** stages[-1]
         self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim * 2 ** stages[-1]

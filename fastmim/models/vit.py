@@ -15,12 +15,12 @@ from .layers import (
     Mlp,
     PatchEmbed,
     drop_path_rates,
-    patch_grid,
     relative_position_index,
     to_pair,
     trunc_normal_,
 )
 from .read_rows import put
+from .rules import check_heads, patch_grid
 from .stream import Step, check_residual_dtype, normalise, stream_dtype
 
 NORM_EPS = 1e-6
@@ -142,8 +142,7 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.impl, self.residual_dtype = fk.check_impl(impl), check_residual_dtype(residual_dtype)
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads={num_heads}: must divide embed_dim={embed_dim}")
+        check_heads(num_heads, embed_dim)
         self.img_size = to_pair(img_size, "img_size")
         self.grid = patch_grid(self.img_size, patch_size)
         self.patch_size = self.stride = patch_size

@@ -7,7 +7,6 @@ traced; every byte and FLOP count is linear in the batch, so that they give any 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from fastmim.engine import recompute
-from fastmim.objectives.masking import masked_units
 from fastmim_kernels.common.dispatch import as_on_a_gpu
 
 from .counter import DispatchCounter, Launch
@@ -91,13 +90,9 @@ def _forget_caches() -> None:
 
 def _traced(objective: Any, batch: int, precision: str) -> Trace:
     parameters = list(objective.parameters())
-    images = torch.empty(batch, objective.in_chans, *objective.img_size, dtype=torch.uint8)
-    mask = torch.empty(batch, *objective.encoder.grid, dtype=torch.bool)
-    live = LiveBytes([*parameters, *objective.buffers(), images, mask])
-    # Tokens without a pixel that is scored are not projected, those of hidden patches not read.
-    scored = _masked_share(objective) if objective.loss_on == "masked" else 1.0
-    shares = {"mask_tokens": 1 - objective.mask_ratio, "linear_masked_l1": scored}
-    counter = DispatchCounter(shares, live=live)
+    images, mask = objective.example(batch)
+    live = LiveBytes([*parameters, *objective.buffers(), *tree_leaves(images), mask])
+    counter = DispatchCounter(objective.shares(), live=live)
     with counter, _moves_to_the_host() as moved:
         with cuda_autocast(LOW) if precision == "bf16" else nullcontext():
             loss = objective(images, mask)["loss"]
@@ -125,11 +120,6 @@ def _moves_to_the_host() -> Iterator[list[int]]:
     # Fake tensors are on the CPU, where save_on_cpu would keep them as they are.
     with mock.patch.object(recompute, "save_on_cpu", lambda pin_memory: saved_tensors_hooks(pack, unpack)):
         yield moved
-
-
-def _masked_share(objective: Any) -> float:
-    units = math.prod(-(-edge // objective.unit) for edge in objective.img_size)
-    return masked_units(objective.mask_ratio, units) / units
 
 
 def fake_values() -> AbstractContextManager[Any]:

@@ -10,17 +10,11 @@ from PIL import Image
 
 from fastmim.data import Batch
 from fastmim.evaluate.curve import save_curve
-from fastmim.evaluate.reconstruct import (
-    COLUMNS,
-    GREY,
-    draw_grid,
-    pixel_mask,
-    reconstruction_columns,
-    save_reconstruction,
-    spread_images,
-)
+from fastmim.evaluate.reconstruct import draw_grid, save_picture, spread_images
 from fastmim.evaluate.validation import MASK_SEED, validation_loss
 from fastmim.objectives import create_objective
+from fastmim.objectives.masks import pixel_mask
+from fastmim.objectives.pictures import GREY, RECONSTRUCTION, Picture
 
 VIT = {"name": "vit", "img_size": (32, 48), "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -50,9 +44,8 @@ def test_columns(norm_target):
     objective = build(norm_target=norm_target)
     images = sample()
     mask = objective.random_mask(torch.arange(2))
-    objective.train()
-    truth, masked, prediction, composite = reconstruction_columns(objective, images, mask)
-    assert objective.training
+    headings, (truth, masked, prediction, composite) = objective.picture(images, mask)
+    assert headings == RECONSTRUCTION == ("image", "masked", "prediction", "composite")
     hidden = pixel_mask(mask, (32, 48)).expand_as(truth)
     torch.testing.assert_close(truth, images.float() / 255, atol=1e-5, rtol=0)
     assert (masked[hidden] == GREY).all()
@@ -72,9 +65,7 @@ def test_a_perfect_prediction_shows_the_image(norm_target, monkeypatch):
     if norm_target:
         target = fk.local_norm_target(target, norm_target)
     monkeypatch.setattr(objective, "reconstruct", lambda images, mask: target)
-    truth, _, prediction, composite = reconstruction_columns(
-        objective, images, objective.random_mask(torch.arange(2))
-    )
+    _, (truth, _, prediction, composite) = objective.picture(images, objective.random_mask(torch.arange(2)))
     torch.testing.assert_close(prediction, truth, atol=1e-3, rtol=0)
     torch.testing.assert_close(composite, truth, atol=1e-3, rtol=0)
 
@@ -82,7 +73,10 @@ def test_a_perfect_prediction_shows_the_image(norm_target, monkeypatch):
 @pytest.mark.parametrize("in_chans", [1, 2, 3, 5])
 def test_picture_of_any_channels(in_chans, tmp_path):
     objective = build(in_chans=in_chans, mean=(0.5,) * in_chans, std=(0.5,) * in_chans)
-    path = save_reconstruction(objective, sample(in_chans), torch.arange(2), tmp_path / "a" / "step.png")
+    path = tmp_path / "a" / "step.png"
+    objective.train()
+    assert save_picture(objective, sample(in_chans), torch.arange(2), path)
+    assert objective.training
     with Image.open(path) as picture:
         # 48 px wide cells are doubled so that headings fit: 4 columns of 96 and 2 rows of 64, with gaps of 4
         assert picture.size == (4 * 100 + 4, 20 + 2 * 68)
@@ -93,7 +87,7 @@ def test_picture_of_any_channels(in_chans, tmp_path):
 def test_grid_places_pixels():
     red = torch.zeros(1, 3, 100, 120)
     red[:, 0] = 1
-    picture = draw_grid([red, red * 0], ["image", "masked"])
+    picture = draw_grid(Picture(["image", "masked"], [red, red * 0]))
     assert picture.getpixel((4, 20)) == picture.getpixel((123, 119)) == (255, 0, 0)
     assert picture.getpixel((128, 20)) == (0, 0, 0)
     heading = picture.crop((0, 0, picture.width, 20)).convert("L")
@@ -101,7 +95,6 @@ def test_grid_places_pixels():
         min(heading.get_flattened_data() if hasattr(heading, "get_flattened_data") else heading.getdata())
         < 100
     )
-    assert len(COLUMNS) == 4
 
 
 def test_validation_is_the_mean_over_images():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 
-from fastmim.engine.schedule import Schedule, scale_lr
+from fastmim.objectives.schedule import Schedule, scale_lr
 
 STEPS_PER_EPOCH = 7  # odd and small: 100 and 800 epochs, every step compared
 SCALE = 2048 / 512
@@ -117,8 +117,8 @@ def test_constant_and_no_warmup():
     [
         ({"name": "cosin"}, "optim.schedule='cosin'"),
         ({"name": "step"}, "optim.decay_epochs"),
-        ({"name": "multistep"}, "optim.milestones: empty"),
-        ({"name": "multistep", "milestones": [5, 3]}, "rising order"),
+        ({"name": "multistep"}, r"optim.milestones=\[\]: .* at least one epoch"),
+        ({"name": "multistep", "milestones": [5, 3]}, r"optim.milestones=\[5, 3\]: must rise; use \[3, 5\]"),
         ({"name": "multistep", "milestones": [3], "warmup_steps": 4}, "inside the warm-up"),
     ],
 )

@@ -229,11 +229,14 @@ def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
     "kwargs, message",
     [
         (dict(name="swinv3_base"), "did you mean 'swinv2_base'"),
-        (dict(name="swinv2_base", img_size=190), "patch_size=4"),
+        (dict(name="swinv2_base", img_size=190), "img_size=190: not divisible by patch_size 4; use 188 or 192"),
         (dict(name="swinv2_base", num_head=3), "no such argument"),
-        (dict(SWIN, name="swin", img_size=32, num_heads=(3, 4)), "must divide the stage's 16 channels"),
+        (
+            dict(SWIN, name="swin", img_size=32, num_heads=(3, 4)),
+            r"num_heads=\[3, 4\]: 3 does not divide the 16 channels of stage 0; use 2",
+        ),
         (dict(SWIN, name="swin", img_size=32, drop_path_rate=1.5), "drop_path_rate=1.5"),
-        (dict(SWIN, name="swin", img_size=32, num_heads=(3,)), "one entry per stage"),
+        (dict(SWIN, name="swin", img_size=32, num_heads=(3,)), "must list one number per stage"),
         (dict(name="vit", embed_dim=30, num_heads=4), "num_heads=4"),
         (dict(SWIN, name="swinv2", img_size=32, extra_norm_scope="all"), "extra_norm_scope='all'"),
     ],

@@ -170,7 +170,7 @@ def test_backward_inside_autocast_is_backward_outside(family):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        (dict(unit=6), "unit=6: must be a multiple of patch_size=4"),
+        (dict(unit=6), "unit=6: not a multiple of patch_size 4; use 4 or 8"),
         (dict(loss="l3"), "loss='l3'"),
         (dict(loss_on="none"), "loss_on='none'"),
         (dict(norm_target=46), "norm_target=46"),

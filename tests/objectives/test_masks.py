@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastmim.objectives.masking import masked_units, random_keys, random_mask
+from fastmim.objectives.masks import masked_units, random_keys, random_mask
 
 ARGS = dict(grid=(48, 48), repeat=8, mask_ratio=0.6)
 

@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the optimiser step: resuming needs no scheduler state."""
+"""Learning rates, and whatever else follows the optimiser step, as pure functions of it: nothing to store."""
 
 from __future__ import annotations
 
@@ -13,6 +13,31 @@ SCHEDULES = ("cosine", "step", "multistep", "constant")
 def scale_lr(lr: float, global_batch_size: int, lr_batch: float | None) -> float:
     """A learning rate given per ``lr_batch`` images, scaled to the global batch; 0 or None: as it is."""
     return lr * global_batch_size / lr_batch if lr_batch else lr
+
+
+def check_decay(schedule: str, milestones: Sequence[int], period: float | None, name: str = "milestones") -> None:
+    """The schedule has what it needs, in epochs or in steps, and its milestones rise.
+
+    Args:
+        schedule: A key of :data:`SCHEDULES`.
+        milestones: Of "multistep".
+        period: Between two decays of "step".
+        name: What the config calls the milestones.
+
+    Raises:
+        ValueError: Names the key and what to write.
+    """
+    if schedule == "multistep" and not milestones:
+        raise ValueError("optim.milestones=[]: the multistep schedule needs at least one epoch, for example [700]")
+    if schedule == "step" and not period:
+        shown = "null" if period is None else period
+        raise ValueError(
+            f"optim.decay_epochs={shown}: the step schedule needs at least one step between two decays, "
+            "for example 30 epochs"
+        )
+    rising = sorted(set(milestones))
+    if list(milestones) != rising:
+        raise ValueError(f"optim.{name}={list(milestones)}: must rise; use {rising}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +74,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
             raise ValueError(f"optim.schedule={self.name!r}: unknown; use one of {', '.join(SCHEDULES)}")
-        if self.name == "step" and self.decay_steps < 1:
-            raise ValueError("optim.decay_epochs: the step schedule needs a period of at least one step")
-        if self.name == "multistep":
-            self._check_milestones()
-
-    def _check_milestones(self) -> None:
-        if not self.milestones:
-            raise ValueError("optim.milestones: empty; the multistep schedule needs at least one epoch")
-        if list(self.milestones) != sorted(self.milestones):
-            raise ValueError(f"optim.milestones={list(self.milestones)}: not in rising order; sort them")
-        if self.warmup_steps > self.milestones[0]:
+        check_decay(self.name, self.milestones, self.decay_steps)
+        if self.name == "multistep" and self.warmup_steps > self.milestones[0]:
             raise ValueError(
                 f"optim.milestones: the first, step {self.milestones[0]}, lies inside the warm-up of "
                 f"{self.warmup_steps} steps; shorten the warm-up"

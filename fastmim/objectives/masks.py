@@ -23,13 +23,37 @@ def masked_units(mask_ratio: float, units: int) -> int:
         ValueError: ``mask_ratio`` is outside (0, 1), or leaves no visible unit.
     """
     if not 0 < mask_ratio < 1:
-        raise ValueError(f"mask_ratio={mask_ratio}: must lie strictly between 0 and 1, for example 0.6")
+        raise ValueError(f"mask_ratio={mask_ratio}: must be {'< 1' if mask_ratio >= 1 else '> 0'}, for example 0.6")
     count = math.ceil(units * mask_ratio)
     if count >= units:
         raise ValueError(
             f"mask_ratio={mask_ratio}: masks all {units} units; use a smaller ratio, a smaller unit or larger images"
         )
     return count
+
+
+def check_unit(unit: int, patch_size: int) -> None:
+    """A mask unit covers whole patches.
+
+    Raises:
+        ValueError: Names the nearest units that do.
+    """
+    if unit < patch_size or unit % patch_size:
+        nearest = dict.fromkeys((max(unit // patch_size, 1) * patch_size, max(-(-unit // patch_size), 1) * patch_size))
+        options = " or ".join(map(str, nearest))
+        raise ValueError(f"unit={unit}: not a multiple of patch_size {patch_size}; use {options}")
+
+
+def unit_count(img_size: tuple[int, int], unit: int) -> int:
+    """Mask units of an image, those cut by its far edges included."""
+    return math.prod(-(-edge // unit) for edge in img_size)
+
+
+def pixel_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask (B, rows, columns) -> (B, 1, H, W) bool, each entry repeated over its patch."""
+    patches = (size[0] // mask.shape[1], size[1] // mask.shape[2])
+    mask = mask.bool().repeat_interleave(patches[0], 1).repeat_interleave(patches[1], 2)
+    return mask[:, None]
 
 
 def random_mask(

@@ -1,0 +1,174 @@
+"""What every objective is, and all that the rest of the house asks of one.
+
+An objective is one file here (or anywhere, named ``package.module:Class``) and one YAML. Everything outside talks to
+the methods below; nothing reads an attribute that only one objective has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import create_encoder
+from .groups import split_parameters
+from .pictures import Picture
+from .views import Images, View
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Objective(nn.Module):
+    """Base of every objective: it owns its encoder, its heads and its loss.
+
+    The constructor's keyword arguments are the config section ``objective``: their annotations are the types, their
+    lines under ``Args:`` of the class's docstring the descriptions. What it cannot use goes on as ``**common``.
+    A subclass defines :meth:`forward`, and overrides of the rest what it does differently.
+
+    Args:
+        encoder: Keyword arguments of :func:`fastmim.models.create_encoder`.
+        impl: Implementation of the ops: "auto", "triton", "torch" or "reference".
+        mean, std: Channel statistics in [0, 1] units, for uint8 images and pictures; default ImageNet's for
+            three channels, 0.5 otherwise.
+
+    Raises:
+        ValueError: A value is out of range or does not fit the encoder, ``argument=value: what; fix`` in one line.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        encoder: Mapping[str, Any],
+        impl: str = "auto",
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = create_encoder(dict(encoder), impl=impl)
+        self.impl = impl
+        self.img_size, self.in_chans = self.encoder.img_size, self.encoder.in_chans
+        self.register_buffer("mean", _per_channel("mean", mean, IMAGENET_MEAN, self.in_chans), persistent=False)
+        self.register_buffer("std", _per_channel("std", std, IMAGENET_STD, self.in_chans), persistent=False)
+
+    @classmethod
+    def check(cls, *_: Any, **arguments: Any) -> None:
+        """Refuse arguments of the constructor that do not fit each other or the encoder; nothing is built.
+
+        The one home of such rules: the constructor calls it, and so does the config, with ``encoder`` and every
+        argument of its own by name.
+
+        Raises:
+            ValueError: ``argument=value: what; fix`` in one line.
+        """
+
+    def forward(self, images: Any, mask: Tensor) -> dict[str, Tensor]:
+        """Loss of a micro-batch: traceable, no data-dependent shape, no collective.
+
+        Args:
+            images: :data:`Images`, as :meth:`views` asked for them.
+            mask: Of :meth:`random_mask`.
+
+        Returns:
+            ``"loss"``, a float32 scalar. Every other entry is a detached scalar that the engine averages over
+            micro-batches, ranks and steps as it does the loss, and writes under its name into the metrics.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def views(self) -> tuple[View, ...]:
+        """The crops of every image that :meth:`forward` takes."""
+        return (View(self.img_size),)
+
+    def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
+        """(B, H/p, W/p) bool, true = masked, a function of (seed, epoch, sample id) alone; here nothing is hidden."""
+        return torch.zeros(len(sample_ids), *self.encoder.grid, dtype=torch.bool, device=sample_ids.device)
+
+    def set_step(self, step: int, total: int, steps_per_epoch: int) -> None:
+        """Before update ``step`` of ``total``, from 0: put what follows a schedule into 0-d buffers."""
+
+    def set_micro_batch(self, index: int, count: int) -> None:
+        """Before micro-batch ``index`` of ``count``: the weights are those of the one before, unless it is the first.
+
+        Optional: it saves the encoder from casting its weights for each of them.
+        """
+        self.encoder.set_micro_batch(index, count)
+
+    def after_step(self) -> None:
+        """After each update that was applied, on every rank: reduce what forward has summed up, and use it."""
+
+    def ema(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(teacher, student) pairs: the engine keeps each teacher at the moving average of its student."""
+        return []
+
+    def groups(self, weight_decay: float, policy: str) -> list[dict[str, Any]]:
+        """Optimiser groups of the trainable parameters, see :func:`~fastmim.objectives.groups.split_parameters`."""
+        return split_parameters(self, weight_decay, policy)
+
+    def picture(self, images: Tensor, mask: Tensor) -> Picture | None:
+        """What the objective sees and predicts in (B, C, H, W) images, or None if it has nothing to show."""
+        return None
+
+    def shares(self) -> dict[str, float]:
+        """Share of its rows that an op of the kernels reads with this objective's masks; all, if not named."""
+        return {}
+
+    def example(self, batch: int) -> tuple[Images, Tensor]:
+        """Images as a loader gives them, of ``batch`` samples, and their mask, on this module's device.
+
+        For traces, profiles and benchmarks. The same at every call; no generator of the process is touched.
+        """
+        device = self.mean.device
+        generator = torch.Generator(device).manual_seed(0)
+
+        def crops(*shape: int) -> Tensor:
+            return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+
+        mask = self.random_mask(torch.arange(batch, device=device))
+        views = self.views()
+        if len(views) == views[0].count == 1:
+            return crops(batch, self.in_chans, *views[0].size), mask
+        return tuple(crops(view.count, batch, self.in_chans, *view.size) for view in views), mask
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 → float32 normalised by mean and std; float images pass unchanged."""
+        if images.dtype != torch.uint8:
+            return images
+        return images.float().mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Normalised images → [0, 1]."""
+        return (images * self.std + self.mean).clamp(0, 1)
+
+    def check_inputs(self, images: Tensor, mask: Tensor) -> None:
+        """Refuse images or masks of another shape than the encoder was built for.
+
+        Raises:
+            ValueError: Names both shapes.
+        """
+        expected = (self.in_chans, *self.img_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            shape = ", ".join(map(str, expected))
+            raise ValueError(f"images must have shape (B, {shape}), got {tuple(images.shape)}")
+        if tuple(mask.shape) != (images.shape[0], *self.encoder.grid):
+            raise ValueError(f"mask must have shape {(images.shape[0], *self.encoder.grid)}, got {tuple(mask.shape)}")
+
+
+def one_of(argument: str, value: Any, choices: Collection[str]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(choices)}")
+
+
+def _per_channel(name: str, values: Sequence[float] | None, imagenet: Sequence[float], in_chans: int) -> Tensor:
+    if values is None:
+        values = imagenet if in_chans == 3 else (0.5,)
+    if len(values) not in (1, in_chans):
+        raise ValueError(f"{name}={tuple(values)}: must hold 1 value or one per channel ({in_chans})")
+    if name == "std" and min(values) <= 0:
+        raise ValueError(f"std={tuple(values)}: must be positive")
+    return torch.tensor(values, dtype=torch.float32, device="cpu").expand(in_chans).reshape(in_chans, 1, 1).clone()

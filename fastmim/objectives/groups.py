@@ -1,0 +1,80 @@
+"""Which parameters decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+POLICIES = ("parity", "default")
+
+# What `no_weight_decay()` of the published Swin, SwinV2 and ViT pretraining models names. Their keyword lists
+# (tables, cpb_mlp, logit_scale) are prefixed with "encoder." before they are searched for inside a
+# parameter's name, where the tables and scales sit deeper: they match nothing, so those tensors decay.
+_PARITY_SWIN = frozenset({"mask_token", "absolute_pos_embed", "pos_embed"})
+_PARITY_VIT = frozenset({"cls_token", "pos_embed"})
+
+_DEFAULT_TOKENS = frozenset({"mask_token", "cls_token", "pos_embed", "absolute_pos_embed"})
+_DEFAULT_PARTS = frozenset({"relative_position_bias_table", "cpb_mlp", "logit_scale"})
+
+
+def split_parameters(obj: nn.Module, weight_decay: float, policy: str = "parity") -> list[dict[str, Any]]:
+    """Split the trainable parameters of an objective into a group that decays and one that does not.
+
+    Every parameter that requires a gradient is in exactly one group. Empty groups are left out.
+
+    Args:
+        obj: the objective (encoder and head), or any module.
+        weight_decay: decoupled weight decay of the decaying group.
+        policy: ``"parity"`` reproduces microsoft/SimMIM and microsoft/Swin-Transformer: 1-d tensors,
+            ``.bias`` and absolute positions do not decay, nor do Swin's mask token and ViT's class token;
+            relative position tables, ``cpb_mlp`` weights, ``logit_scale`` and ViT's mask token do.
+            ``"default"`` spares all of them.
+
+    Returns:
+        Optimiser groups with ``name`` (``decay`` | ``no_decay``), ``params``, ``param_names``,
+        ``weight_decay``.
+
+    Raises:
+        ValueError: unknown policy or negative weight decay.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"optim.policy={policy!r}: unknown; use one of {', '.join(POLICIES)}")
+    if weight_decay < 0:
+        raise ValueError(f"optim.weight_decay={weight_decay}: negative; use 0 to switch weight decay off")
+    named = [(name, param) for name, param in obj.named_parameters() if param.requires_grad]
+    # Of the published encoders only the ViT has a class token; its list does not hold the mask token.
+    is_vit = any(_last(name) == "cls_token" for name, _ in named)
+    groups: list[dict[str, Any]] = [
+        {"name": "decay", "params": [], "param_names": [], "weight_decay": float(weight_decay)},
+        {"name": "no_decay", "params": [], "param_names": [], "weight_decay": 0.0},
+    ]
+    for name, param in named:
+        spared = _spared_by_parity(name, param, is_vit) if policy == "parity" else _spared(name, param)
+        groups[spared]["params"].append(param)
+        groups[spared]["param_names"].append(name)
+    return [group for group in groups if group["params"]]
+
+
+def _ndim(param: Tensor) -> int:
+    """Dimensions of a parameter; ZeRO-3 leaves none of them in the tensor itself."""
+    return len(getattr(param, "ds_shape", param.shape))
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _spared_by_parity(name: str, param: Tensor, is_vit: bool) -> bool:
+    listed = _PARITY_VIT if is_vit else _PARITY_SWIN
+    # Exactly one level below the objective: the reference's list holds "encoder.mask_token", never a deeper
+    # name.
+    is_listed = name.count(".") <= 1 and _last(name) in listed
+    return _ndim(param) == 1 or name.endswith(".bias") or is_listed
+
+
+def _spared(name: str, param: Tensor) -> bool:
+    parts = name.split(".")
+    return (
+        _ndim(param) <= 1 or parts[-1] == "bias" or parts[-1] in _DEFAULT_TOKENS or not _DEFAULT_PARTS.isdisjoint(parts)
+    )
