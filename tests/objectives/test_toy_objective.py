@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from fastmim import cli
 from fastmim.config import load_config
-from fastmim.engine.optim import param_groups
 from fastmim.engine.build import build_objective
+from fastmim.engine.optim import param_groups
 from fastmim.plan import command
 
 ROOT = Path(__file__).parents[2]
