@@ -124,4 +124,4 @@ class SimMIM(Objective):
         """The embedding reads visible patches; tokens without a pixel that is scored are not projected."""
         units = unit_count(self.img_size, self.unit)
         projected = masked_units(self.mask_ratio, units) / units if self.loss_on == "masked" else 1.0
-        return {"fastmim::mask_tokens": 1 - self.mask_ratio, "fastmim::linear_masked_l1": projected}
+        return {"mask_tokens": 1 - self.mask_ratio, "linear_masked_l1": projected}

@@ -94,7 +94,8 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     images, mask = objective.example(batch)
     live = LiveBytes([*parameters, *objective.buffers(), *tree_leaves(images), mask])
     shares = objective.shares()
-    counter = DispatchCounter(closed_forms(1 - shares.get("fastmim::mask_tokens", 1.0)), shares, live=live)
+    flops = {f"fastmim::{op}": share for op, share in shares.items()}
+    counter = DispatchCounter(closed_forms(1 - shares.get("mask_tokens", 1.0)), flops, live=live)
     with counter, _moves_to_the_host() as moved:
         with cuda_autocast(LOW) if precision == "bf16" else nullcontext():
             loss = objective(images, mask)["loss"]
