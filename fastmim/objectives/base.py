@@ -114,7 +114,7 @@ class Objective(nn.Module):
         return None
 
     def shares(self) -> dict[str, float]:
-        """Share of its rows that an op of the kernels reads with this objective's masks; all, if not named."""
+        """Share of its rows that an op ("mask_tokens") reads with this objective's masks; all, if it is not named."""
         return {}
 
     def example(self, batch: int) -> tuple[Images, Tensor]:

@@ -44,7 +44,7 @@ class Toy(Objective):
         return random_mask(sample_ids, grid=self.encoder.grid, repeat=1, mask_ratio=0.5, seed=seed, epoch=epoch)
 
     def shares(self) -> dict[str, float]:
-        return {"fastmim::mask_tokens": 0.5}
+        return {"mask_tokens": 0.5}
 
 
 class NotAnObjective(torch.nn.Module):
