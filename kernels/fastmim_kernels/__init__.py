@@ -16,7 +16,8 @@ from .linear.op import linear, linear_and_input
 from .local_norm.op import local_norm_target
 from .low_copies.op import low_copies
 from .mask_tokens.op import mask_tokens, mask_tokens_twice
-from .masked_loss.op import linear_masked_l1, masked_l1
+from .masked_loss.linear_op import linear_masked_l1
+from .masked_loss.op import masked_l1
 from .mlp.gelu import gelu
 from .mlp.op import mlp, mlp_and_input
 from .patch_merge.op import patch_merge

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from .. import reference
 from ..common.define_op import Kept, define_op
-from ..common.token_layout import EPS, LOSSES, normalised, patchify
+from ..common.token_layout import LOSSES, normalised
 from . import on_torch
 from .inputs import check, prepared, wide_dtype
-from .linear_op import linear_masked_l1
 
-__all__ = ["EPS", "LOSSES", "linear_masked_l1", "masked_l1", "patchify", "traffic"]
+__all__ = ["LOSSES", "OP", "masked_l1", "traffic"]
 
 
 def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, *, stride: int, loss: str = "l1",
