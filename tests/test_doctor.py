@@ -11,10 +11,12 @@ from torch import Tensor
 
 import fastmim_kernels as fk
 from fastmim import cli, doctor
+from fastmim_kernels.check import self_test
 
 CPU = torch.device("cpu")
 # bias_plan computes nothing; the kernels of position_bias are examined as cpb_bias.
 NOT_OPS = {"IMPLS", "check_impl", "bias_plan", "position_bias"}
+NOT_OPS |= {"Fusion", "fusion", "shape_may_follow", "nn", "accelerate"}
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def wrong_gradient(op: Any) -> Any:
 @pytest.mark.usefixtures("cpu_only")
 def test_a_wrong_gradient_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CASES", (case_of("patch_merge"),))
-    monkeypatch.setattr(fk, "patch_merge", wrong_gradient(fk.patch_merge))
+    monkeypatch.setitem(self_test.OPS, "patch_merge", wrong_gradient(fk.patch_merge))
     report, status = doctor.doctor()
     assert status == 1 and "FAILED: error 0.01" in report and "1 of 1 did not run as asked" in report
 
@@ -75,7 +77,7 @@ def test_an_op_that_raises_does_not_hide_the_others(monkeypatch: pytest.MonkeyPa
     def broken(**kwargs: Any) -> Tensor:
         raise RuntimeError("PTX was compiled\nwith something else")
 
-    monkeypatch.setattr(fk, "gelu", broken)
+    monkeypatch.setitem(self_test.OPS, "gelu", broken)
     report, status = doctor.doctor(as_json=True)
     failures = {op["op"]: op["failure"] for op in json.loads(report)["ops"] if op["failure"]}
     assert status == 1 and failures == {"gelu": "RuntimeError: PTX was compiled with something else"}
@@ -85,7 +87,7 @@ def test_an_op_that_raises_does_not_hide_the_others(monkeypatch: pytest.MonkeyPa
 def test_not_a_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     original = fk.local_norm_target
     monkeypatch.setattr(doctor, "CASES", (case_of("local_norm_target"),))
-    monkeypatch.setattr(fk, "local_norm_target", lambda images, kernel_size, impl="auto":
+    monkeypatch.setitem(self_test.OPS, "local_norm_target", lambda images, kernel_size, impl="auto":
                         original(images, kernel_size, impl=impl) * (1.0 if impl == "reference" else float("nan")))
     finding, = doctor.examine(CPU)
     assert finding.failure.startswith("error inf")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.masked_loss.op import EPS, LOSSES
+from fastmim_kernels.common.token_layout import EPS, LOSSES
 
 from .heads import predict_pixels
 from .masks import pixel_mask

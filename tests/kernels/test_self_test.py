@@ -52,7 +52,7 @@ def chosen(impl: str = "auto", op: str = "gelu") -> str:
 
 def test_a_right_kernel_is_tested_once_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel("right")
-    monkeypatch.setattr(fk, "gelu", kernel)
+    monkeypatch.setitem(self_test.OPS, "gelu", kernel)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [chosen() for _ in range(3)] == ["triton"] * 3
@@ -62,7 +62,7 @@ def test_a_right_kernel_is_tested_once_and_used(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("kind, why", [("does not compile", "RuntimeError: PTX was compiled"),
                                        ("wrong gradient", "error 0.01"), ("nan in bfloat16", "in torch.bfloat16")])
 def test_a_broken_kernel_falls_back_with_one_warning(kind: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fk, "gelu", Kernel(kind))
+    monkeypatch.setitem(self_test.OPS, "gelu", Kernel(kind))
     with pytest.warns(RuntimeWarning, match="gelu failed its self-test on sm_90") as caught:
         assert [chosen() for _ in range(3)] == ["torch"] * 3
     assert len(caught) == 1 and why in str(caught[0].message)
@@ -79,7 +79,7 @@ def test_no_gpu_no_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_within_a_trace_the_test_sees_real_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel("wrong gradient")
-    monkeypatch.setattr(fk, "gelu", kernel)
+    monkeypatch.setitem(self_test.OPS, "gelu", kernel)
     with FakeTensorMode(), torch.no_grad(), pytest.warns(RuntimeWarning, match="error 0.01"):
         assert chosen() == "torch"
     assert kernel.calls == 1
@@ -88,7 +88,7 @@ def test_within_a_trace_the_test_sees_real_tensors(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", ["right", "does not compile"])
 def test_compiled_without_a_graph_break(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler asks once, while it traces, and the answer is a constant of the graph."""
-    monkeypatch.setattr(fk, "gelu", Kernel(kind))
+    monkeypatch.setitem(self_test.OPS, "gelu", Kernel(kind))
     functions = {"triton": lambda x: x + 1, "torch": lambda x: x - 1}
 
     def function(x: Tensor) -> Tensor:
