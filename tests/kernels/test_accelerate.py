@@ -294,12 +294,27 @@ def left_behind() -> Iterator[Any]:
     def lora(model: nn.Module) -> None:
         model.layers[0].blocks[1].attn.qkv = Lora(model.layers[0].blocks[1].attn.qkv)
 
+    def attention(model: nn.Module) -> None:
+        model.layers[0].blocks[1].attn = Windowless(model.layers[0].blocks[1].attn)
+
+    yield attention, "layers.0.blocks.1", "SwinTransformerBlock: attn is Windowless"
     yield swish, "layers.0.blocks.1.mlp", "Mlp: act is SiLU"
     yield glu, "layers.0.blocks.1.mlp", "GluMlp: no drop-in"
     yield rms, "layers.0.blocks.1", "SwinTransformerBlock: norm2 is RmsNorm"
     yield doubled, "layers.0.blocks.1", "Doubled: a subclass of SwinTransformerBlock, which may compute something else"
     yield no_affine, "layers.1.downsample", "PatchMerging: norm has no weight and bias over the channels"
     yield lora, "layers.0.blocks.1", "SwinTransformerBlock: attn.qkv is Lora"
+
+
+class Windowless(nn.Module):
+    """Not attention at all."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.proj = attn.proj
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.proj(x)
 
 
 class Lora(nn.Linear):
@@ -330,6 +345,8 @@ def test_what_is_unknown_stays(change: Callable[[nn.Module], None], path: str, r
         report = fk.accelerate(ours)
         assert report.left[path] == reason and f"left {reason}: 1 ({path})" in str(report)
         assert len(report.replaced["SwinTransformerBlock"]) >= 3
+    elif change.__name__ in ("swish", "rms", "no_affine", "lora", "attention"):
+        assert fk.accelerate(ours).notes[path] == reason  # the drop-ins have timm's names
     if change.__name__ != "doubled" or not late:
         check(ours, model, images(32, 32))
 

@@ -57,7 +57,7 @@ class Report:
     left: dict[str, str] = field(default_factory=dict)
     """Path → class and why it stays as it is."""
     notes: dict[str, str] = field(default_factory=dict)
-    """Path of a replaced module → when it runs timm's own forward all the same."""
+    """Path of a replaced module → why it runs timm's own forward all the same, always or in training."""
 
     def __str__(self) -> str:
         lines = [f"{head} {name}: {len(paths)}" for head, found in (("replaced", self.replaced),
@@ -106,7 +106,7 @@ def accelerate(model: nn.Module, *, impl: str = "auto") -> Report:
         if isinstance(module, DropIn):
             found = report.already if id(module) in before else report.replaced
             found.setdefault(type(module).__name__, []).append(path)
-            if reason := module.dropout():
+            if reason := module.rule() or module.dropout():
                 report.notes[path] = f"{type(module).__name__}: {reason}"
     _warn(report, model)
     return report

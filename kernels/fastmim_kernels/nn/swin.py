@@ -127,6 +127,10 @@ class WindowAttentionV2(_MapAttention, v2.WindowAttention):
         return None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
 
+_ATTENTION: dict[type[nn.Module], type[_MapAttention]] = {v1.WindowAttention: WindowAttention,
+                                                         v2.WindowAttention: WindowAttentionV2}
+
+
 def _pad(x: Tensor, pad: Pair, shift: Pair) -> Tensor:
     """Zeros at the end of the *shifted* map, where timm puts them, written in the layout before the shift."""
     x = F.pad(torch.roll(x, (-shift[0], -shift[1]), (1, 2)), (0, 0, 0, pad[1], 0, pad[0]))
@@ -141,12 +145,14 @@ def _crop(x: Tensor, height: int, width: int, shift: Pair) -> Tensor:
 class _Block(DropIn):
     def settle(self, impl: str) -> None:
         super().settle(impl)
-        adopt(self.attn, WindowAttention if isinstance(self, v1.SwinTransformerBlock) else WindowAttentionV2, impl)
+        for theirs, ours in _ATTENTION.items():
+            if type(self.attn) in (theirs, ours):
+                adopt(self.attn, ours, impl)
         adopt_mlp(self, impl)
 
     def rule(self) -> str:
-        windows = v1.WindowAttention, v2.WindowAttention, WindowAttention, WindowAttentionV2
-        return rules.exact("attn", self.attn, windows) or rules.attention(self.attn) or rules.residuals(self)
+        known = (*_ATTENTION, *_ATTENTION.values())
+        return rules.exact("attn", self.attn, known) or rules.attention(self.attn) or rules.residuals(self)
 
     def dropout(self) -> str:
         return rules.dropout(self.attn.attn_drop, self.attn.proj_drop)
