@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmim_kernels
-from fastmim.models import swin_shared
 from fastmim.objectives import create_objective
 
 ENCODERS = {
@@ -238,14 +235,9 @@ def test_weights_cast_ahead_give_the_same_step(name, monkeypatch):
     """What the Triton path does, on a CPU: one cast for all weights, and none in later micro-batches."""
     objective, images, mask = small_objective(name)
     expected = bf16_step(objective, images, mask)
-    calls = []
-
-    def low_copies(*args, **kwargs):
-        calls.append(args)
-        return fastmim_kernels.low_copies(*args, **kwargs)
-
-    monkeypatch.setattr(swin_shared, "fk", SimpleNamespace(**vars(fastmim_kernels) | {
-        "low_copies": low_copies, "fusion": lambda *args: fastmim_kernels.Fusion(casts_once=True)}))
+    calls, copies = [], fastmim_kernels.low_copies
+    monkeypatch.setattr(fastmim_kernels, "low_copies", lambda *args, **kw: calls.append(args) or copies(*args, **kw))
+    monkeypatch.setattr(fastmim_kernels, "fusion", lambda *args: fastmim_kernels.Fusion(casts_once=True))
     for step in range(2):
         for index in range(2):
             objective.set_micro_batch(index, 2)
