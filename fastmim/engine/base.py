@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +33,8 @@ class Engine(ABC):
 
     #: Every rank writes its share of a checkpoint, instead of rank 0 alone.
     sharded = False
+    #: The objective as it is called: compiled, or wrapped by what averages gradients or gathers weights.
+    _module: Any
     #: A backward pass may be run outside the engine.
     _free_backward = True
 
@@ -83,7 +85,8 @@ class Engine(ABC):
 
     def __call__(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Forward of one micro-batch: images (B, C, H, W), mask (B, H/p, W/p) bool -> {"loss": scalar, …}."""
-        out = self._forward(images, mask)
+        with self._around_forward():
+            out = self._module(images, mask)
         self._extras = {name: value.detach() for name, value in out.items() if name != "loss" and value.ndim == 0}
         return out
 
@@ -154,8 +157,9 @@ class Engine(ABC):
         for name, value in {"loss": state["loss_sum"], **state.get("extra_sums", {})}.items():
             self._sum(name).fill_(value)
 
-    @abstractmethod
-    def _forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]: ...
+    def _around_forward(self) -> AbstractContextManager[Any]:
+        """What the forward pass runs in."""
+        return nullcontext()
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None: ...

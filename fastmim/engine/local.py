@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class LocalEngine(Engine):
         self.check_every_step = device.type == "cpu" if check_every_step is None else check_every_step
         self._module = self._wrap(compile, world)
 
-    def _wrap(self, compile: bool, world: World | None) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    def _wrap(self, compile: bool, world: World | None) -> nn.Module:
         module: nn.Module = self.objective
         if compile:
             # Not Module.compile(): validation and pictures call the plain objective with other shapes.
@@ -77,11 +77,12 @@ class LocalEngine(Engine):
             )
         return module
 
-    def _forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    @contextmanager
+    def _around_forward(self) -> Iterator[None]:
         module = self._module
         ddp = isinstance(module, DistributedDataParallel) and not self.at_boundary
-        with module.no_sync() if ddp else nullcontext(), self.autocast():  # type: ignore[attr-defined]
-            return module(images, mask)
+        with module.no_sync() if ddp else nullcontext(), self.autocast():
+            yield
 
     def _backward(self, loss: Tensor) -> None:
         (loss / self.grad_accum_steps).backward()

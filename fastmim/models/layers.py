@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -74,14 +76,17 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, y: Tensor, *, step: Step, hand_on: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, y: Tensor, *, step: Step, stream: Tensor | None = None) -> Any:
         """(…, C) → (…, C), without the bias of ``fc2`` where ``step`` leaves it to the next norm.
 
-        With ``hand_on``, see :meth:`.Step.read`, (result, y).
+        With ``stream``, which y is too: (result, the stream for its other reader).
         """
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, step.product_bias(self.fc2)
         how = {"low_weight1": step.low_fc1, "low_weight2": step.low_fc2, "recompute_fc1": self.recompute_fc1}
-        return (fk.mlp_and_input if hand_on else fk.mlp)(y, *weights, **how, impl=step.impl)
+        if step.hands_on(y, stream):
+            return fk.mlp_and_input(y, *weights, **how, impl=step.impl)
+        out = fk.mlp(y, *weights, **how, impl=step.impl)
+        return out if stream is None else (out, stream)
 
 
 class DropPaths(nn.Module):

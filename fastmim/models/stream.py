@@ -94,14 +94,9 @@ class Step(NamedTuple):
         """Of a map, the tokens whose results are wanted."""
         return x if self.rows is None else take(x, self.rows)
 
-    def read(self, module: nn.Module, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``module(y)``, and x for its other reader, where y is the stream x too.
-
-        Where a product adds the gradients of both readers, the module hands on y instead.
-        """
-        if self.fusion.product_adds_gradients and x.dtype == y.dtype:
-            return module(y, step=self, hand_on=True)
-        return module(y, step=self), x
+    def hands_on(self, y: Tensor, stream: Tensor | None) -> bool:
+        """Whether the product that reads y, which is the stream too, adds the gradient of the stream's other reader."""
+        return stream is not None and self.fusion.product_adds_gradients and stream.dtype == y.dtype
 
     def product_bias(self, layer: nn.Linear) -> Tensor | None:
         """The bias of a block's last products as they add it: None where the norm behind them does."""

@@ -111,17 +111,18 @@ class SwinStage(nn.Module):
             low_reduction: The cast weight of the merging, or None.
             final_norm: Normalises the last stage's map; without it, SwinV2's comes gathered 2×2 where it is even.
         """
-        if not isinstance(self.downsample, nn.Identity):
-            x, y = self.downsample(x, dtype, low_reduction)
-        return self.run_blocks(x, y, steps, final_norm)
-
-    def run_blocks(self, x: Tensor, y: Tensor, steps: list[Step], final_norm: nn.LayerNorm | None) -> Tensor:
-        """The stream x, which y is too, through the blocks."""
+        x, y = self.enter(x, y, dtype, low_reduction)
         x, y = normalise(x, self.blocks[0].norm1, steps[0].impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [final_norm]
         for block, step, norm in zip(self.blocks, steps, norms, strict=True):
             x, y = block(x, y, step._replace(next_norm=norm))
         return y
+
+    def enter(
+        self, x: Tensor, y: Tensor, dtype: torch.dtype, low_reduction: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream of this stage's resolution."""
+        return (x, y) if isinstance(self.downsample, nn.Identity) else self.downsample(x, dtype, low_reduction)
 
 
 class SwinTransformer(nn.Module):

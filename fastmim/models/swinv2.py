@@ -42,9 +42,9 @@ class SwinV2Block(SwinBlock):
 
     def forward(self, x: Tensor, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The (B, H, W, C) stream, for its two readers (y in the dtype of the products), to the next one likewise."""
-        branch, x = step.read(self.attn, y, x)
+        branch, x = self.attn(y, step=step, stream=x)
         x, y = step.norm_add(step.take(x), branch, self.norm1, self.attn.proj, step.drop_attn)
-        branch, x = step.read(self.mlp, y, x)
+        branch, x = self.mlp(y, step=step, stream=x)
         if self.norm3 is None:
             return step.norm_add(x, branch, self.norm2, self.mlp.fc2, step.drop_mlp, step.merge)
         x, _ = step.norm_add(x, branch, self.norm2, self.mlp.fc2, step.drop_mlp)
@@ -69,7 +69,16 @@ class SwinV2Stage(SwinStage):
 
     attention, block, merging = CosineWindowAttention, SwinV2Block, PatchMergingV2
 
-    def run_blocks(self, x: Tensor, y: Tensor, steps: list[Step], final_norm: nn.LayerNorm | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        steps: list[Step],
+        dtype: torch.dtype,
+        low_reduction: Tensor | None,
+        final_norm: nn.LayerNorm | None,
+    ) -> Tensor:
+        x, y = self.enter(x, y, dtype, low_reduction)
         even = x.shape[1] % 2 == x.shape[2] % 2 == 0
         last = steps[-1]._replace(merge=even and final_norm is None)
         for block, step in zip(self.blocks, [*steps[:-1], last], strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,24 +42,24 @@ class WindowAttention(nn.Module):
         """What :func:`fastmim_kernels.position_bias` makes the position bias from."""
         return (self.relative_position_bias_table,)
 
-    def forward(self, y: Tensor, *, step: Step, hand_on: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, y: Tensor, *, step: Step, stream: Tensor | None = None) -> Any:
         """(B, H, W, C) → (B, H, W, C), or the rows that ``step`` wants, without the bias of ``proj`` where it says so.
 
-        With ``hand_on``, see :meth:`.Step.read`, (result, y).
+        With ``stream``, which y is too: (result, the stream for its other reader).
         """
         height, width = y.shape[1:3]
         pad = (-height % self.window_size[0], -width % self.window_size[1])
         weights = self.qkv.weight, step.qkv_bias
         how = {"low_weight": step.low_qkv, "low_bias": step.low_qkv_bias, "impl": step.impl}
-        if hand_on and not any(pad):
-            qkv, y = fk.linear_and_input(y, *weights, **how)
+        if step.hands_on(y, stream) and not any(pad):
+            qkv, stream = fk.linear_and_input(y, *weights, **how)
         else:
             qkv = fk.linear(self._pad(y, pad) if any(pad) else y, *weights, **how)
         shape = {"num_heads": self.num_heads, "window_size": self.window_size, "shift_size": self.shift_size}
         out = fk.window_attention(qkv, step.bias, **shape, logit_scale=self.logit_scale, impl=step.impl)
         out = step.take(self._unpad(out, height, width) if any(pad) else out)
         out = fk.linear(out, self.proj.weight, step.product_bias(self.proj), low_weight=step.low_proj, impl=step.impl)
-        return (out, y) if hand_on else out
+        return out if stream is None else (out, stream)
 
     def _pad(self, x: Tensor, pad: Pair) -> Tensor:
         """Zeros at the end of the *rolled* map, as timm does, expressed in the layout before the roll."""

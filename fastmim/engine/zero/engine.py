@@ -65,7 +65,7 @@ class ZeroEngine(Engine):
             # Inside DeepSpeed's engine, which would switch off an autocast around it.
             objective.forward = _in_autocast(objective.forward, self.autocast)
         try:
-            self._engine, self.optimizer, _, _ = deepspeed.initialize(
+            self._module, self.optimizer, _, _ = deepspeed.initialize(
                 model=objective, optimizer=optimizer, config=config, dist_init_required=False
             )
         except (AssertionError, NotImplementedError) as error:
@@ -80,11 +80,8 @@ class ZeroEngine(Engine):
     def _base(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer if self.stage else self.optimizer
 
-    def _forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        return self._engine(images, mask)
-
     def _backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)  # which divides by the number of micro-batches
+        self._module.backward(loss)  # which divides by the number of micro-batches
 
     def _step(self, update: bool) -> bool:
         if update and self.stage == 0:
@@ -92,10 +89,10 @@ class ZeroEngine(Engine):
             if not bool(torch.isfinite(self._grad_norm)):
                 self._base.zero_grad(set_to_none=True)
                 raise NonFiniteError(self.steps)
-        self._engine.step()
+        self._module.step()
         if not update or self.stage == 0:
             return update
-        norm = self._engine.get_global_grad_norm()
+        norm = self._module.get_global_grad_norm()
         self._grad_norm = torch.as_tensor(math.nan if norm is None else norm).detach()
         overflow = bool(self.optimizer.overflow)
         if overflow and self.precision != "fp16":
