@@ -43,20 +43,41 @@ class Kept(NamedTuple):
 
 
 class Pass:
-    """One direction of an op, with the arguments of its schema: ``op`` as torch knows it, ``run`` as a function."""
+    """One direction of an op, with the arguments of its schema: ``op`` as torch knows it, or its plain functions."""
 
-    def __init__(self, op: str, name: str, fake: Callable, run: Callable, flops: Callable | None, moved: Moved | None
-                 ) -> None:
+    def __init__(self, op: str, name: str, fake: Callable, functions: _Functions, flops: Callable | None,
+                 moved: Moved | None) -> None:
+        self.of, self.name, self.functions, self.moved = op, f"{NAMESPACE}::{name}", functions, moved
+        self._impl = list(inspect.signature(fake).parameters).index("impl")
         schema = torch.library.infer_schema(fake, mutates_args=())
-        definition = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
+        definition = torch.library.custom_op(self.name, self.run, mutates_args=(), schema=schema)
         definition.register_fake(fake)
-        self.of, self.name, self.run, self.moved = op, f"{NAMESPACE}::{name}", run, moved
         self.op = definition._opoverload
         # An op without a formula has no matrix product inside; torch's counter counts nothing else.
         register_flop_formula(self.op.overloadpacket)(lambda *args, **_: flops(*args) if flops else 0)
+        PASSES[self.name] = self
+
+    def run(self, *args: Any) -> Any:
+        """The function of the implementation that ``args`` names."""
+        at = self._impl
+        return self.functions[args[at]](*args[:at], *args[at + 1 :])
 
     def __call__(self, *args: Any) -> Any:
         return self.run(*args) if unwatched(args, _DIRECT) else self.op(*args)
+
+
+class _Functions(dict[str, Callable]):
+    """Implementation → its function of one direction; a module given by name is imported when it is asked for."""
+
+    def __init__(self, modules: dict[str, Any], package: str, direction: str) -> None:
+        super().__init__()
+        self._modules, self._package, self._direction = modules, package, direction
+
+    def __missing__(self, impl: str) -> Callable:
+        module = self._modules[impl]
+        module = importlib.import_module(module, self._package) if isinstance(module, str) else module
+        self[impl] = getattr(module, self._direction)
+        return self[impl]
 
 
 PASSES: dict[str, Pass] = {}
@@ -64,12 +85,18 @@ PASSES: dict[str, Pass] = {}
 
 
 class Op:
-    """What :func:`define_op` makes: call it with the inputs, or :meth:`hand_on` where results have several readers."""
+    """What :func:`define_op` makes: call it with the inputs.
 
-    def __init__(self, name: str, forward: Pass, backward: Pass | None, implementations: dict[str, Callable],
-                 handing_on: dict[str, Callable]) -> None:
+    Args:
+        eager, compiled: Each implementation as a function of the inputs; for compilers, which see the op itself.
+        hand_on: The same op with the results that the declaration's ``readers`` hands out.
+    """
+
+    def __init__(self, name: str, forward: Pass, backward: Pass | None, eager: dict[str, Callable],
+                 compiled: dict[str, Callable], hand_on: Op | None = None) -> None:
         self.name, self.forward, self.backward = name, forward, backward
-        self._alone, self._handing_on = implementations, handing_on
+        self._eager, self._compiled = eager, compiled
+        self.hand_on = self if hand_on is None else hand_on
 
     def __call__(self, *args: Any, impl: str) -> Any:
         """The results, by the implementation that ``impl`` stands for, outside autocast.
@@ -77,24 +104,22 @@ class Op:
         Raises:
             ValueError: As :func:`.dispatch.resolve`, or Triton, which computes in float32, is asked for float64.
         """
-        return self._run(self._alone, args, impl)
-
-    def hand_on(self, *args: Any, impl: str) -> Any:
-        """As calling it, with the results that the declaration's ``readers`` hands out."""
-        return self._run(self._handing_on, args, impl)
-
-    def _run(self, functions: dict[str, Callable], args: tuple[Any, ...], impl: str) -> Any:
-        tensors = _tensors(args)
-        if any(t.dtype == torch.float64 for t in tensors):
-            if impl == "triton":
-                raise ValueError(f"{self.name}: impl='triton' computes in float32 and got float64; use impl='torch'")
-            functions = {name: function for name, function in functions.items() if name != "triton"}
+        tensors, functions = _tensors(args), self._compiled if torch.compiler.is_compiling() else self._eager
+        for tensor in tensors:
+            if tensor.dtype == torch.float64:
+                functions = self._in_float64(functions, impl)
+                break
         device = tensors[0].device
         function = resolve(self.name, impl, functions, device)
         if not torch.is_autocast_enabled(device.type):
             return function(*args)
         with torch.autocast(device.type, enabled=False):
             return function(*args)
+
+    def _in_float64(self, functions: dict[str, Callable], impl: str) -> dict[str, Callable]:
+        if impl == "triton":
+            raise ValueError(f"{self.name}: impl='triton' computes in float32 and got float64; use impl='torch'")
+        return {name: function for name, function in functions.items() if name != "triton"}
 
 
 def define_op(
@@ -125,28 +150,30 @@ def define_op(
     """
     modules = {"torch": on_torch} | ({"triton": on_triton} if on_triton else {})
     package = fake.__module__.rpartition(".")[0]
-    forward = _define(name, name, fake, modules, package, "forward", flops, moved)
+    forward = Pass(name, name, fake, _Functions(modules, package, "forward"), flops, moved)
     if backward_fake is None or save is None or gradients is None:
-        implementations = {impl: partial(_without_gradient, forward, impl) for impl in modules}
-        return Op(name, forward, None, {**implementations, "reference": reference}, {})
-    backward = _define(name, f"{name}_backward", backward_fake, modules, package, "backward", backward_flops,
-                       backward_moved)
+        def without_gradient(run: Callable) -> dict[str, Callable]:
+            return {"reference": reference} | {impl: partial(_without_gradient, run, impl) for impl in modules}
+
+        return Op(name, forward, None, without_gradient(forward), without_gradient(forward.op))
+    backward = Pass(name, f"{name}_backward", backward_fake, _Functions(modules, package, "backward"), backward_flops,
+                    backward_moved)
     formula = partial(_formula, len(forward.op._schema.arguments), backward, gradients)
     _register_autograd(forward, save, formula, results)
 
-    def chosen(outputs: tuple[Any, ...]) -> Any:
+    def op(select: Callable, oracle: Callable, hand_on: Op | None = None) -> Op:
+        function = _function(forward, save, formula, select)
+        eager: dict[str, Callable] = {impl: partial(function.apply, impl) for impl in modules}
+        compiled: dict[str, Callable] = {impl: partial(_compiled, forward, select, impl) for impl in modules}
+        return Op(name, forward, backward, eager | {"reference": oracle}, compiled | {"reference": oracle}, hand_on)
+
+    def chosen(_: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
         return outputs[0] if results == 1 else outputs[:results]
 
-    def calls(select: Callable) -> dict[str, Callable]:
-        function = _function(forward, save, formula, select)
-        return {impl: partial(_call, forward, function, select, impl) for impl in modules}
-
-    alone = {**calls(lambda inputs, outputs: chosen(outputs)), "reference": reference}
     if readers is None:
-        return Op(name, forward, backward, alone, {})
-    handed = {**calls(readers),
-              "reference": lambda *inputs: readers((*inputs, "reference"), _tuple(reference(*inputs)))}
-    return Op(name, forward, backward, alone, handed)
+        return op(chosen, reference)
+    handed = op(readers, lambda *inputs: readers((*inputs, "reference"), _tuple(reference(*inputs))))
+    return op(chosen, reference, handed)
 
 
 def unwatched(args: Sequence[Any], devices: Sequence[str] = ("cpu",)) -> bool:
@@ -156,31 +183,19 @@ def unwatched(args: Sequence[Any], devices: Sequence[str] = ("cpu",)) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type in devices for t in _tensors(args))
 
 
-def _define(op: str, name: str, fake: Callable, modules: dict[str, Any], package: str, direction: str,
-            flops: Callable | None, moved: Moved | None) -> Pass:
-    at = list(inspect.signature(fake).parameters).index("impl")
-
-    def run(*args: Any) -> Any:
-        module = modules[args[at]]
-        if isinstance(module, str):
-            module = modules[args[at]] = importlib.import_module(module, package)
-        return getattr(module, direction)(*args[:at], *args[at + 1 :])
-
-    found = Pass(op, name, fake, run, flops, moved)
-    PASSES[found.name] = found
-    return found
-
-
 def _function(forward: Pass, save: Callable, formula: Callable, select: Callable) -> Any:
     """The autograd function around an op whose results are ``select(inputs, outputs)``; profilers see the op's name."""
     # Not with a setup_context of its own: torch then inspects the signature at every call, at twice the cost.
-    def run(ctx: Any, *inputs: Any) -> Any:
-        outputs = _tuple(forward(*inputs))
-        _keep(ctx, *save(inputs, outputs))
+    def run(ctx: Any, impl: str, *args: Any) -> Any:
+        inputs = (*args, impl)
+        found = forward.functions[impl](*args) if unwatched(args, _DIRECT) else forward.op(*inputs)
+        outputs = _tuple(found)
+        tensors, settings = save(inputs, outputs)
+        _keep(ctx, tensors, settings, ctx.needs_input_grad[1:])
         return _apart(select(inputs, outputs), inputs)
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        return formula(ctx, grads)
+        return None, *formula(ctx, grads)[:-1]
 
     return type(forward.name, (torch.autograd.Function,), {
         "forward": staticmethod(run), "backward": staticmethod(once_differentiable(backward))})
@@ -191,28 +206,27 @@ def _register_autograd(forward: Pass, save: Callable, formula: Callable, results
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         outputs = _tuple(output)
         ctx.mark_non_differentiable(*outputs[results:])
-        _keep(ctx, *save(inputs, outputs))
+        tensors, settings = save(inputs, outputs)
+        _keep(ctx, tensors, settings, ctx.needs_input_grad)
 
     torch.library.register_autograd(forward.name, lambda ctx, *grads: formula(ctx, grads[:results]),
                                     setup_context=setup)
 
 
-def _call(forward: Pass, function: Any, select: Callable, impl: str, *args: Any) -> Any:
-    if not torch.compiler.is_compiling():
-        return function.apply(*args, impl)
-    # The compiler sees the op itself; where two readers share a result, it adds their gradients.
+def _compiled(forward: Pass, select: Callable, impl: str, *args: Any) -> Any:
+    """The compiler sees the op itself; where two readers share a result, it adds their gradients."""
     return select((*args, impl), _tuple(forward.op(*args, impl)))
 
 
-def _without_gradient(forward: Pass, impl: str, *args: Any) -> Any:
+def _without_gradient(run: Callable, impl: str, *args: Any) -> Any:
     with torch.no_grad():
-        return (forward.op if torch.compiler.is_compiling() else forward)(*args, impl)
+        return run(*args, impl)
 
 
-def _keep(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
+def _keep(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], needs: tuple[bool, ...]) -> None:
     ctx.set_materialize_grads(False)  # else a launch fills zeros for a result that nobody reads
     ctx.save_for_backward(*tensors)
-    ctx.settings = settings
+    ctx.settings, ctx.needs = settings, needs
 
 
 def _formula(inputs: int, backward: Pass, gradients: Callable, ctx: Any, grads: Sequence[Tensor | None]
@@ -222,7 +236,7 @@ def _formula(inputs: int, backward: Pass, gradients: Callable, ctx: Any, grads: 
     if not given:
         return (None,) * inputs
     # The saved tensors once: checkpointing gives them out a single time.
-    kept = Kept(ctx.saved_tensors, ctx.settings, ctx.needs_input_grad)
+    kept = Kept(ctx.saved_tensors, ctx.settings, ctx.needs)
     with _outside_autocast(given[0].device.type):
         found = gradients(backward, kept, *grads)
     return *found, *(None,) * (inputs - len(found))
