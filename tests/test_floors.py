@@ -163,6 +163,14 @@ def test_arrows_between_rooms_point_down(package: str) -> None:
     assert house.climbs(house.rooms(house.modules(ROOT), package), house.FLOORS[package]) == []
 
 
+def test_no_file_of_a_room_imports_its_op() -> None:
+    """An implementation knows nothing of how its op is declared; what both need stands in the room's layout."""
+    graph = house.modules(ROOT)
+    assert "fastmim_kernels.mlp.on_torch" in graph["fastmim_kernels.mlp.op"]
+    inside = {(m, t) for m, targets in graph.items() for t in targets if t.rpartition(".")[0] == m.rpartition(".")[0]}
+    assert not {(m, t) for m, t in inside if t.startswith("fastmim_kernels.") and t.endswith(".op")}
+
+
 def test_a_circle_and_a_climb_are_seen() -> None:
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}
     assert house.circles(graph) == [["a", "b", "c"]]

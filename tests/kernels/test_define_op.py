@@ -228,52 +228,6 @@ def test_no_other_file_makes_an_op() -> None:
 
 
 # From the ground up: who stands further right may import who stands further left. `nn` and `fusion` are on the ops.
-ROOMS = ("common", "reference", "low_copies", "local_norm", "position_bias", "window_attention", "patch_merge",
-         "mask_tokens", "masked_loss", "linear", "mlp", "residual_norm", "check", "")
-
-
-def arrows() -> set[tuple[str, str]]:
-    """(module, module) of every import inside the package, lazy ones and those for typing included."""
-    modules = {".".join(path.relative_to(KERNELS).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
-               for path in KERNELS.rglob("*.py")}
-    found = set()
-    for module, path in modules.items():
-        inside = module.split(".") if path.name == "__init__.py" and module else module.split(".")[:-1]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = ".".join([*inside[: len(inside) - node.level + 1], *([node.module] if node.module else [])])
-                names = {f"{base}.{alias.name}".lstrip(".") for alias in node.names} & modules.keys() or {base}
-                found |= {(module, name) for name in names}
-    return found
-
-
-def test_arrows_between_rooms_point_down() -> None:
-    def floor(module: str) -> float:
-        room = module.split(".")[0]
-        return ROOMS.index(room) if room in ROOMS else len(ROOMS) - 1.5
-
-    between = {(a, b) for a, b in arrows() if a.split(".")[0] != b.split(".")[0]}
-    up = {(a, b) for a, b in between if floor(a) < floor(b) or (floor(a) == floor(b) and floor(a) == int(floor(a)))}
-    assert not up
-
-
-def test_no_file_of_a_room_imports_its_op_and_no_two_each_other() -> None:
-    found = {(a, b) for a, b in arrows() if a != b}
-    own = {(a, b) for a, b in found if b.endswith(".op") and a.split(".")[0] == b.split(".")[0]}
-    assert not own
-    below = {module: {b for a, b in found if a == module} for module, _ in found}
-    while leaves := {module for module, under in below.items() if not under & below.keys()}:
-        below = {module: under for module, under in below.items() if module not in leaves}
-    assert not below, f"a circle among {sorted(below)}"
-
-
-def test_an_arrow_up_is_seen() -> None:
-    """The graph above holds imports from within functions, of modules and of names in them."""
-    found = arrows()
-    assert ("", "check.self_test") in found and ("mlp.on_triton", "linear.on_torch") in found
-    assert ("mlp.op", "mlp.on_torch") in found and ("common.define_op", "common.dispatch") in found
-
-
 def test_no_triton_without_need() -> None:
     """The Triton half of a room is loaded by the first launch, not with the package, nor by what torch does."""
     code = ("import sys; sys.path[:0] = sys.argv[1:]; import torch, fastmim_kernels as fk; fk.gelu(torch.zeros(2)); "
