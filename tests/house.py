@@ -203,7 +203,7 @@ TINY = {
 
 
 def hops(root: Path) -> list[str]:
-    """Our functions on the stack from ``fastmim pretrain`` to the first kernel, on a CPU."""
+    """Our functions on the stack, from that of the command ``pretrain`` to the first kernel on a CPU."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "empty.yaml"
         config.write_text("", encoding="utf-8")
@@ -214,7 +214,8 @@ def hops(root: Path) -> list[str]:
     line = next((line for line in done.stdout.splitlines() if line.startswith("HOPS")), None)
     if line is None:
         raise RuntimeError(done.stderr[-2000:])
-    return line.split()[1:]
+    path = line.split()[1:]
+    return path[path.index("cli.py:_pretrain") :]
 
 
 def main(root: Path) -> None:
@@ -238,7 +239,7 @@ def main(root: Path) -> None:
     for folder in ("models", "objectives", "config", "engine", "plan", "profile"):
         print(f"fastmim/{folder}: {lines(root, f'fastmim/{folder}/**/*.py')} lines")
     path = hops(root)
-    print(f"{len(path)} hops from the command line to a kernel: {' '.join(path)}")
+    print(f"{len(path) - 1} hops from `fastmim pretrain` to a kernel: {' '.join(path)}")
 
 
 if __name__ == "__main__":

@@ -79,14 +79,13 @@ class Mlp(nn.Module):
     def forward(self, y: Tensor, *, step: Step, stream: Tensor | None = None) -> Any:
         """(…, C) → (…, C), without the bias of ``fc2`` where ``step`` leaves it to the next norm.
 
-        With ``stream``, which y is too: (result, the stream for its other reader).
+        (result, y), where the product adds the gradient of the other reader of ``stream``, which y is too.
         """
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, step.product_bias(self.fc2)
         how = {"low_weight1": step.low_fc1, "low_weight2": step.low_fc2, "recompute_fc1": self.recompute_fc1}
         if step.hands_on(y, stream):
             return fk.mlp_and_input(y, *weights, **how, impl=step.impl)
-        out = fk.mlp(y, *weights, **how, impl=step.impl)
-        return out if stream is None else (out, stream)
+        return fk.mlp(y, *weights, **how, impl=step.impl)
 
 
 class DropPaths(nn.Module):

@@ -98,6 +98,10 @@ class Step(NamedTuple):
         """Whether the product that reads y, which is the stream too, adds the gradient of the stream's other reader."""
         return stream is not None and self.fusion.product_adds_gradients and stream.dtype == y.dtype
 
+    def branch_and_stream(self, found: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a module gave that was handed the stream x: its branch alone, or with the stream for the next reader."""
+        return found if isinstance(found, tuple) else (found, x)
+
     def product_bias(self, layer: nn.Linear) -> Tensor | None:
         """The bias of a block's last products as they add it: None where the norm behind them does."""
         return None if self.fusion.norm_adds_bias else layer.bias

@@ -45,21 +45,22 @@ class WindowAttention(nn.Module):
     def forward(self, y: Tensor, *, step: Step, stream: Tensor | None = None) -> Any:
         """(B, H, W, C) → (B, H, W, C), or the rows that ``step`` wants, without the bias of ``proj`` where it says so.
 
-        With ``stream``, which y is too: (result, the stream for its other reader).
+        (result, y), where the product adds the gradient of the other reader of ``stream``, which y is too.
         """
         height, width = y.shape[1:3]
         pad = (-height % self.window_size[0], -width % self.window_size[1])
         weights = self.qkv.weight, step.qkv_bias
         how = {"low_weight": step.low_qkv, "low_bias": step.low_qkv_bias, "impl": step.impl}
-        if step.hands_on(y, stream) and not any(pad):
-            qkv, stream = fk.linear_and_input(y, *weights, **how)
+        hand_on = step.hands_on(y, stream)
+        if hand_on and not any(pad):
+            qkv, y = fk.linear_and_input(y, *weights, **how)
         else:
             qkv = fk.linear(self._pad(y, pad) if any(pad) else y, *weights, **how)
         shape = {"num_heads": self.num_heads, "window_size": self.window_size, "shift_size": self.shift_size}
         out = fk.window_attention(qkv, step.bias, **shape, logit_scale=self.logit_scale, impl=step.impl)
         out = step.take(self._unpad(out, height, width) if any(pad) else out)
         out = fk.linear(out, self.proj.weight, step.product_bias(self.proj), low_weight=step.low_proj, impl=step.impl)
-        return out if stream is None else (out, stream)
+        return (out, y) if hand_on else out
 
     def _pad(self, x: Tensor, pad: Pair) -> Tensor:
         """Zeros at the end of the *rolled* map, as timm does, expressed in the layout before the roll."""
