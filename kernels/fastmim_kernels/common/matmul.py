@@ -62,8 +62,18 @@ def sm_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """How products of ``dtype`` are made: "tf32" where the user allows that for float32, else "ieee".
+
+    ``fp32_precision`` (torch 2.9 and later) follows both ways to allow it; ``allow_tf32`` raises where it was allowed
+    the new way.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):
+        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
+    return "tf32" if settings.allow_tf32 else "ieee"
 
 
 def tile_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:

@@ -72,7 +72,7 @@ def product_add(x: Tensor, weight: Tensor, add: Tensor) -> Tensor:
     out = torch.empty_like(add)
     grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
     product_add_kernel[grid](x, weight, add, out, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP,
-                             PRECISION=precision(), **tiles)
+                             PRECISION=precision(x.dtype), **tiles)
     return out
 
 

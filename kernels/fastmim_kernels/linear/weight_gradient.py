@@ -173,7 +173,7 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor
                    arrival.counters(blocks * (1 + triton.cdiv(splits, share)), device))
     weight_gradient_kernel[(blocks, splits)](
         grad, x, dw, d_bias, *scratch, rows, N=columns, K=depth, GROUP=GROUP, SPLITS=splits, SHARE=share,
-        PRECISION=precision(), **tiles)
+        PRECISION=precision(grad.dtype), **tiles)
     return dw, d_bias
 
 

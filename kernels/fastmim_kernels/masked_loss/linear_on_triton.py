@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase, in_dtype
 from ..common.arrival import arrive
+from ..common.matmul import precision
 from ..common.token_layout import EPS
 from .on_triton import _flat, loss_of, slope_of
 
@@ -286,7 +287,6 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     height, width = target.shape[2:]
     order, hits = ordered(cells, tokens.shape, (height, width), stride)
     rows, cfg = chunk_rows(m, k * dtype.itemsize), config(dtype)
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -305,9 +305,9 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
         head_loss_kernel[grid](
             x, head, bias, target, cells, _flat(mean), _flat(std), order, hits, slope, sums, biases,
             arrival.counters(1 + grid[1], device), value, scale, None if biases is None else d_bias, first, *sizes,
-            S=stride, LOSS=loss, PRECISION=precision, EPS=EPS, **cfg["loss"])
+            S=stride, LOSS=loss, PRECISION=precision(dtype), EPS=EPS, **cfg["loss"])
         if grads:
-            _gradients(slope, x, head, order, hits, d_x, d_w, first, last, precision, cfg)
+            _gradients(slope, x, head, order, hits, d_x, d_w, first, last, cfg)
     return value, scale, d_x, d_w, d_bias
 
 
@@ -339,13 +339,13 @@ def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_
 
 
 def _gradients(slope: Tensor | None, x: Tensor, head: Tensor, order: Tensor, hits: Tensor, d_x: Tensor, d_w: Tensor,
-               first: int, last: int, precision: str, cfg: dict[str, dict[str, int]]) -> None:
-    (k, d), tiles = head.shape, cfg["tokens"]
+               first: int, last: int, cfg: dict[str, dict[str, int]]) -> None:
+    (k, d), tiles, exactness = head.shape, cfg["tokens"], precision(x.dtype)
     grid = triton.cdiv(last - first, tiles["BM"]), triton.cdiv(d, tiles["BN"])
-    token_gradient_kernel[grid](slope, head, order, hits, d_x, first, last, d, k, PRECISION=precision, **tiles)
+    token_gradient_kernel[grid](slope, head, order, hits, d_x, first, last, d, k, PRECISION=exactness, **tiles)
     tiles = cfg["weight"]
     grid = triton.cdiv(k, tiles["BM"]), triton.cdiv(d, tiles["BN"])
-    weight_gradient_kernel[grid](slope, x, order, hits, d_w, first, last, d, k, ADD=first > 0, PRECISION=precision,
+    weight_gradient_kernel[grid](slope, x, order, hits, d_w, first, last, d, k, ADD=first > 0, PRECISION=exactness,
                                  **tiles)
 
 
@@ -380,8 +380,8 @@ def _in_float32(case: AotCase) -> AotCase:
 
 
 def _case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any]) -> AotCase:
-    precision = {"PRECISION": "ieee"} if "PRECISION" in kernel.arg_names else {}
-    constexprs = {**precision, **constexprs, **{k: v for k, v in tiles.items() if k.startswith("B")}}
+    exact = {"PRECISION": "ieee"} if "PRECISION" in kernel.arg_names else {}
+    constexprs = {**exact, **constexprs, **{k: v for k, v in tiles.items() if k.startswith("B")}}
     signature = {n: _TYPES.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
     divisible = tuple(n for n in signature if n not in ("grid_h", "grid_w", "row_blocks", "cell_h", "cell_w"))
     return AotCase(name, kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"], divisible,

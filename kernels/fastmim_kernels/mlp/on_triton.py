@@ -166,7 +166,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, ge
     z, out = (x.new_empty((rows, columns) if wanted else 0) for wanted in (pre, gelu))
     grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
     linear_gelu_kernel[grid](x, weight, bias, z if pre else None, out if gelu else None, rows, depth, N=columns,
-                             EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP, PRECISION=precision(), **tiles)
+                             EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP, PRECISION=precision(x.dtype), **tiles)
     return z, out
 
 
@@ -188,7 +188,7 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tupl
     count = arrival.counters(across * (1 + triton.cdiv(blocks, tiles["SHARE"])), device) if bias else None
     gelu_gradient_kernel[(blocks * across,)](
         grad, weight, pre, dx, out, *sums, count, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0,
-        GROUP=GROUP, PRECISION=precision(), **tiles)
+        GROUP=GROUP, PRECISION=precision(grad.dtype), **tiles)
     return dx, sums[0][0] if bias else dx.new_empty(0, dtype=torch.float32), out
 
 
