@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -64,6 +65,7 @@ def product_add_kernel(
     add_tile(b_right, p_add, p_out, o_r, m_r, i_first + BN // 2, N, EVEN_N, BN // 2)
 
 
+@on_own_device
 def product_add(x: Tensor, weight: Tensor, add: Tensor) -> Tensor:
     """``x·W + add`` of (M, K), (K, N) and (M, N) in the dtype of x, rounded once."""
     x, weight, add = x.contiguous(), weight.contiguous(), add.contiguous()

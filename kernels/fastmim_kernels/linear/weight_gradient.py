@@ -17,6 +17,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
+from ..common.device import on_own_device
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -158,6 +159,7 @@ def programs_at_once(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
+@on_own_device
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(gradᵀ·x in ``dtype``, Σ of the rows of grad in fp32) of contiguous (M, N) and (M, K) in one launch."""
     (rows, columns), depth, device = grad.shape, x.shape[1], grad.device

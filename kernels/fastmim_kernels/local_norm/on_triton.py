@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 
 EPS = tl.constexpr(1e-6)
 
@@ -80,6 +81,7 @@ def config(length: int, lines: int) -> dict[str, int]:
     return {"BLOCK": block, "LINES": max(4, min(2048 // block, triton.next_power_of_2(lines))), "num_warps": 4}
 
 
+@on_own_device
 def forward(images: Tensor, kernel_size: int) -> Tensor:
     """(B, C, H, W) float32 → the normalised target, float32. Images are contiguous."""
     b, c, height, width = images.shape

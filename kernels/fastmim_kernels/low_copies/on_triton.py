@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 from .op import padded
 
 PIECE = 16384
@@ -42,6 +43,7 @@ def copy_kernel(
     tl.store(p_own + o, tl.load(p_in + o, mask=o < count, other=0).to(p_out.dtype.element_ty), mask=o < count)
 
 
+@on_own_device
 def copy(tensors: Sequence[Tensor], flat: Tensor) -> None:
     """Write each contiguous float32 tensor into ``flat``, one after the other, padded."""
     rows = table(tensors)

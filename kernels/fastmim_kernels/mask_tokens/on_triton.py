@@ -17,6 +17,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
+from ..common.device import on_own_device
 
 
 @triton.jit
@@ -142,6 +143,7 @@ def config(channels: int, positions: int, batch: int, norm: bool = False) -> dic
             "splits": triton.cdiv(batch, per_program), "num_warps": 4 if block_c * block_p <= 2048 else 8}
 
 
+@on_own_device
 def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
             pos_embed: Tensor | None, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(output, mean, rstd); the statistics are empty without a norm. Inputs are contiguous."""
@@ -159,6 +161,7 @@ def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | N
     return out, mean, rstd
 
 
+@on_own_device
 def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
              weight: Tensor | None, pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(d tokens, (1 or 3, C) d mask_token and d norm, d position or empty), parameters in float32."""

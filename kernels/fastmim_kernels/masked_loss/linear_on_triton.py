@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase, in_dtype
 from ..common.arrival import arrive
+from ..common.device import on_own_device
 from ..common.matmul import precision
 from ..common.token_layout import EPS
 from .on_triton import _flat, loss_of, slope_of
@@ -276,6 +277,7 @@ def chunk_rows(tokens: int, row_bytes: int) -> int:
     return max(64, min(SLOPE_BYTES // row_bytes, tokens + 63) // 64 * 64)
 
 
+@on_own_device
 def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, mean: Tensor | None,
             std: Tensor | None, stride: int, loss: str, dtype: torch.dtype, grads: bool
             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -325,6 +327,7 @@ def ordered(mask: Tensor, shape: Sequence[int], size: tuple[int, int], stride: i
     return order, hits
 
 
+@on_own_device
 def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor,
              weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The three gradients times ``grad``·``scale``."""

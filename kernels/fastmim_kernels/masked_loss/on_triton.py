@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 
 EPS = tl.constexpr(1e-5)
 
@@ -163,6 +164,7 @@ def _flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.reshape(-1).contiguous()
 
 
+@on_own_device
 def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, stride: int,
             loss: str) -> tuple[Tensor, Tensor]:
     """(loss, 1 / (count + 1e-5) / C), both float32 scalars. Inputs are contiguous."""
@@ -176,6 +178,7 @@ def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | Non
     return result, scale
 
 
+@on_own_device
 def backward(factor: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None,
              std: Tensor | None, stride: int, loss: str) -> Tensor:
     """Gradient of the prediction; ``factor`` is the gradient of the plain sum, a float32 scalar tensor."""

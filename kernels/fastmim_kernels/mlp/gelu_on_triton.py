@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 
 ELEMENTS_PER_THREAD = 8
 """One 128-bit access of bf16 a tensor."""
@@ -113,6 +114,7 @@ def gelu_backward(
         tl.store(p_partial + tl.program_id(0) * N + o_n, tl.sum(b_sum, 0), mask=m_n)
 
 
+@on_own_device
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Launch the forward kernel on a contiguous (…, N)."""
     columns = x.shape[-1]
@@ -122,6 +124,7 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+@on_own_device
 def backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel: (d x, d bias fp32, empty without one)."""
     columns = x.shape[-1]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
+from ..common.device import on_own_device
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -157,6 +158,7 @@ def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> di
     return {**tiles, "BN": max(tiles["BN"], 64), "SHARE": 64}
 
 
+@on_own_device
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool
                 ) -> tuple[Tensor, Tensor]:
     """(z = x·Wᵀ + b, GELU(z)) of (M, K), (N, K) and (N,), each empty where not wanted, in one launch."""
@@ -170,6 +172,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, ge
     return z, out
 
 
+@on_own_device
 def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(d pre = (grad·W)·GELU'(pre), its sum over the rows in fp32 or empty, GELU(pre)) in one launch.
 

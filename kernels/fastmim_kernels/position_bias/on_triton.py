@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 from .op import Block
 
 
@@ -184,6 +185,7 @@ def parameter_tiles(heads: int) -> dict[str, int]:
     return {"BT": 32 if block_h <= 32 else 16, "BK": 16, "BH": block_h, "num_warps": 4}
 
 
+@on_own_device
 def forward(params: Tensor, index: Tensor, coords: Tensor, layout: Tensor, blocks: Sequence[Block], total: int,
             hidden: int) -> tuple[Tensor, Tensor]:
     """(biases, sigmoids), as the op ``fastmim::position_bias``."""
@@ -199,6 +201,7 @@ def forward(params: Tensor, index: Tensor, coords: Tensor, layout: Tensor, block
     return bias, sigmoids
 
 
+@on_own_device
 def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, order: Tensor, start: Tensor, coords: Tensor,
              layout: Tensor, blocks: Sequence[Block], hidden: int) -> Tensor:
     """Gradient of the parameters, as the op ``fastmim::position_bias_backward``; ``grad`` is contiguous."""
