@@ -1,8 +1,9 @@
 """Position bias of all blocks of an encoder in one launch for each step of the way, and its deterministic adjoint.
 
 Blocks differ in heads and window; a row of ``layout`` (:class:`.op.Block`) tells a program where its block lies in
-the flat tensors. Programs beyond the size of their block return at once. What torch does badly is the adjoint of the
-look-up, atomics or a sort in every step: here the pairs come sorted by table row.
+the flat tensors. Programs beyond the size of their block return at once; what grows with the window lies along x, as
+the other axes of a grid end at 65,535. What torch does badly is the adjoint of the look-up, atomics or a sort in every
+step: here the pairs come sorted by table row.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def table_kernel(
     p_table,  # flat, out: (heads, T) sigmoids of each block
     K: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
 ):
-    p_block = p_layout + tl.program_id(0) * 9
+    p_block = p_layout + tl.program_id(2) * 9
     heads = tl.load(p_block)
     rows = tl.load(p_block + 1)
-    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
-    o_h = tl.program_id(2) * BH + tl.arange(0, BH)
-    if (tl.program_id(1) * BT < rows) & (tl.program_id(2) * BH < heads):
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    if (tl.program_id(0) * BT < rows) & (tl.program_id(1) * BH < heads):
         p_own = p_params + tl.load(p_block + 3)
         m_t = o_t < rows
         p_row = p_coords + (tl.load(p_block + 4) + o_t) * 2
@@ -68,15 +69,15 @@ def look_up_kernel(
     p_out,  # flat, out: (heads, N²)
     MLP: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    p_block = p_layout + tl.program_id(0) * 9
+    p_block = p_layout + tl.program_id(2) * 9
     heads = tl.load(p_block)
     rows = tl.load(p_block + 1)
     pairs = tl.load(p_block + 2)
     i_line = tl.program_id(1) * LINES + tl.arange(0, LINES)
-    i_pair = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    i_pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_pair = i_pair < pairs
     m = (i_line < heads)[:, None] & m_pair[None, :]
-    if (tl.program_id(1) * LINES < heads) & (tl.program_id(2) * BLOCK < pairs):
+    if (tl.program_id(1) * LINES < heads) & (tl.program_id(0) * BLOCK < pairs):
         o_row = tl.load(p_index + tl.load(p_block + 5) + i_pair, mask=m_pair, other=0)
         if MLP:
             p_own = p_table + tl.load(p_block + 7) + i_line[:, None] * rows + o_row[None, :]
@@ -99,14 +100,14 @@ def scatter_kernel(
     p_out,  # flat, out: gradient of the (heads, T) logits, or of the (T, heads) tables
     MLP: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    p_block = p_layout + tl.program_id(0) * 9
+    p_block = p_layout + tl.program_id(2) * 9
     heads = tl.load(p_block)
     rows = tl.load(p_block + 1)
     pairs = tl.load(p_block + 2)
-    i_row = tl.program_id(1)
-    i_line = tl.program_id(2) * LINES + tl.arange(0, LINES)
+    i_row = tl.program_id(0)
+    i_line = tl.program_id(1) * LINES + tl.arange(0, LINES)
     m_line = i_line < heads
-    if (i_row < rows) & (tl.program_id(2) * LINES < heads):
+    if (i_row < rows) & (tl.program_id(1) * LINES < heads):
         p_first = p_start + tl.load(p_block + 6) + i_row
         first = tl.load(p_first)
         last = tl.load(p_first + 1)
@@ -194,9 +195,9 @@ def forward(params: Tensor, index: Tensor, coords: Tensor, layout: Tensor, block
     size = blocks[-1].table + blocks[-1].heads * blocks[-1].rows if hidden else 0
     sigmoids = torch.empty(size, dtype=torch.float32, device=params.device)
     if hidden:
-        grid = len(blocks), triton.cdiv(rows, TABLE["BT"]), triton.cdiv(heads, TABLE["BH"])
+        grid = triton.cdiv(rows, TABLE["BT"]), triton.cdiv(heads, TABLE["BH"]), len(blocks)
         table_kernel[grid](params, coords, layout, sigmoids, K=hidden, **TABLE)
-    grid = len(blocks), triton.cdiv(heads, LOOK_UP["LINES"]), triton.cdiv(pairs, LOOK_UP["BLOCK"])
+    grid = triton.cdiv(pairs, LOOK_UP["BLOCK"]), triton.cdiv(heads, LOOK_UP["LINES"]), len(blocks)
     look_up_kernel[grid](sigmoids if hidden else params, index, layout, bias, MLP=hidden > 0, **LOOK_UP)
     return bias, sigmoids
 
@@ -208,7 +209,7 @@ def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, order: Tensor, star
     heads, rows = (max(block[i] for block in blocks) for i in range(2))
     found = torch.empty_like(params)
     d_table = torch.empty_like(sigmoids) if hidden else found
-    grid = len(blocks), rows, triton.cdiv(heads, SCATTER["LINES"])
+    grid = rows, triton.cdiv(heads, SCATTER["LINES"]), len(blocks)
     scatter_kernel[grid](grad, order, start, sigmoids, layout, d_table, MLP=hidden > 0, **SCATTER)
     if hidden:
         tiles = parameter_tiles(heads)
