@@ -146,16 +146,16 @@ def config(channels: int, positions: int, batch: int, norm: bool = False) -> dic
 @on_own_device
 def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
             pos_embed: Tensor | None, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, mean, rstd); the statistics are empty without a norm. Inputs are contiguous."""
+    """(output, mean, rstd); the statistics are empty without a norm. Tokens and mask are contiguous."""
     batch, height, width, c = tokens.shape
     cfg = config(c, height * width, batch)
     out = torch.empty(tokens.shape, dtype=out_dtype, device=tokens.device)
     shape = (batch, height, width) if weight is not None else (0,)
     mean = torch.empty(shape, dtype=torch.float32, device=tokens.device)
     rstd = torch.empty(shape, dtype=torch.float32, device=tokens.device)
+    vectors = [None if v is None else v.contiguous() for v in (mask_token, weight, bias, pos_embed)]
     mask_tokens_forward[(cfg["blocks"], cfg["splits"])](
-        tokens, mask.view(torch.uint8), mask_token.contiguous(), weight, bias,
-        None if pos_embed is None else pos_embed.contiguous(), out, mean, rstd,
+        tokens, mask.view(torch.uint8), *vectors, out, mean, rstd,
         batch, height * width, cfg["per_program"], eps,
         C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], num_warps=cfg["num_warps"])
     return out, mean, rstd
@@ -164,9 +164,13 @@ def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | N
 @on_own_device
 def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
              weight: Tensor | None, pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(d tokens, (1 or 3, C) d mask_token and d norm, d position or empty), parameters in float32."""
+    """(d tokens, (1 or 3, C) d mask_token and d norm, d position or empty), parameters in float32.
+
+    All but the weight are contiguous.
+    """
     batch, height, width, c = grad.shape
     cfg = config(c, height * width, batch)
+    weight = None if weight is None else weight.contiguous()
     kinds = 3 if weight is not None else 1
     d_tokens = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     partial = torch.empty((cfg["blocks"] * cfg["splits"], kinds, c), dtype=torch.float32, device=grad.device)

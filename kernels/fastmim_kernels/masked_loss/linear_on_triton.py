@@ -303,6 +303,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     """(loss, scale, d tokens, d weight, d bias), the gradients without the scale and empty unless asked for."""
     # The head is cast tile by tile.
     x, head = tokens.flatten(0, 2).to(dtype).contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     target, cells = target.contiguous(), mask.view(torch.uint8).contiguous()
     (m, d), k, device = x.shape, weight.shape[0], tokens.device
     height, width = target.shape[2:]

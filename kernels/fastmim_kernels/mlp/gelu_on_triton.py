@@ -117,6 +117,7 @@ def gelu_backward(
 @on_own_device
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Launch the forward kernel on a contiguous (…, N)."""
+    bias = None if bias is None else bias.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     out = torch.empty_like(x)
@@ -126,7 +127,8 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
 
 @on_own_device
 def backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel: (d x, d bias fp32, empty without one)."""
+    """Launch the backward kernel on contiguous (…, N): (d x, d bias fp32, empty without one)."""
+    bias = None if bias is None else bias.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     dx = torch.empty_like(x)

@@ -151,7 +151,8 @@ def patch_merge_backward(
 @on_own_device
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
             ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel; arguments and results as the op ``fastmim::patch_merge``."""
+    """Launch the forward kernel; arguments and results as the op ``fastmim::patch_merge``. x is contiguous."""
+    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     batch, height, width, channels = x.shape
     merged = (batch, (height + 1) // 2, (width + 1) // 2, 4 * channels)
     out = torch.empty(merged, dtype=out_dtype, device=x.device)
@@ -166,7 +167,11 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, o
 @on_own_device
 def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor | None, height: int,
              width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; arguments and results as the op ``fastmim::patch_merge_backward``."""
+    """Launch the backward kernel; arguments and results as the op ``fastmim::patch_merge_backward``.
+
+    All but the weight are contiguous.
+    """
+    weight = None if weight is None else weight.contiguous()
     channels = grad.shape[-1] // 4
     dx = torch.empty((grad.shape[0], height, width, channels), dtype=dtype, device=grad.device)
     rows, norm = grad.numel() // (4 * channels), weight is not None

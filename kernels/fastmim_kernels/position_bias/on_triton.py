@@ -189,7 +189,8 @@ def parameter_tiles(heads: int) -> dict[str, int]:
 @on_own_device
 def forward(params: Tensor, index: Tensor, coords: Tensor, layout: Tensor, blocks: Sequence[Block], total: int,
             hidden: int) -> tuple[Tensor, Tensor]:
-    """(biases, sigmoids), as the op ``fastmim::position_bias``."""
+    """(biases, sigmoids), as the op ``fastmim::position_bias``; ``params`` are contiguous."""
+    index, coords, layout = index.contiguous(), coords.contiguous(), layout.contiguous()
     heads, rows, pairs = (max(block[i] for block in blocks) for i in range(3))
     bias = torch.empty(total, dtype=torch.float32, device=params.device)
     size = blocks[-1].table + blocks[-1].heads * blocks[-1].rows if hidden else 0
@@ -205,7 +206,11 @@ def forward(params: Tensor, index: Tensor, coords: Tensor, layout: Tensor, block
 @on_own_device
 def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, order: Tensor, start: Tensor, coords: Tensor,
              layout: Tensor, blocks: Sequence[Block], hidden: int) -> Tensor:
-    """Gradient of the parameters, as the op ``fastmim::position_bias_backward``; ``grad`` is contiguous."""
+    """Gradient of the parameters, as the op ``fastmim::position_bias_backward``.
+
+    ``grad``, ``sigmoids`` and ``params`` are contiguous.
+    """
+    order, start, coords, layout = (t.contiguous() for t in (order, start, coords, layout))
     heads, rows = (max(block[i] for block in blocks) for i in range(2))
     found = torch.empty_like(params)
     d_table = torch.empty_like(sigmoids) if hidden else found

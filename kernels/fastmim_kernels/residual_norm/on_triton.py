@@ -222,7 +222,10 @@ def residual_norm_backward(
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
             stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward kernel; arguments and results as the op ``fastmim::residual_norm``."""
+    """Launch the forward kernel; arguments and results as the op ``fastmim::residual_norm``.
+
+    Residual and branch are contiguous.
+    """
     like = given(residual, branch)
     channels, device = like.shape[-1], like.device
     rows = like.numel() // channels
@@ -233,8 +236,9 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     shape = config(channels)
     grid = (programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "forward", device),)
+    vectors = [None if v is None else v.contiguous() for v in (weight, bias, branch_bias, gamma, drop_scale)]
     residual_norm_forward[grid](
-        residual, branch, weight, bias, branch_bias, gamma, drop_scale, added if own_added else None,
+        residual, branch, *vectors, added if own_added else None,
         out if own_out else None, mean, rstd, rows, rows // like.shape[0], eps, *_map(like, merge),
         POST=order == "post", MERGE=merge, C=channels, **shape)
     return added, out, mean, rstd
@@ -245,7 +249,10 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
              mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
              drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,
              branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel; arguments and results as the op ``fastmim::residual_norm_backward``."""
+    """Launch the backward kernel; arguments and results as the op ``fastmim::residual_norm_backward``.
+
+    Tensors of rows are contiguous.
+    """
     channels, device = saved.shape[-1], saved.device
     rows = saved.numel() // channels
     own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
@@ -256,8 +263,9 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
     sums = torch.empty(2 + (branch_bias is not None) + (gamma is not None), channels, dtype=torch.float32,
                        device=device)
     partial = torch.empty(count, *sums.shape, dtype=torch.float32, device=device)
+    vectors = [None if v is None else v.contiguous() for v in (weight, branch_bias, gamma, drop_scale)]
     residual_norm_backward[(count,)](
-        grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, gamma, drop_scale,
+        grad_added, grad_out, saved, branch, mean, rstd, *vectors,
         d_residual if own_residual else None, d_branch if own_branch else None, partial,
         arrival.counters(1 + count, device), sums, rows, rows // saved.shape[0], *_map(saved, merge),
         POST=order == "post", MERGE=merge, SUMS=len(sums), C=channels, GROUP=GROUP, **shape)

@@ -36,9 +36,14 @@ class Example:
         return f"{self.op}: {self.variant}" if self.variant else self.op
 
 
-def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = F32) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + len(shape)), device="cpu")
-    return (scale * values).to(dtype)
+def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * seed + sum(shape) + len(shape))
+    return (scale * torch.randn(shape, generator=generator, device="cpu")).to(dtype)
+
+
+def cotangent_of(output: Tensor) -> Tensor:
+    """Other values than those of an input of the same shape: a norm's gradient would be all cancellation."""
+    return normal(*output.shape, seed=1).to(output)
 
 
 def positive(*shape: int) -> Tensor:
@@ -194,8 +199,8 @@ def run(example: Example, impl: str, given: dict[str, Any] | None = None,
     found = [o.detach().clone() for o in outputs]
     if not example.grads:
         return found
-    make = cotangent or (lambda o: normal(*o.shape).to(o))
-    return found + list(torch.autograd.grad(outputs, leaves_of(example, given), [make(o) for o in outputs]))
+    cotangents = [(cotangent or cotangent_of)(o) for o in outputs]
+    return found + list(torch.autograd.grad(outputs, leaves_of(example, given), cotangents))
 
 
 def names(examples: Sequence[Example]) -> list[str]:
