@@ -24,6 +24,7 @@ from ..common.matmul import (
     aot_case,
     aot_dtypes,
     block,
+    for_two_blocks,
     metadata,
     precision,
     sm_of,
@@ -139,8 +140,8 @@ def weight_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict
         return {"BN": block(columns, 64), "BK": block(depth, 64), "BR": 32, "num_warps": 4, "num_stages": 3}
     wide = 128 if sm == 90 and (depth % 128 == 0 or depth % 64) else 64
     deep = 64 if sm >= 90 else 32
-    return {"BN": block(columns, 128), "BK": block(depth, wide), "BR": deep,
-            "num_warps": 8 if sm >= 90 else 4, "num_stages": 3 if deep == 64 else 4}
+    return for_two_blocks({"BN": block(columns, 128), "BK": block(depth, wide), "BR": deep,
+                           "num_warps": 8 if sm >= 90 else 4, "num_stages": 3 if deep == 64 else 4})
 
 
 def split_rows(rows: int, tiles: int, block: int, at_once: int) -> tuple[int, int]:

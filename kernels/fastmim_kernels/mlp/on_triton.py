@@ -20,6 +20,7 @@ from ..common.matmul import (
     STAGES,
     aot_case,
     aot_dtypes,
+    for_two_blocks,
     halves,
     metadata,
     narrow_config,
@@ -155,7 +156,7 @@ def gelu_gradient_kernel(
 def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
     """For :func:`gelu_gradient_kernel`, whose tile is taken apart in four."""
     tiles = narrow_config(columns, depth, dtype, sm)
-    return {**tiles, "BN": max(tiles["BN"], 64), "SHARE": 64}
+    return for_two_blocks({**tiles, "BN": max(tiles["BN"], 64), "SHARE": 64})
 
 
 @on_own_device
