@@ -70,7 +70,7 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible if n not in case.constexprs}
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constexprs, attrs), target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages})
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg})
     share = aot_bytes.share_128(compiled.asm["ttgir"], compiled.asm["ptx"])
     return {**_measure(compiled.asm["cubin"], compiled.metadata.shared, case.num_warps, arch), "share_128": share}
 

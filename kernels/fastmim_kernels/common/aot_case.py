@@ -27,6 +27,7 @@ class AotCase:
         persistent: One block an SM is intended.
         archs: Architectures (90 for sm_90) on which this configuration is ever launched.
         others: Precisions in which a quick case is compiled too; not fp32 where that has tiles of its own.
+        maxnreg: Registers that a thread may have at most, where the launch says so.
     """
 
     name: str
@@ -42,6 +43,7 @@ class AotCase:
     persistent: bool = False
     archs: tuple[int, ...] = (80, 90, 100)
     others: tuple[str, ...] = ("fp16", "fp32")
+    maxnreg: int | None = None
 
     def key(self, arch: int) -> str:
         """Of the machine code: equal for cases that differ only in the values of run-time arguments.
@@ -49,7 +51,7 @@ class AotCase:
         It changes with the source of the kernel and of what it calls, and with Triton's version.
         """
         parts = (self.kernel.cache_key, sorted(self.signature.items()), sorted(self.constexprs.items()),
-                 sorted(self.divisible), self.num_warps, self.num_stages, arch, triton.__version__)
+                 sorted(self.divisible), self.num_warps, self.num_stages, self.maxnreg, arch, triton.__version__)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

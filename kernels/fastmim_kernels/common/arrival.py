@@ -3,6 +3,18 @@
 Each program writes its partial sum and adds one to a counter; who finds all others counted reads the partial
 sums, in the order of their places and not of their arrival. Only whole numbers are added atomically, so a
 repeated run gives the same bits.
+
+**No state survives a launch that failed.** Counters are zero when a launch begins, and the last program to arrive
+at one puts it back to zero. All who count on a counter of :func:`counters` belong to *one* launch, and a launch runs
+as a whole or not at all: what the host may raise (out of memory, Ctrl-C, arguments that Triton refuses) comes before
+it is in the stream or after, and a fault on the device ends the context with all memory in it. Between two launches
+of a stream, whoever makes them and from whichever thread, the counters are therefore zero; two streams have each
+their own. An op whose count goes over several launches must own its counters: they are made for one forward, zeroed
+by one of its own launches, and what a failure leaves in them goes with them.
+
+**CUDA graphs** keep addresses, and replay them on any stream beside launches that are not theirs. During a capture
+every launch gets zeroed memory of the graph's own pool, which nobody else uses; what is kept here is in no graph, so
+that it may be replaced.
 """
 
 from __future__ import annotations
@@ -19,8 +31,14 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(count: int, device: torch.device) -> Tensor:
-    """(≥ count,) int32 zeros, the same memory for every launch of a stream: :func:`arrive` leaves zeros behind."""
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    """(≥ count,) int32 zeros for one launch, which :func:`arrive` leaves behind as zeros.
+
+    ``device`` is current. The memory is that of all launches of the current stream, but for CUDA graphs, and in
+    the interpreter, where a launch can fail halfway.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
     found = _counters.get(key)
     if found is None or found.numel() < count:
         found = _counters[key] = torch.zeros(max(count, _AT_LEAST), dtype=torch.int32, device=device)

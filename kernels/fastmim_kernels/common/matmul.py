@@ -62,8 +62,18 @@ def sm_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """How products of ``dtype`` are made: "tf32" where the user allows that for float32, else "ieee".
+
+    ``fp32_precision`` (torch 2.9 and later) follows both ways to allow it; ``allow_tf32`` raises where it was allowed
+    the new way.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):
+        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
+    return "tf32" if settings.allow_tf32 else "ieee"
 
 
 def tile_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
@@ -80,6 +90,14 @@ def narrow_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict
     return tile_config(columns, depth, dtype, sm) | narrow
 
 
+def for_two_blocks(tiles: dict[str, int]) -> dict[str, int]:
+    """``tiles`` of 8 warps with at most the 128 registers a thread of which two blocks fit on a multiprocessor.
+
+    Triton 3.6 takes a few more by itself, 3.8 does not; neither spills for it.
+    """
+    return tiles | ({"maxnreg": 128} if tiles["num_warps"] == 8 else {})
+
+
 STAGES = {"swin_s": (96, (1, 8)), "swin_b": (128, (1, 4, 8)), "swin_l": (192, (1, 8)), "swinv2_h": (352, (1, 8)),
           "swinv2_g": (512, (1, 8))}
 """Width of the first stage of the shipped encoders, and the multiples of it that are compiled."""
@@ -88,13 +106,14 @@ STAGES = {"swin_s": (96, (1, 8)), "swin_b": (128, (1, 4, 8)), "swin_l": (192, (1
 def aot_case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any], sm: int, quick: bool,
              dtype: torch.dtype = torch.bfloat16) -> AotCase:
     """A kernel with fp32 parameters on the architecture that its tiles are for; fp32 products are exact by default."""
-    constexprs = {"GROUP": GROUP, "PRECISION": "ieee", **constexprs, **{k: v for k, v in tiles.items() if k[0] != "n"}}
+    constexprs = {"GROUP": GROUP, "PRECISION": "ieee", **constexprs, **{k: v for k, v in tiles.items() if k.isupper()}}
     wide = ("p_bias", "p_dw", "p_dbias", "p_partial", "p_sums")
     low, suffix = ("*fp32", "-in-fp32") if dtype == torch.float32 else ("*bf16", "")
     signature = {n: "*fp32" if n in wide else "*i32" if n == "p_count" else low if n[:2] == "p_" else "i32"
                  for n in kernel.arg_names if n not in constexprs}
     return AotCase(f"{name}-sm{sm}{suffix}", kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"],
-                   tuple(signature), quick, dot=dtype != torch.float32, archs=(sm,), others=("fp16",))
+                   tuple(signature), quick, dot=dtype != torch.float32, archs=(sm,), others=("fp16",),
+                   maxnreg=tiles.get("maxnreg"))
 
 
 def aot_dtypes(quick: bool, sm: int) -> tuple[torch.dtype, ...]:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -64,6 +65,7 @@ def product_add_kernel(
     add_tile(b_right, p_add, p_out, o_r, m_r, i_first + BN // 2, N, EVEN_N, BN // 2)
 
 
+@on_own_device
 def product_add(x: Tensor, weight: Tensor, add: Tensor) -> Tensor:
     """``x·W + add`` of (M, K), (K, N) and (M, N) in the dtype of x, rounded once."""
     x, weight, add = x.contiguous(), weight.contiguous(), add.contiguous()
@@ -72,7 +74,7 @@ def product_add(x: Tensor, weight: Tensor, add: Tensor) -> Tensor:
     out = torch.empty_like(add)
     grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
     product_add_kernel[grid](x, weight, add, out, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP,
-                             PRECISION=precision(), **tiles)
+                             PRECISION=precision(x.dtype), **tiles)
     return out
 
 

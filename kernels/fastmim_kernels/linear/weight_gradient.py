@@ -17,12 +17,14 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
+from ..common.device import on_own_device
 from ..common.matmul import (
     GROUP,
     STAGES,
     aot_case,
     aot_dtypes,
     block,
+    for_two_blocks,
     metadata,
     precision,
     sm_of,
@@ -138,8 +140,8 @@ def weight_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict
         return {"BN": block(columns, 64), "BK": block(depth, 64), "BR": 32, "num_warps": 4, "num_stages": 3}
     wide = 128 if sm == 90 and (depth % 128 == 0 or depth % 64) else 64
     deep = 64 if sm >= 90 else 32
-    return {"BN": block(columns, 128), "BK": block(depth, wide), "BR": deep,
-            "num_warps": 8 if sm >= 90 else 4, "num_stages": 3 if deep == 64 else 4}
+    return for_two_blocks({"BN": block(columns, 128), "BK": block(depth, wide), "BR": deep,
+                           "num_warps": 8 if sm >= 90 else 4, "num_stages": 3 if deep == 64 else 4})
 
 
 def split_rows(rows: int, tiles: int, block: int, at_once: int) -> tuple[int, int]:
@@ -158,6 +160,7 @@ def programs_at_once(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
+@on_own_device
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(gradᵀ·x in ``dtype``, Σ of the rows of grad in fp32) of contiguous (M, N) and (M, K) in one launch."""
     (rows, columns), depth, device = grad.shape, x.shape[1], grad.device
@@ -173,7 +176,7 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor
                    arrival.counters(blocks * (1 + triton.cdiv(splits, share)), device))
     weight_gradient_kernel[(blocks, splits)](
         grad, x, dw, d_bias, *scratch, rows, N=columns, K=depth, GROUP=GROUP, SPLITS=splits, SHARE=share,
-        PRECISION=precision(), **tiles)
+        PRECISION=precision(grad.dtype), **tiles)
     return dw, d_bias
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 
 EPS = tl.constexpr(1e-6)
 
@@ -36,8 +37,9 @@ def row_kernel(
     p_square,  # (planes, H, W) float32 window sums of (x − pivot)²
     height, width, R: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    i_plane = tl.program_id(1).to(tl.int64)
-    i_y = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    blocks = tl.cdiv(height, LINES)
+    i_plane = (tl.program_id(0) // blocks).to(tl.int64)
+    i_y = tl.program_id(0) % blocks * LINES + tl.arange(0, LINES)
     o_x = tl.arange(0, BLOCK)
     o = (i_plane * height + i_y)[:, None] * width + o_x[None, :]
     m = (i_y < height)[:, None] & (o_x < width)[None, :]
@@ -55,8 +57,9 @@ def column_kernel(
     p_out,  # (planes, H, W) float32
     height, width, R: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    i_plane = tl.program_id(1).to(tl.int64)
-    i_x = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    blocks = tl.cdiv(width, LINES)
+    i_plane = (tl.program_id(0) // blocks).to(tl.int64)
+    i_x = tl.program_id(0) % blocks * LINES + tl.arange(0, LINES)
     o_y = tl.arange(0, BLOCK)
     # Lines are columns of the image: neighbours in memory lie along the first axis of the tile.
     o = (i_plane * height + o_y)[None, :] * width + i_x[:, None]
@@ -80,6 +83,7 @@ def config(length: int, lines: int) -> dict[str, int]:
     return {"BLOCK": block, "LINES": max(4, min(2048 // block, triton.next_power_of_2(lines))), "num_warps": 4}
 
 
+@on_own_device
 def forward(images: Tensor, kernel_size: int) -> Tensor:
     """Launch the kernels; arguments and result as the op ``fastmim::local_norm_target``."""
     images = images.contiguous()
@@ -88,10 +92,11 @@ def forward(images: Tensor, kernel_size: int) -> Tensor:
     squares = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     rows, cols = config(width, height), config(height, width)
-    row_kernel[(triton.cdiv(height, rows["LINES"]), b * c)](images, sums, squares, height, width,
-                                                          R=kernel_size // 2, **rows)
-    column_kernel[(triton.cdiv(width, cols["LINES"]), b * c)](images, sums, squares, out, height, width,
-                                                             R=kernel_size // 2, **cols)
+    # Along x: the other two axes of a grid end at 65,535.
+    row_kernel[(triton.cdiv(height, rows["LINES"]) * b * c,)](
+        images, sums, squares, height, width, R=kernel_size // 2, **rows)
+    column_kernel[(triton.cdiv(width, cols["LINES"]) * b * c,)](
+        images, sums, squares, out, height, width, R=kernel_size // 2, **cols)
     return out
 
 

@@ -1,7 +1,8 @@
 """Copies of many tensors in one launch: a program looks up in a table which piece of which tensor is its own.
 
 The table holds addresses. Parameters keep theirs from step to step, so that it is made and sent to the device
-once; a step only compares the addresses.
+once; a step only compares the addresses. A table says nothing but its key, so none is ever wrong; it is kept for the
+stream in which it was sent. A CUDA graph keeps the address of its table, which then stays for good.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 from .layout import padded, total
 
 PIECE = 16384
 """Values of a program."""
 
 _tables: dict[tuple[int, ...], Tensor] = {}
+_of_graphs: dict[tuple[int, ...], Tensor] = {}
+"""Tables whose addresses CUDA graphs hold."""
 
 
 @triton.jit
@@ -42,6 +46,7 @@ def copy_kernel(
     tl.store(p_own + o, tl.load(p_in + o, mask=o < count, other=0).to(p_out.dtype.element_ty), mask=o < count)
 
 
+@on_own_device
 def forward(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Launch the kernel; arguments and result as the op ``fastmim::low_copies``."""
     flat = tensors[0].new_empty(total(tensors), dtype=dtype)
@@ -56,19 +61,44 @@ def copy(tensors: Sequence[Tensor], flat: Tensor) -> None:
 
 
 def table(tensors: Sequence[Tensor]) -> Tensor:
-    """(pieces, 3) int64 on the device of ``tensors``, of which the last one of each model is kept."""
-    key = tuple(value for t in tensors for value in (t.data_ptr(), t.numel()))
+    """(pieces, 3) int64 on the device of ``tensors``, which is current; those of the last models are kept.
+
+    Raises:
+        ValueError: A tensor starts where no vector does.
+        RuntimeError: A CUDA graph is captured, and these tensors were not copied before.
+    """
+    device = tensors[0].device
+    cuda = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
+    key = stream, *(value for t in tensors for value in (t.data_ptr(), t.numel()))
+    if cuda and torch.cuda.is_current_stream_capturing():
+        return _for_graph(key[1:])
     if key not in _tables:
-        rows, end = [], 0
-        for t in tensors:
-            if t.data_ptr() % 16:
-                raise ValueError("low_copies: a parameter must start at a multiple of 16 bytes; use impl='torch'")
-            rows += [(t.data_ptr() + 4 * i, end + i, min(PIECE, t.numel() - i)) for i in range(0, t.numel(), PIECE)]
-            end += padded(t.numel())
         while len(_tables) >= 8:
             _tables.pop(next(iter(_tables)))
-        _tables[key] = torch.tensor(rows, dtype=torch.int64).to(tensors[0].device)
+        _tables[key] = _rows(tensors).to(device)
     return _tables[key]
+
+
+def _for_graph(addresses: tuple[int, ...]) -> Tensor:
+    """The table of these addresses that some stream has: sending one waits for the host, which a capture forbids."""
+    if addresses not in _of_graphs:
+        found = next((rows for key, rows in _tables.items() if key[1:] == addresses), None)
+        if found is None:
+            raise RuntimeError("low_copies: its table cannot be made while a CUDA graph is captured; run the step once "
+                               "before, with the same parameters")
+        _of_graphs[addresses] = found
+    return _of_graphs[addresses]
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    rows, end = [], 0
+    for t in tensors:
+        if t.data_ptr() % 16:
+            raise ValueError("low_copies: a parameter must start at a multiple of 16 bytes; use impl='torch'")
+        rows += [(t.data_ptr() + 4 * i, end + i, min(PIECE, t.numel() - i)) for i in range(0, t.numel(), PIECE)]
+        end += padded(t.numel())
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def aot_cases() -> list[AotCase]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
+from ..common.device import on_own_device
 
 
 @triton.jit
@@ -142,6 +143,7 @@ def config(channels: int, positions: int, batch: int, norm: bool = False) -> dic
             "splits": triton.cdiv(batch, per_program), "num_warps": 4 if block_c * block_p <= 2048 else 8}
 
 
+@on_own_device
 def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
             pos_embed: Tensor | None, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::mask_tokens``."""
@@ -152,14 +154,15 @@ def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | N
     shape = (batch, height, width) if weight is not None else (0,)
     mean = torch.empty(shape, dtype=torch.float32, device=tokens.device)
     rstd = torch.empty(shape, dtype=torch.float32, device=tokens.device)
+    vectors = [None if v is None else v.contiguous() for v in (mask_token, weight, bias, pos_embed)]
     mask_tokens_forward[(cfg["blocks"], cfg["splits"])](
-        tokens, mask.view(torch.uint8), mask_token.contiguous(), weight, bias,
-        None if pos_embed is None else pos_embed.contiguous(), out, mean, rstd,
+        tokens, mask.view(torch.uint8), *vectors, out, mean, rstd,
         batch, height * width, cfg["per_program"], eps,
         C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], num_warps=cfg["num_warps"])
     return out, mean, rstd
 
 
+@on_own_device
 def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
              weight: Tensor | None, pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::mask_tokens_backward``."""
@@ -167,6 +170,7 @@ def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Ten
     more, tokens = (None if t is None else t.contiguous() for t in (more, tokens))
     batch, height, width, c = grad.shape
     cfg = config(c, height * width, batch)
+    weight = None if weight is None else weight.contiguous()
     kinds = 3 if weight is not None else 1
     d_tokens = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     partial = torch.empty((cfg["blocks"] * cfg["splits"], kinds, c), dtype=torch.float32, device=grad.device)

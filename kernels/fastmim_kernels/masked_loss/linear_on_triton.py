@@ -20,6 +20,8 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase, in_dtype
 from ..common.arrival import arrive
+from ..common.device import on_own_device
+from ..common.matmul import precision
 from ..common.token_layout import EPS
 from .on_triton import _flat, loss_of, slope_of
 
@@ -27,36 +29,45 @@ from .on_triton import _flat, loss_of, slope_of
 @triton.jit
 def order_kernel(
     p_mask,  # (B, Hm, Wm) bool as uint8
-    p_order,  # (M,) int64, out: tokens, those with masked pixels first
-    p_hits,  # scalar int64, out: number of those
-    tokens, grid_h, grid_w, mask_h, mask_w, cell_h, cell_w,
-    S: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
+    p_hit,  # (M,) uint8, scratch: whether a token has masked pixels
+    p_order,  # (M,) int32, out: tokens, those with masked pixels first
+    p_hits,  # scalar int32, out: number of those
+    p_counter,  # int32, see .arrival
+    p_zeros,  # (zeros,) int32, out: the counters of head_loss_kernel
+    tokens, grid_h, grid_w, mask_h, mask_w, zeros,
+    S: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):
-    """One program: the place of a token depends on all tokens before it."""
+    """A program looks at the cells of ``BLOCK`` tokens; the last one to arrive gives all tokens their places."""
     o_c = tl.arange(0, COLS)
-    hits = 0
-    for i in range(0, tokens, BLOCK):
-        i_token = i + tl.arange(0, BLOCK)
-        m_token = i_token < tokens
-        i_y = i_token // grid_w % grid_h * S
-        i_x = i_token % grid_w * S
-        # Cells from the one of the token's first pixel on that begin before its end.
-        o_col = (i_x // cell_w)[:, None] + o_c[None, :]
-        m_col = m_token[:, None] & (o_col * cell_w < (i_x + S)[:, None]) & (o_col < mask_w)
-        o_image = i_token // grid_w // grid_h * mask_h
-        b_mask = tl.zeros((BLOCK, COLS), tl.uint8)
-        for r in tl.static_range(ROWS):
-            o_row = i_y // cell_h + r
-            m_row = (o_row * cell_h < i_y + S) & (o_row < mask_h)
-            o_line = ((o_image + o_row) * mask_w)[:, None]
-            b_mask |= tl.load(p_mask + o_line + o_col, mask=m_col & m_row[:, None], other=0)
-        b_hit = ((tl.max(b_mask.to(tl.int32), 1) != 0) & m_token).to(tl.int32)
-        o_hit = tl.cumsum(b_hit, 0) - b_hit + hits
-        # The others fill the end backwards.
-        o_order = tl.where(b_hit != 0, o_hit, tokens - 1 - i_token + o_hit)
-        tl.store(p_order + o_order, i_token.to(tl.int64), mask=m_token)
-        hits += tl.sum(b_hit, 0)
-    tl.store(p_hits, hits.to(tl.int64))
+    i_token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_token = i_token < tokens
+    i_y = i_token // grid_w % grid_h * S
+    i_x = i_token % grid_w * S
+    # Cells from the one of the token's first pixel on that begin before its end.
+    o_col = (i_x // CELL_W)[:, None] + o_c[None, :]
+    m_col = m_token[:, None] & (o_col * CELL_W < (i_x + S)[:, None]) & (o_col < mask_w)
+    o_image = i_token // grid_w // grid_h * mask_h
+    b_mask = tl.zeros((BLOCK, COLS), tl.uint8)
+    for r in tl.static_range(ROWS):
+        o_row = i_y // CELL_H + r
+        m_row = (o_row * CELL_H < i_y + S) & (o_row < mask_h)
+        o_line = ((o_image + o_row) * mask_w)[:, None]
+        b_mask |= tl.load(p_mask + o_line + o_col, mask=m_col & m_row[:, None], other=0)
+    tl.store(p_hit + i_token, (tl.max(b_mask.to(tl.int32), 1) != 0).to(tl.uint8), mask=m_token)
+    if arrive(p_counter, tl.num_programs(0)):
+        o = tl.arange(0, SCAN)
+        for i in range(0, zeros, SCAN):
+            tl.store(p_zeros + i + o, tl.zeros((SCAN,), tl.int32), mask=i + o < zeros)
+        hits = 0
+        for i in range(0, tokens, SCAN):
+            b_hit = tl.load(p_hit + i + o, mask=i + o < tokens, other=0, cache_modifier=".cg").to(tl.int32)
+            o_hit = tl.cumsum(b_hit, 0) - b_hit + hits
+            # The others fill the end backwards.
+            o_order = tl.where(b_hit != 0, o_hit, tokens - 1 - i - o + o_hit)
+            tl.store(p_order + o_order, i + o, mask=i + o < tokens)
+            hits += tl.sum(b_hit, 0)
+        tl.store(p_hits, hits)
 
 
 @triton.jit
@@ -68,21 +79,22 @@ def head_loss_kernel(
     p_mask,  # (B, Hm, Wm) bool as uint8
     p_mean,  # (C,) or None
     p_std,  # (C,) or None
-    p_order,  # (M,) int64 tokens, those with masked pixels first
-    p_hits,  # scalar int64, number of tokens with masked pixels
+    p_order,  # (M,) int32 tokens, those with masked pixels first
+    p_hits,  # scalar int32, number of tokens with masked pixels
     p_slope,  # (rows of the chunk, K) or None
     p_sum,  # (2, row blocks of all chunks, column blocks) float32, scratch: loss sums, masked pixels
     p_dbias,  # (row blocks of all chunks, K) float32 or None, scratch
-    p_counter,  # (1 + column blocks,) int32, see .arrival
+    p_counter,  # (1 + column blocks,) int32, zero before the first chunk; every chunk adds
     p_loss,  # scalar float32, out
     p_scale,  # scalar float32, out: 1 / (masked pixels + EPS) / C
     p_bias_grad,  # (K,) float32 or None, out
     first, row_blocks, grid_h, grid_w, height, width, mask_h, mask_w, D, K,
-    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LOSS: tl.constexpr,
-    PRECISION: tl.constexpr, EPS: tl.constexpr,
+    S: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    LOSS: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
 ):
-    i_m = tl.program_id(0).to(tl.int64)
-    i_n = tl.program_id(1).to(tl.int64)
+    # Tokens, mask and one image have less than 2³¹ values each, which the launcher has checked.
+    i_m = tl.program_id(0)
+    i_n = tl.program_id(1)
     hits = tl.load(p_hits)
     i_row = i_m * BM + tl.arange(0, BM)
     m_row = first + i_row < hits
@@ -94,23 +106,30 @@ def head_loss_kernel(
     if first + i_m * BM < hits:
         i_token = tl.load(p_order + first + i_row, mask=m_row, other=0)
         acc = tl.zeros((BM, BN), tl.float32)
+        p_xs = p_x + i_token.to(tl.int64)[:, None] * D
+        p_ws = p_w + o_n.to(tl.int64)[:, None] * D
         for k in range(0, D, BK):
-            o_k = k + tl.arange(0, BK)
-            b_x = tl.load(p_x + i_token[:, None] * D + o_k[None, :], mask=m_row[:, None] & (o_k < D)[None, :], other=0)
-            b_w = tl.load(p_w + o_n[:, None] * D + o_k[None, :], mask=m_n[:, None] & (o_k < D)[None, :], other=0)
+            o_k = (k + tl.arange(0, BK))[None, :]
+            b_x = tl.load(p_xs + o_k, mask=m_row[:, None] & (o_k < D), other=0)
+            b_w = tl.load(p_ws + o_k, mask=m_n[:, None] & (o_k < D), other=0)
             acc = tl.dot(b_x, tl.trans(b_w.to(b_x.dtype)), acc, input_precision=PRECISION)
         if p_bias is not None:
             acc += tl.load(p_bias + o_n, mask=m_n, other=0).to(tl.float32)[None, :]
         # Pixel of value n of the token: channel n // S², row n // S % S, column n % S.
-        i_c = o_n // (S * S)
-        i_y = (i_token // grid_w % grid_h * S)[:, None] + (o_n // S % S)[None, :]
-        i_x = (i_token % grid_w * S)[:, None] + (o_n % S)[None, :]
-        i_b = i_token // grid_w // grid_h
+        i_c, o_y, o_x = o_n // (S * S), o_n // S % S, o_n % S
+        i_b, i_line, i_column = i_token // (grid_w * grid_h), i_token // grid_w % grid_h, i_token % grid_w
+        i_y = (i_line * S)[:, None] + o_y[None, :]
+        i_x = (i_column * S)[:, None] + o_x[None, :]
         m_in = m_row[:, None] & m_n[None, :] & (i_y < height) & (i_x < width)
-        o_cell = i_b[:, None] * (mask_h * mask_w) + i_y // (height // mask_h) * mask_w + i_x // (width // mask_w)
+        if S % CELL_H == 0 and S % CELL_W == 0:
+            o_first = (i_b * mask_h + i_line * (S // CELL_H)) * mask_w + i_column * (S // CELL_W)
+            o_cell = o_first[:, None] + (o_y // CELL_H * mask_w + o_x // CELL_W)[None, :]
+        else:
+            o_cell = (i_b * mask_h)[:, None] * mask_w + i_y // CELL_H * mask_w + i_x // CELL_W
         m_hit = tl.load(p_mask + o_cell, mask=m_in, other=0) != 0
-        o_image = (i_b * (K // (S * S)))[:, None] + i_c[None, :]
-        b_t = tl.load(p_target + (o_image * height + i_y) * width + i_x, mask=m_in, other=0).to(tl.float32)
+        o_image = i_b.to(tl.int64) * (K // (S * S)) * height * width + (i_line * S * width + i_column * S)
+        o_pixel = (i_c * height + o_y) * width + o_x
+        b_t = tl.load(p_target + o_image[:, None] + o_pixel[None, :], mask=m_in, other=0).to(tl.float32)
         if p_mean is not None:
             b_std = tl.load(p_std + i_c, mask=m_n, other=1)
             b_mean = tl.load(p_mean + i_c, mask=m_n, other=0)
@@ -123,7 +142,7 @@ def head_loss_kernel(
             a_bias = tl.sum(b_slope, 0)
             o_slope = i_row[:, None] * K + o_n[None, :]
             tl.store(p_slope + o_slope, b_slope.to(p_slope.dtype.element_ty), mask=m_row[:, None] & m_n[None, :])
-    i_block = first // BM + i_m
+    i_block = (first // BM + i_m).to(tl.int64)
     columns = tl.num_programs(1)
     tl.store(p_sum + i_block * columns + i_n, a_loss)
     tl.store(p_sum + (row_blocks + i_block) * columns + i_n, a_pixels)
@@ -149,7 +168,7 @@ def _last_sums(p_sum, p_dbias, p_counter, p_loss, p_scale, p_bias_grad, i_n, row
             a_pixels += tl.load(p_own + row_blocks * columns, mask=m_r, other=0, cache_modifier=".cg")
             if p_dbias is not None:
                 m = m_r[:, None] & (o_n < K)[None, :]
-                p_rows = p_dbias + o_r[:, None] * K + o_n[None, :]
+                p_rows = p_dbias + o_r.to(tl.int64)[:, None] * K + o_n[None, :]
                 a_bias += tl.sum(tl.load(p_rows, mask=m, other=0, cache_modifier=".cg"), 0)
         if p_dbias is not None:
             tl.store(p_bias_grad + o_n, a_bias, mask=o_n < K)
@@ -173,20 +192,20 @@ def _last_sums(p_sum, p_dbias, p_counter, p_loss, p_scale, p_bias_grad, i_n, row
 def token_gradient_kernel(
     p_slope,  # (rows of the chunk, K)
     p_w,  # (K, D) head
-    p_order,  # (M,) int64
-    p_hits,  # scalar int64
+    p_order,  # (M,) int32
+    p_hits,  # scalar int32
     p_dx,  # (M, D) gradient of the tokens; zero where nothing is masked
     first, last, D, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    i_m = tl.program_id(0).to(tl.int64)
+    i_m = tl.program_id(0)
     i_row = i_m * BM + tl.arange(0, BM)
     m_row = first + i_row < last
     hits = tl.load(p_hits)
     m_hit = m_row & (first + i_row < hits)
     o_d = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     m_d = o_d < D
-    i_token = tl.load(p_order + first + i_row, mask=m_row, other=0)
+    i_token = tl.load(p_order + first + i_row, mask=m_row, other=0).to(tl.int64)
     acc = tl.zeros((BM, BN), tl.float32)
     if first + i_m * BM < hits:
         for k in range(0, K, BK):
@@ -203,8 +222,8 @@ def token_gradient_kernel(
 def weight_gradient_kernel(
     p_slope,  # (rows of the chunk, K)
     p_x,  # (M, D) tokens
-    p_order,  # (M,) int64
-    p_hits,  # scalar int64
+    p_order,  # (M,) int32
+    p_hits,  # scalar int32
     p_dw,  # (K, D) float32, sum over chunks
     first, last, D, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
@@ -218,7 +237,7 @@ def weight_gradient_kernel(
     for r in range(0, rows, BK):
         i_row = r + tl.arange(0, BK)
         m_row = i_row < rows
-        i_token = tl.load(p_order + first + i_row, mask=m_row, other=0)
+        i_token = tl.load(p_order + first + i_row, mask=m_row, other=0).to(tl.int64)
         b_s = tl.load(p_slope + i_row[:, None].to(tl.int64) * K + o_n[None, :], mask=m_row[:, None] & m_n[None, :],
                       other=0)
         b_x = tl.load(p_x + i_token[:, None] * D + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0)
@@ -266,6 +285,8 @@ def config(dtype: torch.dtype) -> dict[str, dict[str, int]]:
             "weight": {"BM": 64, "BN": 64, "BK": deep, "num_warps": 4, "num_stages": 3}}
 
 
+SCAN = 4096
+"""Tokens that get their places at a time."""
 SLOPE_BYTES = 32 << 20
 """Most memory for the slope of a chunk, which lives from one kernel to the next two."""
 
@@ -275,18 +296,22 @@ def chunk_rows(tokens: int, row_bytes: int) -> int:
     return max(64, min(SLOPE_BYTES // row_bytes, tokens + 63) // 64 * 64)
 
 
+@on_own_device
 def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, mean: Tensor | None,
             std: Tensor | None, stride: int, loss: str, dtype: torch.dtype, grads: bool
             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, scale, d tokens, d weight, d bias), the gradients without the scale and empty unless asked for."""
     # The head is cast tile by tile.
     x, head = tokens.flatten(0, 2).to(dtype).contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     target, cells = target.contiguous(), mask.view(torch.uint8).contiguous()
     (m, d), k, device = x.shape, weight.shape[0], tokens.device
     height, width = target.shape[2:]
-    order, hits = ordered(cells, tokens.shape, (height, width), stride)
     rows, cfg = chunk_rows(m, k * dtype.itemsize), config(dtype)
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    assert max(target[0].numel(), rows * k) < 2**31, "offsets within an image and within a chunk's slope are int32"
+    cell = height // mask.shape[1], width // mask.shape[2]
+    grid = triton.cdiv(rows, cfg["loss"]["BM"]), triton.cdiv(k, cfg["loss"]["BN"])
+    order, hits, count = ordered(cells, tokens.shape, cell, stride, 1 + grid[1])
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -295,7 +320,6 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     d_x = make(*tokens.shape, dtype=tokens.dtype) if grads else make(0, dtype=tokens.dtype)
     d_w = make(*weight.shape) if grads else make(0)
     d_bias = make(k) if grads and bias is not None else make(0)
-    grid = triton.cdiv(rows, cfg["loss"]["BM"]), triton.cdiv(k, cfg["loss"]["BN"])
     blocks = triton.cdiv(m, rows) * grid[0]
     sums, biases = make(2, blocks, grid[1]), make(blocks, k) if d_bias.numel() else None
     value, scale = make(), make()
@@ -304,27 +328,34 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
         last = min(first + rows, m)
         head_loss_kernel[grid](
             x, head, bias, target, cells, _flat(mean), _flat(std), order, hits, slope, sums, biases,
-            arrival.counters(1 + grid[1], device), value, scale, None if biases is None else d_bias, first, *sizes,
-            S=stride, LOSS=loss, PRECISION=precision, EPS=EPS, **cfg["loss"])
+            count, value, scale, None if biases is None else d_bias, first, *sizes,
+            S=stride, CELL_H=cell[0], CELL_W=cell[1], LOSS=loss, PRECISION=precision(dtype), EPS=EPS, **cfg["loss"])
         if grads:
-            _gradients(slope, x, head, order, hits, d_x, d_w, first, last, precision, cfg)
+            _gradients(slope, x, head, order, hits, d_x, d_w, first, last, cfg)
     return value, scale, d_x, d_w, d_bias
 
 
-def ordered(mask: Tensor, shape: Sequence[int], size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
-    """(tokens, those with masked pixels first; how many those are) of a (B, Hm, Wm) mask of images of ``size``."""
-    m = shape[0] * shape[1] * shape[2]
-    order = torch.empty(m, dtype=torch.int64, device=mask.device)
-    hits = torch.empty((), dtype=torch.int64, device=mask.device)
-    cell = size[0] // mask.shape[1], size[1] // mask.shape[2]
+def ordered(mask: Tensor, shape: Sequence[int], cell: tuple[int, int], stride: int, counters: int
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, those with masked pixels first; how many those are; zeros) of a (B, Hm, Wm) mask, all int32.
+
+    The last are ``counters`` of this forward alone: what is left in them when it fails between two chunks is
+    nobody's, and they are made in the launch that is there anyway.
+    """
+    m, device = shape[0] * shape[1] * shape[2], mask.device
+    assert max(m, mask.numel()) < 2**31 - 2**16, "offsets of tokens and cells are int32"
+    order, hits, zeros = (torch.empty(size, dtype=torch.int32, device=device) for size in ((m,), (), (counters,)))
     # Where cells do not divide a token, one more can reach into it.
     reach = [triton.next_power_of_2(triton.cdiv(stride, c) + (stride % c != 0)) for c in cell]
-    block = max(16, min(1024, 4096 // reach[1]))
-    order_kernel[(1,)](mask, order, hits, m, shape[1], shape[2], *mask.shape[1:], *cell, S=stride, ROWS=reach[0],
-                       COLS=reach[1], BLOCK=block, num_warps=16)
-    return order, hits
+    block = max(16, min(1024, 2048 // reach[1]))
+    order_kernel[(triton.cdiv(m, block),)](
+        mask, torch.empty(m, dtype=torch.uint8, device=device), order, hits, arrival.counters(1, device), zeros,
+        m, shape[1], shape[2], *mask.shape[1:], counters, S=stride, CELL_H=cell[0], CELL_W=cell[1], ROWS=reach[0],
+        COLS=reach[1], BLOCK=block, SCAN=SCAN, num_warps=8)
+    return order, hits, zeros
 
 
+@on_own_device
 def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor,
              weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The three gradients times ``grad``·``scale``."""
@@ -339,32 +370,32 @@ def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_
 
 
 def _gradients(slope: Tensor | None, x: Tensor, head: Tensor, order: Tensor, hits: Tensor, d_x: Tensor, d_w: Tensor,
-               first: int, last: int, precision: str, cfg: dict[str, dict[str, int]]) -> None:
-    (k, d), tiles = head.shape, cfg["tokens"]
+               first: int, last: int, cfg: dict[str, dict[str, int]]) -> None:
+    (k, d), tiles, exactness = head.shape, cfg["tokens"], precision(x.dtype)
     grid = triton.cdiv(last - first, tiles["BM"]), triton.cdiv(d, tiles["BN"])
-    token_gradient_kernel[grid](slope, head, order, hits, d_x, first, last, d, k, PRECISION=precision, **tiles)
+    token_gradient_kernel[grid](slope, head, order, hits, d_x, first, last, d, k, PRECISION=exactness, **tiles)
     tiles = cfg["weight"]
     grid = triton.cdiv(k, tiles["BM"]), triton.cdiv(d, tiles["BN"])
-    weight_gradient_kernel[grid](slope, x, order, hits, d_w, first, last, d, k, ADD=first > 0, PRECISION=precision,
+    weight_gradient_kernel[grid](slope, x, order, hits, d_w, first, last, d, k, ADD=first > 0, PRECISION=exactness,
                                  **tiles)
 
 
-_TYPES = {"p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32", "p_mask": "*u8", "p_order": "*i64",
-          "p_hits": "*i64", "p_slope": "*bf16", "p_sum": "*fp32", "p_dbias": "*fp32", "p_dx": "*bf16",
-          "p_dw": "*fp32", "p_counter": "*i32", "p_loss": "*fp32", "p_scale": "*fp32", "p_bias_grad": "*fp32",
-          "p_grad": "*fp32", "p_tokens": "*bf16", "p_weight": "*fp32", "p_tokens_out": "*bf16",
-          "p_weight_out": "*fp32", "p_bias_out": "*fp32"}
+_TYPES = {"p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32", "p_mask": "*u8", "p_hit": "*u8",
+          "p_order": "*i32", "p_hits": "*i32", "p_zeros": "*i32", "p_slope": "*bf16", "p_sum": "*fp32",
+          "p_dbias": "*fp32", "p_dx": "*bf16", "p_dw": "*fp32", "p_counter": "*i32", "p_loss": "*fp32",
+          "p_scale": "*fp32", "p_bias_grad": "*fp32", "p_grad": "*fp32", "p_tokens": "*bf16", "p_weight": "*fp32",
+          "p_tokens_out": "*bf16", "p_weight_out": "*fp32", "p_bias_out": "*fp32"}
 
 
 def aot_cases() -> list[AotCase]:
     """Head of the Swin encoders (3,072 values a token); the widths are run-time arguments."""
     cfg, wide = config(torch.bfloat16), config(torch.float32)
-    loss: dict[str, Any] = {"S": 32, "LOSS": "l1", "p_mean": None, "p_std": None, "EPS": EPS}
+    loss: dict[str, Any] = {"S": 32, "CELL_H": 4, "CELL_W": 4, "LOSS": "l1", "p_mean": None, "p_std": None, "EPS": EPS}
     scaled = _case("scale", scale_kernel, {"num_warps": 8, "num_stages": 2}, {"BLOCK": 4096})
-    place = _case("order", order_kernel, {"num_warps": 16, "num_stages": 2},
-                  {"S": 32, "ROWS": 8, "COLS": 8, "BLOCK": 512})
+    place = _case("order", order_kernel, {"num_warps": 8, "num_stages": 2},
+                  {"S": 32, "CELL_H": 4, "CELL_W": 4, "ROWS": 8, "COLS": 8, "BLOCK": 256, "SCAN": SCAN})
     # Bytes of the mask.
-    place = dataclasses.replace(place, dot=False, wide_target=0.0, persistent=True)
+    place = dataclasses.replace(place, dot=False, wide_target=0.0)
     return [place, dataclasses.replace(scaled, dot=False, signature={**scaled.signature, "p_bias": "*fp32"}),
             _case("loss", head_loss_kernel, cfg["loss"], loss),
             _case("tokens", token_gradient_kernel, cfg["tokens"], {}),
@@ -380,9 +411,9 @@ def _in_float32(case: AotCase) -> AotCase:
 
 
 def _case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any]) -> AotCase:
-    precision = {"PRECISION": "ieee"} if "PRECISION" in kernel.arg_names else {}
-    constexprs = {**precision, **constexprs, **{k: v for k, v in tiles.items() if k.startswith("B")}}
+    exact = {"PRECISION": "ieee"} if "PRECISION" in kernel.arg_names else {}
+    constexprs = {**exact, **constexprs, **{k: v for k, v in tiles.items() if k.startswith("B")}}
     signature = {n: _TYPES.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
-    divisible = tuple(n for n in signature if n not in ("grid_h", "grid_w", "row_blocks", "cell_h", "cell_w"))
+    divisible = tuple(n for n in signature if n not in ("grid_h", "grid_w", "row_blocks", "zeros"))
     return AotCase(name, kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"], divisible,
                    quick=True, dot=True, others=("fp16",))

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 
 EPS = tl.constexpr(1e-5)
 
@@ -163,6 +164,7 @@ def _flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.reshape(-1).contiguous()
 
 
+@on_own_device
 def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, stride: int,
             loss: str) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as the op ``fastmim::masked_l1``."""
@@ -177,6 +179,7 @@ def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | Non
     return result, scale
 
 
+@on_own_device
 def backward(grad: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None,
              std: Tensor | None, scale: Tensor, stride: int, loss: str) -> Tensor:
     """Launch the kernel; arguments and result as the op ``fastmim::masked_l1_backward``."""

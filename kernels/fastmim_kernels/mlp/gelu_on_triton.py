@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 
 ELEMENTS_PER_THREAD = 8
 """One 128-bit access of bf16 a tensor."""
@@ -113,9 +114,10 @@ def gelu_backward(
         tl.store(p_partial + tl.program_id(0) * N + o_n, tl.sum(b_sum, 0), mask=m_n)
 
 
+@on_own_device
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Launch the forward kernel; argument and result as the op ``fastmim::gelu``."""
-    x = x.contiguous()
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     out = torch.empty_like(x)
@@ -123,9 +125,10 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+@on_own_device
 def backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::gelu_backward``."""
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x, bias = grad.contiguous(), x.contiguous(), None if bias is None else bias.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     dx = torch.empty_like(x)

@@ -14,11 +14,13 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
+from ..common.device import on_own_device
 from ..common.matmul import (
     GROUP,
     STAGES,
     aot_case,
     aot_dtypes,
+    for_two_blocks,
     halves,
     metadata,
     narrow_config,
@@ -156,9 +158,10 @@ def gelu_gradient_kernel(
 def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
     """For :func:`gelu_gradient_kernel`, whose tile is taken apart in four."""
     tiles = narrow_config(columns, depth, dtype, sm)
-    return {**tiles, "BN": max(tiles["BN"], 64), "SHARE": 64}
+    return for_two_blocks({**tiles, "BN": max(tiles["BN"], 64), "SHARE": 64})
 
 
+@on_own_device
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool
                 ) -> tuple[Tensor, Tensor]:
     """(z = x·Wᵀ + b, GELU(z)) of (M, K), (N, K) and (N,), each empty where not wanted, in one launch."""
@@ -168,10 +171,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, ge
     z, out = (x.new_empty((rows, columns) if wanted else 0) for wanted in (pre, gelu))
     grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
     linear_gelu_kernel[grid](x, weight, bias, z if pre else None, out if gelu else None, rows, depth, N=columns,
-                             EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP, PRECISION=precision(), **tiles)
+                             EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP, PRECISION=precision(x.dtype), **tiles)
     return z, out
 
 
+@on_own_device
 def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(d pre = (grad·W)·GELU'(pre), its sum over the rows in fp32 or empty, GELU(pre)) in one launch.
 
@@ -190,7 +194,7 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tupl
     count = arrival.counters(across * (1 + triton.cdiv(blocks, tiles["SHARE"])), device) if bias else None
     gelu_gradient_kernel[(blocks * across,)](
         grad, weight, pre, dx, out, *sums, count, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0,
-        GROUP=GROUP, PRECISION=precision(), **tiles)
+        GROUP=GROUP, PRECISION=precision(grad.dtype), **tiles)
     return dx, sums[0][0] if bias else dx.new_empty(0, dtype=torch.float32), out
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
+from ..common.device import on_own_device
 
 ELEMENTS_PER_THREAD = 8
 """One 128-bit access of bf16 a tensor."""
@@ -147,10 +148,12 @@ def patch_merge_backward(
         sum_partials(p_partial, p_counter, p_sums, tl.program_id(0), tl.num_programs(0), 8 * C, GROUP)
 
 
+@on_own_device
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
             ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::patch_merge``."""
     x = x.contiguous()
+    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     batch, height, width, channels = x.shape
     merged = (batch, (height + 1) // 2, (width + 1) // 2, 4 * channels)
     out = torch.empty(merged, dtype=out_dtype, device=x.device)
@@ -162,10 +165,12 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, o
     return out, mean, rstd
 
 
+@on_own_device
 def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor | None, height: int,
              width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::patch_merge_backward``."""
-    grad, x = grad.contiguous(), None if x is None else x.contiguous()
+    grad = grad.contiguous()
+    x, weight = (None if t is None else t.contiguous() for t in (x, weight))
     channels = grad.shape[-1] // 4
     dx = torch.empty((grad.shape[0], height, width, channels), dtype=dtype, device=grad.device)
     rows, norm = grad.numel() // (4 * channels), weight is not None

@@ -1,8 +1,9 @@
 """Position bias of all blocks of an encoder in one launch for each step of the way, and its deterministic adjoint.
 
 Blocks differ in heads and window; a row of ``layout`` (:class:`.layout.Block`) tells a program where its block lies in
-the flat tensors. Programs beyond the size of their block return at once. What torch does badly is the adjoint of the
-look-up, atomics or a sort in every step: here the pairs come sorted by table row.
+the flat tensors. Programs beyond the size of their block return at once; what grows with the window lies along x, as
+the other axes of a grid end at 65,535. What torch does badly is the adjoint of the look-up, atomics or a sort in every
+step: here the pairs come sorted by table row.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
+from ..common.device import on_own_device
 from .layout import sizes, unflatten
 
 
@@ -26,12 +28,12 @@ def table_kernel(
     p_table,  # flat, out: (heads, T) sigmoids of each block
     K: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
 ):
-    p_block = p_layout + tl.program_id(0) * 9
+    p_block = p_layout + tl.program_id(2) * 9
     heads = tl.load(p_block)
     rows = tl.load(p_block + 1)
-    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
-    o_h = tl.program_id(2) * BH + tl.arange(0, BH)
-    if (tl.program_id(1) * BT < rows) & (tl.program_id(2) * BH < heads):
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    if (tl.program_id(0) * BT < rows) & (tl.program_id(1) * BH < heads):
         p_own = p_params + tl.load(p_block + 3)
         m_t = o_t < rows
         p_row = p_coords + (tl.load(p_block + 4) + o_t) * 2
@@ -67,15 +69,15 @@ def look_up_kernel(
     p_out,  # flat, out: (heads, N²)
     MLP: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    p_block = p_layout + tl.program_id(0) * 9
+    p_block = p_layout + tl.program_id(2) * 9
     heads = tl.load(p_block)
     rows = tl.load(p_block + 1)
     pairs = tl.load(p_block + 2)
     i_line = tl.program_id(1) * LINES + tl.arange(0, LINES)
-    i_pair = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    i_pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_pair = i_pair < pairs
     m = (i_line < heads)[:, None] & m_pair[None, :]
-    if (tl.program_id(1) * LINES < heads) & (tl.program_id(2) * BLOCK < pairs):
+    if (tl.program_id(1) * LINES < heads) & (tl.program_id(0) * BLOCK < pairs):
         o_row = tl.load(p_index + tl.load(p_block + 5) + i_pair, mask=m_pair, other=0)
         if MLP:
             p_own = p_table + tl.load(p_block + 7) + i_line[:, None] * rows + o_row[None, :]
@@ -98,14 +100,14 @@ def scatter_kernel(
     p_out,  # flat, out: gradient of the (heads, T) logits, or of the (T, heads) tables
     MLP: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    p_block = p_layout + tl.program_id(0) * 9
+    p_block = p_layout + tl.program_id(2) * 9
     heads = tl.load(p_block)
     rows = tl.load(p_block + 1)
     pairs = tl.load(p_block + 2)
-    i_row = tl.program_id(1)
-    i_line = tl.program_id(2) * LINES + tl.arange(0, LINES)
+    i_row = tl.program_id(0)
+    i_line = tl.program_id(1) * LINES + tl.arange(0, LINES)
     m_line = i_line < heads
-    if (i_row < rows) & (tl.program_id(2) * LINES < heads):
+    if (i_row < rows) & (tl.program_id(1) * LINES < heads):
         p_first = p_start + tl.load(p_block + 6) + i_row
         first = tl.load(p_first)
         last = tl.load(p_first + 1)
@@ -184,28 +186,33 @@ def parameter_tiles(heads: int) -> dict[str, int]:
     return {"BT": 32 if block_h <= 32 else 16, "BK": 16, "BH": block_h, "num_warps": 4}
 
 
+@on_own_device
 def forward(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Tensor, table: Tensor,
             layout: Sequence[int], hidden: int) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as the op ``fastmim::position_bias``."""
+    params, index, coords, table = (t.contiguous() for t in (params, index, coords, table))
     blocks = unflatten(layout)
     heads, rows, pairs = (max(block[i] for block in blocks) for i in range(3))
     bias, sigmoids = (torch.empty(size, dtype=torch.float32, device=params.device) for size in sizes(blocks, hidden))
     if hidden:
-        grid = len(blocks), triton.cdiv(rows, TABLE["BT"]), triton.cdiv(heads, TABLE["BH"])
+        grid = triton.cdiv(rows, TABLE["BT"]), triton.cdiv(heads, TABLE["BH"]), len(blocks)
         table_kernel[grid](params, coords, table, sigmoids, K=hidden, **TABLE)
-    grid = len(blocks), triton.cdiv(heads, LOOK_UP["LINES"]), triton.cdiv(pairs, LOOK_UP["BLOCK"])
+    grid = triton.cdiv(pairs, LOOK_UP["BLOCK"]), triton.cdiv(heads, LOOK_UP["LINES"]), len(blocks)
     look_up_kernel[grid](sigmoids if hidden else params, index, table, bias, MLP=hidden > 0, **LOOK_UP)
     return bias, sigmoids
 
 
+@on_own_device
 def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, order: Tensor, start: Tensor,
              coords: Tensor, table: Tensor, layout: Sequence[int], hidden: int) -> Tensor:
     """Launch the kernels; arguments and result as the op ``fastmim::position_bias_backward``."""
-    blocks, grad = unflatten(layout), grad.contiguous()
+    grad, sigmoids, params = (t.contiguous() for t in (grad, sigmoids, params))
+    order, start, coords, table = (t.contiguous() for t in (order, start, coords, table))
+    blocks = unflatten(layout)
     heads, rows = (max(block[i] for block in blocks) for i in range(2))
     found = torch.empty_like(params)
     d_table = torch.empty_like(sigmoids) if hidden else found
-    grid = len(blocks), rows, triton.cdiv(heads, SCATTER["LINES"])
+    grid = rows, triton.cdiv(heads, SCATTER["LINES"]), len(blocks)
     scatter_kernel[grid](grad, order, start, sigmoids, table, d_table, MLP=hidden > 0, **SCATTER)
     if hidden:
         tiles = parameter_tiles(heads)

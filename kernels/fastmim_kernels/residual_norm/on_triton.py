@@ -16,6 +16,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
+from ..common.device import on_own_device
 from .layout import given, merged_shape, owned, written
 
 ELEMENTS_PER_THREAD = 8
@@ -217,6 +218,7 @@ def residual_norm_backward(
     sum_partials(p_partial, p_counter, p_sums, tl.program_id(0), tl.num_programs(0), SUMS * C, GROUP)
 
 
+@on_own_device
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
             stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -232,13 +234,15 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     shape = config(channels)
     grid = (programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "forward", device),)
+    vectors = [None if v is None else v.contiguous() for v in (weight, bias, branch_bias, gamma, drop_scale)]
     residual_norm_forward[grid](
-        residual, branch, weight, bias, branch_bias, gamma, drop_scale, added if own_added else None,
+        residual, branch, *vectors, added if own_added else None,
         out if own_out else None, mean, rstd, rows, rows // like.shape[0], eps, *_map(like, merge),
         POST=order == "post", MERGE=merge, C=channels, **shape)
     return added, out, mean, rstd
 
 
+@on_own_device
 def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
              mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
              drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,
@@ -256,8 +260,9 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
     sums = torch.empty(2 + (branch_bias is not None) + (gamma is not None), channels, dtype=torch.float32,
                        device=device)
     partial = torch.empty(count, *sums.shape, dtype=torch.float32, device=device)
+    vectors = [None if v is None else v.contiguous() for v in (weight, branch_bias, gamma, drop_scale)]
     residual_norm_backward[(count,)](
-        grad_added, grad_out, saved, branch, mean, rstd, weight, branch_bias, gamma, drop_scale,
+        grad_added, grad_out, saved, branch, mean, rstd, *vectors,
         d_residual if own_residual else None, d_branch if own_branch else None, partial,
         arrival.counters(1 + count, device), sums, rows, rows // saved.shape[0], *_map(saved, merge),
         POST=order == "post", MERGE=merge, SUMS=len(sums), C=channels, GROUP=GROUP, **shape)

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made exact, and a byte counter around its loads and stores.
+"""Triton's interpreter, made exact, and what watches it: a byte counter, counters shared as on a stream, sanitizers.
 
 The variable below must be set before triton is imported and holds for the whole process, so this folder
 runs as its own pytest process.
@@ -110,7 +110,7 @@ class ByteCounter:
     def add(self, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle, kind: str) -> None:
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         chosen = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
-        chosen = chosen[np.broadcast_to(mask.data, chosen.shape)]
+        chosen = chosen[np.broadcast_to(mask.data, chosen.shape).astype(bool)]
         sectors = np.unique(chosen // 32)
         self.sectors += sectors.size
         self._touched[kind].update(sectors.tolist())
@@ -152,3 +152,20 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     yield
+
+
+@pytest.fixture
+def shared_counters(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The arrival counters of all launches of the test, in one memory as on a stream; each launch leaves zeros."""
+    from fastmim_kernels.common import arrival
+
+    memory = torch.zeros(4096, dtype=torch.int32)
+    monkeypatch.setattr(arrival, "counters", lambda count, device: memory)
+    launch = interpreter.GridExecutor.__call__
+
+    def checked(self: interpreter.GridExecutor, *args: object, **kwargs: object) -> None:
+        launch(self, *args, **kwargs)
+        assert not memory.any(), f"{self.fn.__name__} leaves counts behind"
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked)
+    return memory

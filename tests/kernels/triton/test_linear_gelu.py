@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmim_kernels.common import arrival
 from fastmim_kernels.linear.product_add import product_add
 from fastmim_kernels.mlp import on_triton as kernels
 from tests.kernels.oracle import FLOOR, relative_error
-from tests.kernels.triton.conftest import Builder
+from tests.kernels.triton.sanitizers import visit
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -72,20 +71,12 @@ def test_product_onto_a_tensor(name: str, dtype: torch.dtype) -> None:
     judge(out, t["x"] @ t["back"] + t["pre"], t["x"].double() @ t["back"].double() + t["pre"].double())
 
 
-def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs run from the last to the first."""
-    plain = Builder.set_grid_idx
-    monkeypatch.setattr(Builder, "set_grid_idx", lambda self, *i: plain(
-        self, *(n - 1 - j for n, j in zip(self.grid_dim, i, strict=True))))
-
-
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int]:
     """A shape of ten row blocks, the last not full, that are walked three at a time and added up four at a time."""
     forward, gradient = kernels.tile_config, kernels.gradient_config
     monkeypatch.setattr(kernels, "tile_config", lambda *args: forward(*args) | {"BM": 16, "BN": 64})
     monkeypatch.setattr(kernels, "gradient_config", lambda *args: gradient(*args) | {"SHARE": 4})
     monkeypatch.setattr(kernels, "GROUP", 3)
-    monkeypatch.setattr(arrival, "_counters", {})
     return 150, 24, 130
 
 
@@ -95,15 +86,15 @@ def test_tiles_are_walked_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(pre, t["x"].double() @ t["weight"].double().t()) < 1e-6
 
 
+@pytest.mark.usefixtures("shared_counters")
 def test_order_of_arrival_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     t = make(small_tiles(monkeypatch), BF16)
     first = kernels.gelu_gradient(t["x"], t["back"], t["pre"], True)
-    backwards(monkeypatch)
+    visit(monkeypatch, "reversed")
     second = kernels.gelu_gradient(t["x"], t["back"], t["pre"], True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     exact = torch.ops.aten.gelu_backward(t["x"].double() @ t["back"].double(), t["pre"].double())
     assert relative_error(first[1], exact.sum(0)) < 1e-6
-    assert not arrival.counters(1, t["x"].device).any(), "the next launch finds zeros"
 
 
 def product_bytes(rows: int, k: int, n: int, tiles: dict[str, int], item: int) -> int:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fastmim_kernels import linear
-from fastmim_kernels.common import arrival
 from fastmim_kernels.linear import weight_gradient as kernels
 from fastmim_kernels.linear.op import OP
 from tests.kernels.oracle import check, relative_error
-from tests.kernels.triton.test_linear_gelu import BF16, F16, F32, backwards, judge
+from tests.kernels.triton.sanitizers import visit
+from tests.kernels.triton.test_linear_gelu import BF16, F16, F32, judge
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -36,22 +36,21 @@ def test_against_float64(name: str, dtype: torch.dtype, out: torch.dtype) -> Non
     judge(d_bias, grad.float().sum(0), sums)
 
 
+@pytest.mark.usefixtures("shared_counters")
 @pytest.mark.parametrize("at_once, groups", [(4, 1), (40, 4)])
 def test_split_in_any_order(at_once: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """1,100 rows in 3 and in 9 parts (of two blocks of rows each; the last has one): the same bits backwards."""
     monkeypatch.setattr(kernels, "programs_at_once", lambda device: at_once)
     monkeypatch.setattr(kernels, "PART", 2)
-    monkeypatch.setattr(arrival, "_counters", {})
     grad, x = make(SHAPES["split"], BF16)
     parts, share = kernels.split_rows(1100, 1, 64, at_once)
     assert parts == min(at_once, 9) and -(-parts // share) == groups - (groups > 1)
     first = kernels.weight_gradient(grad, x, F32)
-    backwards(monkeypatch)
+    visit(monkeypatch, "reversed")
     second = kernels.weight_gradient(grad, x, F32)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert relative_error(first[0], grad.double().t() @ x.double()) < 1e-6
     assert relative_error(first[1], grad.double().sum(0)) < 1e-6
-    assert not arrival.counters(1, x.device).any(), "the next launch finds zeros"
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 4608, 294912])

@@ -1,0 +1,123 @@
+"""Tensors on cuda:1 while cuda:0 is current: which device each kernel would be launched on, found without a GPU."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from triton.runtime.interpreter import InterpretedFunction
+
+from fastmim_kernels.common import arrival, device
+from fastmim_kernels.low_copies import on_triton as low_copies
+from tests.kernels.triton.examples import EXAMPLES, Example, names, run
+
+KERNELS = Path(device.__file__).parents[1]
+
+
+def moved(tree: Any, place: str) -> Any:
+    return tree_map_only(
+        Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=place), tree)
+
+
+class OnSecondGpu(TorchDispatchMode):
+    """Runs the bodies of our ops with their tensors on cuda:1. (Autograd, which needs a GPU, sees a CPU's.)"""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "fastmim":
+            return func(*args, **(kwargs or {}))
+        with torch.no_grad():
+            return moved(OPDEFS[func._schema.name]._init_fn(*moved(args, "cuda:1")), "cpu")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+    """(kernel, current device) of every launch of the test, none of which is executed; cuda:0 is current."""
+    current, found = [0], []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    def counters(count: int, device: torch.device) -> Tensor:
+        found.append(("counters", current[-1]))
+        return torch.empty(count, dtype=torch.int32, device=device)
+
+    properties = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
+    patches: dict[str, Any] = {
+        "is_initialized": lambda: True, "current_device": lambda: current[-1], "device": Device,
+        "get_device_properties": lambda device=None: properties, "get_device_capability": lambda device=None: (9, 0)}
+    for name, value in patches.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(arrival, "counters", counters)
+    monkeypatch.setattr(low_copies, "table", lambda tensors: torch.empty(1, 3, dtype=torch.int64, device="cuda:1"))
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **kwargs: found.append(
+        (self.fn.__name__, current[-1])))
+    yield found
+    assert current == [0], "the device that was current is current again"
+
+
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if e.op != "window_attention"], ids=lambda e: e.name)
+def test_kernels_run_where_their_tensors_are(example: Example, launches: list[tuple[str, int]]) -> None:
+    given = example.build()
+    with FakeTensorMode(), OnSecondGpu():
+        run(example, "triton", moved(given, "cpu"), torch.empty_like)
+    assert launches and {where for _, where in launches} == {1}, launches
+
+
+def test_the_examples_are_of_every_op() -> None:
+    import fastmim_kernels as fk
+    assert {e.op for e in EXAMPLES} >= set(fk.__all__) - {"IMPLS", "bias_plan", "check_impl", "cpb_bias"}
+    assert len(set(names(EXAMPLES))) == len(EXAMPLES)
+
+
+def test_nothing_is_done_where_the_device_is_current_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        first, second = (torch.empty(1, device=f"cuda:{i}") for i in range(2))
+    assert device.on_device_of(second) is device.on_device_of(torch.empty(1)), "no GPU: fake tensors and a CPU's"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert device.on_device_of(first) is device.on_device_of(torch.empty(1))
+    assert isinstance(device.on_device_of(second), torch.cuda.device)
+
+
+def launched_without(source: str) -> set[str]:
+    """Functions of a module that launch (``kernel[grid](…)``) and are neither marked nor only called by marked ones."""
+    functions = {f.name: f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)}
+    marked = {n for n, f in functions.items() if any("on_own_device" in ast.dump(d) for d in f.decorator_list)}
+    launch = {n for n, f in functions.items() if any(
+        isinstance(c, ast.Call) and isinstance(c.func, ast.Subscript) for c in ast.walk(f))}
+    callers: dict[str, set[str]] = {n: set() for n in functions}
+    for name, function in functions.items():
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in functions:
+                callers[call.func.id].add(name)
+
+    def covered(name: str, seen: frozenset[str] = frozenset()) -> bool:
+        by = callers[name] - seen
+        return name in marked or (bool(by) and all(covered(n, seen | {name}) for n in by))
+
+    return {n for n in launch if not covered(n)}
+
+
+def test_every_launcher_is_marked() -> None:
+    """Also those of ops that are written later."""
+    bad = {f"{path.parent.name}/{path.name}:{name}" for path in sorted(KERNELS.glob("*/*.py"))
+           if path.parent.name not in ("check", "window_attention") for name in launched_without(path.read_text())}
+    assert not bad
+    assert launched_without("def a(x):\n    kernel[1](x)\ndef b(x):\n    a(x)\n") == {"a"}
