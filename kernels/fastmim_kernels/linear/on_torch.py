@@ -40,6 +40,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x·Wᵀ + b`` of (M, K), (N, K) and (N,) on whatever device; all cast to the dtype of x. No autograd."""
     bias = None if bias is None else bias.to(x.dtype)
     if _is_onednn(x):
+        # It reads a bias as if it were contiguous, whatever its strides.
+        bias = None if bias is None else bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.device import on_own_device
 from .layout import pair
 from .triton_gradient_tiles import (
     add_bias,
@@ -213,6 +214,7 @@ def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -
     return Tiling(64 if arch >= 90 and n > 64 else 32, 1, 32, False, 4, 1, 1, blocks_per_sm=2)
 
 
+@on_own_device
 def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor,
              lse: Tensor, num_heads: int, window_size: Sequence[int], shift_size: Sequence[int],
              bias_grad: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -229,7 +231,8 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
         Gradients of qkv (its dtype), bias (float32; None without ``bias_grad``) and logit_scale (float32, its
         shape; empty without a logit scale; zero where it is clamped).
     """
-    grad_out, qkv = grad_out.contiguous(), qkv.contiguous()
+    grad_out, qkv, bias = grad_out.contiguous(), qkv.contiguous(), bias.contiguous()
+    logit_scale = None if logit_scale is None else logit_scale.contiguous()
     window_size, shift_size = pair(window_size), pair(shift_size)
     batch, height, width, c3 = qkv.shape
     n, head_dim = window_size[0] * window_size[1], c3 // 3 // num_heads
@@ -242,7 +245,7 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     partial = torch.empty(num_heads, groups, n, n, **new) if bias_grad else None
     dscale = None if logit_scale is None else torch.empty(num_heads, groups, **new)
     common = common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype)
-    arguments = (grad_out.contiguous(), qkv, bias.contiguous(), logit_scale, out, lse, dqkv, partial, dscale,
+    arguments = (grad_out, qkv, bias, logit_scale, out, lse, dqkv, partial, dscale,
                  windows, groups, height, width, num_heads, *shift_size)
     kernel = backward_kernel if single_tile(*which) else backward_large_kernel
     kernel[(num_heads * groups,)](

@@ -72,7 +72,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]
     assert current == [0], "the device that was current is current again"
 
 
-@pytest.mark.parametrize("example", [e for e in EXAMPLES if e.op != "window_attention"], ids=lambda e: e.name)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 def test_kernels_run_where_their_tensors_are(example: Example, launches: list[tuple[str, int]]) -> None:
     given = example.build()
     with FakeTensorMode(), OnSecondGpu():
@@ -118,6 +118,6 @@ def launched_without(source: str) -> set[str]:
 def test_every_launcher_is_marked() -> None:
     """Also those of ops that are written later."""
     bad = {f"{path.parent.name}/{path.name}:{name}" for path in sorted(KERNELS.glob("*/*.py"))
-           if path.parent.name not in ("check", "window_attention") for name in launched_without(path.read_text())}
+           if path.parent.name != "check" for name in launched_without(path.read_text())}
     assert not bad
     assert launched_without("def a(x):\n    kernel[1](x)\ndef b(x):\n    a(x)\n") == {"a"}

@@ -50,11 +50,10 @@ def fill_of(x: Tensor) -> float:
 
 def cases() -> Iterator[tuple[Example, str]]:
     for example in EXAMPLES:
-        if example.op != "window_attention":
-            given = [n for n, value in example.build().items() if tensors_of(value)]
-            yield from ((example, name) for name in given if (example.op, name) not in REFUSED)
-            if example.grads:
-                yield example, "the incoming gradient"
+        given = [n for n, value in example.build().items() if tensors_of(value)]
+        yield from ((example, name) for name in given if (example.op, name) not in REFUSED)
+        if example.grads:
+            yield example, "the incoming gradient"
 
 
 REFUSED = {("low_copies", "tensors")}
@@ -75,15 +74,7 @@ def pair_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return {other: plain(given[name]).to(given[other].dtype)} if other in given else {}
 
 
-def parameters() -> Iterator[Any]:
-    # On a CPU the products around the kernels are oneDNN's, which takes a bias for contiguous.
-    onednn = pytest.mark.xfail(strict=True, reason="linear.op.product hands oneDNN the bias as it is")
-    for example, name in cases():
-        marks = [onednn] if (example.name, name) in (("linear", "bias"), ("mlp", "bias2")) else []
-        yield pytest.param(example, name, id=f"{example.name}, {name}", marks=marks)
-
-
-@pytest.mark.parametrize("example, name", parameters())
+@pytest.mark.parametrize("example, name", cases(), ids=lambda value: getattr(value, "name", value))
 def test_layout_of_one_tensor_changes_nothing(example: Example, name: str) -> None:
     """Against the reference implementation with the same values laid out contiguously, forward and every gradient."""
     given = example.build()
