@@ -39,7 +39,7 @@ def run(op: Op, inputs: dict[str, Any], dtypes: dict[str, torch.dtype], wrt: Seq
 
 
 def check(op: Op, oracle: Op, inputs: dict[str, Any], dtypes: dict[str, torch.dtype], wrt: Sequence[str] = (),
-          factor: float = 2.0, plain: Op | None = None) -> None:
+          factor: float = 2.0, plain: Op | None = None, floor: float = FLOOR) -> None:
     """Assert the rule for every output and every gradient, and that repeated runs are bitwise equal.
 
     Args:
@@ -47,6 +47,7 @@ def check(op: Op, oracle: Op, inputs: dict[str, Any], dtypes: dict[str, torch.dt
             would write and gives the error to compare with.
         inputs: Arguments; tensors in ``dtypes`` are cast, and rounded to that dtype also for the oracle.
         wrt: Names of the inputs whose gradients are compared.
+        floor: Error that is forgiven; relative, but absolute where the truth is zero.
     """
     inputs = {k: v.to(dtypes[k]).double() if k in dtypes else v for k, v in inputs.items()}
     truth = run(oracle, inputs, {k: torch.float64 for k in dtypes}, wrt)
@@ -56,5 +57,5 @@ def check(op: Op, oracle: Op, inputs: dict[str, Any], dtypes: dict[str, torch.dt
     names = [f"output {i}" for i in range(len(truth) - len(wrt))] + [f"d {n}" for n in wrt]
     for name, t, b, o, a in zip(names, truth, base, ours, again, strict=True):
         assert torch.equal(o, a), f"{name}: two runs differ"
-        error, limit = relative_error(o, t), factor * relative_error(b, t) + FLOOR
+        error, limit = relative_error(o, t), factor * relative_error(b, t) + floor
         assert error <= limit, f"{name}: error {error:.3g} > {limit:.3g}"

@@ -46,7 +46,6 @@ def copy_kernel(
     tl.store(p_own + o, tl.load(p_in + o, mask=o < count, other=0).to(p_out.dtype.element_ty), mask=o < count)
 
 
-@on_own_device
 def forward(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Launch the kernel; arguments and result as the op ``fastmim::low_copies``."""
     flat = tensors[0].new_empty(total(tensors), dtype=dtype)
@@ -54,6 +53,7 @@ def forward(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return flat
 
 
+@on_own_device
 def copy(tensors: Sequence[Tensor], flat: Tensor) -> None:
     """Write each contiguous float32 tensor into ``flat``, one after the other, padded."""
     rows = table(tensors)

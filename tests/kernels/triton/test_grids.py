@@ -23,7 +23,7 @@ from fastmim_kernels.mlp import gelu_on_triton as gelu
 from fastmim_kernels.mlp import on_triton as mlp
 from fastmim_kernels.patch_merge import on_triton as patch_merge
 from fastmim_kernels.position_bias import on_triton as position_bias
-from fastmim_kernels.position_bias.op import Block
+from fastmim_kernels.position_bias.layout import Block
 from fastmim_kernels.residual_norm import on_triton as residual_norm
 
 F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
@@ -40,10 +40,11 @@ def image_loss(tokens: int) -> tuple[Any, ...]:
 def bias(forward: bool) -> object:
     # SwinV2 on 1,024 pixels, one window of all 64x64 tokens in each of 100 blocks: N² is 65,536 times 256.
     blocks = [Block(64, 127**2, 64**4, 0, 0, 0, 0, 0, 0)] * 100
-    flat, layout = empty(1 << 20, dtype=F32), empty(100, 9, dtype=I64)
+    flat, table = empty(1 << 20, dtype=F32), empty(100, 9, dtype=I64)
+    layout = [value for block in blocks for value in block]
     if forward:
-        return position_bias.forward(flat, flat, flat, layout, blocks, 64 * 64**4, 512)
-    return position_bias.backward(flat, flat, flat, flat, flat, flat, layout, blocks, 512)
+        return position_bias.forward(flat, flat, flat, flat, flat, table, layout, 512)
+    return position_bias.backward(flat, flat, flat, flat, flat, flat, flat, table, layout, 512)
 
 
 def norm(forward: bool, rows: int = 2**24, c: int = 8192) -> object:
@@ -78,7 +79,7 @@ CASES: dict[str, Callable[[], object]] = {
     "residual_norm, backward": lambda: norm(False),
     "masked_l1": lambda: masked_loss.forward(empty(2**20, 1, 1, 768), *image_loss(2**20)),
     "masked_l1, backward": lambda: masked_loss.backward(
-        empty(dtype=F32), empty(2**20, 1, 1, 768), *image_loss(2**20)),
+        empty(dtype=F32), empty(2**20, 1, 1, 768), *image_loss(2**20)[:4], empty(dtype=F32), 16, "l1"),
     "linear_masked_l1": lambda: linear_loss.forward(
         empty(2**20, 1, 1, 4096), empty(768, 4096), None, *image_loss(2**20), BF16, True),
     "linear_masked_l1, backward": lambda: linear_loss.backward(

@@ -74,7 +74,7 @@ def pair_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return {other: plain(given[name]).to(given[other].dtype)} if other in given else {}
 
 
-@pytest.mark.parametrize("example, name", cases(), ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize("example, name", list(cases()), ids=lambda value: getattr(value, "name", value))
 def test_layout_of_one_tensor_changes_nothing(example: Example, name: str) -> None:
     """Against the reference implementation with the same values laid out contiguously, forward and every gradient."""
     given = example.build()

@@ -15,7 +15,7 @@ from fastmim_kernels.window_attention import (
     triton_tiles as window_tiles,
 )
 from fastmim_kernels.window_attention.op import OP, traffic, window_attention
-from tests.kernels.oracle import check, run
+from tests.kernels.oracle import FLOOR, check, run
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -73,7 +73,9 @@ SLOW = tuple(name for name, case in CASES.items() if case[3][0] * case[3][1] > 1
                                          if d == torch.bfloat16 or n not in SLOW])
 def test_against_float64(name: str, dtype: torch.dtype) -> None:
     inputs, names = inputs_for(name)
-    check(ours, oracle, inputs, dtypes_for(names, dtype), wrt=names)
+    # A softmax of one logit is 1: d bias is zero, a sum over six windows of the roundings of products of size √16.
+    floor = torch.finfo(torch.float32).eps * 4 * 6 if name == "one token a window" else FLOOR
+    check(ours, oracle, inputs, dtypes_for(names, dtype), wrt=names, floor=floor)
 
 
 # One for each kernel: a single tile, and tiles of queries and keys.
