@@ -274,7 +274,8 @@ def test_what_is_made_ahead_is_bounded_and_there(photos):
     # the micro-batches behind the one in use are under way, and no more than stated
     with load(photos, num_workers=2) as loader:
         next(loader.epoch(0))
-        assert loader._stream._tasks_outstanding == 2 * PREFETCH
+        # The other worker's first one may have come before its turn: it is there, and no longer under way.
+        assert loader._stream._tasks_outstanding in (2 * PREFETCH, 2 * PREFETCH - 1)
     pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
     with load(photos, num_workers=1, loader="dali") as loader:
         batches = loader.epoch(0)
