@@ -1,6 +1,6 @@
 """Readers of unlabelled images: sources, decoding, augmentation, the loaders and the demo photographs."""
 
-from fastmim.data.augment import View, ibot_views, mae_views, simmim_views
+from fastmim.data.augment import View
 from fastmim.data.build import build_loader, choose_loader
 from fastmim.data.demo import DemoCounts, make_demo
 from fastmim.data.loader import Batch, Loader, MultiBatch
@@ -18,10 +18,7 @@ __all__ = [
     "build_loader",
     "check_images",
     "choose_loader",
-    "ibot_views",
     "index_shards",
-    "mae_views",
     "make_demo",
     "pack_images",
-    "simmim_views",
 ]

@@ -33,24 +33,6 @@ class View:
     interpolation: str = "bilinear"
 
 
-def simmim_views(size: tuple[int, int]) -> tuple[View, ...]:
-    """SimMIM (arXiv:2111.09886, appendix A)."""
-    return (View(size),)
-
-
-def mae_views(size: tuple[int, int]) -> tuple[View, ...]:
-    """MAE (arXiv:2111.06377, appendix A.1): wider scale, bicubic."""
-    return (View(size, scale=(0.2, 1.0), interpolation="bicubic"),)
-
-
-def ibot_views(
-    size: tuple[int, int], *, local_size: tuple[int, int] = (96, 96), local_count: int = 10, split: float = 0.25
-) -> tuple[View, ...]:
-    """Multi-crop of iBOT (arXiv:2111.07832): two global crops above `split` of the area, local ones below."""
-    local = View(local_size, local_count, (0.05, split), interpolation="bicubic")
-    return (View(size, 2, (split, 1.0), interpolation="bicubic"), *([local] if local_count else []))
-
-
 def check_views(views: Sequence[View]) -> None:
     """Raise ValueError, naming the config key, for a view that cannot be made."""
     if not views:

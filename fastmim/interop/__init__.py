@@ -1,6 +1,5 @@
 """Weights from and to other projects: Microsoft's checkpoints, timm, and our own encoder files."""
 
-from .export import export_encoder
 from .load import LoadReport, load_reference, load_timm, load_weights
 
-__all__ = ["LoadReport", "export_encoder", "load_reference", "load_timm", "load_weights"]
+__all__ = ["LoadReport", "load_reference", "load_timm", "load_weights"]

@@ -52,7 +52,7 @@ def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadR
 
 
 def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
-    """Load an encoder saved by timm (or by :func:`export_encoder`) into ``objective.encoder``.
+    """Load an encoder saved by timm (or a run's ``encoder.safetensors``) into ``objective.encoder``.
 
     The mask token and the head keep their initial values, a classifier is left out; both are reported.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmim.data import Loader, MultiBatch, View, build_loader, ibot_views, mae_views, simmim_views
+from fastmim.data import Loader, MultiBatch, View, build_loader
 from fastmim.data.dali import DaliLoader, build_pipeline, regions_of
 from fastmim.data.decode import decode_image
 
@@ -93,7 +93,14 @@ def test_both_loaders_cut_the_same_boxes_for_the_same_ids(photos):
 
 @pytest.mark.parametrize(
     "views",
-    (simmim_views((32, 32)), mae_views((32, 24)), ibot_views((32, 32), local_size=(16, 16), local_count=3)),
+    (
+        (View((32, 32)),),
+        (View((32, 24), scale=(0.2, 1.0), interpolation="bicubic"),),
+        (
+            View((32, 32), 2, (0.25, 1.0), interpolation="bicubic"),
+            View((16, 16), 3, (0.05, 0.25), interpolation="bicubic"),
+        ),
+    ),
     ids=("simmim", "mae", "ibot"),
 )
 def test_every_augmentation_has_one_description(photos, views):
@@ -246,7 +253,7 @@ def test_mostly_bad_data_stops_the_run(tmp_path):
 
 def operators(on_gpu: bool) -> list[tuple[str, str, str]]:
     """(operator, device of its first input, of its output) of a graph that was built and serialised, not run."""
-    views = ibot_views((64, 64), local_count=2)
+    views = (View((64, 64), 2, (0.25, 1.0)), View((96, 96), 2, (0.05, 0.25)))
     pipeline = build_pipeline(views, batch_size=4, num_threads=1, device_id=None, on_gpu=on_gpu)
     pipeline._build_graph()
     graph = pipeline.serialize()
