@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +51,29 @@ class AotCase:
     def key(self, arch: int) -> str:
         """Of the machine code: equal for cases that differ only in the values of run-time arguments.
 
-        It changes with the source of the kernel and of what it calls, and with Triton's version.
+        It changes with the text of the kernel and of what it calls, and with Triton's version; not, as Triton's own
+        key does, with the line on which a function stands.
         """
-        parts = (self.kernel.cache_key, sorted(self.signature.items()), sorted(self.constexprs.items()),
+        parts = (sources(self.kernel), sorted(self.signature.items()), sorted(self.constexprs.items()),
                  sorted(self.divisible), self.num_warps, self.num_stages, self.maxnreg, arch, triton.__version__)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def sources(kernel: JITFunction) -> list[tuple[str, str]]:
+    """(name, text) of a kernel, of every Triton function that it reaches, and of the constants that these read."""
+    found: dict[str, str] = {}
+    waiting = [(kernel.fn.__name__, kernel)]
+    while waiting:
+        name, value = waiting.pop()
+        if name in found:
+            continue
+        found[name] = value.src if isinstance(value, JITFunction) else repr(value)
+        if isinstance(value, JITFunction):
+            scope = value.fn.__globals__
+            read = {node.id for node in ast.walk(ast.parse(value.src)) if isinstance(node, ast.Name)}
+            kinds = (JITFunction, tl.constexpr, int, float, str)
+            waiting += [(key, scope[key]) for key in read & scope.keys() if isinstance(scope[key], kinds)]
+    return sorted(found.items())
 
 
 def in_dtype(case: AotCase, dtype: str) -> AotCase:
