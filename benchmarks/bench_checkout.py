@@ -40,7 +40,7 @@ def serve(model: str, batch: int, threads: int) -> None:
         loss = engine(images, mask)["loss"]
         engine.backward(loss)
         engine.step()
-        print(time.perf_counter() - began, float(loss), flush=True)
+        print(time.perf_counter() - began, float(loss.detach()), flush=True)
 
 
 def compare(other: Path, model: str, args: argparse.Namespace) -> None:
