@@ -96,16 +96,18 @@ def test_message_names_the_shapes():
         fk.linear(torch.zeros(2, 4), torch.zeros(3, 4), low_bias=torch.zeros(3))
 
 
-def test_a_processor_without_bfloat16_products_gets_torchs_own(monkeypatch):
-    """oneDNN multiplies no bfloat16 without AVX-512: it raises there."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_processor_without_avx512_gets_torchs_own_products(monkeypatch, dtype):
+    """oneDNN multiplies no bfloat16 there: it raises."""
     cpu.onednn_multiplies.cache_clear()
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
     def refuse(*args):
         raise RuntimeError("could not create a primitive descriptor")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuse)
-    inputs, grad = make("short rows: copied", torch.bfloat16)
+    inputs, grad = make("short rows: copied", dtype)
     ours, exact = run("torch", inputs, grad), run("reference", inputs, grad)
     cpu.onednn_multiplies.cache_clear()
     for one, other in zip(ours, exact, strict=True):

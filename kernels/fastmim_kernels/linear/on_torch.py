@@ -1,7 +1,7 @@
 """The products of a linear layer in torch.
 
-On a CPU they are oneDNN's, called without the detour through ``addmm``, which fills the result with the bias first,
-and in float32 without MKL, which is up to a third slower (on Zen 4).
+On a CPU with AVX-512 they are oneDNN's, called without the detour through ``addmm``, which fills the result with the
+bias first, and in float32 without MKL, which is up to a third slower there (on Zen 4).
 """
 
 from __future__ import annotations
