@@ -27,6 +27,8 @@ class AotCase:
         persistent: One block an SM is intended.
         archs: Architectures (90 for sm_90) on which this configuration is ever launched.
         others: Precisions in which a quick case is compiled too; not fp32 where that has tiles of its own.
+        trips: Of each loop of the machine code, by its first instruction, how often its body runs within one run of
+            the loop around it; of an outermost loop, for one unit of the op's work. See ``check.issue_slots``.
     """
 
     name: str
@@ -42,6 +44,7 @@ class AotCase:
     persistent: bool = False
     archs: tuple[int, ...] = (80, 90, 100)
     others: tuple[str, ...] = ("fp16", "fp32")
+    trips: tuple[float, ...] = ()
 
     def key(self, arch: int) -> str:
         """Of the machine code: equal for cases that differ only in the values of run-time arguments.
