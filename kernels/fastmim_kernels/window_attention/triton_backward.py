@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_fragments import BLOCKS_PER_SM, WARPS, bias_tables, fits, parts
 from .triton_gradient_tiles import (
     add_bias,
     add_shares,
@@ -23,6 +24,7 @@ from .triton_gradient_tiles import (
     store_keys,
     store_queries,
 )
+from .triton_rows_backward import rows_keys_kernel, rows_queries_kernel
 from .triton_tiles import (
     LN2,
     MAX_LOGIT_SCALE,
@@ -166,12 +168,12 @@ def backward_large_kernel(
 @triton.jit
 def reduce_kernel(
     p_partial,  # (heads, groups, size) float32
-    p_dscale,  # (heads, groups) float32, or None
+    p_dscale,  # (heads, groups, PARTS) float32, or None
     p_scale,  # (heads,) or None
     p_out,  # (heads, size) float32
     p_dscale_out,  # (heads,) float32, or None
     groups, size,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     i_head = tl.program_id(0)
     o_size = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -183,7 +185,8 @@ def reduce_kernel(
         p_tile = p_partial + o_group[:, None] * size + o_size[None, :]
         total += tl.sum(tl.load(p_tile, mask=m_group[:, None] & (o_size < size)[None, :], other=0.0), 0)
         if p_dscale is not None:
-            total_scale += tl.sum(tl.load(p_dscale + o_group, mask=m_group, other=0.0), 0)
+            for i_part in tl.static_range(PARTS):
+                total_scale += tl.sum(tl.load(p_dscale + o_group * PARTS + i_part, mask=m_group, other=0.0), 0)
     tl.store(p_out + i_head.to(tl.int64) * size + o_size, total, mask=o_size < size)
     if p_dscale is not None:  # noqa: SIM102 - decided when compiled, the inner one at run time
         if tl.program_id(1) == 0:
@@ -229,6 +232,9 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     batch, height, width, c3 = qkv.shape
     n, head_dim = window_size[0] * window_size[1], c3 // 3 // num_heads
     windows = batch * height * width // n
+    if fits(n, head_dim, qkv.dtype):
+        return _by_rows(grad_out.contiguous(), qkv, bias, logit_scale, out, lse, num_heads, window_size, shift_size,
+                        bias_grad)
     which = (n, head_dim, qkv.dtype, architecture(qkv.device), logit_scale is not None)
     tiling = config(*which)
     groups = window_groups(windows, num_heads, multiprocessors(qkv.device) * tiling.blocks_per_sm)
@@ -245,6 +251,49 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     return dqkv, *_reduce(partial, dscale, logit_scale)
 
 
+def _by_rows(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor, lse: Tensor,
+             num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int], bias_grad: bool
+             ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`backward` by the kernels of whole rows: first the queries, then the keys."""
+    batch, height, width, c3 = qkv.shape
+    n, head_dim = window_size[0] * window_size[1], c3 // 3 // num_heads
+    windows, tiles = batch * height * width // n, parts(n)
+    slots = multiprocessors(qkv.device) * BLOCKS_PER_SM
+    groups = window_groups(windows, num_heads * tiles, slots)
+    new = {"dtype": torch.float32, "device": qkv.device}
+    dqkv = torch.empty_like(qkv)
+    rows = torch.empty(windows, num_heads, 2, n, **new)
+    partial = torch.empty(num_heads, groups, n, n, **new) if bias_grad else None
+    dscale = None if logit_scale is None else torch.empty(num_heads, groups, tiles, **new)
+    table, turned = bias_tables(bias, window_size, shift_size, turned=True)
+    common = common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype) | {"PARTS": tiles}
+    sizes = (height, width, num_heads, *shift_size)
+    rows_queries_kernel[(num_heads * tiles * groups,)](
+        grad_out, qkv, table, logit_scale, out, lse, dqkv, partial, dscale, rows, windows, groups, *sizes, **common,
+        num_warps=WARPS.value)
+    others = window_groups(windows, num_heads, slots)
+    rows_keys_kernel[(num_heads * others,)](
+        grad_out, qkv, turned, logit_scale, lse, dqkv, rows, windows, others, *sizes, **common,
+        num_warps=WARPS.value)
+    return dqkv, *_reduce(partial, dscale, logit_scale)
+
+
+def scratch_traffic(windows: int, num_heads: int, n: int, head_dim: int, dtype: torch.dtype, groups: int,
+                    shifted: bool) -> tuple[int, int]:
+    """Bytes written and read beside those of ``triton_forward.traffic``: (of the bias gradient, of the rest).
+
+    The bias gradient's partial sums go to memory once a group, or, in windows of several tiles that keep them in
+    memory, once a window (there mostly to L2). The rest is what the queries' kernel leaves for the keys' kernel and
+    the exchanged bias; q, k, v and the output's gradient, which both kernels read, are not counted.
+    """
+    partial = num_heads * n * n * 4
+    if not fits(n, head_dim, dtype):
+        held = n <= 64 and dtype != torch.float32 and head_dim <= 32
+        return 2 * partial * (groups if held else windows), 0
+    tables = (4 if shifted else 1) * partial
+    return 2 * partial * groups, 2 * 8 * windows * num_heads * n + 2 * tables * (2 if shifted else 1)
+
+
 def _reduce(partial: Tensor | None, dscale: Tensor | None, logit_scale: Tensor | None
             ) -> tuple[Tensor | None, Tensor | None]:
     """Sums over the groups in a fixed order."""
@@ -252,12 +301,13 @@ def _reduce(partial: Tensor | None, dscale: Tensor | None, logit_scale: Tensor |
         if dscale is None or logit_scale is None:
             return None, None
         kept = logit_scale.reshape(-1) <= MAX_LOGIT_SCALE.value
-        return None, (dscale.sum(1) * kept).reshape(logit_scale.shape)
+        return None, (dscale.flatten(1).sum(1) * kept).reshape(logit_scale.shape)
     heads, groups, n, _ = partial.shape
     dbias = torch.empty(heads, n, n, dtype=torch.float32, device=partial.device)
     total = None
     if logit_scale is not None:
         total = torch.empty(logit_scale.shape, dtype=torch.float32, device=partial.device)
     reduce_kernel[(heads, triton.cdiv(n * n, 256))](
-        partial, dscale, logit_scale, dbias, total, groups, n * n, GROUPS=16, BLOCK=256)
+        partial, dscale, logit_scale, dbias, total, groups, n * n, GROUPS=16,
+        PARTS=1 if dscale is None else dscale[0, 0].numel(), BLOCK=256)
     return dbias, total

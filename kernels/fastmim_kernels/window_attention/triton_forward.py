@@ -7,6 +7,7 @@ all tiles of queries attend to one chunk of keys after the other, under an onlin
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from ..common.aot_case import AotCase
 from .triton_backward import backward, backward_kernel, backward_large_kernel, reduce_kernel, single_tile
 from .triton_backward import config as backward_config
+from .triton_fragments import BLOCKS_PER_SM, CHUNK, ROWS, WARPS, bias_tables, fits, parts, tables_kernel
+from .triton_rows_backward import rows_keys_kernel, rows_queries_kernel
+from .triton_rows_forward import rows_forward_kernel
 from .triton_tiles import (
     LOG2E,
     Tiling,
@@ -202,14 +206,21 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
     windows = batch * height * width // n
     out = torch.empty(batch, height, width, c3 // 3, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(windows, num_heads, n, dtype=torch.float32, device=qkv.device)
+    common = common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype)
+    if fits(n, head_dim, qkv.dtype):
+        groups = window_groups(windows, num_heads, multiprocessors(qkv.device) * BLOCKS_PER_SM)
+        table, _ = bias_tables(bias, window_size, shift_size, turned=False)
+        rows_forward_kernel[(num_heads * groups,)](
+            qkv, table, None if logit_scale is None else logit_scale.contiguous(), out, lse, windows, groups, height,
+            width, num_heads, *shift_size, **common, PARTS=parts(n), num_warps=WARPS.value)
+        return out, lse
     tiling = config(n, head_dim, qkv.dtype)
     tiles = triton.cdiv(n, tiling.ROWS * tiling.TILES)
     groups = window_groups(windows, num_heads * tiles, multiprocessors(qkv.device) * tiling.blocks_per_sm)
     forward_kernel[(num_heads * groups, tiles)](
         qkv, bias.contiguous(), None if logit_scale is None else logit_scale.contiguous(), out, lse, windows,
         groups, height, width, num_heads, *shift_size,
-        **common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype), **tile_constexprs(n, tiling),
-        num_warps=tiling.num_warps)
+        **common, **tile_constexprs(n, tiling), num_warps=tiling.num_warps)
     return out, lse
 
 
@@ -238,8 +249,9 @@ _SHAPES = {  # name: (window, heads, head_dim, cosine) of a shifted block, at 19
     "swinv2_b_w6_last_stage": (6, 32, 32, True), "swinv2_w8": (8, 4, 32, True), "swinv2_w16": (16, 4, 32, True),
     "swinv2_w24": (24, 4, 32, True),
 }
-_FORWARD = {"p_qkv": "*bf16", "p_bias": "*fp32", "p_scale": "*fp32", "p_out": "*bf16", "p_lse": "*fp32"}
-_BACKWARD = {"p_grad": "*bf16", **_FORWARD, "p_dqkv": "*bf16", "p_partial": "*fp32", "p_dscale": "*fp32"}
+_POINTERS = {"p_grad": "*bf16", "p_qkv": "*bf16", "p_bias": "*fp32", "p_turned": "*fp32", "p_scale": "*fp32",
+             "p_out": "*bf16", "p_lse": "*fp32", "p_dqkv": "*bf16", "p_partial": "*fp32", "p_dscale": "*fp32",
+             "p_rows": "*fp32"}
 _QUICK = ("swin_b_w6", "swinv2_b_w12")
 _ARCHS = {torch.bfloat16: (80, 90, 100), torch.float32: (80, 90)}
 _SIZES = ("windows", "groups", "height", "width", "heads", "shift_y", "shift_x")
@@ -250,6 +262,26 @@ def _forward_case(name: str, window: int, heads: int, head_dim: int, cosine: boo
     tiling = config(window * window, head_dim, dtype)
     return _case("forward", name, window, heads, head_dim, cosine, forward_kernel, tiling, _ARCHS[dtype],
                  tile_constexprs(window * window, tiling), dtype)
+
+
+def _rows_cases(name: str, window: int, heads: int, head_dim: int, cosine: bool, dtype: torch.dtype = torch.bfloat16
+                ) -> list[AotCase]:
+    """The kernels of whole rows; a window and head takes each program's loop over windows once a part, or once."""
+    tiling = Tiling(ROWS.value, 1, CHUNK.value, True, WARPS.value, 1, 1, BLOCKS_PER_SM)
+    tiles = parts(window * window)
+    kernels = (("forward", name, rows_forward_kernel, (1, tiles)), ("backward", name, rows_queries_kernel, (tiles,)),
+               ("backward", f"{name}_keys", rows_keys_kernel, (1, tiles)))
+    return [dataclasses.replace(
+        _case(direction, label, window, heads, head_dim, cosine, kernel, tiling, _ARCHS[dtype], {"PARTS": tiles},
+              dtype), trips=trips) for direction, label, kernel, trips in kernels]
+
+
+def _cases(name: str, window: int, heads: int, head_dim: int, cosine: bool, dtype: torch.dtype = torch.bfloat16
+           ) -> list[AotCase]:
+    shape = (name, window, heads, head_dim, cosine, dtype)
+    if fits(window * window, head_dim, dtype):
+        return _rows_cases(*shape)
+    return [_forward_case(*shape), *_backward_cases(*shape)]
 
 
 def _backward_cases(name: str, window: int, heads: int, head_dim: int, cosine: bool,
@@ -268,29 +300,28 @@ def _backward_cases(name: str, window: int, heads: int, head_dim: int, cosine: b
 def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cosine: bool, kernel: Any,
           tiling: Tiling, archs: tuple[int, ...], sizes: dict[str, Any], dtype: torch.dtype) -> AotCase:
     common = common_constexprs(head_dim, (window, window), "unshifted" not in name, dtype)
-    pointers = dict(_BACKWARD if direction == "backward" else _FORWARD)
     wide = dtype == torch.float32
-    pointers |= {p: "*fp32" for p in pointers} if wide else {}
+    pointers = {p: "*fp32" if wide else kind for p, kind in _POINTERS.items() if p in kernel.arg_names}
     absent = {} if cosine else {p: None for p in ("p_scale", "p_dscale") if p in pointers}
     present = {p: t for p, t in pointers.items() if p not in absent}
     return AotCase(
         f"window_attention/{direction}/{name}{'-in-fp32' * wide}", kernel, present | dict.fromkeys(_SIZES, "i32"),
         common | sizes | absent, num_warps=tiling.num_warps,
         divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
-        quick=name.removesuffix("_sm80") in _QUICK,
+        quick=name.removesuffix("_sm80").removesuffix("_keys") in _QUICK,
         wide_target=0.5 if window % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs,
         others=("fp16",))
 
 
 def aot_cases() -> list[AotCase]:
     """Every shipped window and head count, and windows 7, 8, 16 and 24, in bfloat16; the usual two in float32."""
-    cases = [_forward_case(name, *shape) for name, shape in _SHAPES.items()]
-    cases += [case for name, shape in _SHAPES.items() for case in _backward_cases(name, *shape)]
-    for name in _QUICK:
-        shape = _SHAPES[name]
-        cases += [_forward_case(name, *shape, torch.float32), *_backward_cases(name, *shape, torch.float32)]
+    cases = [case for name, shape in _SHAPES.items() for case in _cases(name, *shape)]
+    cases += [case for name in _QUICK for case in _cases(name, *_SHAPES[name], torch.float32)]
     pointers = ("p_partial", "p_dscale", "p_scale", "p_out", "p_dscale_out")
     return [*cases, AotCase(
         "window_attention/reduce/w12", reduce_kernel,
         dict.fromkeys(pointers, "*fp32") | {"groups": "i32", "size": "i32"},
-        {"GROUPS": 16, "BLOCK": 256}, divisible=(*pointers, "size"), quick=True)]
+        {"GROUPS": 16, "PARTS": parts(144), "BLOCK": 256}, divisible=(*pointers, "size"), quick=True), AotCase(
+        "window_attention/tables/w12", tables_kernel,
+        dict.fromkeys(("p_bias", "p_table", "p_turned"), "*fp32") | {"shift_y": "i32", "shift_x": "i32"},
+        {"WH": 12, "WW": 12, "VARIANTS": 4, "BLOCK": 32}, divisible=("p_bias", "p_table", "p_turned"), quick=True)]

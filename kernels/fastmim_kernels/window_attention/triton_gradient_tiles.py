@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import LOG2E, NORM_EPS, biased, inverse_norm, load_tile, store_tile, token_rows, token_sides
+from .triton_tiles import LOG2E, biased, inverse_norm, load_tile, norm_counts, store_tile, token_rows, token_sides
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def through_norm(gradient, unit, inverse, scale, COSINE: tl.constexpr):
     """
     gradient *= scale
     if COSINE:
-        radial = tl.where(inverse * NORM_EPS < 1, tl.sum(unit.to(tl.float32) * gradient, 1), 0.0)
+        radial = tl.where(norm_counts(inverse), tl.sum(unit.to(tl.float32) * gradient, 1), 0.0)
         gradient = (gradient - unit.to(tl.float32) * radial[:, None]) * inverse[:, None]
     return gradient
 

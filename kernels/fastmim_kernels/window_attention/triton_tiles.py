@@ -135,9 +135,15 @@ def bias_chunks(p_bias, o_i, o_keys, N: tl.constexpr, FULL_I: tl.constexpr, FULL
 
 @triton.jit
 def inverse_norm(x):
-    """1 / max(‖row‖, eps), the factor of ``F.normalize``."""
+    """1 / max(‖row‖, eps), the factor of ``F.normalize``, within two float32 roundings."""
     x = x.to(tl.float32)
-    return 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), NORM_EPS)
+    return tl.rsqrt(tl.maximum(tl.sum(x * x, 1), NORM_EPS * NORM_EPS))
+
+
+@triton.jit
+def norm_counts(inverse):
+    """Whether :func:`inverse_norm` came of the row, and not of eps; a rounding above 1/eps counts as eps."""
+    return inverse * NORM_EPS < 0.999999
 
 
 @triton.jit
