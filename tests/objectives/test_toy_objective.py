@@ -84,6 +84,7 @@ def pretrain(out, ranks=1, **changes):
 def test_it_pretrains_on_one_rank_and_resumes(folder):
     whole = pretrain("whole", data__val_path="images", train__save_every=2)
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
+    assert all(0 < abs(row["bias"]) < 2 for row in whole), "a scalar of the objective's own"
     assert "val_loss" in whole[-1] and whole[-1]["loss"] < whole[0]["loss"]
     assert load_file("whole/encoder.safetensors") and not Path("whole/reconstructions").exists()
     shutil.copytree("whole/checkpoints/step-00000002", "parts/checkpoints/step-00000002")
@@ -100,7 +101,7 @@ def test_it_pretrains_on_one_rank_and_resumes(folder):
 def test_two_ranks_equal_one(folder):
     changes = dict(train__micro_batch_size=2, train__global_batch_size=4)
     one, two = pretrain("one", **changes), pretrain("two", ranks=2, **changes)
-    for key in ("loss", "grad_norm", "epoch"):
+    for key in ("loss", "grad_norm", "epoch", "bias"):
         assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-5), key
 
 
