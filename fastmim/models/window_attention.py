@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.window_attention.layout import crop_shifted, pad_shifted
 
 from .layers import trunc_normal_
 from .stream import Step
@@ -55,20 +55,9 @@ class WindowAttention(nn.Module):
         if hand_on and not any(pad):
             qkv, y = fk.linear_and_input(y, *weights, **how)
         else:
-            qkv = fk.linear(self._pad(y, pad) if any(pad) else y, *weights, **how)
+            qkv = fk.linear(pad_shifted(y, pad, self.shift_size) if any(pad) else y, *weights, **how)
         shape = {"num_heads": self.num_heads, "window_size": self.window_size, "shift_size": self.shift_size}
         out = fk.window_attention(qkv, step.bias, **shape, logit_scale=self.logit_scale, impl=step.impl)
-        out = step.take(self._unpad(out, height, width) if any(pad) else out)
+        out = step.take(crop_shifted(out, height, width, self.shift_size) if any(pad) else out)
         out = fk.linear(out, self.proj.weight, step.product_bias(self.proj), low_weight=step.low_proj, impl=step.impl)
         return (out, y) if hand_on else out
-
-    def _pad(self, x: Tensor, pad: Pair) -> Tensor:
-        """Zeros at the end of the *rolled* map, as timm does, expressed in the layout before the roll."""
-        rows, cols = self.shift_size
-        x = F.pad(torch.roll(x, (-rows, -cols), (1, 2)), (0, 0, 0, pad[1], 0, pad[0]))
-        return torch.roll(x, (rows, cols), (1, 2))
-
-    def _unpad(self, x: Tensor, height: int, width: int) -> Tensor:
-        rows, cols = self.shift_size
-        x = torch.roll(x, (-rows, -cols), (1, 2))[:, :height, :width]
-        return torch.roll(x, (rows, cols), (1, 2))

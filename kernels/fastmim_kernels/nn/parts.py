@@ -8,7 +8,8 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from ..common.dispatch import check_impl, no_triton, picks_triton
+from ..common.dispatch import check_impl, no_triton
+from ..fusion import norm_adds_bias
 from ..mlp.op import mlp
 from ..residual_norm.op import residual_norm
 from . import rules
@@ -94,14 +95,6 @@ def normed_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
 
 
-def bias_in_norm(impl: str, x: Tensor) -> bool:
-    """Whether the residual norm adds the bias of the product before it.
-
-    There its gradient is nearly free on a GPU; on a CPU the product adds a bias for less.
-    """
-    return picks_triton("residual_norm", impl, x.device)
-
-
 class Mlp(DropIn, timm.layers.Mlp):
     """timm's ``Mlp``: linear, exact GELU, linear, of which backward keeps the input and the pre-activation."""
 
@@ -113,7 +106,7 @@ class Mlp(DropIn, timm.layers.Mlp):
 
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The result, and the bias of ``fc2`` where the residual norm is still to add it."""
-        if not bias_in_norm(self.impl, x) or rules.hooked(self) or self.as_timm():
+        if not norm_adds_bias(self.impl, x.device) or rules.hooked(self) or self.as_timm():
             return self(x), None
         return self._product(x, None), self.fc2.bias
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
 from torch import Tensor, nn
 
+from ..fusion import norm_adds_bias
 from ..linear.op import linear
 from ..patch_merge.op import patch_merge
 from ..position_bias.op import BiasPlan, Block, bias_plan, position_bias
 from ..residual_norm.op import layer_norm
+from ..window_attention.layout import crop_shifted, pad_shifted
 from ..window_attention.op import window_attention
 from . import rules
-from .parts import DropIn, add_and_norm, adopt, adopt_mlp, bias_in_norm, drop_scale, mlp_branch, normed_dtype
+from .parts import DropIn, add_and_norm, adopt, adopt_mlp, drop_scale, mlp_branch, normed_dtype
 
 Pair = tuple[int, int]
 
@@ -54,7 +55,7 @@ class _MapAttention(DropIn):
     def branch(self, x: Tensor, shift_size: Pair) -> tuple[Tensor, Tensor | None]:
         """The result on the map, and the bias of ``proj`` where the residual norm is still to add it."""
         bias: Tensor | None = self.proj.bias
-        now, later = (None, bias) if bias_in_norm(self.impl, x) else (bias, None)
+        now, later = (None, bias) if norm_adds_bias(self.impl, x.device) else (bias, None)
         return self._attend(x, shift_size, now), later
 
     def set_window_size(self, window_size: Pair) -> None:
@@ -88,13 +89,13 @@ class _MapAttention(DropIn):
     def _attend(self, x: Tensor, shift_size: Pair, proj_bias: Tensor | None) -> Tensor:
         height, width = x.shape[1:3]
         pad = (-height % self.window_size[0], -width % self.window_size[1])
-        x = _pad(x, pad, shift_size) if any(pad) else x
+        x = pad_shifted(x, pad, shift_size) if any(pad) else x
         bias = position_bias(*self._plan, [self._bias_parameters()], impl=self.impl)[0]
         x = window_attention(
             linear(x, self.qkv.weight, self._qkv_bias(), impl=self.impl), bias, num_heads=self.num_heads,
             window_size=self.window_size, shift_size=shift_size, logit_scale=getattr(self, "logit_scale", None),
             impl=self.impl)
-        x = _crop(x, height, width, shift_size) if any(pad) else x
+        x = crop_shifted(x, height, width, shift_size) if any(pad) else x
         return linear(x, self.proj.weight, proj_bias, impl=self.impl)
 
     def _bias_parameters(self) -> tuple[Tensor, ...]:
@@ -129,17 +130,6 @@ class WindowAttentionV2(_MapAttention, v2.WindowAttention):
 
 _ATTENTION: dict[type[nn.Module], type[_MapAttention]] = {v1.WindowAttention: WindowAttention,
                                                          v2.WindowAttention: WindowAttentionV2}
-
-
-def _pad(x: Tensor, pad: Pair, shift: Pair) -> Tensor:
-    """Zeros at the end of the *shifted* map, where timm puts them, written in the layout before the shift."""
-    x = F.pad(torch.roll(x, (-shift[0], -shift[1]), (1, 2)), (0, 0, 0, pad[1], 0, pad[0]))
-    return torch.roll(x, shift, (1, 2))
-
-
-def _crop(x: Tensor, height: int, width: int, shift: Pair) -> Tensor:
-    """The inverse of :func:`_pad`."""
-    return torch.roll(torch.roll(x, (-shift[0], -shift[1]), (1, 2))[:, :height, :width], shift, (1, 2))
 
 
 class _Block(DropIn):

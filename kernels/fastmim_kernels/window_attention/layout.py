@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -17,6 +18,23 @@ def pair(sizes: Sequence[int]) -> Pair:
     """What the dispatcher hands on as a list."""
     rows, columns = sizes
     return rows, columns
+
+
+def pad_shifted(x: Tensor, pad: Pair, shift_size: Pair) -> Tensor:
+    """(B, H, W, C) with ``pad`` rows and columns of zeros more, at the end of the *shifted* map, where timm puts them.
+
+    Written in the layout before the shift.
+    """
+    rows, columns = shift_size
+    x = F.pad(torch.roll(x, (-rows, -columns), (1, 2)), (0, 0, 0, pad[1], 0, pad[0]))
+    return torch.roll(x, (rows, columns), (1, 2))
+
+
+def crop_shifted(x: Tensor, height: int, width: int, shift_size: Pair) -> Tensor:
+    """The inverse of :func:`pad_shifted`: (B, height, width, C)."""
+    rows, columns = shift_size
+    x = torch.roll(x, (-rows, -columns), (1, 2))[:, :height, :width]
+    return torch.roll(x, (rows, columns), (1, 2))
 
 
 def gather(x: Tensor, parts: int, window_size: Pair, shift_size: Pair) -> Tensor:
