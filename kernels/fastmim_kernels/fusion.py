@@ -42,4 +42,4 @@ def shape_may_follow(data: Tensor) -> bool:
 
     Elsewhere the host would wait for the device, and what is traced must hold for other values.
     """
-    return unwatched((data,))
+    return data.is_cpu and unwatched((data,))

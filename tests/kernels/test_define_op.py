@@ -233,3 +233,29 @@ def test_no_triton_without_need() -> None:
     code = ("import sys; sys.path[:0] = sys.argv[1:]; import torch, fastmim_kernels as fk; fk.gelu(torch.zeros(2)); "
             "sys.exit(any('triton' in m for m in sys.modules if m.startswith('fastmim_kernels')))")
     assert subprocess.run([sys.executable, "-c", code, str(KERNELS.parent)], check=False).returncode == 0
+
+
+def test_what_is_kept_of_an_inference_does_not_reach_a_training_step() -> None:
+    linear = torch.nn.Linear(3, 5)
+    for training in (False, True):
+        with torch.inference_mode(not training):
+            # float16: nothing before has asked for an empty tensor of it
+            x = torch.ones(2, 3, dtype=torch.float16, requires_grad=training)
+            found = fastmim_kernels.linear(x, linear.weight, low_weight=linear.weight.detach().half(), impl="torch")
+    found.sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad[0].float(), linear.weight.sum(0), rtol=1e-2, atol=1e-3)
+
+
+def test_an_empty_result_of_a_mode_stays_in_it() -> None:
+    from fastmim_kernels.common.rows import nothing
+    plain = torch.ones(1)
+    with FakeTensorMode() as mode:
+        fake = nothing(mode.from_tensor(plain))
+    assert type(fake) is not Tensor and type(nothing(plain)) is Tensor and nothing(plain) is nothing(plain)
+
+
+def test_double_backward_is_refused() -> None:
+    x, weight = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
+    gradient, = torch.autograd.grad(TOY(x, weight, 2.0, impl="torch").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -14,21 +14,20 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import resolve
 
 NAMESPACE = "fastmim"
-_DIRECT = ("cpu", "cuda")
-"""Devices on which an op's functions are called directly."""
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 Moved = Callable[[Sequence[Any], float], tuple[int, int]]
 
@@ -50,7 +49,7 @@ class Pass:
         self.of, self.name, self.functions, self.moved = op, f"{NAMESPACE}::{name}", functions, moved
         self._impl = list(inspect.signature(fake).parameters).index("impl")
         schema = torch.library.infer_schema(fake, mutates_args=())
-        definition = torch.library.custom_op(self.name, self.run, mutates_args=(), schema=schema)
+        definition = torch.library.custom_op(self.name, self._run_apart, mutates_args=(), schema=schema)
         definition.register_fake(fake)
         self.op = definition._opoverload
         # An op without a formula has no matrix product inside; torch's counter counts nothing else.
@@ -62,8 +61,11 @@ class Pass:
         at = self._impl
         return self.functions[args[at]](*args[:at], *args[at + 1 :])
 
-    def __call__(self, *args: Any) -> Any:
-        return self.run(*args) if unwatched(args, _DIRECT) else self.op(*args)
+    def _run_apart(self, *args: Any) -> Any:
+        """The same for torch, which wants every result to be a new tensor: :func:`.rows.nothing` gives one to many."""
+        found = self.run(*args)
+        return tuple(t if t.numel() else torch.empty_like(t) for t in found) if isinstance(found, tuple) else found
+
 
 
 class _Functions(dict[str, Callable]):
@@ -88,7 +90,8 @@ class Op:
     """What :func:`define_op` makes: call it with the inputs.
 
     Args:
-        eager, compiled: Each implementation as a function of the inputs; for compilers, which see the op itself.
+        eager, compiled: Each implementation as a function of whether the tensors are plain and nobody watches, and of
+            the inputs; for compilers, which see the op itself.
         hand_on: The same op with the results that the declaration's ``readers`` hands out.
     """
 
@@ -104,17 +107,18 @@ class Op:
         Raises:
             ValueError: As :func:`.dispatch.resolve`, or Triton, which computes in float32, is asked for float64.
         """
-        tensors, functions = _tensors(args), self._compiled if torch.compiler.is_compiling() else self._eager
+        tensors = _tensors(args)
+        if is_compiling():
+            plain, functions = False, self._compiled
+        else:
+            plain, functions = not is_in_torch_dispatch_mode() and all(map(_is_plain, tensors)), self._eager
         for tensor in tensors:
             if tensor.dtype == torch.float64:
                 functions = self._in_float64(functions, impl)
                 break
         device = tensors[0].device
         function = resolve(self.name, impl, functions, device)
-        if not torch.is_autocast_enabled(device.type):
-            return function(*args)
-        with torch.autocast(device.type, enabled=False):
-            return function(*args)
+        return _outside_autocast(device.type, function, plain, *args)
 
     def _in_float64(self, functions: dict[str, Callable], impl: str) -> dict[str, Callable]:
         if impl == "triton":
@@ -152,10 +156,9 @@ def define_op(
     package = fake.__module__.rpartition(".")[0]
     forward = Pass(name, name, fake, _Functions(modules, package, "forward"), flops, moved)
     if backward_fake is None or save is None or gradients is None:
-        def without_gradient(run: Callable) -> dict[str, Callable]:
-            return {"reference": reference} | {impl: partial(_without_gradient, run, impl) for impl in modules}
-
-        return Op(name, forward, None, without_gradient(forward), without_gradient(forward.op))
+        functions: dict[str, Callable] = {impl: partial(_without_gradient, forward, impl) for impl in modules}
+        functions["reference"] = partial(_true, reference)
+        return Op(name, forward, None, functions, functions)
     backward = Pass(name, f"{name}_backward", backward_fake, _Functions(modules, package, "backward"), backward_flops,
                     backward_moved)
     formula = partial(_formula, len(forward.op._schema.arguments), backward, gradients)
@@ -165,7 +168,8 @@ def define_op(
         function = _function(forward, save, formula, select)
         eager: dict[str, Callable] = {impl: partial(function.apply, impl) for impl in modules}
         compiled: dict[str, Callable] = {impl: partial(_compiled, forward, select, impl) for impl in modules}
-        return Op(name, forward, backward, eager | {"reference": oracle}, compiled | {"reference": oracle}, hand_on)
+        truth = {"reference": partial(_true, oracle)}
+        return Op(name, forward, backward, eager | truth, compiled | truth, hand_on)
 
     def chosen(_: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
         return outputs[0] if results == 1 else outputs[:results]
@@ -176,29 +180,37 @@ def define_op(
     return op(chosen, reference, handed)
 
 
-def unwatched(args: Sequence[Any], devices: Sequence[str] = ("cpu",)) -> bool:
-    """Plain tensors on ``devices``, and nobody who wants to see the op: no compiler, no fakes, no dispatch mode."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type in devices for t in _tensors(args))
+def unwatched(args: Sequence[Any]) -> bool:
+    """Plain tensors, and nobody who wants to see the op: no compiler, no fakes, no dispatch mode."""
+    return not is_compiling() and not is_in_torch_dispatch_mode() and all(map(_is_plain, _tensors(args)))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Of a CPU or a GPU, and of no subclass."""
+    return type(x) in _PLAIN and (x.is_cuda or x.is_cpu)
 
 
 def _function(forward: Pass, save: Callable, formula: Callable, select: Callable) -> Any:
     """The autograd function around an op whose results are ``select(inputs, outputs)``; profilers see the op's name."""
     # Not with a setup_context of its own: torch then inspects the signature at every call, at twice the cost.
-    def run(ctx: Any, impl: str, *args: Any) -> Any:
-        inputs = (*args, impl)
-        found = forward.functions[impl](*args) if unwatched(args, _DIRECT) else forward.op(*inputs)
-        outputs = _tuple(found)
+    def run(ctx: Any, impl: str, plain: bool, *args: Any) -> Any:
+        inputs, ctx.plain = (*args, impl), plain
+        outputs = _tuple(forward.functions[impl](*args) if plain else forward.op(*inputs))
         tensors, settings = save(inputs, outputs)
-        _keep(ctx, tensors, settings, ctx.needs_input_grad[1:])
+        _keep(ctx, tensors, settings, ctx.needs_input_grad[2:])
         return _apart(select(inputs, outputs), inputs)
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *formula(ctx, grads)[:-1]
+        return None, None, *formula(ctx, grads)[:-1]
+
+    once = once_differentiable(backward)
+
+    def checked(ctx: Any, *grads: Any) -> Any:
+        # Who asks for a graph of the gradient is told that there is none; the others need not pay for the question.
+        return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
     return type(forward.name, (torch.autograd.Function,), {
-        "forward": staticmethod(run), "backward": staticmethod(once_differentiable(backward))})
+        "forward": staticmethod(run), "backward": staticmethod(checked)})
 
 
 def _register_autograd(forward: Pass, save: Callable, formula: Callable, results: int) -> None:
@@ -213,14 +225,18 @@ def _register_autograd(forward: Pass, save: Callable, formula: Callable, results
                                     setup_context=setup)
 
 
-def _compiled(forward: Pass, select: Callable, impl: str, *args: Any) -> Any:
+def _compiled(forward: Pass, select: Callable, impl: str, plain: bool, *args: Any) -> Any:
     """The compiler sees the op itself; where two readers share a result, it adds their gradients."""
     return select((*args, impl), _tuple(forward.op(*args, impl)))
 
 
-def _without_gradient(run: Callable, impl: str, *args: Any) -> Any:
+def _without_gradient(forward: Pass, impl: str, plain: bool, *args: Any) -> Any:
     with torch.no_grad():
-        return run(*args, impl)
+        return (forward.run if plain else forward.op)(*args, impl)
+
+
+def _true(oracle: Callable, plain: bool, *args: Any) -> Any:
+    return oracle(*args)
 
 
 def _keep(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], needs: tuple[bool, ...]) -> None:
@@ -237,20 +253,32 @@ def _formula(inputs: int, backward: Pass, gradients: Callable, ctx: Any, grads: 
         return (None,) * inputs
     # The saved tensors once: checkpointing gives them out a single time.
     kept = Kept(ctx.saved_tensors, ctx.settings, ctx.needs)
-    with _outside_autocast(given[0].device.type):
-        found = gradients(backward, kept, *grads)
+    direct = getattr(ctx, "plain", False) and unwatched(given)
+    call = backward.run if direct else backward.op
+    found = _outside_autocast(given[0].device.type, gradients, call, kept, *grads)
     return *found, *(None,) * (inputs - len(found))
 
 
-def _outside_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def _outside_autocast(device: str, function: Callable, *args: Any) -> Any:
+    """``function(*args)`` with the dtypes that it is given."""
+    if not torch.is_autocast_enabled(device):
+        return function(*args)
+    if is_compiling():
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+    # The context costs as much as an op; what it does beyond this is for casts within it, of which there are none.
+    torch.set_autocast_enabled(device, False)
+    try:
+        return function(*args)
+    finally:
+        torch.set_autocast_enabled(device, True)
 
 
 def _apart(found: Any, inputs: Sequence[Any]) -> Any:
     """``found`` with an alias for each input or repetition: autograd wants results to be tensors of their own."""
     if isinstance(found, Tensor):
         return found
-    seen, apart = {id(t) for t in inputs if isinstance(t, Tensor)}, []
+    seen, apart = set(map(id, inputs)), []
     for t in found:
         apart.append(t.detach() if id(t) in seen else t)
         seen.add(id(t))
@@ -266,6 +294,6 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
     for arg in args:
         if isinstance(arg, Tensor):
             found.append(arg)
-        elif isinstance(arg, (list, tuple)):
+        elif type(arg) in (list, tuple):
             found += [t for t in arg if isinstance(t, Tensor)]
     return found

@@ -1,11 +1,11 @@
-"""Kernels run where their tensors are, whichever device is current."""
+"""Kernels run where their tensors are, whichever device is current; and what a launch asks of a device."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,31 @@ R = TypeVar("R")
 _HERE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
+def processors(device: torch.device, elsewhere: int = 1) -> int:
+    """Multiprocessors of a GPU; ``elsewhere`` in the interpreter."""
+    return _ask(torch.cuda.get_device_properties, device).multi_processor_count if device.type == "cuda" else elsewhere
+
+
+def sm_of(device: torch.device) -> int:
+    """80, 90, 100, … of a GPU; 90 in the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = _ask(torch.cuda.get_device_capability, device)
+    return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=64)
+def _ask(question: Callable[[torch.device], Any], device: torch.device) -> Any:
+    """The answer is kept: torch takes microseconds for one. With the question, so that a stand-in's stays its own."""
+    return question(device)
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """A context in which the device of ``x`` is current; it costs nothing where that is so already."""
-    device = x.device
     # Tensors that are fake name a device that may not be there.
-    if device.type != "cuda" or not torch.cuda.is_initialized() or device.index == torch.cuda.current_device():
+    if not x.is_cuda or not torch.cuda.is_initialized() or x.get_device() == torch.cuda.current_device():
         return _HERE
-    return torch.cuda.device(device)
+    return torch.cuda.device(x.device)
 
 
 def on_own_device(launcher: Callable[P, R]) -> Callable[P, R]:
@@ -34,7 +52,9 @@ def on_own_device(launcher: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         for x in args:
             if isinstance(x, Tensor):
-                with on_device_of(x):
+                if (there := on_device_of(x)) is _HERE:
+                    return launcher(*args, **kwargs)
+                with there:
                     return launcher(*args, **kwargs)
         raise TypeError(f"{launcher.__name__} takes a tensor by position")
 

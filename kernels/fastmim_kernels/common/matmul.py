@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .aot_case import AotCase
+from .sizes import next_power_of_2
 
 GROUP = 8
 """Rows of tiles that are walked together."""
@@ -54,12 +56,7 @@ def halves(b_tile):
 
 
 def block(width: int, limit: int) -> int:
-    return max(16, min(limit, triton.next_power_of_2(width)))
-
-
-def sm_of(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return 10 * major + minor
+    return max(16, min(limit, next_power_of_2(width)))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -76,6 +73,7 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if settings.allow_tf32 else "ieee"
 
 
+@lru_cache(maxsize=256)
 def tile_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
     """Tiles of a product with an epilogue, that leave room for two blocks on a multiprocessor of ``sm_<sm>``."""
     if dtype == torch.float32:
@@ -84,6 +82,7 @@ def tile_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[s
     return {"BM": 128, "BN": block(columns, 128), "BK": deep, "num_warps": 8, "num_stages": 3 if deep == 64 else 4}
 
 
+@lru_cache(maxsize=256)
 def narrow_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
     """As :func:`tile_config`, for kernels that also read a tile of the result's shape: on sm_80 half as wide."""
     narrow = {} if sm >= 90 or dtype == torch.float32 else {"BN": block(columns, 64)}

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, but float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which takes microseconds to find that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor for a result that is not wanted, the same for all: ops of a step would make hundreds."""
+    dtype = like.dtype if dtype is None else dtype
+    # What a mode makes (a fake tensor) is of use within the mode alone.
+    return torch.empty(0, dtype=dtype, device=like.device) if is_in_torch_dispatch_mode() else _kept(dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _kept(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd may have to keep it
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 def exactly(padded: Tensor, shape: Sequence[int]) -> Tensor:

@@ -11,34 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.cpu import has_amx, onednn_multiplies
-from ..common.rows import column_sum, statistics_dtype
+from ..common.rows import cast, column_sum, nothing, statistics_dtype
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None
             ) -> tuple[Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::linear``."""
-    low, cast = in_dtype_of(x, weight, low_weight)
-    out = product(x.reshape(-1, x.shape[-1]), low, bias if low_bias is None else low_bias).view(*x.shape[:-1], -1)
-    return out, cast
+    low, own = in_dtype_of(x, weight, low_weight)
+    return product(x, low, bias if low_bias is None else low_bias), own
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype,
              add: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::linear_backward``."""
     grad = grad.reshape(-1, grad.shape[-1]).contiguous()
-    dx = input_gradient(grad, weight, add).view(x.shape) if need_x else x.new_empty(0)
+    dx = input_gradient(grad, weight, add).view(x.shape) if need_x else nothing(x)
     return dx, *parameter_gradients(grad, x.reshape(-1, x.shape[-1]), weight_dtype, has_bias)
 
 
 def in_dtype_of(x: Tensor, weight: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor]:
     """(the weight in the dtype of x, the same where it had to be cast for it, else an empty tensor)."""
-    cast = weight.to(x.dtype) if low is None else low
-    return cast, x.new_empty(0) if cast is weight or cast is low else cast
+    if low is not None:
+        return low, nothing(x)
+    return (weight, nothing(x)) if weight.dtype == x.dtype else (own := weight.to(x.dtype), own)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x·Wᵀ + b`` of (M, K), (N, K) and (N,) on whatever device; all cast to the dtype of x. No autograd."""
-    bias = None if bias is None else bias.to(x.dtype)
+    """``x·Wᵀ + b`` of (…, K), (N, K) and (N,) on whatever device; all cast to the dtype of x. No autograd."""
+    bias = None if bias is None else cast(bias, x.dtype)
     if _is_onednn(x):
         # It reads a bias as if it were contiguous, whatever its strides.
         bias = None if bias is None else bias.contiguous()
@@ -57,7 +57,7 @@ def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
 def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool) -> tuple[Tensor, Tensor]:
     """(``gradᵀ·x`` in ``dtype``, sum of the rows of grad in float32 at least, or empty) of (M, N) and (M, K)."""
     wide = statistics_dtype(x.dtype)
-    d_bias = column_sum(grad).to(wide) if has_bias else x.new_empty(0, dtype=wide)
+    d_bias = column_sum(grad).to(wide) if has_bias else nothing(x, wide)
     return weight_gradient(grad, x, dtype), d_bias
 
 
@@ -78,4 +78,4 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and onednn_multiplies(x.dtype)
+    return x.is_cpu and onednn_multiplies(x.dtype)

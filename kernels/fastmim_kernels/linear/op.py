@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..common.define_op import Kept, define_op
 from ..common.dispatch import picks_triton
-from ..common.rows import statistics_dtype
+from ..common.rows import cast, statistics_dtype
 from . import on_torch
 
 
@@ -35,58 +35,60 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight:
     Raises:
         ValueError: Shapes do not belong together.
     """
-    if x.device.type != "cpu" and impl in ("auto", "torch") and not picks_triton("linear", impl, x.device):
+    if not x.is_cpu and impl in ("auto", "torch") and not picks_triton("linear", impl, x.device):
         impl = "reference"  # torch's own layer: nothing of the CPU's is of use elsewhere
-    return _call(OP, x, weight, bias, low_weight, low_bias, impl)
+    return _call(OP, x, weight, bias, low_weight, low_bias, product_dtype(x), impl)
 
 
 def linear_and_input(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,
                      low_bias: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """(:func:`linear`, x), the second for another reader of x: one product then adds both gradients up."""
-    if x.dtype != product_dtype(x):
+    dtype = product_dtype(x)
+    if x.dtype != dtype:
         return linear(x, weight, bias, low_weight=low_weight, low_bias=low_bias, impl=impl), x
-    return _call(OP.hand_on, x, weight, bias, low_weight, low_bias, impl)
+    return _call(OP.hand_on, x, weight, bias, low_weight, low_bias, dtype, impl)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, else that of x; float64 stays."""
     device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else x.dtype
+    lower = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if lower else x.dtype
 
 
 def _call(run: Callable, x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None,
-          low_bias: Tensor | None, impl: str) -> Any:
+          low_bias: Tensor | None, dtype: torch.dtype, impl: str) -> Any:
     _check(x, weight, bias, low_weight, low_bias)
-    x = x.to(product_dtype(x))
-    return run(x, weight, bias, fitting(low_weight, x.dtype), fitting(low_bias, x.dtype), impl=impl)
+    return run(cast(x, dtype), weight, bias, fitting(low_weight, dtype), fitting(low_bias, dtype), impl=impl)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None) -> None:
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"linear: weight must be (N, {x.shape[-1]}) and bias (N,), got {tuple(weight.shape)} and "
                          f"{None if bias is None else tuple(bias.shape)}")
-    check_low("linear", {"low_weight": (low_weight, weight), "low_bias": (low_bias, bias)})
+    check_low("linear", "low_weight", low_weight, weight)
+    check_low("linear", "low_bias", low_bias, bias)
 
 
-def check_low(op: str, pairs: dict[str, tuple[Tensor | None, Tensor | None]]) -> None:
-    """Raise ``ValueError`` unless each (copy, parameter) has one shape, where there is a copy."""
-    for name, (low, parameter) in pairs.items():
-        if low is not None and (parameter is None or low.shape != parameter.shape):
-            raise ValueError(f"{op}: {name} must have the shape of its parameter, got {tuple(low.shape)} and "
-                             f"{None if parameter is None else tuple(parameter.shape)}")
+def check_low(op: str, name: str, low: Tensor | None, parameter: Tensor | None) -> None:
+    """Raise ``ValueError`` unless the copy ``low``, where there is one, has the shape of ``parameter``."""
+    if low is not None and (parameter is None or low.shape != parameter.shape):
+        raise ValueError(f"{op}: {name} must have the shape of its parameter, got {tuple(low.shape)} and "
+                         f"{None if parameter is None else tuple(parameter.shape)}")
 
 
 def fitting(low: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``low`` cut off from autograd; None when it is not in ``dtype`` and therefore of no use."""
-    return None if low is None or low.dtype != dtype else low.detach()
+    if low is None or low.dtype != dtype:
+        return None
+    return low.detach() if low.requires_grad else low
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None,
           impl: str) -> tuple[Tensor, Tensor]:
     """(result, W in the dtype of x, empty when that is its own or given)."""
-    cast = weight.dtype != x.dtype and low_weight is None
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(weight.shape if cast else (0,))
+    own = weight.dtype != x.dtype and low_weight is None
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(weight.shape if own else (0,))
 
 
 def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool, weight_dtype: torch.dtype,
@@ -109,7 +111,7 @@ def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, add: Tensor 
         return (add,)
     (x, weight), (bias_dtype, weight_dtype, impl), need_x = kept.tensors, kept.settings, kept.needs[0]
     dx, dw, db = backward(grad, x, weight, bias_dtype is not None, need_x, weight_dtype, impl, add)
-    return dx if need_x else None, dw, None if bias_dtype is None else db.to(bias_dtype)
+    return dx if need_x else None, dw, None if bias_dtype is None else cast(db, bias_dtype)
 
 
 def _flops(x: Any, weight: Any, *_: Any) -> int:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device
+from ..common.device import on_own_device, sm_of
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -21,10 +21,10 @@ from ..common.matmul import (
     metadata,
     narrow_config,
     precision,
-    sm_of,
     tile_of,
     within,
 )
+from ..common.sizes import cdiv
 
 
 @triton.jit
@@ -67,12 +67,13 @@ def product_add_kernel(
 
 @on_own_device
 def product_add(x: Tensor, weight: Tensor, add: Tensor) -> Tensor:
-    """``x·W + add`` of (M, K), (K, N) and (M, N) in the dtype of x, rounded once."""
+    """``x·W + add`` of (…, K), (K, N) and (…, N) in the dtype of x, rounded once; in the shape of ``add``."""
     x, weight, add = x.contiguous(), weight.contiguous(), add.contiguous()
-    (rows, depth), columns = x.shape, weight.shape[1]
+    depth, columns = weight.shape
+    rows = x.numel() // depth
     tiles = narrow_config(columns, depth, x.dtype, sm_of(x.device))
     out = torch.empty_like(add)
-    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
+    grid = (cdiv(rows, tiles["BM"]) * cdiv(columns, tiles["BN"]),)
     product_add_kernel[grid](x, weight, add, out, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP,
                              PRECISION=precision(x.dtype), **tiles)
     return out

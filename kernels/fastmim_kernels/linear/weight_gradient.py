@@ -7,6 +7,7 @@ in a fixed order by whichever program comes last.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
-from ..common.device import on_own_device
+from ..common.device import on_own_device, processors, sm_of
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -27,11 +28,11 @@ from ..common.matmul import (
     for_two_blocks,
     metadata,
     precision,
-    sm_of,
     sum_rows,
     tile_of,
     within,
 )
+from ..common.sizes import cdiv
 
 PART = 8
 """Blocks of rows that a part has at least."""
@@ -134,6 +135,7 @@ def weight_gradient_kernel(
                     tl.store(p_dbias + o_n, sum_rows(p_sums, o_n, m_sum, 0, 1, SPLITS, N, BN, 16), mask=m_sum)
 
 
+@lru_cache(maxsize=256)
 def weight_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
     """Tiles of :func:`weight_gradient_kernel`: ``BN`` × ``BK`` of the result and ``BR`` rows at a time."""
     if dtype == torch.float32:
@@ -144,36 +146,38 @@ def weight_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict
                            "num_warps": 8 if sm >= 90 else 4, "num_stages": 3 if deep == 64 else 4})
 
 
+@lru_cache(maxsize=256)
 def split_rows(rows: int, tiles: int, block: int, at_once: int) -> tuple[int, int]:
     """(parts of the rows, parts that are added up together), so that ``at_once`` programs have work.
 
     Two levels of about √parts additions are shortest.
     """
-    blocks = triton.cdiv(rows, block)
-    splits = max(1, min(at_once // tiles, triton.cdiv(blocks, PART)))
-    splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))  # no part is empty
+    blocks = cdiv(rows, block)
+    splits = max(1, min(at_once // tiles, cdiv(blocks, PART)))
+    splits = cdiv(blocks, cdiv(blocks, splits))  # no part is empty
     return splits, splits if splits <= 4 else math.isqrt(splits - 1) + 1
 
 
 def programs_at_once(device: torch.device) -> int:
     """One on each multiprocessor: more parts would be more to write and to add; in the interpreter, some."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+    return processors(device, elsewhere=6)
 
 
 @on_own_device
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(gradᵀ·x in ``dtype``, Σ of the rows of grad in fp32) of contiguous (M, N) and (M, K) in one launch."""
-    (rows, columns), depth, device = grad.shape, x.shape[1], grad.device
+    """(gradᵀ·x in ``dtype``, Σ of the rows of grad in fp32) of contiguous (…, N) and (…, K) in one launch."""
+    columns, depth, device = grad.shape[-1], x.shape[-1], grad.device
+    rows = grad.numel() // columns
     tiles = weight_config(columns, depth, grad.dtype, sm_of(device))
-    blocks = triton.cdiv(columns, tiles["BN"]) * triton.cdiv(depth, tiles["BK"])
+    blocks = cdiv(columns, tiles["BN"]) * cdiv(depth, tiles["BK"])
     splits, share = split_rows(rows, blocks, tiles["BR"], programs_at_once(device))
-    dw, d_bias = (torch.empty(size, dtype=kind, device=device)
-                  for size, kind in (((columns, depth), dtype), ((columns,), torch.float32)))
+    dw = torch.empty(columns, depth, dtype=dtype, device=device)
+    d_bias = torch.empty(columns, dtype=torch.float32, device=device)
     scratch: tuple[Tensor | None, ...] = None, None, None
     if splits > 1:
-        scratch = (*(torch.empty(splits, *size, dtype=torch.float32, device=device)
-                     for size in ((columns, depth), (columns,))),
-                   arrival.counters(blocks * (1 + triton.cdiv(splits, share)), device))
+        scratch = (torch.empty(splits, columns, depth, dtype=torch.float32, device=device),
+                   torch.empty(splits, columns, dtype=torch.float32, device=device),
+                   arrival.counters(blocks * (1 + cdiv(splits, share)), device))
     weight_gradient_kernel[(blocks, splits)](
         grad, x, dw, d_bias, *scratch, rows, N=columns, K=depth, GROUP=GROUP, SPLITS=splits, SHARE=share,
         PRECISION=precision(grad.dtype), **tiles)
@@ -184,13 +188,13 @@ def aot_cases() -> list[AotCase]:
     """qkv in the first and last stages of the shipped encoders in bf16: 128 images of 192 pixels, which sets SPLITS."""
     cases = []
     for name, (base, widths) in STAGES.items():
-        for width, (sm, processors) in [(w, arch) for w in widths for arch in ((80, 108), (90, 132), (100, 148))]:
+        for width, (sm, at_once) in [(w, arch) for w in widths for arch in ((80, 108), (90, 132), (100, 148))]:
             c = base * width
             quick = name == "swin_b" and c == 512
             for dtype in aot_dtypes(quick, sm):
                 tiles = weight_config(3 * c, c, dtype, sm)
-                blocks = triton.cdiv(3 * c, tiles["BN"]) * triton.cdiv(c, tiles["BK"])
-                splits, share = split_rows(128 * 48 * 48 // width**2, blocks, tiles["BR"], processors)
+                blocks = cdiv(3 * c, tiles["BN"]) * cdiv(c, tiles["BK"])
+                splits, share = split_rows(128 * 48 * 48 // width**2, blocks, tiles["BR"], at_once)
                 extra: dict[str, Any] = {"N": 3 * c, "K": c, "SPLITS": splits, "SHARE": share}
                 if splits == 1:
                     extra |= {"p_partial": None, "p_sums": None, "p_count": None}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common.aot_case import AotCase
 from ..common.device import on_own_device
+from ..common.sizes import cdiv, next_power_of_2
 
 EPS = tl.constexpr(1e-6)
 
@@ -79,8 +80,8 @@ def column_kernel(
 
 def config(length: int, lines: int) -> dict[str, int]:
     """A tile of whole lines: about 2,048 values, and 4 neighbouring lines at least for 128-bit column accesses."""
-    block = triton.next_power_of_2(length)
-    return {"BLOCK": block, "LINES": max(4, min(2048 // block, triton.next_power_of_2(lines))), "num_warps": 4}
+    block = next_power_of_2(length)
+    return {"BLOCK": block, "LINES": max(4, min(2048 // block, next_power_of_2(lines))), "num_warps": 4}
 
 
 @on_own_device
@@ -93,9 +94,9 @@ def forward(images: Tensor, kernel_size: int) -> Tensor:
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     rows, cols = config(width, height), config(height, width)
     # Along x: the other two axes of a grid end at 65,535.
-    row_kernel[(triton.cdiv(height, rows["LINES"]) * b * c,)](
+    row_kernel[(cdiv(height, rows["LINES"]) * b * c,)](
         images, sums, squares, height, width, R=kernel_size // 2, **rows)
-    column_kernel[(triton.cdiv(width, cols["LINES"]) * b * c,)](
+    column_kernel[(cdiv(width, cols["LINES"]) * b * c,)](
         images, sums, squares, out, height, width, R=kernel_size // 2, **cols)
     return out
 

@@ -18,6 +18,7 @@ from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
 from ..common.device import on_own_device
+from ..common.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -133,14 +134,14 @@ def mask_tokens_backward(
 
 def config(channels: int, positions: int, batch: int, norm: bool = False) -> dict[str, int]:
     """Tile and grid: about 2,048 values a tile (the accumulators of backward must fit in registers)."""
-    block_c = triton.next_power_of_2(channels)
-    block_p = max(1, min(2048 // block_c, triton.next_power_of_2(positions)))
-    blocks = triton.cdiv(positions, block_p)
+    block_c = next_power_of_2(channels)
+    block_p = max(1, min(2048 // block_c, next_power_of_2(positions)))
+    blocks = cdiv(positions, block_p)
     # Enough programs for 4 blocks on each of 132 SMs, but at least 8 images a program.
-    splits = max(1, min(triton.cdiv(528, blocks), batch // 8))
-    per_program = triton.cdiv(batch, splits)
+    splits = max(1, min(cdiv(528, blocks), batch // 8))
+    per_program = cdiv(batch, splits)
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "per_program": per_program, "blocks": blocks,
-            "splits": triton.cdiv(batch, per_program), "num_warps": 4 if block_c * block_p <= 2048 else 8}
+            "splits": cdiv(batch, per_program), "num_warps": 4 if block_c * block_p <= 2048 else 8}
 
 
 @on_own_device

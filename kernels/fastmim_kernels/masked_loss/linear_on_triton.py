@@ -22,6 +22,7 @@ from ..common.aot_case import AotCase, in_dtype
 from ..common.arrival import arrive
 from ..common.device import on_own_device
 from ..common.matmul import precision
+from ..common.sizes import cdiv, next_power_of_2
 from ..common.token_layout import EPS
 from .on_triton import _flat, loss_of, slope_of
 
@@ -310,7 +311,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     rows, cfg = chunk_rows(m, k * dtype.itemsize), config(dtype)
     assert max(target[0].numel(), rows * k) < 2**31, "offsets within an image and within a chunk's slope are int32"
     cell = height // mask.shape[1], width // mask.shape[2]
-    grid = triton.cdiv(rows, cfg["loss"]["BM"]), triton.cdiv(k, cfg["loss"]["BN"])
+    grid = cdiv(rows, cfg["loss"]["BM"]), cdiv(k, cfg["loss"]["BN"])
     order, hits, count = ordered(cells, tokens.shape, cell, stride, 1 + grid[1])
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -320,7 +321,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     d_x = make(*tokens.shape, dtype=tokens.dtype) if grads else make(0, dtype=tokens.dtype)
     d_w = make(*weight.shape) if grads else make(0)
     d_bias = make(k) if grads and bias is not None else make(0)
-    blocks = triton.cdiv(m, rows) * grid[0]
+    blocks = cdiv(m, rows) * grid[0]
     sums, biases = make(2, blocks, grid[1]), make(blocks, k) if d_bias.numel() else None
     value, scale = make(), make()
     sizes = (blocks, tokens.shape[1], tokens.shape[2], height, width, *mask.shape[1:], d, k)
@@ -346,9 +347,9 @@ def ordered(mask: Tensor, shape: Sequence[int], cell: tuple[int, int], stride: i
     assert max(m, mask.numel()) < 2**31 - 2**16, "offsets of tokens and cells are int32"
     order, hits, zeros = (torch.empty(size, dtype=torch.int32, device=device) for size in ((m,), (), (counters,)))
     # Where cells do not divide a token, one more can reach into it.
-    reach = [triton.next_power_of_2(triton.cdiv(stride, c) + (stride % c != 0)) for c in cell]
+    reach = [next_power_of_2(cdiv(stride, c) + (stride % c != 0)) for c in cell]
     block = max(16, min(1024, 2048 // reach[1]))
-    order_kernel[(triton.cdiv(m, block),)](
+    order_kernel[(cdiv(m, block),)](
         mask, torch.empty(m, dtype=torch.uint8, device=device), order, hits, arrival.counters(1, device), zeros,
         m, shape[1], shape[2], *mask.shape[1:], counters, S=stride, CELL_H=cell[0], CELL_W=cell[1], ROWS=reach[0],
         COLS=reach[1], BLOCK=block, SCAN=SCAN, num_warps=8)
@@ -362,7 +363,7 @@ def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_
     given = d_tokens, d_weight, d_bias
     found = tuple(torch.empty_like(t, dtype=dtype)
                   for t, dtype in zip(given, (d_tokens.dtype, weight_dtype, bias_dtype), strict=True))
-    grid = (sum(triton.cdiv(t.numel(), 4096) for t in given),)
+    grid = (sum(cdiv(t.numel(), 4096) for t in given),)
     biases = given[2] if d_bias.numel() else None, found[2] if d_bias.numel() else None
     scale_kernel[grid](grad, scale, *given[:2], biases[0], *found[:2], biases[1], *(t.numel() for t in given),
                        BLOCK=4096, num_warps=8)
@@ -372,10 +373,10 @@ def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_
 def _gradients(slope: Tensor | None, x: Tensor, head: Tensor, order: Tensor, hits: Tensor, d_x: Tensor, d_w: Tensor,
                first: int, last: int, cfg: dict[str, dict[str, int]]) -> None:
     (k, d), tiles, exactness = head.shape, cfg["tokens"], precision(x.dtype)
-    grid = triton.cdiv(last - first, tiles["BM"]), triton.cdiv(d, tiles["BN"])
+    grid = cdiv(last - first, tiles["BM"]), cdiv(d, tiles["BN"])
     token_gradient_kernel[grid](slope, head, order, hits, d_x, first, last, d, k, PRECISION=exactness, **tiles)
     tiles = cfg["weight"]
-    grid = triton.cdiv(k, tiles["BM"]), triton.cdiv(d, tiles["BN"])
+    grid = cdiv(k, tiles["BM"]), cdiv(d, tiles["BN"])
     weight_gradient_kernel[grid](slope, x, order, hits, d_w, first, last, d, k, ADD=first > 0, PRECISION=exactness,
                                  **tiles)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common.aot_case import AotCase
 from ..common.device import on_own_device
+from ..common.sizes import next_power_of_2
 
 EPS = tl.constexpr(1e-5)
 
@@ -145,7 +146,7 @@ def finish_kernel(
 
 def config(stride: int, mask_cell: tuple[int, int]) -> dict[str, int]:
     """Tile of one channel of one token; 16 values a thread, so that uint8 pixels load 128 bits."""
-    pad = triton.next_power_of_2(stride)
+    pad = next_power_of_2(stride)
     return {"S": stride, "S_PAD": pad, "CELL_H": math.gcd(mask_cell[0], stride),
             "CELL_W": math.gcd(mask_cell[1], stride), "num_warps": max(1, min(4, pad * pad // 512))}
 

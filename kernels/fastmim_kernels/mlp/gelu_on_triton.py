@@ -6,6 +6,7 @@ written, once a program; the partials are added in a fixed order.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device
+from ..common.device import on_own_device, processors
+from ..common.sizes import cdiv, next_power_of_2
 
 ELEMENTS_PER_THREAD = 8
 """One 128-bit access of bf16 a tensor."""
@@ -23,12 +25,13 @@ WARPS_PER_SM = {"forward": 48, "backward": 28}
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@lru_cache(maxsize=256)
 def config(columns: int) -> dict[str, int]:
     """Tile of ``BLOCK_R`` rows by ``BLOCK_N`` columns: 256 or 128 columns where they divide the width.
 
     The same for every architecture and dtype: there is no dot, and the limit is the memory.
     """
-    block_n = next((b for b in (256, 128) if columns % b == 0), min(triton.next_power_of_2(columns), 256))
+    block_n = next((b for b in (256, 128) if columns % b == 0), min(next_power_of_2(columns), 256))
     block_n = max(block_n, 16)
     return {"BLOCK_R": 4 * 32 * ELEMENTS_PER_THREAD // block_n, "BLOCK_N": block_n, "STAGES": 2, "num_warps": 4}
 
@@ -36,12 +39,11 @@ def config(columns: int) -> dict[str, int]:
 def programs(rows: int, columns: int, direction: str, device: torch.device) -> tuple[int, int]:
     """(programs down the rows, column blocks); fixed for a shape, so sums never reorder."""
     shape = config(columns)
-    blocks = triton.cdiv(columns, shape["BLOCK_N"])
-    tiles = triton.cdiv(rows, shape["BLOCK_R"])
+    blocks = cdiv(columns, shape["BLOCK_N"])
+    tiles = cdiv(rows, shape["BLOCK_R"])
     if device.type != "cuda":  # the interpreter
         return min(tiles, 2), blocks
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(tiles, max(processors * (WARPS_PER_SM[direction] // shape["num_warps"]) // blocks, 1)), blocks
+    return min(tiles, max(processors(device) * (WARPS_PER_SM[direction] // shape["num_warps"]) // blocks, 1)), blocks
 
 
 @triton.jit

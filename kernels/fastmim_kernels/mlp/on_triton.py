@@ -6,6 +6,8 @@ operands in the L2 cache.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
-from ..common.device import on_own_device
+from ..common.device import on_own_device, sm_of
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -25,12 +27,13 @@ from ..common.matmul import (
     metadata,
     narrow_config,
     precision,
-    sm_of,
     sum_rows,
     tile_config,
     tile_of,
     within,
 )
+from ..common.rows import nothing
+from ..common.sizes import cdiv
 from ..linear.on_torch import in_dtype_of, product, weight_gradient
 from ..linear.on_triton import input_gradient, parameter_gradients
 from .gelu_on_triton import normal_cdf
@@ -155,6 +158,7 @@ def gelu_gradient_kernel(
                 tl.store(p_dbias + o_n, sum_rows(p_partial, o_n, m_n, 0, SHARE, groups, N, BN, SHARE), mask=m_n)
 
 
+@lru_cache(maxsize=256)
 def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
     """For :func:`gelu_gradient_kernel`, whose tile is taken apart in four."""
     tiles = narrow_config(columns, depth, dtype, sm)
@@ -164,15 +168,17 @@ def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> di
 @on_own_device
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool
                 ) -> tuple[Tensor, Tensor]:
-    """(z = x·Wᵀ + b, GELU(z)) of (M, K), (N, K) and (N,), each empty where not wanted, in one launch."""
+    """(z = x·Wᵀ + b as (M, N), GELU(z) as (…, N)) of (…, K), (N, K) and (N,), each empty where not wanted."""
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-    (rows, depth), columns = x.shape, weight.shape[0]
+    columns, depth = weight.shape
+    rows = x.numel() // depth
     tiles = tile_config(columns, depth, x.dtype, sm_of(x.device))
-    z, out = (x.new_empty((rows, columns) if wanted else 0) for wanted in (pre, gelu))
-    grid = (triton.cdiv(rows, tiles["BM"]) * triton.cdiv(columns, tiles["BN"]),)
-    linear_gelu_kernel[grid](x, weight, bias, z if pre else None, out if gelu else None, rows, depth, N=columns,
+    z = x.new_empty(rows, columns) if pre else None
+    out = x.new_empty((*x.shape[:-1], columns)) if gelu else None
+    grid = (cdiv(rows, tiles["BM"]) * cdiv(columns, tiles["BN"]),)
+    linear_gelu_kernel[grid](x, weight, bias, z, out, rows, depth, N=columns,
                              EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP, PRECISION=precision(x.dtype), **tiles)
-    return z, out
+    return nothing(x) if z is None else z, nothing(x) if out is None else out
 
 
 @on_own_device
@@ -180,22 +186,26 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tupl
     """(d pre = (grad·W)·GELU'(pre), its sum over the rows in fp32 or empty, GELU(pre)) in one launch.
 
     Args:
-        grad: (M, D) contiguous.
+        grad: (…, D) contiguous, of M rows.
         weight: (D, N) of the product after the GELU.
         pre: (M, N).
         bias: The sum is wanted.
     """
     weight = weight.contiguous()
-    (rows, depth), columns, device = grad.shape, weight.shape[1], grad.device
+    (depth, columns), device = weight.shape, grad.device
+    rows = grad.numel() // depth
     tiles = gradient_config(columns, depth, grad.dtype, sm_of(device))
-    blocks, across = triton.cdiv(rows, tiles["BM"]), triton.cdiv(columns, tiles["BN"])
+    blocks, across = cdiv(rows, tiles["BM"]), cdiv(columns, tiles["BN"])
     dx, out = torch.empty_like(pre), torch.empty_like(pre)
-    sums = [torch.empty(n, columns, dtype=torch.float32, device=device) for n in (1, blocks)] if bias else [None, None]
-    count = arrival.counters(across * (1 + triton.cdiv(blocks, tiles["SHARE"])), device) if bias else None
+    d_bias = partial = count = None
+    if bias:
+        d_bias = torch.empty(columns, dtype=torch.float32, device=device)
+        partial = torch.empty(blocks, columns, dtype=torch.float32, device=device)
+        count = arrival.counters(across * (1 + cdiv(blocks, tiles["SHARE"])), device)
     gelu_gradient_kernel[(blocks * across,)](
-        grad, weight, pre, dx, out, *sums, count, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0,
+        grad, weight, pre, dx, out, d_bias, partial, count, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0,
         GROUP=GROUP, PRECISION=precision(grad.dtype), **tiles)
-    return dx, sums[0][0] if bias else dx.new_empty(0, dtype=torch.float32), out
+    return dx, nothing(dx, torch.float32) if d_bias is None else d_bias, out
 
 
 def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
@@ -203,21 +213,21 @@ def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, b
             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::mlp``; the second product is cuBLAS's."""
     (low1, cast1), (low2, cast2) = in_dtype_of(x, weight1, low_weight1), in_dtype_of(x, weight2, low_weight2)
-    pre, activation = linear_gelu(x.reshape(-1, x.shape[-1]), low1, bias1, pre=not recompute_fc1, gelu=True)
-    return product(activation, low2, bias2).view(*x.shape[:-1], -1), pre, cast1, cast2
+    pre, activation = linear_gelu(x, low1, bias1, pre=not recompute_fc1, gelu=True)
+    return product(activation, low2, bias2), pre, cast1, cast2
 
 
 def backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
              has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, add: Tensor | None
              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::mlp_backward``."""
-    rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).contiguous()
+    grad = grad.contiguous()
     if not pre.numel():  # as forward would have kept it, bit for bit
-        pre, _ = linear_gelu(rows, weight1, bias1, pre=True, gelu=False)
+        pre, _ = linear_gelu(x, weight1, bias1, pre=True, gelu=False)
     d_hidden, d_bias1, activation = gelu_gradient(grad, weight2, pre, bias1 is not None)
     d_weight2, d_bias2 = parameter_gradients(grad, activation, weight2_dtype, has_bias2)
     del activation
-    d_weight1 = weight_gradient(d_hidden, rows, weight1_dtype)
+    d_weight1 = weight_gradient(d_hidden, x.flatten(0, -2), weight1_dtype)
     return input_gradient(d_hidden, weight1, add).view(x.shape), d_weight1, d_bias1, d_weight2, d_bias2
 
 

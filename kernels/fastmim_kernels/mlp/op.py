@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..common.define_op import Kept, define_op
-from ..common.rows import statistics_dtype
+from ..common.rows import cast, statistics_dtype
 from ..linear.op import check_low, fitting, product_dtype
 from . import on_torch
 
@@ -45,28 +45,31 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     Raises:
         ValueError: Shapes do not belong together.
     """
-    return _call(OP, x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, impl)
+    args = x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, product_dtype(x), impl
+    return _call(OP, *args)
 
 
 def mlp_and_input(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
                   low_weight1: Tensor | None = None, low_weight2: Tensor | None = None, recompute_fc1: bool = False,
                   impl: str = "auto") -> tuple[Tensor, Tensor]:
     """(:func:`mlp`, x), the second for another reader of x: one product then adds both gradients up."""
-    args = x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, impl
-    if x.dtype != product_dtype(x):
+    dtype = product_dtype(x)
+    args = x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, dtype, impl
+    if x.dtype != dtype:
         return _call(OP, *args), x
     return _call(OP.hand_on, *args)
 
 
 def _call(run: Callable, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
-          low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str) -> Any:
+          low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, dtype: torch.dtype, impl: str
+          ) -> Any:
     _check(x, weight1, bias1, weight2, bias2)
-    check_low("mlp", {"low_weight1": (low_weight1, weight1), "low_weight2": (low_weight2, weight2)})
-    x = x.to(product_dtype(x))
+    check_low("mlp", "low_weight1", low_weight1, weight1)
+    check_low("mlp", "low_weight2", low_weight2, weight2)
     # Without a graph the pre-activation is of no use to anybody: its buffer takes the activation.
     recompute_fc1 = recompute_fc1 or not torch.is_grad_enabled()
-    return run(x, weight1, bias1, weight2, bias2, fitting(low_weight1, x.dtype), fitting(low_weight2, x.dtype),
-               recompute_fc1, impl=impl)
+    return run(cast(x, dtype), weight1, bias1, weight2, bias2, fitting(low_weight1, dtype),
+               fitting(low_weight2, dtype), recompute_fc1, impl=impl)
 
 
 def traffic(rows: int, channels: int, hidden: int, out_channels: int | None = None, *, itemsize: int = 2,
@@ -86,9 +89,9 @@ def traffic(rows: int, channels: int, hidden: int, out_channels: int | None = No
     x, h, y = (rows * n * itemsize for n in (channels, hidden, out_channels))
     w1, w2 = hidden * channels * itemsize, hidden * out_channels * itemsize
     flops = 2 * rows * weights
-    cast = weights if itemsize != param_itemsize and not low_weights else 0
+    own = weights if itemsize != param_itemsize and not low_weights else 0
     b1, b2 = hidden * param_itemsize * bias, out_channels * param_itemsize * bias
-    forward = (x + w1 + b1 + h + w2 + b2 + cast * param_itemsize, h * (2 - recompute_fc1) + y + cast * itemsize, flops)
+    forward = (x + w1 + b1 + h + w2 + b2 + own * param_itemsize, h * (2 - recompute_fc1) + y + own * itemsize, flops)
     # d hidden with the activation again, d W2, d W1, d x; the gradients of the biases come with the products.
     read = (y + w2 + h) + (y + h) + (h + x) + (h + w1) + (x + w1 + b1) * recompute_fc1
     written = 2 * h + weights * param_itemsize + x + h * recompute_fc1 + 4 * (hidden + out_channels) * bias
@@ -141,7 +144,7 @@ def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, add: Tensor 
         return (add,)
     bias_dtypes, settings = kept.settings
     dx, dw1, db1, dw2, db2 = backward(grad, *kept.tensors, *settings, add)
-    db1, db2 = (None if dtype is None else b.to(dtype) for b, dtype in zip((db1, db2), bias_dtypes, strict=True))
+    db1, db2 = (None if dtype is None else cast(b, dtype) for b, dtype in zip((db1, db2), bias_dtypes, strict=True))
     return dx, dw1, db1, dw2, db2
 
 

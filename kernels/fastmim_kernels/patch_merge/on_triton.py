@@ -6,6 +6,7 @@ one source token into the next.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device
+from ..common.device import on_own_device, processors
+from ..common.sizes import cdiv, next_power_of_2
 
 ELEMENTS_PER_THREAD = 8
 """One 128-bit access of bf16 a tensor."""
@@ -24,13 +26,14 @@ WARPS_PER_SM = {"forward": 24, "backward": 16}
 """What the registers allow at once; more programs would come as a second, nearly empty wave."""
 
 
+@lru_cache(maxsize=256)
 def config(channels: int, norm: bool) -> dict[str, int]:
     """Merged tokens a tile (``BLOCK_R``) and channels of each part (``BLOCK_C``) for C = ``channels``.
 
     A norm needs whole rows; without one wide rows are cut, so that four warps do. The same for every
     architecture and dtype: there is no dot, and the limit is the memory.
     """
-    block_c = max(triton.next_power_of_2(channels), 16)
+    block_c = max(next_power_of_2(channels), 16)
     if not norm:
         block_c = next((b for b in (256, 128, 64) if channels % b == 0), min(block_c, 256))
     # A wide row has 16 values a thread: with 8 the compiler leaves it 64 registers on sm_90, which spill.
@@ -42,12 +45,11 @@ def config(channels: int, norm: bool) -> dict[str, int]:
 def programs(rows: int, channels: int, norm: bool, direction: str, device: torch.device) -> tuple[int, int]:
     """(programs down the rows, column blocks); fixed for a shape, so sums never reorder."""
     shape = config(channels, norm)
-    blocks = triton.cdiv(channels, shape["BLOCK_C"])
-    tiles = triton.cdiv(rows, shape["BLOCK_R"])
+    blocks = cdiv(channels, shape["BLOCK_C"])
+    tiles = cdiv(rows, shape["BLOCK_R"])
     if device.type != "cuda":  # the interpreter
         return min(tiles, 2), blocks
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    resident = processors * max(WARPS_PER_SM[direction] // shape["num_warps"], 1)
+    resident = processors(device) * max(WARPS_PER_SM[direction] // shape["num_warps"], 1)
     return min(tiles, max(resident // blocks, 1)), blocks
 
 

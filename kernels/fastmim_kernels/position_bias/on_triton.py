@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..common.aot_case import AotCase
 from ..common.device import on_own_device
+from ..common.sizes import cdiv, next_power_of_2
 from .layout import sizes, unflatten
 
 
@@ -182,7 +183,7 @@ SCATTER = {"LINES": 32, "BLOCK": 16, "num_warps": 4}
 
 def parameter_tiles(heads: int) -> dict[str, int]:
     """Tile of ``parameters_kernel``: all heads; with many, fewer rows at a time fit in registers."""
-    block_h = max(16, triton.next_power_of_2(heads))
+    block_h = max(16, next_power_of_2(heads))
     return {"BT": 32 if block_h <= 32 else 16, "BK": 16, "BH": block_h, "num_warps": 4}
 
 
@@ -195,9 +196,9 @@ def forward(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords:
     heads, rows, pairs = (max(block[i] for block in blocks) for i in range(3))
     bias, sigmoids = (torch.empty(size, dtype=torch.float32, device=params.device) for size in sizes(blocks, hidden))
     if hidden:
-        grid = triton.cdiv(rows, TABLE["BT"]), triton.cdiv(heads, TABLE["BH"]), len(blocks)
+        grid = cdiv(rows, TABLE["BT"]), cdiv(heads, TABLE["BH"]), len(blocks)
         table_kernel[grid](params, coords, table, sigmoids, K=hidden, **TABLE)
-    grid = triton.cdiv(pairs, LOOK_UP["BLOCK"]), triton.cdiv(heads, LOOK_UP["LINES"]), len(blocks)
+    grid = cdiv(pairs, LOOK_UP["BLOCK"]), cdiv(heads, LOOK_UP["LINES"]), len(blocks)
     look_up_kernel[grid](sigmoids if hidden else params, index, table, bias, MLP=hidden > 0, **LOOK_UP)
     return bias, sigmoids
 
@@ -212,11 +213,11 @@ def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, orde
     heads, rows = (max(block[i] for block in blocks) for i in range(2))
     found = torch.empty_like(params)
     d_table = torch.empty_like(sigmoids) if hidden else found
-    grid = rows, triton.cdiv(heads, SCATTER["LINES"]), len(blocks)
+    grid = rows, cdiv(heads, SCATTER["LINES"]), len(blocks)
     scatter_kernel[grid](grad, order, start, sigmoids, table, d_table, MLP=hidden > 0, **SCATTER)
     if hidden:
         tiles = parameter_tiles(heads)
-        grid = len(blocks), triton.cdiv(hidden, tiles["BK"])
+        grid = len(blocks), cdiv(hidden, tiles["BK"])
         parameters_kernel[grid](d_table, params, coords, table, found, K=hidden, **tiles)
     return found
 

@@ -6,6 +6,7 @@ written, once a program. The last programs add the partials in a fixed order: gr
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device
+from ..common.device import on_own_device, processors
+from ..common.rows import nothing
+from ..common.sizes import cdiv, next_power_of_2
 from .layout import given, merged_shape, owned, written
 
 ELEMENTS_PER_THREAD = 8
@@ -25,13 +28,14 @@ WARPS_PER_SM = {"forward": 24, "backward": 16}
 """What the registers allow at once; more programs than that would come as a second, nearly empty wave."""
 
 
+@lru_cache(maxsize=256)
 def config(channels: int) -> dict[str, int]:
     """``BLOCK_R`` rows a tile, ``BLOCK_C`` columns (all of them) and ``num_warps`` for C = ``channels``.
 
     The same for every architecture and dtype: there is no dot, and the limit is the memory. Two stages load
     the next tile while this one is reduced.
     """
-    block_c = max(triton.next_power_of_2(channels), 16)
+    block_c = max(next_power_of_2(channels), 16)
     num_warps = min(max(block_c // (32 * ELEMENTS_PER_THREAD), 4), 16)
     block_r = max(32 * num_warps * ELEMENTS_PER_THREAD // block_c, 1)
     return {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": num_warps, "STAGES": 2}
@@ -41,8 +45,7 @@ def programs(tiles: int, num_warps: int, direction: str, device: torch.device) -
     """Programs of a persistent launch: fills the device, and is fixed for a shape, so sums never reorder."""
     if device.type != "cuda":  # the interpreter
         return min(tiles, 2)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(tiles, processors * max(WARPS_PER_SM[direction] // num_warps, 1))
+    return min(tiles, processors(device) * max(WARPS_PER_SM[direction] // num_warps, 1))
 
 
 @triton.jit
@@ -229,17 +232,18 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
     rows = like.numel() // channels
     own_added, own_out = written(order, branch, stream_dtype, out_dtype)
     shape_added = merged_shape(like) if merge else like.shape
-    added = torch.empty(shape_added if own_added else (0,), dtype=stream_dtype, device=device)
-    out = torch.empty(like.shape if own_out else (0,), dtype=out_dtype, device=device)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
+    added = torch.empty(shape_added, dtype=stream_dtype, device=device) if own_added else None
+    out = torch.empty(like.shape, dtype=out_dtype, device=device) if own_out else None
+    mean = torch.empty(rows, dtype=torch.float32, device=device)
+    rstd = torch.empty_like(mean)
     shape = config(channels)
-    grid = (programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "forward", device),)
+    grid = (programs(cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "forward", device),)
     vectors = [None if v is None else v.contiguous() for v in (weight, bias, branch_bias, gamma, drop_scale)]
     residual_norm_forward[grid](
-        residual, branch, *vectors, added if own_added else None,
-        out if own_out else None, mean, rstd, rows, rows // like.shape[0], eps, *_map(like, merge),
+        residual, branch, *vectors, added, out, mean, rstd, rows, rows // like.shape[0], eps, *_map(like, merge),
         POST=order == "post", MERGE=merge, C=channels, **shape)
-    return added, out, mean, rstd
+    return (nothing(like, stream_dtype) if added is None else added, nothing(like, out_dtype) if out is None else out,
+            mean, rstd)
 
 
 @on_own_device
@@ -253,20 +257,21 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
     channels, device = saved.shape[-1], saved.device
     rows = saved.numel() // channels
     own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
-    d_residual = torch.empty(saved.shape if own_residual else (0,), dtype=dtype or saved.dtype, device=device)
-    d_branch = torch.empty(saved.shape if own_branch else (0,), dtype=branch_dtype or saved.dtype, device=device)
+    d_residual = torch.empty_like(saved, dtype=dtype) if own_residual else None
+    d_branch = torch.empty_like(saved, dtype=branch_dtype) if own_branch else None
     shape = config(channels)
-    count = programs(triton.cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "backward", device)
+    count = programs(cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "backward", device)
     sums = torch.empty(2 + (branch_bias is not None) + (gamma is not None), channels, dtype=torch.float32,
                        device=device)
     partial = torch.empty(count, *sums.shape, dtype=torch.float32, device=device)
     vectors = [None if v is None else v.contiguous() for v in (weight, branch_bias, gamma, drop_scale)]
     residual_norm_backward[(count,)](
         grad_added, grad_out, saved, branch, mean, rstd, *vectors,
-        d_residual if own_residual else None, d_branch if own_branch else None, partial,
+        d_residual, d_branch, partial,
         arrival.counters(1 + count, device), sums, rows, rows // saved.shape[0], *_map(saved, merge),
         POST=order == "post", MERGE=merge, SUMS=len(sums), C=channels, GROUP=GROUP, **shape)
-    return d_residual, d_branch, sums
+    return (nothing(saved, dtype) if d_residual is None else d_residual,
+            nothing(saved, branch_dtype) if d_branch is None else d_branch, sums)
 
 
 def _map(x: Tensor, merge: bool) -> tuple[int, int]:

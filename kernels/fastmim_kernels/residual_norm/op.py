@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..common.define_op import Kept, define_op
-from ..common.rows import statistics_dtype
+from ..common.rows import cast, statistics_dtype
 from . import on_torch
 from .layout import given, merged_shape, owned, written
 
@@ -66,7 +66,7 @@ def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
     stream_dtype = out_dtype if merge else stream_dtype
     if drop_scale is not None:
-        drop_scale = drop_scale.detach().to(statistics_dtype(like.dtype))
+        drop_scale = cast(drop_scale.detach(), statistics_dtype(like.dtype))
     return OP.hand_on(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype,
                       out_dtype, merge, impl=impl)
 
@@ -115,18 +115,16 @@ def _check(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias:
                          "order must be 'pre' or 'post', and 'post' takes no gamma")
     if (residual is None and order == "pre") or (branch is None and order == "post"):
         raise ValueError(f"residual_norm: order={order!r} needs {'branch' if order == 'post' else 'residual'}")
-    like = given(residual, branch)
-    if like.ndim < 2 or any(t is not None and t.shape != like.shape for t in (residual, branch)):
+    full = given(residual, branch).shape
+    if len(full) < 2 or (residual is not None and residual.shape != full):
         raise ValueError("residual_norm: residual and branch must both be (B, …, C), got "
                          f"{[None if t is None else tuple(t.shape) for t in (residual, branch)]}")
-    shape = like.shape[-1:]
-    vectors = {"weight": weight, "bias": bias, "gamma": gamma, "branch_bias": branch_bias}
-    for name, vector in vectors.items():
+    shape = full[-1:]
+    for name, vector in (("weight", weight), ("bias", bias), ("gamma", gamma), ("branch_bias", branch_bias)):
         if vector is not None and vector.shape != shape:
             raise ValueError(f"residual_norm: {name} must be {tuple(shape)}, got {tuple(vector.shape)}")
-    if drop_scale is not None and drop_scale.shape != like.shape[:1]:
-        raise ValueError(f"residual_norm: drop_scale must be ({like.shape[0]},), got "
-                         f"{tuple(drop_scale.shape)}")
+    if drop_scale is not None and drop_scale.shape != full[:1]:
+        raise ValueError(f"residual_norm: drop_scale must be ({full[0]},), got {tuple(drop_scale.shape)}")
     if branch is None and any(t is not None for t in (drop_scale, gamma, branch_bias)):
         raise ValueError("residual_norm: drop_scale, gamma and branch_bias belong to a branch, got branch=None")
 
@@ -187,8 +185,8 @@ def _gradients(backward: Callable, kept: Kept, *grads: Tensor | None) -> tuple[T
     own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
     d_residual = None if dtype is None else d_residual if own_residual else grad_added
     d_branch = None if branch_dtype is None else d_branch if own_branch else d_residual
-    rest = iter(sums)
-    d_params = [None if dtype is None else next(rest).to(dtype) for dtype in dtypes]
+    rest = iter(sums.unbind(0))
+    d_params = [None if dtype is None else cast(next(rest), dtype) for dtype in dtypes]
     return d_residual, d_branch, *d_params[:3], None, d_params[3]
 
 
@@ -207,8 +205,8 @@ def _reference(residual: Tensor | None, branch: Tensor | None, *args: Any) -> tu
     residual = torch.zeros_like(like) if residual is None else residual
     branch = torch.zeros_like(like) if branch is None else branch
     wide = torch.promote_types(wide, branch.dtype)
-    cast: list[Any] = [None if t is None else t.to(wide) for t in (residual, branch, weight, *tensors)]
-    added, out = reference.residual_norm(*[*cast, order, eps])
+    widened: list[Any] = [None if t is None else t.to(wide) for t in (residual, branch, weight, *tensors)]
+    added, out = reference.residual_norm(*[*widened, order, eps])
     if merge:
         added = out = reference.patch_merge(added)
     return added.to(stream_dtype), out.to(out_dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..common.define_op import Kept, define_op
-from ..common.rows import statistics_dtype
+from ..common.rows import cast, statistics_dtype
 from . import on_torch
 
 
@@ -42,7 +42,7 @@ def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: 
     _check(qkv, bias, num_heads, window_size, shift_size, logit_scale)
     device = qkv.device.type
     if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
-        qkv = qkv.to(torch.get_autocast_dtype(device))
+        qkv = cast(qkv, torch.get_autocast_dtype(device))
     return OP(qkv, bias, logit_scale, num_heads, tuple(window_size), tuple(shift_size), impl=impl)
 
 
@@ -112,7 +112,7 @@ def _save(inputs: Any, outputs: Any) -> Any:
 def _gradients(backward: Callable, kept: Kept, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     _, bias, logit_scale, *_ = kept.tensors
     dqkv, dbias, dscale = backward(grad_out, *kept.tensors, *kept.settings)
-    return dqkv, dbias.to(bias.dtype), None if logit_scale is None else dscale.to(logit_scale.dtype)
+    return dqkv, cast(dbias, bias.dtype), None if logit_scale is None else cast(dscale, logit_scale.dtype)
 
 
 def _flops(qkv: Any, bias: Any, logit_scale: Any, num_heads: int, window_size: Any, *_: Any) -> int:

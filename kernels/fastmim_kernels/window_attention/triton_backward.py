@@ -9,13 +9,16 @@ could add them too, but alone it would read the groups of a head at the speed of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.device import on_own_device
+from ..common.device import on_own_device, processors, sm_of
+from ..common.rows import nothing
+from ..common.sizes import cdiv
 from .layout import pair
 from .triton_gradient_tiles import (
     add_bias,
@@ -31,12 +34,10 @@ from .triton_tiles import (
     LN2,
     MAX_LOGIT_SCALE,
     Tiling,
-    architecture,
     bias_tile,
     common_constexprs,
     head_scale,
     image_start,
-    multiprocessors,
     next_power,
     window_groups,
     window_seams,
@@ -204,6 +205,7 @@ def single_tile(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bo
     return n <= 64 and dtype != torch.float32 and head_dim <= 32 and not (arch < 90 and cosine)
 
 
+@lru_cache(maxsize=256)
 def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -> Tiling:
     """Tile sizes of the kernel that :func:`single_tile` chooses: the largest that do not spill."""
     if single_tile(n, head_dim, dtype, arch, cosine):
@@ -237,9 +239,9 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     batch, height, width, c3 = qkv.shape
     n, head_dim = window_size[0] * window_size[1], c3 // 3 // num_heads
     windows = batch * height * width // n
-    which = (n, head_dim, qkv.dtype, architecture(qkv.device), logit_scale is not None)
+    which = (n, head_dim, qkv.dtype, sm_of(qkv.device), logit_scale is not None)
     tiling = config(*which)
-    groups = window_groups(windows, num_heads, multiprocessors(qkv.device) * tiling.blocks_per_sm)
+    groups = window_groups(windows, num_heads, processors(qkv.device) * tiling.blocks_per_sm)
     new = {"dtype": torch.float32, "device": qkv.device}
     dqkv = torch.empty_like(qkv)
     partial = torch.empty(num_heads, groups, n, n, **new) if bias_grad else None
@@ -251,7 +253,7 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     kernel[(num_heads * groups,)](
         *arguments, **common, ROWS=tiling.ROWS, KEYS=tiling.KEYS, num_warps=tiling.num_warps)
     dbias, total = _reduce(partial, dscale, logit_scale)
-    return dqkv, dbias, lse.new_empty(0) if total is None else total
+    return dqkv, dbias, nothing(lse) if total is None else total
 
 
 def _reduce(partial: Tensor | None, dscale: Tensor | None, logit_scale: Tensor | None
@@ -267,6 +269,6 @@ def _reduce(partial: Tensor | None, dscale: Tensor | None, logit_scale: Tensor |
     total = None
     if logit_scale is not None:
         total = torch.empty(logit_scale.shape, dtype=torch.float32, device=partial.device)
-    reduce_kernel[(heads, triton.cdiv(n * n, 256))](
+    reduce_kernel[(heads, cdiv(n * n, 256))](
         partial, dscale, logit_scale, dbias, total, groups, n * n, GROUPS=16, BLOCK=256)
     return dbias, total

@@ -8,6 +8,7 @@ all tiles of queries attend to one chunk of keys after the other, under an onlin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device
+from ..common.device import on_own_device, processors
+from ..common.sizes import cdiv
 from .layout import pair
 from .triton_backward import backward, backward_kernel, backward_large_kernel, reduce_kernel, single_tile
 from .triton_backward import config as backward_config
@@ -34,7 +36,6 @@ from .triton_tiles import (
     image_start,
     inverse_norm,
     load_tile,
-    multiprocessors,
     next_power,
     store_tile,
     tile_constexprs,
@@ -162,6 +163,7 @@ def forward_kernel(
             _finish(p_o, p_l, queries[t], state[t], rows[t], stride, N, D, DP, FULL[t])
 
 
+@lru_cache(maxsize=256)
 def config(n: int, head_dim: int, dtype: torch.dtype) -> Tiling:
     """Tile sizes of the forward kernel for windows of ``n`` tokens.
 
@@ -208,8 +210,8 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
     out = torch.empty(batch, height, width, c3 // 3, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(windows, num_heads, n, dtype=torch.float32, device=qkv.device)
     tiling = config(n, head_dim, qkv.dtype)
-    tiles = triton.cdiv(n, tiling.ROWS * tiling.TILES)
-    groups = window_groups(windows, num_heads * tiles, multiprocessors(qkv.device) * tiling.blocks_per_sm)
+    tiles = cdiv(n, tiling.ROWS * tiling.TILES)
+    groups = window_groups(windows, num_heads * tiles, processors(qkv.device) * tiling.blocks_per_sm)
     forward_kernel[(num_heads * groups, tiles)](
         qkv, bias.contiguous(), None if logit_scale is None else logit_scale.contiguous(), out, lse, windows,
         groups, height, width, num_heads, *shift_size,

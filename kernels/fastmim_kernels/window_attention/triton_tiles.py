@@ -181,6 +181,7 @@ class Tiling(NamedTuple):
     blocks_per_sm: int
 
 
+@lru_cache(maxsize=256)
 def tile_constexprs(n: int, tiling: Tiling) -> dict[str, Any]:
     """Tile-size constexprs of both kernels; LAST is the width of the last, partial chunk of keys, or 0."""
     last = next_power(n % tiling.KEYS) if n % tiling.KEYS else 0
@@ -193,21 +194,7 @@ def next_power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-@lru_cache(maxsize=8)
-def multiprocessors(device: torch.device) -> int:
-    """SMs of a GPU; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@lru_cache(maxsize=8)
-def architecture(device: torch.device) -> int:
-    """80, 90, 100, … of a GPU; 90 for the interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
+@lru_cache(maxsize=256)
 def window_groups(windows: int, programs: int, slots: int) -> int:
     """How many groups share the windows so that persistent programs, ``programs`` of them a group, end together.
 
@@ -221,6 +208,7 @@ def window_groups(windows: int, programs: int, slots: int) -> int:
     return min(range(1, most + 1), key=cost)
 
 
+@lru_cache(maxsize=256)
 def common_constexprs(head_dim: int, window_size: tuple[int, int], shifted: bool,
                       dtype: torch.dtype) -> dict[str, Any]:
     """Constexprs that both kernels take.
