@@ -9,6 +9,7 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from fastmim.config import checks
 from fastmim.config.fields import (
     AboveZero,
+    AutoOrBool,
     BelowOne,
     Betas,
     Channels,
@@ -171,6 +172,9 @@ class EfficiencySection(Section):
         "auto", description="residual stream; auto = as the products (float16 excepted), fp32 = as the references"
     )
     compile: bool = Field(False, description="torch.compile the objective")
+    cuda_graph: AutoOrBool = Field(
+        "auto", description="one GPU: the whole step as one launch; auto = where benchmarks/gpu_proof.py has proved it"
+    )
     fused_optimizer: Fused = Field(
         "auto", description="one kernel for the optimiser step; apex: NVIDIA's; cpu_adam: DeepSpeed's, for offload"
     )

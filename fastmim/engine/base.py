@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +13,15 @@ from torch import Tensor, nn
 
 from fastmim.engine import distributed
 from fastmim.engine.nonfinite import NonFiniteError, find_nonfinite
+
+#: Entered around "data", "forward", "backward" and "update" of every micro-batch; "step" of a replayed one.
+Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+def unmarked(name: str) -> AbstractContextManager[Any]:
+    """A phase that nobody wants to know of."""
+    return nullcontext()
+
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,8 +37,9 @@ class Paced(Protocol):
 class Engine(ABC):
     """Forward, backward and update of an objective: a module with ``forward(images, mask) -> {"loss": scalar, …}``.
 
-    Call ``engine(images, mask)``, ``engine.backward(loss)`` and ``engine.step()`` once per micro-batch; the update
-    happens on every ``grad_accum_steps``-th. Other scalars that the objective returns are averaged like the loss.
+    Call ``engine.train_on(images, mask)`` once per micro-batch, or ``engine(images, mask)``, ``engine.backward(loss)``
+    and ``engine.step()``; the update happens on every ``grad_accum_steps``-th. Other scalars that the objective
+    returns are averaged like the loss.
     """
 
     #: Every rank writes its share of a checkpoint, instead of rank 0 alone.
@@ -81,7 +92,28 @@ class Engine(ABC):
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next update; a group's ``lr_scale`` multiplies it."""
         for group in self._base.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            rate = lr * group.get("lr_scale", 1.0)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)  # where a captured step reads it
+            else:
+                group["lr"] = rate
+
+    def train_on(self, images: Tensor, mask: Tensor, phase: Phase = unmarked) -> None:
+        """One micro-batch: forward, backward and, with the last of an update, the update.
+
+        Args:
+            images, mask: As for a call.
+            phase: marks what the host is doing.
+
+        Raises:
+            NonFiniteError: as :meth:`step`.
+        """
+        with phase("forward"):
+            loss = self(images, mask)["loss"]
+        with phase("backward"):
+            self.backward(loss)
+        with phase("update"):
+            self.step()
 
     def __call__(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Forward of one micro-batch: images (B, C, H, W), mask (B, H/p, W/p) bool -> {"loss": scalar, …}."""
@@ -109,7 +141,11 @@ class Engine(ABC):
         update = self.at_boundary
         self._micro = 0 if update else self._micro + 1
         self.steps += update
-        if self._step(update) and self._paced is not None:
+        if self._step(update):
+            self._after_update()
+
+    def _after_update(self) -> None:
+        if self._paced is not None:
             self._paced.after_step()
 
     def read(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from fastmim.data.augment import View
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint.save import seed_rank
 from fastmim.engine.distributed import World
+from fastmim.engine.graph import GraphEngine, use_graph, why_not
 from fastmim.engine.host_memory import keep_freed_memory
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.optim import build_optimizer, param_groups
@@ -199,20 +200,26 @@ def make_engine(cfg: Config, objective: Any, world: World, deepspeed: dict[str, 
         return build_optimizer(optim.name, params, optim.lr, optim.betas, optim.eps, fused=fused)
 
     optimizer = make_optimizer(param_groups(objective, optim.weight_decay, optim.policy))
-    precision = precision_on(cfg, world)
+    precision, micro_batches = precision_on(cfg, world), step_sizes(cfg, world.size)[0]
+    reason = why_not(
+        optimizer,
+        world=world,
+        compile=efficiency.compile,
+        zero_stage=efficiency.zero_stage,
+        grad_accum_steps=micro_batches,
+        recompute=efficiency.recompute,
+    )
+    graphed = use_graph(efficiency.cuda_graph, reason, world.device)
     if deepspeed is not None:
         if "nvme" in (efficiency.offload_optimizer, efficiency.offload_param):
             check_nvme(deepspeed, lambda params: make_optimizer([{"params": params}]), world=world)
         return ZeroEngine(objective, optimizer, config=deepspeed, precision=precision, world=world)
-    return LocalEngine(
-        objective,
-        optimizer,
-        grad_accum_steps=step_sizes(cfg, world.size)[0],
-        clip_grad=optim.clip_grad,
-        precision=precision,
-        compile=efficiency.compile,
-        world=world,
-    )
+    options: dict[str, Any] = {
+        "grad_accum_steps": micro_batches, "clip_grad": optim.clip_grad, "precision": precision, "world": world
+    }
+    if graphed:
+        return GraphEngine(objective, optimizer, **options)
+    return LocalEngine(objective, optimizer, compile=efficiency.compile, **options)
 
 
 def make_schedule(cfg: Config, steps_per_epoch: int, global_batch: int) -> Schedule:

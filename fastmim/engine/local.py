@@ -61,6 +61,8 @@ class LocalEngine(Engine):
         device = self._params[0].device
         super().__init__(objective, optimizer, grad_accum_steps=grad_accum_steps, precision=precision, device=device)
         self.clip_grad = clip_grad
+        # Updates, counted where the guard against bad numbers needs them.
+        self._now = torch.zeros((), dtype=torch.int64, device=device)
         self._fused = all(bool(group.get("fused")) for group in optimizer.param_groups)
         self.check_every_step = device.type == "cpu" if check_every_step is None else check_every_step
         self._module = self._wrap(compile, world)
@@ -91,11 +93,13 @@ class LocalEngine(Engine):
         if not update:
             return False
         grads = [param.grad for param in self._params if param.grad is not None]
-        self._grad_norm = get_total_norm(grads)
+        # Into memory that stays: a captured step writes there.
+        self._grad_norm.copy_(get_total_norm(grads))
         if self.clip_grad and not self._within_clip():
             clip_grads_with_norm_(self._params, self.clip_grad, self._grad_norm)
+        self._now.add_(1)
         bad = ~torch.isfinite(self._grad_norm) & (self._first_bad < 0)
-        self._first_bad.masked_fill_(bad, self.steps)
+        self._first_bad.copy_(torch.where(bad, self._now, self._first_bad))
         is_bad = self._first_bad >= 0
         if self.check_every_step or not self._fused:
             if bool(is_bad):
@@ -122,6 +126,7 @@ class LocalEngine(Engine):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` returned."""
         super().load_state(state)
+        self._now.fill_(self.steps)
         if counts := state.get("group_steps"):
             current = self.optimizer.state_dict()
             for group, count in zip(current["param_groups"], counts, strict=True):

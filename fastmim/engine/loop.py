@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from typing import Any
 
-from fastmim.engine.base import Engine, Paced
-
-#: Entered around "data", "forward", "backward" and "update" of every micro-batch.
-Phase = Callable[[str], AbstractContextManager[Any]]
-
-
-def _unmarked(name: str) -> AbstractContextManager[Any]:
-    return nullcontext()
+from fastmim.engine.base import Engine, Paced, Phase, unmarked
 
 
 def train_step(
@@ -24,7 +16,7 @@ def train_step(
     seed: int,
     total: int,
     steps_per_epoch: int,
-    phase: Phase = _unmarked,
+    phase: Phase = unmarked,
 ) -> None:
     """Take the micro-batches of one update, and update.
 
@@ -47,10 +39,5 @@ def train_step(
         objective.set_micro_batch(micro, engine.grad_accum_steps)
         with phase("data"):
             epoch, batch = next(batches)
-        with phase("forward"):
-            mask = objective.random_mask(batch.sample_ids, seed=seed, epoch=epoch)
-            loss = engine(batch.images, mask)["loss"]
-        with phase("backward"):
-            engine.backward(loss)
-        with phase("update"):
-            engine.step()
+        mask = objective.random_mask(batch.sample_ids, seed=seed, epoch=epoch)
+        engine.train_on(batch.images, mask, phase)

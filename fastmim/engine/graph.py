@@ -1,0 +1,227 @@
+"""A whole training step captured once as a CUDA graph: the host then makes one launch a step instead of hundreds.
+
+The graph holds forward, backward, clipping, the guard against bad numbers and the update. What changes from step to
+step reaches it through memory whose address stays: images and masks are copied into buffers, the learning rate is a
+tensor of each group, an objective's schedules are 0-d buffers, and steps are counted on the device. Random numbers
+come from the generator that the graph advances. So a replayed step gives the bits of the plain one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmim._version import __version__
+from fastmim.engine.base import Phase, unmarked
+from fastmim.engine.distributed import World
+from fastmim.engine.local import LocalEngine
+
+WARM_UP = 3
+"""Plain steps before the capture: kernels are compiled and tested, and tables made, that a capture cannot make."""
+
+
+class CudaGraph:
+    """torch's, with a stream of its own on which the plain steps before it run too."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._stream = torch.cuda.Stream()
+
+    def beside(self, run: Callable[[], None]) -> None:
+        """``run`` on the stream of the capture, where torch's nodes that sum gradients then expect it."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, run: Callable[[], None]) -> None:
+        """Record the work of ``run`` without doing it. Other threads, which load images, go on meanwhile."""
+        state = torch.cuda.get_rng_state()
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            run()
+        torch.cuda.set_rng_state(state)
+
+    def replay(self) -> None:
+        """Do the work, in the current stream."""
+        self._graph.replay()
+
+
+class GraphEngine(LocalEngine):
+    """:class:`LocalEngine` whose :meth:`train_on` replays a graph, after some plain steps; for one GPU.
+
+    A batch of another shape takes a plain step.
+
+    Args:
+        objective, optimizer, options: As of :class:`LocalEngine`; see :func:`why_not`.
+        graph: Makes the graph.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        graph: Callable[[], Any] = CudaGraph,
+        **options: Any,
+    ) -> None:
+        super().__init__(objective, optimizer, check_every_step=False, **options)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=self.device)
+            group["capturable"] = True
+        self._make_graph = graph
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graph, self._captured, self._plain_steps = self._make_graph(), False, 0
+        self._inputs: tuple[Tensor, ...] = ()
+
+    def train_on(self, images: Any, mask: Tensor, phase: Phase = unmarked) -> None:
+        """See :meth:`Engine.train_on`.
+
+        Raises:
+            RuntimeError: the step cannot be captured; it names the reason and the setting.
+        """
+        given = (images, mask)
+        if self._captured and _alike(given, self._inputs):
+            for own, new in zip(self._inputs, given, strict=True):
+                own.copy_(new)
+        elif self._captured or not isinstance(images, Tensor) or self._plain_steps < WARM_UP:
+            self._plain_steps += 1
+            self._graph.beside(lambda: super(GraphEngine, self).train_on(images, mask, phase))
+            return
+        else:
+            self._capture(given)
+        with phase("step"):
+            self._graph.replay()
+        self._count += 1
+        self.steps += 1
+        self._after_update()
+
+    def _capture(self, given: tuple[Tensor, ...]) -> None:
+        self._inputs = tuple(t.clone() for t in given)
+        count = self._count
+        try:
+            self._graph.capture(self._device_step)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RuntimeError(
+                f"efficiency.cuda_graph=true: the step cannot be captured as a CUDA graph: {reason}; "
+                "use efficiency.cuda_graph=false"
+            ) from error
+        # What was recorded has not happened yet.
+        self._count, self._captured = count, True
+
+    def _device_step(self) -> None:
+        """All that the device does in a step."""
+        images, mask = self._inputs
+        self.backward(self(images, mask)["loss"])
+        self._step(True)
+
+    def load(self, folder: Path) -> None:
+        """See :meth:`LocalEngine.load`; a graph of the replaced moments is forgotten."""
+        super().load(folder)
+        self._forget()
+
+
+def _alike(given: tuple[Any, ...], own: tuple[Tensor, ...]) -> bool:
+    return all(
+        isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype for a, b in zip(given, own, strict=True)
+    )
+
+
+def why_not(
+    optimizer: torch.optim.Optimizer,
+    *,
+    world: World,
+    compile: bool,
+    zero_stage: int | None,
+    grad_accum_steps: int,
+    recompute: str,
+) -> str:
+    """Why a step cannot be one CUDA graph; empty where it can."""
+    if world.device.type != "cuda":
+        return f"the device is {world.device.type}, not a CUDA GPU"
+    if world.size > 1:
+        return f"there are {world.size} ranks, and it is for one GPU"
+    if zero_stage is not None:
+        return f"efficiency.zero_stage={zero_stage} keeps an engine of its own"
+    if compile:
+        return "efficiency.compile=true captures by itself"
+    if grad_accum_steps > 1:
+        return f"a step has {grad_accum_steps} micro-batches, and the graph is of one"
+    if recompute not in ("none", "fc1"):
+        return f"efficiency.recompute={recompute} asks the generator for its state; use none or fc1"
+    if not isinstance(optimizer, torch.optim.AdamW) or not all(g.get("fused") for g in optimizer.param_groups):
+        return "the optimiser is not torch's fused AdamW; use optim.name=adamw and efficiency.fused_optimizer=auto"
+    return ""
+
+
+def use_graph(wanted: bool | str, reason: str, device: torch.device) -> bool:
+    """Whether ``efficiency.cuda_graph`` takes effect: "auto" where nothing forbids it and this machine has proved it.
+
+    Args:
+        wanted: The setting.
+        reason: Of :func:`why_not`.
+        device: Of the run.
+
+    Raises:
+        ValueError: it is asked for, and something forbids it.
+    """
+    if wanted is True and reason:
+        raise ValueError(f"efficiency.cuda_graph=true: {reason}; use efficiency.cuda_graph=auto or false")
+    return wanted is True or (wanted == "auto" and not reason and is_proven(device))
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """What a proof holds for."""
+    try:
+        import triton
+
+        compiler = str(triton.__version__)
+    except ImportError:
+        compiler = "none"
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda),
+        "triton": compiler,
+        "fastmim": __version__,
+    }
+
+
+def _proofs() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "fastmim" / "cuda_graph.json"
+
+
+def record_proof(device: torch.device) -> Path:
+    """Note that a replayed step has given the bits of a plain one on ``device``; returns the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path, found = _proofs(), [proof for proof in _read_proofs() if proof != _machine(device)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps([*found, _machine(device)], indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def is_proven(device: torch.device) -> bool:
+    """Whether :func:`record_proof` was called on this machine with this GPU and these versions."""
+    return _machine(device) in _read_proofs()
+
+
+def _read_proofs() -> list[Any]:
+    try:
+        found = json.loads(_proofs().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
