@@ -30,6 +30,8 @@ NAMESPACE = "fastmim"
 _DIRECT = ("cpu", "cuda")
 """Devices on which an op's functions are called directly."""
 
+_LOW = (torch.bfloat16, torch.float16)
+
 Moved = Callable[[Sequence[Any], float], tuple[int, int]]
 
 
@@ -110,7 +112,7 @@ class Op:
                 functions = self._in_float64(functions, impl)
                 break
         device = tensors[0].device
-        function = resolve(self.name, impl, functions, device)
+        function = resolve(self.name, impl, functions, device, dtype_of(args))
         if not torch.is_autocast_enabled(device.type):
             return function(*args)
         with torch.autocast(device.type, enabled=False):
@@ -259,6 +261,16 @@ def _apart(found: Any, inputs: Sequence[Any]) -> Any:
 
 def _tuple(outputs: Any) -> tuple[Any, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def dtype_of(args: Sequence[Any]) -> torch.dtype:
+    """In which an op of these arguments computes: the low precision among tensors and dtypes, float32 without one."""
+    for arg in args:
+        if isinstance(arg, (Tensor, torch.dtype)):
+            dtype = arg if isinstance(arg, torch.dtype) else arg.dtype
+            if dtype in _LOW:
+                return dtype
+    return torch.float32
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:

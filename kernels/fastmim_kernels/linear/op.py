@@ -35,7 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight:
     Raises:
         ValueError: Shapes do not belong together.
     """
-    if x.device.type != "cpu" and impl in ("auto", "torch") and not picks_triton("linear", impl, x.device):
+    if x.device.type != "cpu" and impl in ("auto", "torch") and not picks_triton("linear", impl, x.device,
+                                                                                 product_dtype(x)):
         impl = "reference"  # torch's own layer: nothing of the CPU's is of use elsewhere
     return _call(OP, x, weight, bias, low_weight, low_bias, impl)
 
