@@ -94,12 +94,26 @@ def run(dtypes: Iterable[torch.dtype] = DTYPES, device: torch.device | str = "cu
     device = torch.device(device)
     if reason := no_triton(device):
         raise ValueError(f"device={str(device)!r}: the self-test needs a device that runs Triton kernels; {reason}")
-    found, wanted = [], set(dtypes)
-    for op, dtype in itertools.product(dict.fromkeys(kernel_of(case.op) for case in CASES), DTYPES):
-        if (cases := cases_of(op, dtype)) and (dtype in wanted or {case.only for case in cases} == {torch.float32}):
-            found += _judge(op, dtype, device)
+    found = [result for op, dtype in _wanted(dtypes) for result in _judge(op, dtype, device)]
     forget_self_tests()
     return found
+
+
+def request(dtypes: Iterable[torch.dtype] = DTYPES) -> None:
+    """Run the kernels of :func:`run` without a judgement: what :func:`.launches.launches_of` wants to see.
+
+    Under a ``FakeTensorMode``, on the CPU.
+    """
+    for op, dtype in _wanted(dtypes):
+        for case in cases_of(op, dtype):
+            run_case(case, case.build(), dict.fromkeys(case.low, dtype), torch.device("cpu"), "triton")
+
+
+def _wanted(dtypes: Iterable[torch.dtype]) -> list[tuple[str, torch.dtype]]:
+    """Ops as they are defined, in ``dtypes``, or in the only one that they know."""
+    ops, wanted = dict.fromkeys(kernel_of(case.op) for case in CASES), set(dtypes)
+    return [(op, dtype) for op, dtype in itertools.product(ops, DTYPES) if (cases := cases_of(op, dtype))
+            and (dtype in wanted or {case.only for case in cases} == {torch.float32})]
 
 
 def failure(op: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -1,0 +1,100 @@
+"""What the encoders launch, found without a GPU: the self-test reaches all of it, and few kernels are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from fastmim.engine.dry_step import dry_step  # noqa: E402
+from fastmim.objectives import create_objective  # noqa: E402
+from fastmim_kernels.check import self_test  # noqa: E402
+from fastmim_kernels.check.launches import Launch, launches_of  # noqa: E402
+from fastmim_kernels.common.aot_case import AotCase  # noqa: E402, F401
+from fastmim_kernels.mlp.on_triton import linear_gelu_kernel  # noqa: E402
+
+BATCH = 128
+SHALLOW: dict[str, Any] = {"depths": (2, 2, 6, 2)}
+"""As many blocks as the extra norms of H and G need; what a block launches does not depend on the depth."""
+ENCODERS: dict[str, dict[str, Any]] = {
+    **{name: {"name": name, **SHALLOW} for name in
+       ("swin_base", "swinv2_base", "swinv2_large", "swinv2_huge", "swinv2_giant")},
+    **{f"vit_base at {size} px": {"name": "vit_base", "depth": 2, "img_size": size} for size in (192, 224, 256)}}
+
+_SIZES = {"N", "K", "C", "D", "SPLITS", "SHARE"}
+"""Constexprs that are sizes of tensors, or follow from the number of rows."""
+
+
+def step_of(name: str, precision: str = "bf16") -> list[Launch]:
+    encoder = ENCODERS[name]
+    norm = 47 if "swinv2" in name else 0
+    return launches_of(lambda: dry_step(lambda: create_objective("simmim", encoder=encoder, norm_target=norm), BATCH,
+                                        precision=precision))
+
+
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def configuration(launch: Launch) -> tuple[Hashable, ...]:
+    """What decides the code that a launch runs: which tensors there are, tiles, and how often each loop turns.
+
+    Sizes themselves do not: only whether tiles divide them, and whether there is more than one of each part.
+    """
+    names, given = launch.kernel.arg_names, dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    s = {**launch.settings, **{n: v for n, v in given.items() if isinstance(v, int)}}
+    tensors = tuple((n, None if given[n] is None else str(given[n].dtype)) for n in names if n.startswith("p_"))
+    tiles = tuple(sorted((n, str(v)) for n, v in launch.settings.items() if n not in _SIZES))
+    rule = RULES.get(f"{launch.kernel.fn.__module__.removeprefix('fastmim_kernels.')}.{launch.kernel.fn.__name__}")
+    facts = rule(s, launch.grid) if rule else ()
+    return launch.kernel.fn.__name__, tensors, tiles, facts
+
+
+def _product(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
+    rows = ceil(s["rows"], s["BM"])
+    return s["N"] % s["BN"] == 0, s["K"] > s["BK"] * s["num_stages"], rows > s["GROUP"]
+
+
+def _gelu_gradient(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
+    return *_product(s, grid), ceil(s["rows"], s["BM"]) > s["SHARE"]
+
+
+def _weight_gradient(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
+    return (s["N"] % s["BN"] == 0, s["K"] % s["BK"] == 0, s["SPLITS"] > 1, s["SHARE"] < s["SPLITS"], s["K"] > s["BK"])
+
+
+def _rows(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
+    """Persistent: whole rows or padded ones, several trips, several groups of partial sums."""
+    return s["C"] % s["BLOCK_C"] == 0, ceil(s["rows"], s["BLOCK_R"]) > grid[0], grid[0] > 16
+
+
+def _mask(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
+    return s["C"] == s["BLOCK_C"], grid[1] > 1, grid[0] * grid[1] > 16
+
+
+def _windows(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
+    return s["windows"] > s["groups"], s["heads"] % 16 == 0
+
+
+RULES: dict[str, Callable[[dict[str, Any], tuple[int, ...]], tuple[Hashable, ...]]] = {
+    "mlp.on_triton.linear_gelu_kernel": _product,
+    "mlp.on_triton.gelu_gradient_kernel": _gelu_gradient,
+    "linear.product_add.product_add_kernel": _product,
+    "linear.weight_gradient.weight_gradient_kernel": _weight_gradient,
+    "residual_norm.on_triton.residual_norm_forward": _rows,
+    "residual_norm.on_triton.residual_norm_backward": _rows,
+    "mask_tokens.on_triton.mask_tokens_forward": _mask,
+    "mask_tokens.on_triton.mask_tokens_backward": _mask,
+    "window_attention.triton_forward.forward_kernel": _windows,
+    "window_attention.triton_backward.backward_kernel": _windows,
+    "window_attention.triton_backward.backward_large_kernel": _windows,
+    "window_attention.triton_backward.reduce_kernel": lambda s, grid: (s["groups"] > s["GROUPS"],),
+    "masked_loss.linear_on_triton.head_loss_kernel": lambda s, grid: (s["first"] > 0, s["row_blocks"] > 32),
+    "masked_loss.linear_on_triton.order_kernel": lambda s, grid: (s["tokens"] > s["SCAN"], grid[0] > 1),
+}
