@@ -10,25 +10,25 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime.jit import JITFunction  # noqa: E402
-
 from fastmim.engine.dry_step import dry_step  # noqa: E402
 from fastmim.objectives import create_objective  # noqa: E402
 from fastmim_kernels.check import self_test  # noqa: E402
 from fastmim_kernels.check.launches import Launch, launches_of  # noqa: E402
-from fastmim_kernels.common.aot_case import AotCase  # noqa: E402, F401
-from fastmim_kernels.mlp.on_triton import linear_gelu_kernel  # noqa: E402
 
 BATCH = 128
 SHALLOW: dict[str, Any] = {"depths": (2, 2, 6, 2)}
 """As many blocks as the extra norms of H and G need; what a block launches does not depend on the depth."""
 ENCODERS: dict[str, dict[str, Any]] = {
-    **{name: {"name": name, **SHALLOW} for name in
-       ("swin_base", "swinv2_base", "swinv2_large", "swinv2_huge", "swinv2_giant")},
-    **{f"vit_base at {size} px": {"name": "vit_base", "depth": 2, "img_size": size} for size in (192, 224, 256)}}
+    "swin_base": {"name": "swin_base", **SHALLOW},
+    **{name: {"name": name, "drop_path_rate": drop, **SHALLOW} for name, drop in
+       (("swinv2_base", 0.0), ("swinv2_large", 0.1), ("swinv2_huge", 0.1), ("swinv2_giant", 0.0))},
+    **{f"vit_base at {size} px": {"name": "vit_base", "depth": 3, "drop_path_rate": drop, "img_size": size}
+       for size, drop in ((192, 0.0), (224, 0.1), (256, 0.0))}}
 
 _SIZES = {"N", "K", "C", "D", "SPLITS", "SHARE"}
 """Constexprs that are sizes of tensors, or follow from the number of rows."""
+_FLAGS = {"POST", "MERGE", "SUMS", "MLP", "ADD", "PRECISION"}
+"""Constexprs that belong to which tensors there are, not to the tiles."""
 
 
 def step_of(name: str, precision: str = "bf16") -> list[Launch]:
@@ -42,18 +42,22 @@ def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def configuration(launch: Launch) -> tuple[Hashable, ...]:
-    """What decides the code that a launch runs: which tensors there are, tiles, and how often each loop turns.
+def facts(launch: Launch) -> set[tuple[Hashable, ...]]:
+    """What decides the code that a launch runs: which tensors there are; tiles, and how often each loop turns.
 
-    Sizes themselves do not: only whether tiles divide them, and whether there is more than one of each part.
+    Sizes themselves do not: only whether tiles divide them, and whether there is more than one of each part. The two
+    are apart but for attention, whose few kernels are compared whole.
     """
     names, given = launch.kernel.arg_names, dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    kernel = f"{launch.kernel.fn.__module__.removeprefix('fastmim_kernels.')}.{launch.kernel.fn.__name__}"
     s = {**launch.settings, **{n: v for n, v in given.items() if isinstance(v, int)}}
     tensors = tuple((n, None if given[n] is None else str(given[n].dtype)) for n in names if n.startswith("p_"))
-    tiles = tuple(sorted((n, str(v)) for n, v in launch.settings.items() if n not in _SIZES))
-    rule = RULES.get(f"{launch.kernel.fn.__module__.removeprefix('fastmim_kernels.')}.{launch.kernel.fn.__name__}")
-    facts = rule(s, launch.grid) if rule else ()
-    return launch.kernel.fn.__name__, tensors, tiles, facts
+    flags = tuple((n, str(v)) for n, v in sorted(launch.settings.items()) if n in _FLAGS)
+    tiles = tuple((n, str(v)) for n, v in sorted(launch.settings.items()) if n not in _SIZES | _FLAGS)
+    trips = RULES[kernel](s, launch.grid) if kernel in RULES else ()
+    if kernel.startswith("window_attention"):
+        return {(kernel, tensors, flags, tiles, trips)}
+    return {(kernel, "tensors", tensors, flags), (kernel, "tiles", tiles, trips)}
 
 
 def _product(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
@@ -79,7 +83,11 @@ def _mask(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
 
 
 def _windows(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
-    return s["windows"] > s["groups"], s["heads"] % 16 == 0
+    return (s["windows"] > s["groups"],)
+
+
+def _merge(s: dict[str, Any], grid: tuple[int, ...]) -> tuple[Hashable, ...]:
+    return s["C"] % s["BLOCK_C"] == 0, ceil(s["rows"], s["BLOCK_R"]) > grid[0], grid[0] > 16
 
 
 RULES: dict[str, Callable[[dict[str, Any], tuple[int, ...]], tuple[Hashable, ...]]] = {
@@ -89,6 +97,8 @@ RULES: dict[str, Callable[[dict[str, Any], tuple[int, ...]], tuple[Hashable, ...
     "linear.weight_gradient.weight_gradient_kernel": _weight_gradient,
     "residual_norm.on_triton.residual_norm_forward": _rows,
     "residual_norm.on_triton.residual_norm_backward": _rows,
+    "patch_merge.on_triton.patch_merge_forward": _merge,
+    "patch_merge.on_triton.patch_merge_backward": _merge,
     "mask_tokens.on_triton.mask_tokens_forward": _mask,
     "mask_tokens.on_triton.mask_tokens_backward": _mask,
     "window_attention.triton_forward.forward_kernel": _windows,

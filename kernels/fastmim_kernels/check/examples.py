@@ -1,9 +1,8 @@
 """Inputs of every op for the self-test: small odd ones, those that reach what the encoders ship, large ones to time.
 
-A shipped example has the *widths* of an encoder and only as many rows as the launch needs to behave as at batch 128:
-rows for several trips of a persistent program, for more than one group of partial sums, for a split product. Nothing
-else of a launch depends on the number of rows. ``tests/kernels/test_launches.py`` holds that against the launches that
-the encoders request.
+A shipped example makes the launchers choose as for an encoder at batch 128, at the least size: widths that lead to the
+same tiles, and as many rows as it takes for several trips of a persistent program, for several groups of partial sums,
+for a split product. ``tests/kernels/test_launches.py`` holds them against the launches that the encoders request.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ class Case:
     grads: tuple[str, ...]
     only: torch.dtype | None = None
     """In which the op computes whatever its arguments; None: in that of ``low``."""
+    used: tuple[int, ...] | None = None
+    """Results with a gradient; None: all."""
 
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -49,19 +50,19 @@ def _mask_tokens(b: int, h: int, w: int, c: int, norm: bool = True, pos: bool = 
     return given | ({"pos_embed": normal(h, w, c)} if pos else {})
 
 
-def _pixels(b: int, n: int, stride: int, cell: int) -> dict[str, Any]:
+def _pixels(b: int, n: int, stride: int, cell: int, channels: int = 3) -> dict[str, Any]:
     edge = stride * n
-    return {"target": normal(b, 3, edge, edge), "mask": _hidden(b, edge // cell, edge // cell), "stride": stride}
+    return {"target": normal(b, channels, edge, edge), "mask": _hidden(b, edge // cell, edge // cell), "stride": stride}
 
 
 def _masked_l1(b: int, n: int) -> dict[str, Any]:
     return {"prediction": normal(b, n, n, 3 * 32**2), **_pixels(b, n, 32, 4)}
 
 
-def _linear_masked_l1(b: int, n: int, d: int, stride: int = 32, cell: int = 4) -> dict[str, Any]:
-    k = 3 * stride**2
+def _linear_masked_l1(b: int, n: int, d: int, stride: int = 32, cell: int = 4, channels: int = 3) -> dict[str, Any]:
+    k = channels * stride**2
     return {"tokens": normal(b, n, n, d), "weight": normal(k, d, scale=d**-0.5), "bias": normal(k),
-            **_pixels(b, n, stride, cell)}
+            **_pixels(b, n, stride, cell, channels)}
 
 
 def _window_attention(shape: tuple[int, int, int], heads: int, edge: int, shift: int, cosine: bool) -> dict[str, Any]:
@@ -73,9 +74,10 @@ def _window_attention(shape: tuple[int, int, int], heads: int, edge: int, shift:
 def _residual_norm(shape: tuple[int, ...], order: str, *, residual: bool = True, branch: bool = True,
                    bias: bool = False, gamma: bool = False, drop: bool = True, **settings: Any) -> dict[str, Any]:
     c = shape[-1]
-    given = {"residual": normal(*shape) if residual else None,
-             "branch": normal(*reversed(shape)).reshape(shape) if branch else None, "order": order,
-             "weight": 1 + normal(c, scale=0.1), "bias": normal(c), **settings}
+    given: dict[str, Any] = {"residual": None, "branch": None, "order": order, "weight": 1 + normal(c, scale=0.1),
+                             "bias": normal(c), **settings}
+    given |= {"residual": normal(*shape)} if residual else {}
+    given |= {"branch": normal(*reversed(shape)).reshape(shape)} if branch else {}
     given |= {"drop_scale": 1.25 * (~_hidden(shape[0])).float()} if drop else {}
     given |= {"branch_bias": normal(c, scale=0.5)} if bias else {}
     return given | ({"gamma": 0.1 + normal(c, scale=0.01)} if gamma else {})
@@ -100,6 +102,12 @@ def _cpb_bias(edge: int, heads: int, depth: int) -> dict[str, Any]:
             "index": torch.arange(edge**4, device="cpu").reshape(edge**2, edge**2) % table,
             "weight1": normal(depth, 512, 2), "bias1": normal(depth, 512),
             "weight2": normal(depth, heads, 512, scale=0.05)}
+
+
+def _table_bias(edge: int, heads: int) -> dict[str, Any]:
+    table = (2 * edge - 1) ** 2
+    return {"table": normal(table, heads),
+            "index": torch.arange(edge**4, device="cpu").reshape(edge**2, edge**2) % table}
 
 
 def _low_copies(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, Any]:
@@ -144,7 +152,80 @@ SMALL = (
     Case("low_copies", "bfloat16", partial(_low_copies, _PIECES, torch.bfloat16), (), (), torch.bfloat16),
     Case("low_copies", "float16", partial(_low_copies, _PIECES, torch.float16), (), (), torch.float16))
 
-SHIPPED: tuple[Case, ...] = ()
+
+
+def _attention(edge: int, shift: int, cosine: bool) -> Case:
+    """More windows than programs."""
+    names = _COSINE if cosine else ("qkv", "bias")
+    return Case("window_attention", f"{'cosine' if cosine else 'scaled dot'}, {edge}x{edge}, shifted by {shift}",
+                partial(_window_attention, (10, 24, 24), 8, edge, shift, cosine), ("qkv",), names)
+
+
+def _norm(variant: str, order: str, c: int = 256, used: tuple[int, ...] | None = None, **given: Any) -> Case:
+    """2²⁰ values up to the next power of two of ``c``: on each multiprocessor, more rows than programs at once."""
+    rows = (1 << 20) // (1 << (c - 1).bit_length())
+    stream = [n for n in ("residual", "branch") if given.get(n, True)]
+    extra = [name for key, name in (("bias", "branch_bias"), ("gamma", "gamma")) if given.get(key)]
+    build = partial(_residual_norm, (rows // 64, 8, 8, c), order, **{"drop": False, **given})
+    return Case("residual_norm", variant, build, tuple(stream), (*stream, "weight", "bias", *extra), None, used)
+
+
+def _embed(b: int, edge: int, c: int, norm: bool = True) -> Case:
+    build = partial(_mask_tokens, b, edge, edge, c, norm)
+    return Case("mask_tokens", f"{c} channels{', norm' * norm}", build, ("tokens",), _TOKENS if norm else _TOKENS[:2])
+
+
+def _layer(rows: int, c: int, out: int) -> Case:
+    return Case("linear_and_input", f"{rows} x {c} to {out}", partial(_linear, rows, c, out), ("x",), _LINEAR)
+
+
+def _two_layers(rows: int, c: int) -> Case:
+    return Case("mlp", f"{rows} x {c}", partial(_mlp, rows, c), ("x",), _MLP)
+
+
+def _merge(b: int, c: int) -> Case:
+    def build() -> dict[str, Any]:
+        return {"x": normal(b, 32, 32, c), "weight": 1 + normal(4 * c, scale=0.1), "bias": normal(4 * c)}
+
+    return Case("patch_merge", f"{c} channels, norm", build, ("x",), _LINEAR)
+
+
+SHIPPED: tuple[Case, ...] = (
+    *(_attention(*shape) for shape in ((6, 0, False), (6, 3, False), (6, 0, True), (12, 0, True), (12, 6, True))),
+    # Every tile of rows, whole and padded.
+    *(_norm(f"post, {c} channels", "post", c, (0,), bias=True)
+      for c in (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2816, 4096)),
+    # Every set of tensors. "post" without a residual begins a stream, "pre" without a branch normalises one.
+    _norm("post, drop path", "post", used=(0,), bias=True, drop=True),
+    _norm("post, merged", "post", used=(0,), bias=True, merge=True),
+    _norm("post, merged, drop path", "post", used=(0,), bias=True, merge=True, drop=True),
+    _norm("post, begun, merged", "post", used=(0,), residual=False, merge=True),
+    _norm("post, begun, second reader", "post", used=(1,), residual=False),
+    _norm("pre, bias", "pre", bias=True),
+    _norm("pre, bias, last", "pre", used=(1,), bias=True),
+    _norm("pre, no branch", "pre", branch=False),
+    _norm("pre, gamma", "pre", gamma=True),
+    _norm("pre, gamma, last", "pre", used=(1,), gamma=True),
+    _norm("pre, gamma, drop path", "pre", gamma=True, drop=True),
+    _norm("pre, gamma, drop path, last", "pre", used=(1,), gamma=True, drop=True),
+    # Groups of programs with partial sums; from 16 images on, several programs for a position.
+    _embed(16, 20, 128), _embed(16, 12, 192), _embed(8, 12, 352), _embed(8, 12, 512), _embed(16, 12, 768, False),
+    # Row blocks beyond a group of tiles; the weight's gradient in one part, a few, and two levels of parts.
+    _layer(1152, 352, 1056), _layer(512, 256, 384), _layer(1152, 256, 384), _layer(4096, 128, 384),
+    _layer(4096, 256, 256), _layer(4096, 48, 192), _layer(512, 192, 576), _layer(4096, 192, 576), _layer(4096, 48, 128),
+    # Beyond 64 row blocks their sums are added in groups.
+    _two_layers(8320, 160), _two_layers(8320, 128), _two_layers(8320, 256), _two_layers(1152, 256),
+    _merge(7, 128), _merge(4, 256), _merge(4, 512),
+    *(Case("cpb_bias", f"{heads} heads", partial(_cpb_bias, 6, heads, 1), (), ("weight1", "bias1", "weight2"),
+           torch.float32) for heads in (32, 48, 128)),
+    Case("table_bias", "", partial(_table_bias, 6, 32), (), ("table",), torch.float32),
+    # More tokens than get their places at a time; in the second, slopes of more than a chunk.
+    Case("linear_masked_l1", "4,352 tokens of 32 px", partial(_linear_masked_l1, 68, 8, 64, channels=1), ("tokens",),
+         _HEAD),
+    Case("linear_masked_l1", "22,176 tokens of 16 px", partial(_linear_masked_l1, 154, 12, 64, 16, 16), ("tokens",),
+         _HEAD),
+    Case("local_norm_target", "192 px", partial(_tensor, "images", 2, 3, 192, 192, kernel_size=47), (), (),
+         torch.float32))
 
 _B, _H, _C = 64, 48, 128
 # A stage of Swin-B.

@@ -5,8 +5,8 @@ op, dtype and compute capability: a kernel that is wrong in float32 leaves that 
 does not compile, is replaced by torch with one loud warning.
 
 **Bounded**: the oracle runs on the GPU itself, one example after the other, and an example holds at most
-:data:`MOST_VALUES` values (a test adds them up), eight bytes each in the oracle and in about ten copies: below 1 GiB
-of memory, and the arithmetic of a few images.
+:data:`MOST_VALUES` values (a test adds them up), of eight bytes in the oracle: below 2 GiB of memory with what it keeps
+for backward, and the arithmetic of a few images.
 """
 
 from __future__ import annotations
@@ -30,24 +30,31 @@ from ..masked_loss.op import masked_l1
 from ..mlp.gelu import gelu
 from ..mlp.op import mlp, mlp_and_input
 from ..patch_merge.op import patch_merge
-from ..position_bias.op import cpb_bias
+from ..position_bias.op import BiasPlan, bias_plan, cpb_bias, position_bias
 from ..residual_norm.op import layer_norm, residual_norm
 from ..window_attention.op import window_attention
 from .examples import SHIPPED, SMALL, Case, normal
 
+
+def table_bias(table: Tensor, index: Tensor, *, impl: str = "auto") -> Tensor:
+    """``position_bias`` of one block with a (T, heads) table: (heads, N, N)."""
+    plan, blocks = bias_plan([index], [1], [table.shape[1]], [len(table)])
+    return position_bias(BiasPlan(*(tensor.to(table.device) for tensor in plan)), blocks, [(table,)], impl=impl)[0]
+
+
 OPS: dict[str, Callable[..., Any]] = {op.__name__: op for op in (
     cpb_bias, gelu, layer_norm, linear, linear_and_input, linear_masked_l1, local_norm_target, low_copies, mask_tokens,
-    mask_tokens_twice, masked_l1, mlp, mlp_and_input, patch_merge, residual_norm, window_attention)}
+    mask_tokens_twice, masked_l1, mlp, mlp_and_input, patch_merge, residual_norm, table_bias, window_attention)}
 
 FACTOR, FLOOR = 4.0, 1e-6
 """Wider than the tests' rule on errors (2 x plain torch): what is looked for is a kernel that is wrong."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_VALUES = 12 << 20
+MOST_VALUES = 24 << 20
 """Values that the tensors of an example have together, inputs and results."""
 CASES: tuple[Case, ...] = SMALL + SHIPPED
 
-_KERNEL_OF = {"cpb_bias": "position_bias", "layer_norm": "residual_norm", "linear_and_input": "linear",
-              "mlp_and_input": "mlp", "mask_tokens_twice": "mask_tokens"}
+_KERNEL_OF = {"cpb_bias": "position_bias", "table_bias": "position_bias", "layer_norm": "residual_norm",
+              "linear_and_input": "linear", "mlp_and_input": "mlp", "mask_tokens_twice": "mask_tokens"}
 """Where the two names differ."""
 
 _failures: dict[tuple[str, torch.dtype, tuple[int, int]], str] = {}
@@ -202,15 +209,16 @@ def run_case(case: Case, arguments: dict[str, Any], dtypes: dict[str, torch.dtyp
         inputs[name] = inputs[name].detach().requires_grad_()
     outputs = listed(OPS[case.op](**inputs, impl=impl))
     if case.grads:
-        cotangents = [normal(*o.shape).to(device, o.dtype) for o in outputs]
-        outputs += torch.autograd.grad(outputs, [inputs[n] for n in case.grads], cotangents)
+        used = outputs if case.used is None else [outputs[i] for i in case.used]
+        cotangents = [normal(*o.shape).to(device, o.dtype) for o in used]
+        outputs += torch.autograd.grad(used, [inputs[n] for n in case.grads], cotangents)
     return [o.detach() for o in outputs]
 
 
 def inputs_of(arguments: dict[str, Any], dtypes: dict[str, torch.dtype], device: torch.device) -> dict[str, Any]:
     """``arguments`` on ``device``, those in ``dtypes`` cast."""
     moved = {name: _to(value, device) for name, value in arguments.items()}
-    return moved | {name: moved[name].to(dtype) for name, dtype in dtypes.items() if moved[name] is not None}
+    return moved | {name: moved[name].to(dtype) for name, dtype in dtypes.items()}
 
 
 def _to(value: Any, device: torch.device) -> Any:
