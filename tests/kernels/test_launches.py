@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from fastmim.engine.dry_step import dry_step  # noqa: E402
 from fastmim.objectives import create_objective  # noqa: E402
 from fastmim_kernels.check import self_test  # noqa: E402
+from fastmim_kernels.check.compile_ahead import specialisation  # noqa: E402
+from fastmim_kernels.check.examples import SHIPPED, SMALL, Case  # noqa: E402
 from fastmim_kernels.check.launches import Launch, launches_of  # noqa: E402
 
 BATCH = 128
@@ -108,3 +117,63 @@ RULES: dict[str, Callable[[dict[str, Any], tuple[int, ...]], tuple[Hashable, ...
     "masked_loss.linear_on_triton.head_loss_kernel": lambda s, grid: (s["first"] > 0, s["row_blocks"] > 32),
     "masked_loss.linear_on_triton.order_kernel": lambda s, grid: (s["tokens"] > s["SCAN"], grid[0] > 1),
 }
+
+
+@pytest.fixture(scope="module")
+def self_tested() -> set[tuple[Hashable, ...]]:
+    return set().union(*map(facts, launches_of(self_test.request)))
+
+
+@pytest.mark.parametrize("precision, name", [("bf16", name) for name in ENCODERS]
+                         + [("fp32", name) for name in ("swin_base", "swinv2_base", "vit_base at 224 px")])
+def test_the_self_test_reaches_what_an_encoder_launches(precision: str, name: str,
+                                                        self_tested: set[tuple[Hashable, ...]]) -> None:
+    requested = set().union(*map(facts, step_of(name, precision)))
+    assert len(requested) > 25
+    assert not requested - self_tested
+
+
+def test_the_small_examples_alone_reach_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither split products nor several groups of partial sums, so that the comparison above sees something."""
+    monkeypatch.setattr(self_test, "CASES", SMALL)
+    small = launches_of(lambda: self_test.request([torch.bfloat16]))
+    products = [launch.settings["SPLITS"] for launch in small if "SPLITS" in launch.settings]
+    assert products and max(products) == 1
+
+
+@pytest.mark.parametrize("case", SHIPPED, ids=lambda case: f"{case.op}: {case.variant}")
+def test_an_example_is_bounded(case: Case) -> None:
+    """Values of inputs, outputs and gradients, by which memory and time of the self-test are bounded."""
+    with FakeTensorMode():
+        given = case.build()
+        outputs = self_test.run_case(case, given, {}, torch.device("cpu"), "torch")
+        values = sum(t.numel() for t in [*given.values(), *outputs] if isinstance(t, Tensor))
+    assert values <= self_test.MOST_VALUES
+
+
+def test_compilations_of_a_step() -> None:
+    """A SwinV2-B step compiles 59 kernels; Triton's own rule tells them apart as ours does."""
+    launches = step_of("swinv2_base")
+    binders: dict[Any, Callable[..., Any]] = {}
+
+    def as_triton(launch: Launch) -> tuple[Hashable, ...]:
+        kernel = launch.kernel
+        if kernel not in binders:
+            binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, kinds, options = binders[kernel](*launch.args, **launch.settings, debug=False, instrumentation_mode="")
+        return kernel, str(kinds), str(options)
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    both = {(specialisation(launch), as_triton(launch)) for launch in launches}
+    assert len(both) == len({ours for ours, _ in both}) == len({theirs for _, theirs in both}) == 59
+
+
+def test_sizes_of_a_batch_compile_nothing_new() -> None:
+    """Other numbers of images change grids and the split of products, but no kernel of attention, norms or masks."""
+    def kernels(batch: int) -> set[Hashable]:
+        objective = partial(create_objective, "simmim", encoder=ENCODERS["swinv2_base"])
+        found = launches_of(lambda: dry_step(objective, batch, precision="bf16"))
+        return {specialisation(launch) for launch in found if "SPLITS" not in launch.settings}
+
+    # The chunks of the head's slopes, of which the first is other code, depend on it too.
+    assert kernels(128) == kernels(96)

@@ -50,19 +50,19 @@ def _mask_tokens(b: int, h: int, w: int, c: int, norm: bool = True, pos: bool = 
     return given | ({"pos_embed": normal(h, w, c)} if pos else {})
 
 
-def _pixels(b: int, n: int, stride: int, cell: int, channels: int = 3) -> dict[str, Any]:
+def _pixels(b: int, n: int, stride: int, cell: int) -> dict[str, Any]:
     edge = stride * n
-    return {"target": normal(b, channels, edge, edge), "mask": _hidden(b, edge // cell, edge // cell), "stride": stride}
+    return {"target": normal(b, 3, edge, edge), "mask": _hidden(b, edge // cell, edge // cell), "stride": stride}
 
 
 def _masked_l1(b: int, n: int) -> dict[str, Any]:
     return {"prediction": normal(b, n, n, 3 * 32**2), **_pixels(b, n, 32, 4)}
 
 
-def _linear_masked_l1(b: int, n: int, d: int, stride: int = 32, cell: int = 4, channels: int = 3) -> dict[str, Any]:
-    k = channels * stride**2
+def _linear_masked_l1(b: int, n: int, d: int, stride: int = 32, cell: int = 4) -> dict[str, Any]:
+    k = 3 * stride**2
     return {"tokens": normal(b, n, n, d), "weight": normal(k, d, scale=d**-0.5), "bias": normal(k),
-            **_pixels(b, n, stride, cell, channels)}
+            **_pixels(b, n, stride, cell)}
 
 
 def _window_attention(shape: tuple[int, int, int], heads: int, edge: int, shift: int, cosine: bool) -> dict[str, Any]:
@@ -211,17 +211,16 @@ SHIPPED: tuple[Case, ...] = (
     # Groups of programs with partial sums; from 16 images on, several programs for a position.
     _embed(16, 20, 128), _embed(16, 12, 192), _embed(8, 12, 352), _embed(8, 12, 512), _embed(16, 12, 768, False),
     # Row blocks beyond a group of tiles; the weight's gradient in one part, a few, and two levels of parts.
-    _layer(1152, 352, 1056), _layer(512, 256, 384), _layer(1152, 256, 384), _layer(4096, 128, 384),
-    _layer(4096, 256, 256), _layer(4096, 48, 192), _layer(512, 192, 576), _layer(4096, 192, 576), _layer(4096, 48, 128),
+    _layer(1152, 352, 1056), _layer(256, 256, 384), _layer(1152, 256, 384), _layer(4096, 128, 384),
+    _layer(4096, 256, 256), _layer(4096, 48, 192), _layer(256, 192, 576), _layer(4096, 192, 576), _layer(4096, 48, 128),
     # Beyond 64 row blocks their sums are added in groups.
     _two_layers(8320, 160), _two_layers(8320, 128), _two_layers(8320, 256), _two_layers(1152, 256),
     _merge(7, 128), _merge(4, 256), _merge(4, 512),
     *(Case("cpb_bias", f"{heads} heads", partial(_cpb_bias, 6, heads, 1), (), ("weight1", "bias1", "weight2"),
            torch.float32) for heads in (32, 48, 128)),
     Case("table_bias", "", partial(_table_bias, 6, 32), (), ("table",), torch.float32),
-    # More tokens than get their places at a time; in the second, slopes of more than a chunk.
-    Case("linear_masked_l1", "4,352 tokens of 32 px", partial(_linear_masked_l1, 68, 8, 64, channels=1), ("tokens",),
-         _HEAD),
+    # More tokens than get their places at a time; slopes of more than a chunk, in the first in float32 only.
+    Case("linear_masked_l1", "4,352 tokens of 32 px", partial(_linear_masked_l1, 68, 8, 64), ("tokens",), _HEAD),
     Case("linear_masked_l1", "22,176 tokens of 16 px", partial(_linear_masked_l1, 154, 12, 64, 16, 16), ("tokens",),
          _HEAD),
     Case("local_norm_target", "192 px", partial(_tensor, "images", 2, 3, 192, 192, kernel_size=47), (), (),
