@@ -12,7 +12,8 @@ from torch import nn
 
 from fastmim.engine.cuda_autocast import cuda_autocast
 
-LOW = torch.bfloat16
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By ``efficiency.precision``."""
 
 
 def dry_step(build: Callable[[], Any], batch: int, *, precision: str, low_weights: bool = False) -> None:
@@ -21,10 +22,10 @@ def dry_step(build: Callable[[], Any], batch: int, *, precision: str, low_weight
     Args:
         build: Makes the objective.
         batch: Images of the micro-batch.
-        precision: "bf16" (autocast as on CUDA) or "fp32".
-        low_weights: The weights themselves are bfloat16, as DeepSpeed keeps them.
+        precision: Of :data:`DTYPES`; the low ones by autocast as on CUDA.
+        low_weights: The weights themselves are in it, as DeepSpeed keeps them.
     """
-    objective: Any = built(build, low_weights)
+    objective: Any = built(build, DTYPES[precision] if low_weights else None)
     images, mask = objective.example(batch)
     with autocast_of(precision):
         loss = objective(images, mask)["loss"]
@@ -33,7 +34,7 @@ def dry_step(build: Callable[[], Any], batch: int, *, precision: str, low_weight
 
 def autocast_of(precision: str) -> AbstractContextManager[Any]:
     """As CUDA casts in ``precision``, for tensors on the CPU."""
-    return cuda_autocast(LOW) if precision == "bf16" else nullcontext()
+    return nullcontext() if precision == "fp32" else cuda_autocast(DTYPES[precision])
 
 
 def fake_values() -> AbstractContextManager[Any]:
@@ -41,11 +42,11 @@ def fake_values() -> AbstractContextManager[Any]:
     return mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor)
 
 
-def built(build: Callable[[], Any], low_weights: bool) -> nn.Module:
-    """``build()`` in training mode, without values."""
+def built(build: Callable[[], Any], dtype: torch.dtype | None = None) -> nn.Module:
+    """``build()`` in training mode, without values; with parameters in ``dtype`` where one is given."""
     with fake_values():
         objective = build().train()
-    if low_weights:
+    if dtype is not None:
         for parameter in objective.parameters():
-            parameter.data = parameter.data.to(LOW)
+            parameter.data = parameter.data.to(dtype)
     return objective

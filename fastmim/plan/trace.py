@@ -30,6 +30,7 @@ from .hardware import Gpu
 from .live import LiveBytes
 
 BATCHES = (16, 32)
+LOW = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def trace(
     forget_caches()
     try:
         with FakeTensorMode(), where:
-            objective = built(build, low_weights)
+            objective = built(build, LOW if low_weights else None)
             return [_traced(objective, batch, precision) for batch in batches]
     finally:
         forget_caches()

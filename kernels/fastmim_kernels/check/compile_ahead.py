@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as OutOfTime
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def _failures(names: dict[Future[Any], str], progress: Progress, timeout: float)
             if broken := future.exception():
                 failed.append(f"{names[future]}: {type(broken).__name__}: {' '.join(str(broken).split())[:300]}")
             progress(done, len(names))
-    except TimeoutError:
+    except OutOfTime:
         failed += [f"{name}: not compiled after {timeout:.0f} s" for future, name in names.items() if not future.done()]
     return failed
 

@@ -49,9 +49,9 @@ class Pointer(MockTensor):
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__(tensor.dtype)
-        self.offset = tensor.storage_offset() * tensor.element_size()
+        self.offset = int(tensor.storage_offset()) * tensor.element_size()
 
-    def data_ptr(self) -> int:  # type: ignore[override]
+    def data_ptr(self) -> int:
         """Of memory that begins, as an allocator's does, at a multiple of 16 bytes."""
         return self.offset
 
@@ -81,8 +81,7 @@ class Recorder(TorchDispatchMode):
 
 def _on_cuda(tensor: Tensor) -> Tensor:
     # The strides are kept: launchers copy what is not contiguous.
-    on_cuda = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda:0")
-    return on_cuda
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda:0")
 
 
 def launches_of(step: Callable[[], object]) -> list[Launch]:

@@ -28,7 +28,8 @@ def gpu_microseconds(run: Callable[[], object], calls: int = CALLS) -> float:
     for _ in range(calls):
         run()
     host = time.perf_counter() - began
-    fills, times = max(1, round(host / _fill_seconds(filler))), []
+    fills = max(1, round(host / _fill_seconds(filler)))
+    times: list[float] = []
     while len(times) < ROUNDS:
         microseconds, in_time = _round(run, calls, filler, fills)
         if in_time:
