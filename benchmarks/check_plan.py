@@ -26,12 +26,13 @@ from benchmarks.op_count import versions, write  # noqa: E402
 from fastmim.config import Config  # noqa: E402
 from fastmim.data import Batch  # noqa: E402
 from fastmim.engine.build import make_engine, recomputed_objective  # noqa: E402
+from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.engine.distributed import World  # noqa: E402
+from fastmim.engine.dry_step import fake_values  # noqa: E402
 from fastmim.engine.loop import train_step  # noqa: E402
 from fastmim.engine.recompute import POLICIES  # noqa: E402
-from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.memory import LIBRARIES, memory  # noqa: E402
-from fastmim.plan.trace import Footprint, fake_values, trace  # noqa: E402
+from fastmim.plan.trace import Footprint, trace  # noqa: E402
 from fastmim_kernels.common.dispatch import as_on_a_gpu  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "check_plan.csv"

@@ -35,9 +35,9 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 import fastmim_kernels as fk  # noqa: E402
 from benchmarks.baseline import TimmSimMIM, average_pool_target  # noqa: E402
 from fastmim import create_objective  # noqa: E402
+from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors  # noqa: E402
-from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 from fastmim_kernels.common import dispatch  # noqa: E402
 

@@ -1,7 +1,7 @@
 """``fastmim doctor``: what is installed, which implementation each op takes on this machine, and whether it is right.
 
 Every op runs as training would run it (``impl="auto"``), forward and backward, in float32 and bfloat16, and is
-compared with its float64 oracle; on a GPU it is timed too.
+compared with its float64 oracle; on a GPU its self-test has passed at the shapes of the encoders too, and it is timed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import fastmim_kernels as fk
 from fastmim._version import __version__
-from fastmim_kernels.check.self_test import CASES, Case, errors, inputs_of, listed, run_case
+from fastmim_kernels.check.examples import SMALL, TIMED, Case
 from fastmim_kernels.check.self_test import failure as self_test_failure
+from fastmim_kernels.check.self_test import inputs_of, judge, kernel_of, listed, run_case
+from fastmim_kernels.check.timing import gpu_microseconds
 from fastmim_kernels.common.dispatch import no_triton
 
 OPTIONAL = ("triton", "deepspeed", "apex", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -44,51 +45,56 @@ class Finding:
 
     @property
     def fell_back(self) -> bool:
-        """There is a Triton kernel, and it will not run."""
-        return self.implementation == "torch" and self.reason != _NO_KERNEL
+        """There is a Triton kernel, and it will not run, in one dtype at least."""
+        return bool(self.reason) and self.reason != _NO_KERNEL
 
 
 def examine(device: torch.device) -> list[Finding]:
     """Run every case on ``device``."""
-    return [_examine(case, device) for case in CASES]
+    return [_examine(case, device) for case in SMALL]
 
 
 def _examine(case: Case, device: torch.device) -> Finding:
     finding = Finding(case.op, case.variant, *_choice(case, device))
-    try:
-        error, limit = max(
-            (errors(case, device, dtype, "auto") for dtype in (torch.float32, torch.bfloat16)),
-            key=lambda pair: pair[0] / pair[1],
-        )
-        finding.error, finding.limit = error, limit
-        if not error <= limit:
-            finding.failure = f"error {error:.2g} against the float64 oracle, at most {limit:.2g} is expected"
-        elif device.type == "cuda":
+    results = [judge(case, device, dtype, "auto") for dtype in _dtypes(case)]
+    worst = max(results, key=lambda result: float("inf") if result.raised else result.error / result.limit)
+    finding.error, finding.limit = worst.error, worst.limit
+    finding.failure = next((result.failure for result in results if result.failure), "")
+    if not finding.failure and device.type == "cuda":
+        try:
             finding.forward_us, finding.backward_us, finding.gb_per_s = _speed(case, device)
-    except Exception as broken:  # a broken compiler or driver shows in many types, and the other ops go on
-        finding.failure = f"{type(broken).__name__}: {' '.join(str(broken).split())[:300]}"
+        except Exception as broken:  # the other ops go on
+            finding.failure = f"{type(broken).__name__}: {' '.join(str(broken).split())[:300]}"
     return finding
+
+
+def _dtypes(case: Case) -> tuple[torch.dtype, ...]:
+    return (torch.float32, torch.bfloat16) if case.only is None else (case.only,)
 
 
 def _choice(case: Case, device: torch.device) -> tuple[str, str]:
     """(implementation that "auto" takes, why it is not Triton)."""
     with contextlib.suppress(Exception):  # "auto" would take Triton and fail in the same way: the check reports it
         try:
-            run_case(case, case.build(False), {}, device, "triton")
+            run_case(case, case.build(), {}, device, "triton")
         except ValueError as error:
             reason = no_triton(device)
             return "torch", reason if reason and reason in str(error) else _NO_KERNEL
-    failed = self_test_failure(case.op, device)
-    return ("torch", f"its Triton kernel failed the self-test: {failed}") if failed else ("triton", "")
+    failures = {dtype: self_test_failure(kernel_of(case.op), dtype, device) for dtype in _dtypes(case)}
+    failed = [failure for failure in failures.values() if failure]
+    if not failed:
+        return "triton", ""
+    name = "torch" if all(failures.values()) else "triton"
+    return name, f"its Triton kernel failed the self-test: {'; '.join(failed)}"
 
 
 def _speed(case: Case, device: torch.device) -> tuple[float, float | None, float]:
     """(forward µs, backward µs or None, GB/s of forward) in bfloat16; bytes are those of inputs and outputs."""
-    inputs = inputs_of(case.build(True), {name: torch.bfloat16 for name in case.low}, device)
+    inputs = inputs_of(TIMED[case.op, case.variant](), {name: torch.bfloat16 for name in case.low}, device)
     op = getattr(fk, case.op)
     with torch.no_grad():
         outputs = listed(op(**inputs))
-        forward = _microseconds(lambda: op(**inputs))
+        forward = gpu_microseconds(lambda: op(**inputs))
     values = [t for value in (*inputs.values(), outputs) for t in (value if isinstance(value, list) else [value])]
     moved = sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor))
     if not case.grads:
@@ -96,22 +102,8 @@ def _speed(case: Case, device: torch.device) -> tuple[float, float | None, float
     wrt = [inputs[name].requires_grad_() for name in case.grads]
     outputs = listed(op(**inputs))
     cotangents = [torch.ones_like(o) for o in outputs]
-    backward = _microseconds(lambda: torch.autograd.grad(outputs, wrt, cotangents, retain_graph=True))
+    backward = gpu_microseconds(lambda: torch.autograd.grad(outputs, wrt, cotangents, retain_graph=True))
     return forward, backward, moved / forward / 1e3
-
-
-def _microseconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median time on the GPU, after a few runs to warm up."""
-    times = []
-    for i in range(repeats + 5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 5:
-            times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[repeats // 2]
 
 
 def versions() -> dict[str, str | None]:

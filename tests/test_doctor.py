@@ -27,11 +27,11 @@ def cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def case_of(op: str) -> doctor.Case:
-    return next(case for case in doctor.CASES if case.op == op)
+    return next(case for case in doctor.SMALL if case.op == op)
 
 
 def test_every_public_op_is_examined() -> None:
-    assert {case.op for case in doctor.CASES} == set(fk.__all__) - NOT_OPS
+    assert {case.op for case in doctor.SMALL} == set(fk.__all__) - NOT_OPS
 
 
 @pytest.mark.usefixtures("cpu_only")
@@ -41,7 +41,7 @@ def test_all_is_well_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["device"] == "cpu"
     assert report["versions"]["torch"] == torch.__version__ and report["versions"]["apex"] is None
-    assert len(report["ops"]) == len(doctor.CASES)
+    assert len(report["ops"]) == len(doctor.SMALL)
     for op in report["ops"]:
         assert op["implementation"] == "torch" and not op["fell_back"] and not op["failure"], op
         assert 0 <= op["error"] <= op["limit"] < 0.2
@@ -66,10 +66,10 @@ def wrong_gradient(op: Any) -> Any:
 
 @pytest.mark.usefixtures("cpu_only")
 def test_a_wrong_gradient_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "CASES", (case_of("patch_merge"),))
+    monkeypatch.setattr(doctor, "SMALL", (case_of("patch_merge"),))
     monkeypatch.setitem(self_test.OPS, "patch_merge", wrong_gradient(fk.patch_merge))
     report, status = doctor.doctor()
-    assert status == 1 and "FAILED: error 0.01" in report and "1 of 1 did not run as asked" in report
+    assert status == 1 and "in float32: error 0.01 of d x against" in report and "1 of 1 did not run as asked" in report
 
 
 @pytest.mark.usefixtures("cpu_only")
@@ -80,17 +80,18 @@ def test_an_op_that_raises_does_not_hide_the_others(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(self_test.OPS, "gelu", broken)
     report, status = doctor.doctor(as_json=True)
     failures = {op["op"]: op["failure"] for op in json.loads(report)["ops"] if op["failure"]}
-    assert status == 1 and failures == {"gelu": "RuntimeError: PTX was compiled with something else"}
+    assert status == 1 and failures == {
+        "gelu": "gelu (bias) in float32: RuntimeError: PTX was compiled with something else"}
 
 
 @pytest.mark.usefixtures("cpu_only")
 def test_not_a_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     original = fk.local_norm_target
-    monkeypatch.setattr(doctor, "CASES", (case_of("local_norm_target"),))
+    monkeypatch.setattr(doctor, "SMALL", (case_of("local_norm_target"),))
     monkeypatch.setitem(self_test.OPS, "local_norm_target", lambda images, kernel_size, impl="auto":
                         original(images, kernel_size, impl=impl) * (1.0 if impl == "reference" else float("nan")))
     finding, = doctor.examine(CPU)
-    assert finding.failure.startswith("error inf")
+    assert finding.failure.startswith("local_norm_target in float32: error inf of output 0")
 
 
 def test_torch_instead_of_triton_is_a_fall_back_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +113,14 @@ def test_torch_instead_of_triton_is_a_fall_back_on_a_gpu_only(monkeypatch: pytes
 
 def test_a_kernel_that_failed_its_self_test_has_fallen_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "run_case", lambda *args: [])
-    monkeypatch.setattr(doctor, "self_test_failure", lambda op, device: "error 0.3 in torch.bfloat16")
+    monkeypatch.setattr(doctor, "self_test_failure", lambda op, dtype, device: f"error 0.3 in {dtype}")
     finding = doctor.Finding("gelu", "bias", *doctor._choice(case_of("gelu"), CPU))
-    assert finding.fell_back and finding.reason == "its Triton kernel failed the self-test: error 0.3 in torch.bfloat16"
+    assert finding.fell_back and finding.implementation == "torch"
+    assert finding.reason == ("its Triton kernel failed the self-test: error 0.3 in torch.float32; "
+                              "error 0.3 in torch.bfloat16")
+    monkeypatch.setattr(doctor, "self_test_failure", lambda op, dtype, device: "wrong" * (dtype == torch.float32))
+    finding = doctor.Finding("gelu", "bias", *doctor._choice(case_of("gelu"), CPU))
+    assert finding.fell_back and finding.implementation == "triton" and finding.reason.endswith("wrong")
 
 
 @pytest.mark.cuda

@@ -24,6 +24,7 @@ from fastmim.engine.host_memory import keep_freed_memory
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.optim import build_optimizer, param_groups
 from fastmim.engine.precision import device_precision, warn_without_bf16
+from fastmim.engine.prepare import prepare_kernels
 from fastmim.engine.recompute import apply_recompute
 from fastmim.engine.stream import batch_sizes
 from fastmim.engine.zero import ZeroEngine
@@ -61,6 +62,14 @@ def build(cfg: Config, world: World, stack: ExitStack) -> Parts:
     _, global_batch = step_sizes(cfg, world.size)
     deepspeed = make_deepspeed_config(cfg, world)
     objective = make_objective(cfg, world, deepspeed)
+    prepare_kernels(
+        lambda: recomputed_objective(cfg, offload=False),
+        impl=cfg.efficiency.kernels,
+        batch=cfg.train.micro_batch_size,
+        precision=precision_on(cfg, world),
+        low_weights=deepspeed is not None,
+        world=world,
+    )
     loader = stack.enter_context(closing(make_loader(cfg, objective, world)))
     engine = make_engine(cfg, objective, world, deepspeed)
     return Parts(objective, loader, engine, make_schedule(cfg, loader.steps_per_epoch, global_batch), global_batch)
@@ -143,10 +152,13 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
     return objective.to(world.device)
 
 
-def recomputed_objective(cfg: Config) -> Any:
-    """:func:`build_objective`, whose blocks recompute in the backward pass what ``efficiency.recompute`` says."""
+def recomputed_objective(cfg: Config, *, offload: bool = True) -> Any:
+    """:func:`build_objective`, whose blocks recompute in the backward pass what ``efficiency.recompute`` says.
+
+    Without ``offload`` their inputs stay on the device, whatever the config says.
+    """
     objective, efficiency = build_objective(cfg), cfg.efficiency
-    every, offload = efficiency.recompute_every, efficiency.recompute_offload
+    every, offload = efficiency.recompute_every, offload and efficiency.recompute_offload
     apply_recompute(objective, efficiency.recompute, every=every, offload=offload)
     return objective
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -21,6 +22,21 @@ def format_row(row: Mapping[str, Any], total_steps: int) -> str:
         parts.append(f"val {row['val_loss']:.4f}")
     parts += [f"lr {row['lr']:.2e}", f"grad {row['grad_norm']:.3f}", f"{row['images_per_sec']:.1f} img/s"]
     return "  ".join(parts)
+
+
+@contextmanager
+def counted(what: str, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """A live line "``what`` done/of" on a terminal, for the function that it gives; elsewhere one line at the start."""
+    from rich.console import Console
+    from rich.status import Status
+
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not enabled)
+    if not console.is_terminal:
+        console.print(f"{what} …")
+        yield lambda done, of: None
+        return
+    with Status(f"{what} …", console=console) as status:
+        yield lambda done, of: status.update(f"{what} {done}/{of}")
 
 
 class Progress:

@@ -78,7 +78,7 @@ class SharedInputs(nn.Module):
         self, blocks: Sequence[Any], others: Sequence[Tensor], x: Tensor
     ) -> tuple[list[Step], list[Tensor | None]]:
         """The inputs of each of ``blocks`` for patches x, and low copies of the parameters ``others`` (or None)."""
-        fusion, attns = fk.fusion(self.impl, x.device), [block.attn for block in blocks]
+        fusion, attns = fk.fusion(self.impl, x.device, product_dtype(x)), [block.attn for block in blocks]
         qkv_biases = self.qkv_biases(attns)
         low = self.low_copies(blocks, qkv_biases, others, product_dtype(x)) if fusion.casts_once else []
         copies = iter(low or [None] * (len(others) + 5 * len(blocks)))

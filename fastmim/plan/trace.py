@@ -7,7 +7,6 @@ traced; every byte and FLOP count is linear in the batch, so that they give any 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from fastmim.engine import recompute
+from fastmim.engine.dry_step import autocast_of, built
+from fastmim_kernels.common.caches import forget_caches
 from fastmim_kernels.common.dispatch import as_on_a_gpu
 
 from .counter import DispatchCounter, Launch
-from .cuda_autocast import cuda_autocast
 from .hardware import Gpu
 from .live import LiveBytes
 
@@ -70,22 +70,13 @@ def trace(
         on_gpu: Ops choose their implementation as on a CUDA device; False: as on a CPU.
     """
     where: AbstractContextManager[Any] = as_on_a_gpu() if on_gpu else nullcontext()
-    _forget_caches()
+    forget_caches()
     try:
         with FakeTensorMode(), where:
-            objective = _built(build, low_weights)
+            objective = built(build, LOW if low_weights else None)
             return [_traced(objective, batch, precision) for batch in batches]
     finally:
-        _forget_caches()
-
-
-def _forget_caches() -> None:
-    """What the ops remember between calls, such as a shift mask, would be fake afterwards, or real inside."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fastmim_kernels."):
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
+        forget_caches()
 
 
 def _traced(objective: Any, batch: int, precision: str) -> Trace:
@@ -94,7 +85,7 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     live = LiveBytes([*parameters, *objective.buffers(), *tree_leaves(images), mask])
     counter = DispatchCounter(objective.shares(), live=live)
     with counter, _moves_to_the_host() as moved:
-        with cuda_autocast(LOW) if precision == "bf16" else nullcontext():
+        with autocast_of(precision):
             loss = objective(images, mask)["loss"]
         kept, host = live.now, sum(moved)
         counter.phase = "backward"
@@ -120,20 +111,6 @@ def _moves_to_the_host() -> Iterator[list[int]]:
     # Fake tensors are on the CPU, where save_on_cpu would keep them as they are.
     with mock.patch.object(recompute, "save_on_cpu", lambda pin_memory: saved_tensors_hooks(pack, unpack)):
         yield moved
-
-
-def fake_values() -> AbstractContextManager[Any]:
-    """Inside, models are built without values: the truncated normal looks at some, and a fake tensor has none."""
-    return mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor)
-
-
-def _built(build: Callable[[], Any], low_weights: bool) -> nn.Module:
-    with fake_values():
-        objective = build().train()
-    if low_weights:
-        for parameter in objective.parameters():
-            parameter.data = parameter.data.to(LOW)
-    return objective
 
 
 def _largest_block(objective: nn.Module) -> int:

@@ -68,11 +68,11 @@ def __getattr__(name: str) -> _Any:
     return module if name == "nn" else module.accelerate
 
 
-def _self_test(op: str, device: _torch.device) -> str:
+def _self_test(op: str, dtype: _torch.dtype, device: _torch.device) -> str:
     # The test runs the ops, so that it stands above them; it is loaded when a GPU asks for it.
     from .check.self_test import failure
 
-    return failure(op, device)
+    return failure(op, dtype, device)
 
 
 _dispatch.self_test = _self_test

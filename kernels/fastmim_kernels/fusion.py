@@ -26,15 +26,15 @@ class Fusion(NamedTuple):
     """``low_copies`` casts the weights of all products once a step, which else cast their own."""
 
 
-def norm_adds_bias(impl: str, device: torch.device) -> bool:
+def norm_adds_bias(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Of :class:`Fusion`, for who needs no more."""
-    return picks_triton("residual_norm", impl, device)
+    return picks_triton("residual_norm", impl, device, dtype)
 
 
-def fusion(impl: str, device: torch.device) -> Fusion:
-    """The plan for ops of ``impl`` on ``device``."""
-    in_norm = norm_adds_bias(impl, device)
-    return Fusion(in_norm, in_norm, picks_triton("low_copies", impl, device))
+def fusion(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Fusion:
+    """The plan for ops of ``impl`` on ``device`` whose products are in ``dtype``."""
+    in_norm = norm_adds_bias(impl, device, dtype)
+    return Fusion(in_norm, in_norm, picks_triton("low_copies", impl, device, dtype))
 
 
 def shape_may_follow(data: Tensor) -> bool:

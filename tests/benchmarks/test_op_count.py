@@ -22,8 +22,8 @@ from fastmim_kernels.window_attention.op import traffic as window_attention_traf
 pytest.importorskip("triton")
 
 from benchmarks import op_count  # noqa: E402
+from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
-from fastmim.plan.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.hardware import Gpu  # noqa: E402
 
 BF16 = torch.bfloat16

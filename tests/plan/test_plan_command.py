@@ -15,9 +15,9 @@ from PIL import Image
 from fastmim import cli
 from fastmim.config import load_config
 from fastmim.engine.build import build_objective
+from fastmim.engine.cuda_autocast import cuda_autocast
 from fastmim.models.swin import SwinBlock
 from fastmim.plan import command
-from fastmim.plan.cuda_autocast import cuda_autocast
 from fastmim.plan.hardware import GPUS
 from fastmim.plan.trace import Footprint
 

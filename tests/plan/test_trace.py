@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from fastmim.engine.cuda_autocast import cuda_autocast
 from fastmim.engine.recompute import apply_recompute
 from fastmim.objectives import create_objective, simmim
 from fastmim.plan.counter import DispatchCounter, SavedTensors
-from fastmim.plan.cuda_autocast import cuda_autocast
 from fastmim.plan.trace import Footprint, trace
 
 # Deep enough that most of what is kept lies in blocks; a window that shifts, an extra norm, and a ViT with LayerScale.

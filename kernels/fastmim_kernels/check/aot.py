@@ -67,7 +67,7 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         raise ValueError(f"{case.name}: {case.kernel.__name__} has no {sorted(unknown)} and lacks {sorted(missing)}")
     signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
     constexprs = {(names.index(n),): v for n, v in case.constexprs.items()}
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible if n not in case.constexprs}
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
     compiled = triton.compile(
         ASTSource(case.kernel, signature, constexprs, attrs), target=GPUTarget("cuda", arch, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg})

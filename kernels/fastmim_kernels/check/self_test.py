@@ -1,20 +1,26 @@
 """Whether a Triton kernel is right on this GPU, asked once before ``impl="auto"`` first relies on it.
 
-Every op has examples small enough to run at first use: forward and every gradient are compared with the float64
-oracle in each precision. A kernel that is wrong, or does not compile, is replaced by torch with one loud warning.
+Forward and every gradient of the examples of :mod:`.examples` are compared with the float64 oracle. Answers are kept by
+op, dtype and compute capability: a kernel that is wrong in float32 leaves that of bfloat16 in use. What is wrong, or
+does not compile, is replaced by torch with one loud warning.
+
+**Bounded**: the oracle runs on the GPU itself, one example after the other, and an example holds at most
+:data:`MOST_VALUES` values (a test adds them up), of eight bytes in the oracle: below 2 GiB of memory with what it keeps
+for backward, and the arithmetic of a few images.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..common.dispatch import forget_self_tests, no_triton
 from ..linear.op import linear, linear_and_input
 from ..local_norm.op import local_norm_target
 from ..low_copies.op import low_copies
@@ -24,228 +30,193 @@ from ..masked_loss.op import masked_l1
 from ..mlp.gelu import gelu
 from ..mlp.op import mlp, mlp_and_input
 from ..patch_merge.op import patch_merge
-from ..position_bias.op import cpb_bias
+from ..position_bias.op import BiasPlan, bias_plan, cpb_bias, position_bias
 from ..residual_norm.op import layer_norm, residual_norm
 from ..window_attention.op import window_attention
+from .examples import SHIPPED, SMALL, Case, normal
 
-OPS: dict[str, Callable[..., Any]] = {
-    op.__name__: op
-    for op in (
-        cpb_bias,
-        gelu,
-        layer_norm,
-        linear,
-        linear_and_input,
-        linear_masked_l1,
-        local_norm_target,
-        low_copies,
-        mask_tokens,
-        mask_tokens_twice,
-        masked_l1,
-        mlp,
-        mlp_and_input,
-        patch_merge,
-        residual_norm,
-        window_attention,
-    )
-}
+
+def table_bias(table: Tensor, index: Tensor, *, impl: str = "auto") -> Tensor:
+    """``position_bias`` of one block with a (T, heads) table: (heads, N, N)."""
+    plan, blocks = bias_plan([index], [1], [table.shape[1]], [len(table)])
+    return position_bias(BiasPlan(*(tensor.to(table.device) for tensor in plan)), blocks, [(table,)], impl=impl)[0]
+
+
+OPS: dict[str, Callable[..., Any]] = {op.__name__: op for op in (
+    cpb_bias, gelu, layer_norm, linear, linear_and_input, linear_masked_l1, local_norm_target, low_copies, mask_tokens,
+    mask_tokens_twice, masked_l1, mlp, mlp_and_input, patch_merge, residual_norm, table_bias, window_attention)}
 
 FACTOR, FLOOR = 4.0, 1e-6
 """Wider than the tests' rule on errors (2 x plain torch): what is looked for is a kernel that is wrong."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_VALUES = 24 << 20
+"""Values that the tensors of an example have together, inputs and results."""
+CASES: tuple[Case, ...] = SMALL + SHIPPED
 
-_EXAMPLES_OF = {"position_bias": "cpb_bias"}
-"""The op whose examples run the kernel, where it is another's."""
+_KERNEL_OF = {"cpb_bias": "position_bias", "table_bias": "position_bias", "layer_norm": "residual_norm",
+              "linear_and_input": "linear", "mlp_and_input": "mlp", "mask_tokens_twice": "mask_tokens"}
+"""Where the two names differ."""
 
-_failures: dict[tuple[str, tuple[int, int]], str] = {}
-"""By op and compute capability: why the kernel failed, empty where it did not."""
+_failures: dict[tuple[str, torch.dtype, tuple[int, int]], str] = {}
+"""By op, dtype and compute capability: why the kernel failed, empty where it did not."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One of :data:`OPS` on made-up inputs."""
+class Result(NamedTuple):
+    """What became of one example in one dtype; errors are relative and NaN when it raised."""
 
     op: str
     variant: str
-    build: Callable[[bool], dict[str, Any]]
-    """``build(large)`` → keyword arguments, tensors or lists of them, float ones in float32 on the CPU."""
-    low: tuple[str, ...]
-    """Arguments that come in the low precision; parameters stay float32."""
-    grads: tuple[str, ...]
+    dtype: torch.dtype
+    compared: str
+    """The output or gradient that is nearest to its limit or furthest beyond it."""
+    error: float
+    limit: float
+    raised: str = ""
+
+    @property
+    def failure(self) -> str:
+        """What is wrong, in one line; empty if nothing is."""
+        if self.error <= self.limit:
+            return ""
+        name = f"{self.op}{f' ({self.variant})' if self.variant else ''} in {_name(self.dtype)}"
+        if self.raised:
+            return f"{name}: {self.raised}"
+        return (f"{name}: error {self.error:.2g} of {self.compared} against the float64 oracle, at most "
+                f"{self.limit:.2g} is expected")
 
 
-def _normal(*shape: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+def run(dtypes: Iterable[torch.dtype] = DTYPES, device: torch.device | str = "cuda") -> list[Result]:
+    """Test every op in ``dtypes`` on ``device`` up front, instead of each at its first use.
+
+    To be called before a CUDA graph is captured, within which no test can run. Ops that compute in float32 whatever
+    the model's dtype are tested in it. What was tested already is tested again; ``impl="auto"`` goes by what is found.
+
+    Returns:
+        One result for each example and dtype; those with a ``failure`` were also warned of.
+
+    Raises:
+        ValueError: Triton kernels cannot run on ``device``.
+        RuntimeError: A CUDA graph is being captured.
+    """
+    device = torch.device(device)
+    if reason := no_triton(device):
+        raise ValueError(f"device={str(device)!r}: the self-test needs a device that runs Triton kernels; {reason}")
+    found = [result for op, dtype in _wanted(dtypes) for result in _judge(op, dtype, device)]
+    forget_self_tests()
+    return found
 
 
-def _hidden(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < 0.6
+def request(dtypes: Iterable[torch.dtype] = DTYPES) -> None:
+    """Run the kernels of :func:`run` without a judgement: what :func:`.launches.launches_of` wants to see.
+
+    Under a ``FakeTensorMode``, on the CPU.
+    """
+    for op, dtype in _wanted(dtypes):
+        for case in cases_of(op, dtype):
+            run_case(case, case.build(), dict.fromkeys(case.low, dtype), torch.device("cpu"), "triton")
 
 
-# The odd sizes leave a remainder in every tile; the large ones are a stage of Swin-B.
-def _mask_tokens(large: bool) -> dict[str, Any]:
-    b, h, w, c = (64, 48, 48, 128) if large else (3, 6, 5, 40)
-    return {
-        "tokens": _normal(b, h, w, c),
-        "mask": _hidden(b, h, w),
-        "mask_token": _normal(c),
-        "norm_weight": 1 + _normal(c, scale=0.1),
-        "norm_bias": _normal(c),
-    }
+def _wanted(dtypes: Iterable[torch.dtype]) -> list[tuple[str, torch.dtype]]:
+    """Ops as they are defined, in ``dtypes``, or in the only one that they know."""
+    ops, wanted = dict.fromkeys(kernel_of(case.op) for case in CASES), set(dtypes)
+    return [(op, dtype) for op, dtype in itertools.product(ops, DTYPES) if (cases := cases_of(op, dtype))
+            and (dtype in wanted or {case.only for case in cases} == {torch.float32})]
 
 
-def _masked_l1(large: bool) -> dict[str, Any]:
-    b, n = (64, 6) if large else (3, 2)
-    return {
-        "prediction": _normal(b, n, n, 3 * 32**2),
-        "target": _normal(b, 3, 32 * n, 32 * n),
-        "mask": _hidden(b, 8 * n, 8 * n),
-        "stride": 32,
-    }
+def failure(op: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why ``op``'s Triton kernel must not be used for ``dtype`` on ``device``; empty where it passed, or needs no test.
+
+    Tested once per process, dtype and compute capability, on real tensors also within a trace.
+
+    Raises:
+        RuntimeError: It was not tested before a CUDA graph is captured.
+    """
+    capability = _capability(device)
+    if capability is None:
+        return ""
+    key = op, dtype, capability
+    if key not in _failures:
+        _judge(op, dtype, device)
+    return _failures[key]
 
 
-def _linear_masked_l1(large: bool) -> dict[str, Any]:
-    b, n, d = (64, 6, 1024) if large else (3, 2, 40)
-    return {
-        "tokens": _normal(b, n, n, d),
-        "weight": _normal(3 * 32**2, d, scale=d**-0.5),
-        "bias": _normal(3 * 32**2),
-        "target": _normal(b, 3, 32 * n, 32 * n),
-        "mask": _hidden(b, 8 * n, 8 * n),
-        "stride": 32,
-    }
+def kernel_of(op: str) -> str:
+    """The op, as it is defined, whose kernels run for a public function."""
+    return _KERNEL_OF.get(op, op)
 
 
-def _window_attention(large: bool, cosine: bool, edge: int) -> dict[str, Any]:
-    b, h, w, heads, d = (32, 48, 48, 4, 32) if large else (1, 24, 12, 2, 32)
-    out = {
-        "qkv": _normal(b, h, w, 3 * heads * d),
-        "bias": _normal(heads, edge**2, edge**2),
-        "num_heads": heads,
-        "window_size": (edge, edge),
-        "shift_size": (edge // 2, edge // 2),
-    }
-    return out | ({"logit_scale": 2 + _normal(heads, scale=0.1)} if cosine else {})
+def cases_of(op: str, dtype: torch.dtype) -> list[Case]:
+    """The examples that run the kernels of ``op`` as a call in ``dtype`` does."""
+    return [case for case in CASES if kernel_of(case.op) == op and case.only in (None, dtype)]
 
 
-def _residual_norm(large: bool, order: str) -> dict[str, Any]:
-    shape = (64, 48, 48, 128) if large else (3, 5, 7, 72)
-    c = shape[-1]
-    return {
-        "residual": _normal(*shape),
-        "branch": _normal(*reversed(shape)).reshape(shape),
-        "order": order,
-        "weight": 1 + _normal(c, scale=0.1),
-        "bias": _normal(c),
-        "drop_scale": 1.25 * (~_hidden(shape[0])).float(),
-    }
+def _judge(op: str, dtype: torch.dtype, device: torch.device) -> list[Result]:
+    """Test ``op`` in ``dtype``, keep the answer, and warn of a failure."""
+    _refuse_capture(op, device)
+    with _disable_current_modes(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        found = [judge(case, device, dtype, "triton") for case in cases_of(op, dtype)]
+    wrong = [result.failure for result in found if result.failure]
+    capability = _capability(device) or (0, 0)
+    _failures[op, dtype, capability] = wrong[0] if wrong else ""
+    if wrong:
+        more = f" ({len(wrong) - 1} further examples failed)" if len(wrong) > 1 else ""
+        warnings.warn(f"fastmim: the Triton kernel of {op} failed its self-test in {_name(dtype)} on sm_{capability[0]}"
+                      f"{capability[1]} and impl='auto' falls back to torch for that dtype: {wrong[0]}{more}",
+                      RuntimeWarning, stacklevel=6)
+    return found
 
 
-def _layer_norm(large: bool) -> dict[str, Any]:
-    shape = (64, 48, 48, 128) if large else (3, 5, 7, 72)
-    return {"x": _normal(*shape), "weight": 1 + _normal(shape[-1], scale=0.1), "bias": _normal(shape[-1])}
+def _refuse_capture(op: str, device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"the self-test of {op} cannot run while a CUDA graph is captured; call "
+                           "fastmim_kernels.check.self_test.run() before, or name impl='triton'")
 
 
-def _patch_merge(large: bool) -> dict[str, Any]:
-    return {"x": _normal(*((64, 48, 48, 128) if large else (3, 5, 6, 40)))}
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a GPU that is there; a trace may name one on a machine that has none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
-def _gelu(large: bool) -> dict[str, Any]:
-    rows, c = (64 * 48 * 48, 512) if large else (37, 72)
-    return {"x": _normal(rows, c), "bias": _normal(c)}
+def judge(case: Case, device: torch.device, dtype: torch.dtype, impl: str) -> Result:
+    """``case`` by ``impl`` against the float64 oracle; what it raises is part of the result."""
+    try:
+        return Result(case.op, case.variant, dtype, *errors(case, device, dtype, impl))
+    except Exception as broken:  # a broken compiler or driver shows in many types
+        nan = float("nan")
+        return Result(case.op, case.variant, dtype, "", nan, nan,
+                      f"{type(broken).__name__}: {' '.join(str(broken).split())[:300]}")
 
 
-def _mlp(large: bool) -> dict[str, Any]:
-    rows, c = (64 * 48 * 48, 128) if large else (37, 24)
-    return {
-        "x": _normal(rows, c),
-        "weight1": _normal(4 * c, c, scale=c**-0.5),
-        "bias1": _normal(4 * c),
-        "weight2": _normal(c, 4 * c, scale=c**-0.5),
-        "bias2": _normal(c),
-    }
+def errors(case: Case, device: torch.device, dtype: torch.dtype, impl: str) -> tuple[str, float, float]:
+    """(name, error, limit) of the output or gradient that is nearest to its limit or furthest beyond it."""
+    low = {name: dtype for name in case.low}
+    rounded = inputs_of({k: v.to(dtype).float() if k in low else v for k, v in case.build().items()}, {}, device)
+    double = {k: torch.float64 for k, v in rounded.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    truth = run_case(case, rounded, double, device, "reference")
+    plain = [relative(p, t) for p, t in zip(run_case(case, rounded, low, device, "reference"), truth, strict=True)]
+    ours = run_case(case, rounded, low, device, impl)
+    outputs = [f"output {i}" for i in range(len(truth) - len(case.grads))]
+    found = [(name, relative(o, t), FACTOR * p + FLOOR)
+             for name, o, p, t in zip(outputs + [f"d {n}" for n in case.grads], ours, plain, truth, strict=True)]
+    return max(found, key=lambda each: each[1] / each[2])
 
 
-def _linear(large: bool) -> dict[str, Any]:
-    rows, c = (64 * 48 * 48, 128) if large else (37, 24)
-    return {"x": _normal(rows, c), "weight": _normal(3 * c, c, scale=c**-0.5), "bias": _normal(3 * c)}
-
-
-def _local_norm_target(large: bool) -> dict[str, Any]:
-    return {"images": _normal(*((64, 3, 192, 192) if large else (2, 3, 33, 50))), "kernel_size": 47 if large else 13}
-
-
-def _cpb_bias(large: bool) -> dict[str, Any]:
-    edge, heads, depth = (12, 16, 18) if large else (3, 2, 2)
-    table = (2 * edge - 1) ** 2
-    index = torch.arange(edge**4).reshape(edge**2, edge**2) % table
-    return {
-        "coords": _normal(table, 2),
-        "index": index,
-        "weight1": _normal(depth, 512, 2),
-        "bias1": _normal(depth, 512),
-        "weight2": _normal(depth, heads, 512, scale=0.05),
-    }
-
-
-def _low_copies(large: bool, dtype: torch.dtype) -> dict[str, Any]:
-    # More than one piece of a program, a remainder of a vector, and less than one.
-    shapes = [(4096, 1024), (1024,)] * 24 if large else [(130, 129), (37,), (1,)]
-    return {"tensors": [_normal(*shape) for shape in shapes], "dtype": dtype}
-
-
-CASES = (
-    Case("mask_tokens", "norm", _mask_tokens, ("tokens",), ("tokens", "mask_token", "norm_weight", "norm_bias")),
-    Case(
-        "residual_norm",
-        "pre",
-        lambda large: _residual_norm(large, "pre"),
-        ("branch",),
-        ("residual", "branch", "weight", "bias"),
-    ),
-    Case(
-        "residual_norm",
-        "post",
-        lambda large: _residual_norm(large, "post"),
-        ("branch",),
-        ("residual", "branch", "weight", "bias"),
-    ),
-    # Up to 64 tokens and beyond run different kernels.
-    Case(
-        "window_attention", "scaled dot", lambda large: _window_attention(large, False, 6), ("qkv",), ("qkv", "bias")
-    ),
-    Case(
-        "window_attention",
-        "cosine",
-        lambda large: _window_attention(large, True, 6),
-        ("qkv",),
-        ("qkv", "bias", "logit_scale"),
-    ),
-    Case(
-        "window_attention",
-        "cosine, 144 tokens",
-        lambda large: _window_attention(large, True, 12),
-        ("qkv",),
-        ("qkv", "bias", "logit_scale"),
-    ),
-    Case("mlp", "", _mlp, ("x",), ("x", "weight1", "bias1", "weight2", "bias2")),
-    Case("linear", "", _linear, ("x",), ("x", "weight", "bias")),
-    Case("mlp_and_input", "", _mlp, ("x",), ("x", "weight1", "bias1", "weight2", "bias2")),
-    Case("linear_and_input", "", _linear, ("x",), ("x", "weight", "bias")),
-    Case("layer_norm", "", _layer_norm, ("x",), ("x", "weight", "bias")),
-    Case("mask_tokens_twice", "norm", _mask_tokens, ("tokens",), ("tokens", "mask_token", "norm_weight", "norm_bias")),
-    Case("gelu", "bias", _gelu, ("x",), ("x", "bias")),
-    Case("patch_merge", "", _patch_merge, ("x",), ("x",)),
-    Case("cpb_bias", "", _cpb_bias, (), ("weight1", "bias1", "weight2")),
-    Case("masked_l1", "", _masked_l1, ("prediction",), ("prediction",)),
-    Case("linear_masked_l1", "", _linear_masked_l1, ("tokens",), ("tokens", "weight", "bias")),
-    Case("local_norm_target", "", _local_norm_target, (), ()),
-    Case("low_copies", "bfloat16", lambda large: _low_copies(large, torch.bfloat16), (), ()),
-    Case("low_copies", "float16", lambda large: _low_copies(large, torch.float16), (), ()),
-)
+def run_case(case: Case, arguments: dict[str, Any], dtypes: dict[str, torch.dtype], device: torch.device, impl: str
+             ) -> list[Tensor]:
+    """Outputs and gradients of a fixed cotangent."""
+    inputs = inputs_of(arguments, dtypes, device)
+    for name in case.grads:
+        inputs[name] = inputs[name].detach().requires_grad_()
+    outputs = listed(OPS[case.op](**inputs, impl=impl))
+    if case.grads:
+        used = outputs if case.used is None else [outputs[i] for i in case.used]
+        cotangents = [normal(*o.shape).to(device, o.dtype) for o in used]
+        outputs += torch.autograd.grad(used, [inputs[n] for n in case.grads], cotangents)
+    return [o.detach() for o in outputs]
 
 
 def inputs_of(arguments: dict[str, Any], dtypes: dict[str, torch.dtype], device: torch.device) -> dict[str, Any]:
+    """``arguments`` on ``device``, those in ``dtypes`` cast."""
     moved = {name: _to(value, device) for name, value in arguments.items()}
     return moved | {name: moved[name].to(dtype) for name, dtype in dtypes.items()}
 
@@ -257,72 +228,16 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def listed(out: Any) -> list[Tensor]:
+    """The results of an op."""
     return [out] if isinstance(out, Tensor) else list(out)
 
 
-def run_case(
-    case: Case, arguments: dict[str, Any], dtypes: dict[str, torch.dtype], device: torch.device, impl: str
-) -> list[Tensor]:
-    """Outputs and gradients of a fixed cotangent."""
-    inputs = inputs_of(arguments, dtypes, device)
-    for name in case.grads:
-        inputs[name] = inputs[name].detach().requires_grad_()
-    outputs = listed(OPS[case.op](**inputs, impl=impl))
-    if case.grads:
-        cotangents = [_normal(*o.shape).to(device, o.dtype) for o in outputs]
-        outputs += torch.autograd.grad(outputs, [inputs[n] for n in case.grads], cotangents)
-    return [o.detach() for o in outputs]
-
-
-def errors(case: Case, device: torch.device, dtype: torch.dtype, impl: str) -> tuple[float, float]:
-    """(error, limit) of the output or gradient that is nearest to its limit or furthest beyond it."""
-    arguments = case.build(False)
-    low = {name: dtype for name in case.low}
-    rounded = {k: v.to(dtype).float() if k in low else v for k, v in arguments.items()}
-    double = {k: torch.float64 for k, v in rounded.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    truth = run_case(case, rounded, double, torch.device("cpu"), "reference")
-    plain = run_case(case, rounded, low, device, "reference")
-    ours = run_case(case, rounded, low, device, impl)
-    pairs = [(relative(o, t), FACTOR * relative(p, t) + FLOOR) for o, p, t in zip(ours, plain, truth, strict=True)]
-    return max(pairs, key=lambda pair: pair[0] / pair[1])
-
-
 def relative(value: Tensor, truth: Tensor) -> float:
-    error = (value.cpu().double() - truth).square().mean().sqrt().item()
+    """RMS of the error over that of ``truth`` (over 1 where that is zero); infinite where ``value`` is not a number."""
+    error = (value.to(truth.device).double() - truth).square().mean().sqrt().item()
     scale = truth.square().mean().sqrt().item() or 1.0
     return error / scale if error == error else float("inf")
 
 
-def failure(op: str, device: torch.device) -> str:
-    """Why ``op``'s Triton kernel must not be used on ``device``; empty where it passed, or needs no test.
-
-    Tested once per process and compute capability, on real tensors also within a trace.
-    """
-    capability = _capability(device)
-    if capability is None:
-        return ""
-    key = op, capability
-    if key not in _failures:
-        _failures[key] = _test(op, device)
-        if _failures[key]:
-            warnings.warn(f"fastmim: the Triton kernel of {op} failed its self-test on sm_{key[1][0]}{key[1][1]} and "
-                          f"impl='auto' falls back to torch: {_failures[key]}", RuntimeWarning, stacklevel=4)
-    return _failures[key]
-
-
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Of a GPU that is there; a trace may name one on a machine that has none."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
-
-
-def _test(op: str, device: torch.device) -> str:
-    with _disable_current_modes(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for case in CASES:
-            for dtype in DTYPES if case.op == _EXAMPLES_OF.get(op, op) else ():
-                try:
-                    error, limit = errors(case, device, dtype, "triton")
-                except Exception as broken:  # a broken compiler or driver shows in many types
-                    return f"{type(broken).__name__}: {' '.join(str(broken).split())[:300]}"
-                if not error <= limit:
-                    return f"error {error:.2g} in {dtype} against the float64 oracle, at most {limit:.2g} is expected"
-    return ""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

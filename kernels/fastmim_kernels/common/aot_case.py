@@ -48,6 +48,12 @@ class AotCase:
     others: tuple[str, ...] = ("fp16", "fp32")
     maxnreg: int | None = None
 
+    @property
+    def aligned(self) -> tuple[str, ...]:
+        """Of ``divisible`` what the JIT tells the compiler: not the sizes of which the kernel says that it may not."""
+        hidden = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
+        return tuple(name for name in self.divisible if name not in hidden and name not in self.constexprs)
+
     def key(self, arch: int) -> str:
         """Of the machine code: equal for cases that differ only in the values of run-time arguments.
 
@@ -55,7 +61,7 @@ class AotCase:
         key does, with the line on which a function stands.
         """
         parts = (sources(self.kernel), sorted(self.signature.items()), sorted(self.constexprs.items()),
-                 sorted(self.divisible), self.num_warps, self.num_stages, self.maxnreg, arch, triton.__version__)
+                 sorted(self.aligned), self.num_warps, self.num_stages, self.maxnreg, arch, triton.__version__)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -29,6 +29,8 @@ from .dispatch import resolve
 NAMESPACE = "fastmim"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+_LOW = (torch.bfloat16, torch.float16)
+
 Moved = Callable[[Sequence[Any], float], tuple[int, int]]
 
 
@@ -117,7 +119,7 @@ class Op:
                 functions = self._in_float64(functions, impl)
                 break
         device = tensors[0].device
-        function = resolve(self.name, impl, functions, device)
+        function = resolve(self.name, impl, functions, device, dtype_of(args))
         return _outside_autocast(device.type, function, plain, *args)
 
     def _in_float64(self, functions: dict[str, Callable], impl: str) -> dict[str, Callable]:
@@ -287,6 +289,14 @@ def _apart(found: Any, inputs: Sequence[Any]) -> Any:
 
 def _tuple(outputs: Any) -> tuple[Any, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def dtype_of(args: Sequence[Any]) -> torch.dtype:
+    """In which an op of these arguments computes: the low precision among tensors and dtypes, float32 without one."""
+    for arg in args:
+        if (arg.dtype if isinstance(arg, Tensor) else arg) in _LOW:
+            return arg.dtype if isinstance(arg, Tensor) else arg
+    return torch.float32
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:

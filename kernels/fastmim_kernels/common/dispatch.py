@@ -22,9 +22,18 @@ IMPLS = ("auto", "triton", "torch", "reference")
 _as_on_a_gpu = False
 
 
-def self_test(op: str, device: torch.device) -> str:
-    """Why ``op``'s Triton kernel must not be used on ``device``. The package puts its own test here."""
+_failed: dict[tuple[str, torch.dtype, torch.device], bool] = {}
+"""What :data:`self_test` has found, so that a call costs one access."""
+
+
+def self_test(op: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why ``op``'s Triton kernel must not compute in ``dtype`` on ``device``. The package puts its own test here."""
     return ""
+
+
+def forget_self_tests() -> None:
+    """Ask :data:`self_test` again at the next call of every op."""
+    _failed.clear()
 
 
 def check_impl(impl: str) -> str:
@@ -34,7 +43,8 @@ def check_impl(impl: str) -> str:
     return impl
 
 
-def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device: torch.device) -> Callable:
+def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device: torch.device,
+            dtype: torch.dtype = torch.float32) -> Callable:
     """Pick the function that runs ``op``.
 
     ``auto`` takes Triton on a CUDA device where the op has a Triton kernel that passed its self-test there, and
@@ -45,13 +55,14 @@ def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device:
         impl: One of :data:`IMPLS`.
         implementations: The functions this op has, by name.
         device: Device of the op's inputs.
+        dtype: In which the op computes; a kernel passes its self-test in each by itself.
 
     Raises:
         ValueError: ``impl`` is unknown, or this op has no such implementation.
     """
     check_impl(impl)
     if impl == "auto":
-        impl = "triton" if "triton" in implementations and picks_triton(op, impl, device) else "torch"
+        impl = "triton" if "triton" in implementations and picks_triton(op, impl, device, dtype) else "torch"
     if impl not in implementations:
         have = ", ".join(["auto", *implementations])
         raise ValueError(f"impl={impl!r}: {op} has no such implementation; use one of {have}")
@@ -74,14 +85,18 @@ def as_on_a_gpu() -> Iterator[None]:
         _as_on_a_gpu = before
 
 
-def picks_triton(op: str, impl: str, device: torch.device) -> bool:
-    """Whether ``op``, if it has Triton kernels, runs them for ``impl`` on ``device``."""
-    return impl == "triton" or (impl == "auto" and not no_triton(device) and not failed_self_test(op, device))
+def picks_triton(op: str, impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether ``op``, if it has Triton kernels, runs them for ``impl`` on ``device`` where it computes in ``dtype``."""
+    return impl == "triton" or (impl == "auto" and not no_triton(device) and not failed_self_test(op, dtype, device))
 
 
-def failed_self_test(op: str, device: torch.device) -> bool:
-    """Whether ``op``'s Triton kernel gives wrong results on this GPU, as :data:`self_test` finds."""
-    return bool(self_test(op, device))
+def failed_self_test(op: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether ``op``'s Triton kernel gives wrong results in ``dtype`` on this GPU, as :data:`self_test` finds."""
+    key = op, dtype, device
+    found = _failed.get(key)
+    if found is None:
+        found = _failed[key] = bool(self_test(op, dtype, device))
+    return found
 
 
 # As ``torch.compiler.assume_constant_result`` would: the compiler runs it while it traces and keeps the answer. That

@@ -35,9 +35,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight:
     Raises:
         ValueError: Shapes do not belong together.
     """
-    if not x.is_cpu and impl in ("auto", "torch") and not picks_triton("linear", impl, x.device):
+    dtype = product_dtype(x)
+    if not x.is_cpu and impl in ("auto", "torch") and not picks_triton("linear", impl, x.device, dtype):
         impl = "reference"  # torch's own layer: nothing of the CPU's is of use elsewhere
-    return _call(OP, x, weight, bias, low_weight, low_bias, product_dtype(x), impl)
+    return _call(OP, x, weight, bias, low_weight, low_bias, dtype, impl)
 
 
 def linear_and_input(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,

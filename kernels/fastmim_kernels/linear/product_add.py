@@ -35,7 +35,7 @@ def add_tile(b_x, p_add, p_out, o_r, m_r, first, N: tl.constexpr, EVEN_N: tl.con
     tl.store(p_out + o_tile, b_x.to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit(launch_metadata=metadata)
+@triton.jit(launch_metadata=metadata, do_not_specialize=["rows"])
 def product_add_kernel(
     p_x,  # (rows, K)
     p_w,  # (K, N)

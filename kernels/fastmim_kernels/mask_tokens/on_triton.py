@@ -21,7 +21,7 @@ from ..common.device import on_own_device
 from ..common.sizes import cdiv, next_power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "per_program"])
 def mask_tokens_forward(
     p_x,  # (B, P, C) tokens
     p_mask,  # (B, P) bool as uint8
@@ -64,7 +64,7 @@ def mask_tokens_forward(
         tl.store(p_out + o_x, b_y.to(p_out.dtype.element_ty), mask=m_p[:, None] & m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "per_program"])
 def mask_tokens_backward(
     p_g,  # (B, P, C) gradient of the output
     p_more,  # (B, P, C) gradient from its second reader, or None

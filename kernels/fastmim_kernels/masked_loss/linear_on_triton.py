@@ -27,7 +27,7 @@ from ..common.token_layout import EPS
 from .on_triton import _flat, loss_of, slope_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "grid_h", "grid_w", "zeros"])
 def order_kernel(
     p_mask,  # (B, Hm, Wm) bool as uint8
     p_hit,  # (M,) uint8, scratch: whether a token has masked pixels
@@ -71,7 +71,7 @@ def order_kernel(
         tl.store(p_hits, hits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "row_blocks", "grid_h", "grid_w"])
 def head_loss_kernel(
     p_x,  # (M, D) tokens
     p_w,  # (K, D) head, K = C·S²
@@ -189,7 +189,7 @@ def _last_sums(p_sum, p_dbias, p_counter, p_loss, p_scale, p_bias_grad, i_n, row
             tl.store(p_loss, tl.sum(a_loss, 0) * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last"])
 def token_gradient_kernel(
     p_slope,  # (rows of the chunk, K)
     p_w,  # (K, D) head
@@ -219,7 +219,7 @@ def token_gradient_kernel(
              mask=m_row[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last"])
 def weight_gradient_kernel(
     p_slope,  # (rows of the chunk, K)
     p_x,  # (M, D) tokens

@@ -77,7 +77,7 @@ def pixels_of(p_target, o_pixel, m_pixel, p_mean, p_std, i_c):
     return b_t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grid_h", "grid_w"])
 def masked_l1_kernel(
     p_pred,  # (B, h, w, C, S, S) predictions
     p_target,  # (B, C, H, W) float32 or uint8
@@ -125,7 +125,7 @@ def masked_l1_kernel(
         tl.store(p_count + i_token, n_hit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "channels"])
 def finish_kernel(
     p_sum,  # (n,) float32 loss sums
     p_count,  # (n,) int32 masked pixels

@@ -60,7 +60,7 @@ def normal_cdf(b_x):
     return tl.where(b_x < 0, b_tail, 1.0 - b_tail), b_exp
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gelu_forward(
     p_x,  # (rows, N)
     p_bias,  # (N,) or None
@@ -84,7 +84,7 @@ def gelu_forward(
         tl.store(p_out + o_base + o_tile, (b_x * b_cdf).to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gelu_backward(
     p_grad,  # (rows, N)
     p_x,  # (rows, N)

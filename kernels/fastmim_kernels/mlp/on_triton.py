@@ -71,7 +71,7 @@ def gelu_gradient_tile(b_grad, p_pre, p_dx, p_out, p_sums, o_r, m_r, first, N: t
         tl.store(p_sums + o_n, tl.sum(b_grad, 0), mask=m_n)
 
 
-@triton.jit(launch_metadata=metadata)
+@triton.jit(launch_metadata=metadata, do_not_specialize=["rows"])
 def linear_gelu_kernel(
     p_x,  # (rows, K)
     p_w,  # (N, K)
@@ -105,7 +105,7 @@ def linear_gelu_kernel(
     gelu_tile(b_right, p_bias, p_pre, p_out, o_r, m_r, i_n * BN + BN // 2, N, EVEN_N, BN // 2)
 
 
-@triton.jit(launch_metadata=metadata)
+@triton.jit(launch_metadata=metadata, do_not_specialize=["rows"])
 def gelu_gradient_kernel(
     p_grad,  # (rows, K) gradient of the second product
     p_w,  # (K, N) its weight

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..common.dispatch import check_impl, no_triton
 from ..fusion import norm_adds_bias
+from ..linear.op import product_dtype
 from ..mlp.op import mlp
 from ..residual_norm.op import residual_norm
 from . import rules
@@ -106,7 +107,7 @@ class Mlp(DropIn, timm.layers.Mlp):
 
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The result, and the bias of ``fc2`` where the residual norm is still to add it."""
-        if not norm_adds_bias(self.impl, x.device) or rules.hooked(self) or self.as_timm():
+        if not norm_adds_bias(self.impl, x.device, product_dtype(x)) or rules.hooked(self) or self.as_timm():
             return self(x), None
         return self._product(x, None), self.fc2.bias
 

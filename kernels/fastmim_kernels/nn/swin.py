@@ -10,7 +10,7 @@ from timm.models import swin_transformer_v2 as v2
 from torch import Tensor, nn
 
 from ..fusion import norm_adds_bias
-from ..linear.op import linear
+from ..linear.op import linear, product_dtype
 from ..patch_merge.op import patch_merge
 from ..position_bias.op import BiasPlan, Block, bias_plan, position_bias
 from ..residual_norm.op import layer_norm
@@ -55,7 +55,7 @@ class _MapAttention(DropIn):
     def branch(self, x: Tensor, shift_size: Pair) -> tuple[Tensor, Tensor | None]:
         """The result on the map, and the bias of ``proj`` where the residual norm is still to add it."""
         bias: Tensor | None = self.proj.bias
-        now, later = (None, bias) if norm_adds_bias(self.impl, x.device) else (bias, None)
+        now, later = (None, bias) if norm_adds_bias(self.impl, x.device, product_dtype(x)) else (bias, None)
         return self._attend(x, shift_size, now), later
 
     def set_window_size(self, window_size: Pair) -> None:

@@ -69,7 +69,7 @@ def _source(o_row, m_row, height, width, C: tl.constexpr):
     return (o_token * C)[:, :, None], m_part[:, :, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "height", "width"])
 def patch_merge_forward(
     p_x,  # (B, H, W, C)
     p_weight,  # (4C,) or None: no norm
@@ -103,7 +103,7 @@ def patch_merge_forward(
         tl.store(p_out + o_out, b_x.to(p_out.dtype.element_ty), mask=m_row[:, None, None] & m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "height", "width"])
 def patch_merge_backward(
     p_grad,  # (rows, 4C); rows = B·⌈H/2⌉·⌈W/2⌉
     p_x,  # (B, H, W, C) or None: no norm

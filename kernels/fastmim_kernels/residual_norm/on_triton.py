@@ -63,7 +63,7 @@ def _stream(i_row, o_r, o_c, height, width, MERGE: tl.constexpr, C: tl.constexpr
     return offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_sample", "height", "width"])
 def residual_norm_forward(
     p_residual,  # (rows, C) or None ("post"): zero
     p_branch,  # (rows, C) or None ("pre"): zero
@@ -130,7 +130,7 @@ def residual_norm_forward(
             tl.store(p_out + o_base + o_tile, b_norm.to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_sample", "height", "width"])
 def residual_norm_backward(
     p_grad_added,  # (rows, C) or None
     p_grad_out,  # (rows, C) or None

@@ -44,7 +44,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "groups", "height", "width", "heads", "shift_y", "shift_x"])
 def backward_kernel(
     p_grad,  # (B, H, W, heads, D)
     p_qkv,  # (B, H, W, 3, heads, D)
@@ -103,7 +103,7 @@ def backward_kernel(
         store_bias(p_partial + (i_head * groups + i_group).to(tl.int64) * (N * N), dbias, o_i, o_j, N, FULL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "groups", "height", "width", "heads", "shift_y", "shift_x"])
 def backward_large_kernel(
     p_grad, p_qkv, p_bias, p_scale, p_out, p_lse, p_dqkv, p_partial, p_dscale,  # as in backward_kernel
     windows, groups, height, width, heads, shift_y, shift_x,
@@ -168,7 +168,7 @@ def backward_large_kernel(
         tl.store(p_dscale + i_head * groups + i_group, tl.sum(dscale, 0) * LN2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def reduce_kernel(
     p_partial,  # (heads, groups, size) float32
     p_dscale,  # (heads, groups) float32, or None

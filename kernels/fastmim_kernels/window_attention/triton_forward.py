@@ -108,7 +108,7 @@ def _finish(p_out, p_lse, queries, state, o_i, stride, N: tl.constexpr, D: tl.co
     tl.store(p_lse + o_i, maximum + tl.log2(total), mask=o_i < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "groups", "height", "width", "heads", "shift_y", "shift_x"])
 def forward_kernel(
     p_qkv,  # (B, H, W, 3, heads, D)
     p_bias,  # (heads, N, N)
