@@ -103,8 +103,11 @@ STAGES = {"swin_s": (96, (1, 8)), "swin_b": (128, (1, 4, 8)), "swin_l": (192, (1
 
 
 def aot_case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any], sm: int, quick: bool,
-             dtype: torch.dtype = torch.bfloat16) -> AotCase:
-    """A kernel with fp32 parameters on the architecture that its tiles are for; fp32 products are exact by default."""
+             dtype: torch.dtype = torch.bfloat16, alone: bool = False) -> AotCase:
+    """A kernel with fp32 parameters on the architecture that its tiles are for; fp32 products are exact by default.
+
+    ``alone``: a block holds its multiprocessor alone.
+    """
     constexprs = {"GROUP": GROUP, "PRECISION": "ieee", **constexprs, **{k: v for k, v in tiles.items() if k.isupper()}}
     wide = ("p_bias", "p_dw", "p_dbias", "p_partial", "p_sums")
     low, suffix = ("*fp32", "-in-fp32") if dtype == torch.float32 else ("*bf16", "")
@@ -112,7 +115,7 @@ def aot_case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str
                  for n in kernel.arg_names if n not in constexprs}
     return AotCase(f"{name}-sm{sm}{suffix}", kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"],
                    tuple(signature), quick, dot=dtype != torch.float32, archs=(sm,), others=("fp16",),
-                   maxnreg=tiles.get("maxnreg"))
+                   maxnreg=tiles.get("maxnreg"), persistent=alone)
 
 
 def aot_dtypes(quick: bool, sm: int) -> tuple[torch.dtype, ...]:

@@ -5,12 +5,16 @@ The gradient of the bias comes with the weight's, and the sum of the gradients o
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ..common.device import on_own_device, sm_of
 from ..common.rows import nothing
 from . import on_torch
 from .on_torch import forward
+from .policy import APART, FUSED, WIDE, way, wide_tiles
 from .product_add import product_add
 from .weight_gradient import weight_gradient
 
@@ -25,13 +29,36 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bo
     return dx, *parameter_gradients(grad, x, weight_dtype, has_bias)
 
 
+@on_own_device
 def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
-    """As :func:`.on_torch.input_gradient`, of (…, N) grad and in its shape."""
-    return on_torch.input_gradient(grad, weight, None) if add is None else product_add(grad, weight, add)
+    """As :func:`.on_torch.input_gradient`, of (…, N) grad, in the shape of grad or of ``add``."""
+    if add is None:
+        return on_torch.input_gradient(grad, weight, None)
+    depth, columns = weight.shape
+    wide = wide_tiles(columns, grad.dtype, sm_of(grad.device))
+
+    def apart() -> Tensor:
+        return on_torch.product(grad, weight.t(), None).view(add.shape).add_(add)
+
+    def fused(tiles: dict[str, int] | None = None) -> Tensor:
+        return product_add(grad, weight, add, tiles)
+
+    ways = {FUSED: fused, APART: apart} | ({} if wide is None else {WIDE: partial(fused, wide)})
+    rows = grad.numel() // depth
+    return ways[way("product_add", rows, columns, depth, grad.dtype, grad.device, lambda: ways)]()
 
 
+@on_own_device
 def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool) -> tuple[Tensor, Tensor]:
     """As :func:`.on_torch.parameter_gradients`, of contiguous (…, N) and (…, K)."""
-    if has_bias:
+    def apart() -> tuple[Tensor, Tensor]:
+        return on_torch.parameter_gradients(grad.flatten(0, -2), x.flatten(0, -2), dtype, has_bias)
+
+    def fused() -> tuple[Tensor, Tensor]:
         return weight_gradient(grad, x.contiguous(), dtype)
-    return on_torch.parameter_gradients(grad.flatten(0, -2), x.flatten(0, -2), dtype, False)
+
+    if not has_bias:
+        return apart()
+    ways = {FUSED: fused, APART: apart}
+    (columns, depth), rows = (grad.shape[-1], x.shape[-1]), grad.numel() // grad.shape[-1]
+    return ways[way("weight_gradient", rows, columns, depth, grad.dtype, grad.device, lambda: ways)]()

@@ -25,6 +25,7 @@ from ..common.matmul import (
     within,
 )
 from ..common.sizes import cdiv
+from .policy import wide_tiles
 
 
 @triton.jit
@@ -66,12 +67,15 @@ def product_add_kernel(
 
 
 @on_own_device
-def product_add(x: Tensor, weight: Tensor, add: Tensor) -> Tensor:
-    """``x·W + add`` of (…, K), (K, N) and (…, N) in the dtype of x, rounded once; in the shape of ``add``."""
+def product_add(x: Tensor, weight: Tensor, add: Tensor, tiles: dict[str, int] | None = None) -> Tensor:
+    """``x·W + add`` of (…, K), (K, N) and (…, N) in the dtype of x, rounded once; in the shape of ``add``.
+
+    ``tiles`` replaces those of :func:`.narrow_config`.
+    """
     x, weight, add = x.contiguous(), weight.contiguous(), add.contiguous()
     depth, columns = weight.shape
     rows = x.numel() // depth
-    tiles = narrow_config(columns, depth, x.dtype, sm_of(x.device))
+    tiles = narrow_config(columns, depth, x.dtype, sm_of(x.device)) if tiles is None else tiles
     out = torch.empty_like(add)
     grid = (cdiv(rows, tiles["BM"]) * cdiv(columns, tiles["BN"]),)
     product_add_kernel[grid](x, weight, add, out, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP,
@@ -89,4 +93,8 @@ def aot_cases() -> list[AotCase]:
                 tiles = narrow_config(c, 4 * c, dtype, sm)
                 extra = {"N": c, "EVEN_K": 4 * c % tiles["BK"] == 0}
                 cases.append(aot_case(f"fc1-input/{name}-c{c}", product_add_kernel, tiles, extra, sm, quick, dtype))
+            if wide := wide_tiles(c, torch.bfloat16, sm):
+                extra = {"N": c, "EVEN_K": True}
+                cases.append(aot_case(f"fc1-input-wide/{name}-c{c}", product_add_kernel, wide, extra, sm, quick,
+                                      alone=True))
     return cases

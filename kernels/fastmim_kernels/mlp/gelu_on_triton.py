@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..common.aot_case import AotCase
 from ..common.device import on_own_device, processors
+from ..common.rows import nothing
 from ..common.sizes import cdiv, next_power_of_2
 
 ELEMENTS_PER_THREAD = 8
@@ -90,6 +91,7 @@ def gelu_backward(
     p_x,  # (rows, N)
     p_bias,  # (N,) or None
     p_dx,  # (rows, N), out
+    p_out,  # (rows, N), out: the GELU again; None where nobody wants it
     p_partial,  # (programs, N) fp32, out: d bias; None without bias
     rows,
     N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -109,6 +111,8 @@ def gelu_backward(
         if p_bias is not None:
             b_x += b_bias
         b_cdf, b_exp = normal_cdf(b_x)
+        if p_out is not None:
+            tl.store(p_out + o_base + o_tile, (b_x * b_cdf).to(p_out.dtype.element_ty), mask=m_tile)
         b_grad *= b_cdf + b_x * b_exp * 0.3989422804014327
         tl.store(p_dx + o_base + o_tile, b_grad.to(p_dx.dtype.element_ty), mask=m_tile)
         b_sum += b_grad
@@ -130,23 +134,39 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
 @on_own_device
 def backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::gelu_backward``."""
+    return _launch(grad, x, bias, None, bias is not None)
+
+
+@on_own_device
+def backward_and_output(grad: Tensor, x: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(d x, with ``sums`` that of its rows in fp32 or else empty, GELU(x)) of (…, N) grad and x, in one pass."""
+    out = torch.empty_like(grad)
+    return *_launch(grad, x, None, out, sums), out
+
+
+def _launch(grad: Tensor, x: Tensor, bias: Tensor | None, out: Tensor | None, sums: bool) -> tuple[Tensor, Tensor]:
     grad, x, bias = grad.contiguous(), x.contiguous(), None if bias is None else bias.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     dx = torch.empty_like(x)
     grid = programs(rows, columns, "backward", x.device)
-    partial = torch.empty(grid[0] if bias is not None else 0, columns, dtype=torch.float32, device=x.device)
-    gelu_backward[grid](grad, x, bias, dx, partial if bias is not None else None, rows, N=columns, **config(columns))
-    return dx, partial.sum(0) if bias is not None else partial.new_empty(0)
+    partial = torch.empty(grid[0], columns, dtype=torch.float32, device=x.device) if sums else None
+    gelu_backward[grid](grad, x, bias, dx, out, partial, rows, N=columns, **config(columns))
+    return dx, nothing(x, torch.float32) if partial is None else partial.sum(0)
 
 
-def _case(name: str, columns: int, direction: str, dtype: str, quick: bool) -> AotCase:
+def _case(name: str, columns: int, direction: str, dtype: str, quick: bool, again: bool = False) -> AotCase:
     kernel = gelu_forward if direction == "forward" else gelu_backward
     signature = {n: "*fp32" if n in ("p_bias", "p_partial") else "i32" if n == "rows" else f"*{dtype}"
                  for n in kernel.arg_names if n.startswith("p_") or n == "rows"}
-    shape: dict[str, Any] = config(columns)
+    shape: dict[str, Any] = config(columns) | {"N": columns}
     warps = shape.pop("num_warps")
-    return AotCase(f"gelu/{direction}/{name}-{dtype}-n{columns}", kernel, signature, {"N": columns, **shape},
+    if direction == "backward":
+        # Behind a product the output is wanted too, and the bias is part of the input.
+        absent = "p_bias" if again else "p_out"
+        del signature[absent]
+        shape[absent] = None
+    return AotCase(f"gelu/{direction}{'-again' * again}/{name}-{dtype}-n{columns}", kernel, signature, shape,
                    num_warps=warps, divisible=tuple(signature), quick=quick)
 
 
@@ -155,4 +175,6 @@ def aot_cases() -> list[AotCase]:
     bases = {"swin_b": 128, "swin_l": 192, "swinv2_h": 352, "swinv2_g": 512}
     cases = [_case(name, 4 * base * width, direction, "bf16", quick=name == "swinv2_h" and width == 1)
              for name, base in bases.items() for width in (1, 8) for direction in ("forward", "backward")]
+    cases += [_case(name, 32 * base, "backward", "bf16", quick=name == "swinv2_h", again=True)
+              for name, base in bases.items()]
     return cases + [_case("swin_b", 512, direction, "fp32", False) for direction in ("forward", "backward")]

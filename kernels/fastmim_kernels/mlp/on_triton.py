@@ -6,7 +6,7 @@ operands in the L2 cache.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -36,6 +36,9 @@ from ..common.rows import nothing
 from ..common.sizes import cdiv
 from ..linear.on_torch import in_dtype_of, product, weight_gradient
 from ..linear.on_triton import input_gradient, parameter_gradients
+from ..linear.policy import APART, FUSED, WIDE, way, wide_tiles
+from .gelu_on_triton import backward_and_output as gelu_backward_and_output
+from .gelu_on_triton import forward as gelu_forward
 from .gelu_on_triton import normal_cdf
 
 
@@ -166,13 +169,16 @@ def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> di
 
 
 @on_own_device
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool
-                ) -> tuple[Tensor, Tensor]:
-    """(z = x·Wᵀ + b as (M, N), GELU(z) as (…, N)) of (…, K), (N, K) and (N,), each empty where not wanted."""
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool,
+                tiles: dict[str, int] | None = None) -> tuple[Tensor, Tensor]:
+    """(z = x·Wᵀ + b as (M, N), GELU(z) as (…, N)) of (…, K), (N, K) and (N,), each empty where not wanted.
+
+    In one launch; ``tiles`` replaces those of :func:`tile_config`.
+    """
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     columns, depth = weight.shape
     rows = x.numel() // depth
-    tiles = tile_config(columns, depth, x.dtype, sm_of(x.device))
+    tiles = tile_config(columns, depth, x.dtype, sm_of(x.device)) if tiles is None else tiles
     z = x.new_empty(rows, columns) if pre else None
     out = x.new_empty((*x.shape[:-1], columns)) if gelu else None
     grid = (cdiv(rows, tiles["BM"]) * cdiv(columns, tiles["BN"]),)
@@ -182,7 +188,41 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, ge
 
 
 @on_own_device
-def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`linear_gelu`, in one launch or as cuBLAS' product and a pass behind it, whichever is faster."""
+    columns, depth = weight.shape
+    sizes, wide = (x.numel() // depth, columns, depth), wide_tiles(columns, x.dtype, sm_of(x.device))
+
+    def apart() -> tuple[Tensor, Tensor]:
+        z = product(x, weight, bias)
+        return z.view(-1, columns) if pre else nothing(x), gelu_forward(z, None) if gelu else nothing(x)
+
+    def fused(tiles: dict[str, int] | None = None) -> tuple[Tensor, Tensor]:
+        return linear_gelu(x, weight, bias, pre=pre, gelu=gelu, tiles=tiles)
+
+    ways = {FUSED: fused, APART: apart} | ({} if wide is None else {WIDE: partial(fused, wide)})
+    return ways[way("linear_gelu", *sizes, x.dtype, x.device, lambda: ways)]()
+
+
+@on_own_device
+def hidden_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`gelu_gradient`, in one launch or as cuBLAS' product and a pass behind it, whichever is faster."""
+    depth, columns = weight.shape
+    wide = wide_tiles(columns, grad.dtype, sm_of(grad.device))
+
+    def apart() -> tuple[Tensor, Tensor, Tensor]:
+        return gelu_backward_and_output(product(grad, weight.t(), None).view(pre.shape), pre, bias)
+
+    def fused(tiles: dict[str, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return gelu_gradient(grad, weight, pre, bias, tiles)
+
+    ways = {FUSED: fused, APART: apart} | ({} if wide is None else {WIDE: partial(fused, {**wide, "SHARE": 64})})
+    return ways[way("gelu_gradient", len(pre), columns, depth, grad.dtype, grad.device, lambda: ways)]()
+
+
+@on_own_device
+def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool, tiles: dict[str, int] | None = None
+                  ) -> tuple[Tensor, Tensor, Tensor]:
     """(d pre = (grad·W)·GELU'(pre), its sum over the rows in fp32 or empty, GELU(pre)) in one launch.
 
     Args:
@@ -190,11 +230,12 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tupl
         weight: (D, N) of the product after the GELU.
         pre: (M, N).
         bias: The sum is wanted.
+        tiles: In place of those of :func:`gradient_config`.
     """
     weight = weight.contiguous()
     (depth, columns), device = weight.shape, grad.device
     rows = grad.numel() // depth
-    tiles = gradient_config(columns, depth, grad.dtype, sm_of(device))
+    tiles = gradient_config(columns, depth, grad.dtype, sm_of(device)) if tiles is None else tiles
     blocks, across = cdiv(rows, tiles["BM"]), cdiv(columns, tiles["BN"])
     dx, out = torch.empty_like(pre), torch.empty_like(pre)
     d_bias = partial = count = None
@@ -213,7 +254,7 @@ def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, b
             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::mlp``; the second product is cuBLAS's."""
     (low1, cast1), (low2, cast2) = in_dtype_of(x, weight1, low_weight1), in_dtype_of(x, weight2, low_weight2)
-    pre, activation = linear_gelu(x, low1, bias1, pre=not recompute_fc1, gelu=True)
+    pre, activation = hidden(x, low1, bias1, pre=not recompute_fc1, gelu=True)
     return product(activation, low2, bias2), pre, cast1, cast2
 
 
@@ -223,8 +264,8 @@ def backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tenso
     """Arguments and results of the op ``fastmim::mlp_backward``."""
     grad = grad.contiguous()
     if not pre.numel():  # as forward would have kept it, bit for bit
-        pre, _ = linear_gelu(x, weight1, bias1, pre=True, gelu=False)
-    d_hidden, d_bias1, activation = gelu_gradient(grad, weight2, pre, bias1 is not None)
+        pre, _ = hidden(x, weight1, bias1, pre=True, gelu=False)
+    d_hidden, d_bias1, activation = hidden_gradient(grad, weight2, pre, bias1 is not None)
     d_weight2, d_bias2 = parameter_gradients(grad, activation, weight2_dtype, has_bias2)
     del activation
     d_weight1 = weight_gradient(d_hidden, x.flatten(0, -2), weight1_dtype)
@@ -245,4 +286,8 @@ def aot_cases() -> list[AotCase]:
                     tiles = config(4 * c, c, dtype, sm)
                     given = {"N": 4 * c, "EVEN_K": c % tiles["BK"] == 0, **extra}
                     cases.append(aot_case(f"{title}/{name}-c{c}", kernel, tiles, given, sm, quick, dtype))
+                if wide := wide_tiles(4 * c, torch.bfloat16, sm):
+                    tiles = wide | {"SHARE": 64} if kernel is gelu_gradient_kernel else wide
+                    given = {"N": 4 * c, "EVEN_K": c % tiles["BK"] == 0, **extra}
+                    cases.append(aot_case(f"{title}-wide/{name}-c{c}", kernel, tiles, given, sm, quick, alone=True))
     return cases

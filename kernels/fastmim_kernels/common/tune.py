@@ -1,0 +1,105 @@
+"""Ways to compute the same thing: which one is taken, by a measurement at first use on a GPU, kept on disk.
+
+The file is one of the user's cache, for a GPU and the versions of torch and Triton. ``FASTMIM_TUNE=0`` measures
+nothing and reads nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+REPEATS = 5
+_chosen: dict[tuple[Any, ...], str] = {}
+_files: dict[Path, dict[str, str]] = {}
+
+
+Ways = Callable[[], Mapping[str, Callable[[], Any]]]
+
+
+def choose(key: tuple[Any, ...], device: torch.device, ways: Ways, otherwise: str) -> str:
+    """The name of the way to take.
+
+    Args:
+        key: Of the task, without the device: a name, and whatever the choice depends on.
+        device: Where it is computed; it is current.
+        ways: Makes a function of each way, which does the task on what is at hand; its result is dropped.
+        otherwise: The answer where nothing can be measured: without a GPU, in a trace, in a capture.
+    """
+    found = _chosen.get((*key, device))
+    if found is not None:
+        return found
+    if device.type != "cuda" or not _measurable():
+        return otherwise
+    path, text, known = _file(device), json.dumps([str(part) for part in key]), ways()
+    kept = _read(path)
+    if kept.get(text) not in known:
+        try:
+            times = {name: milliseconds(way) for name, way in known.items()}
+        except torch.OutOfMemoryError:
+            # A way may need more memory than is left beside the step; the next call finds out again.
+            return otherwise
+        kept[text] = min(times, key=times.__getitem__)
+        _write(path, kept)
+    _chosen[(*key, device)] = kept[text]
+    return kept[text]
+
+
+def forget() -> None:
+    """Read the files again."""
+    _chosen.clear()
+    _files.clear()
+
+
+def _measurable() -> bool:
+    return (os.environ.get("FASTMIM_TUNE") != "0" and torch.cuda.is_initialized() and not is_in_torch_dispatch_mode()
+            and not torch.cuda.is_current_stream_capturing())
+
+
+def milliseconds(way: Callable[[], Any]) -> float:
+    """Median of :data:`REPEATS`, after one that compiles; what is queued before keeps the GPU at its clock."""
+    way()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        way()
+        event.record()
+    events[-1].synchronize()
+    return median(begin.elapsed_time(end) for begin, end in zip(events, events[1:], strict=False))
+
+
+def _file(device: torch.device) -> Path:
+    import triton
+
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    versions = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} triton {triton.__version__}"
+    name = "".join(c if c.isalnum() or c in ".+" else "-" for c in versions)
+    return Path(cache).expanduser() / "fastmim" / f"tuned-{name}.json"
+
+
+def _read(path: Path) -> dict[str, str]:
+    if path not in _files:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        _files[path] = found if isinstance(found, dict) else {}
+    return _files[path]
+
+
+def _write(path: Path, kept: dict[str, str]) -> None:
+    """As a whole, so that ranks that measure at once leave a file of one of them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        pass  # a cache: without it the next process measures again

@@ -1,0 +1,108 @@
+"""Which products are made in one pass: by hand-worked sizes, and by a GPU that is asked once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmim_kernels.common import tune
+from fastmim_kernels.linear.policy import APART, FUSED, one_pass_wins, way, wide_tiles
+
+BF16 = torch.bfloat16
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("kernel, breakeven", [
+    # A second pass moves 2 maps of 4C values, 4 of them, 3 of C, 1 of 3C, at 0.9 · 3 TB/s. It saves (1/0.65 - 1/0.85)
+    # of 8C² FLOPs a row (6C² for the weight of qkv) at 798 TFLOP/s. Both are equal at these C, where all compute.
+    ("linear_gelu", 1633), ("gelu_gradient", 3266), ("product_add", 612), ("weight_gradient", 816)])
+def test_where_one_pass_stops_to_win(kernel: str, breakeven: int) -> None:
+    def wins(channels: int) -> bool:
+        rows = 10**9 // channels  # so many that neither weights nor a launch count
+        sizes = {"linear_gelu": (4 * channels, channels), "gelu_gradient": (4 * channels, channels),
+                 "product_add": (channels, 4 * channels), "weight_gradient": (3 * channels, channels)}[kernel]
+        return one_pass_wins(kernel, rows, *sizes, BF16, 90)
+
+    assert wins(round(0.9 * breakeven)) and not wins(round(1.1 * breakeven))
+    assert wins(64), "where both wait for memory"
+
+
+def test_a_launch_counts_where_there_is_little_work() -> None:
+    assert one_pass_wins("product_add", 64, 2048, 8192, BF16, 90)
+    assert not one_pass_wins("product_add", 2**16, 2048, 8192, BF16, 90)
+
+
+def test_without_a_gpu_it_is_one_pass() -> None:
+    def ways() -> Any:
+        raise AssertionError("nobody is asked")
+
+    assert way("product_add", 2**16, 2048, 8192, BF16, torch.device("cpu"), ways) == FUSED
+
+
+def test_wide_tiles_fill_their_matrix() -> None:
+    assert wide_tiles(512, BF16, 90) and not wide_tiles(384, BF16, 90)
+    assert not wide_tiles(512, torch.float32, 90) and not wide_tiles(512, BF16, 80)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
+    """A GPU that says how long each way takes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FASTMIM_TUNE", raising=False)
+    times = {FUSED: 2.0, APART: 1.0}
+    answers = {"is_initialized": True, "is_current_stream_capturing": False, "get_device_name": "A GPU/1",
+               "get_device_capability": (9, 0)}
+    for name, value in ((name, lambda *_, answer=answer: answer) for name, answer in answers.items()):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(tune, "milliseconds", lambda run: times[run()])
+    tune.forget()
+    yield times
+    tune.forget()
+
+
+def ask(columns: int = 2048) -> str:
+    ways = {name: lambda name=name: name for name in (FUSED, APART)}
+    return way("product_add", 2**16, columns, 4 * columns, BF16, GPU, lambda: ways)
+
+
+def test_the_faster_way_is_taken_and_kept_for_the_next_process(gpu: dict[str, float], tmp_path: Path) -> None:
+    assert ask(128) == FUSED, "bandwidth-bound: the GPU need not be asked"
+    assert ask() == APART
+    gpu |= {FUSED: 0.5}
+    assert ask() == APART and ask(1024) == FUSED
+    tune.forget()
+    assert ask() == APART, "from the disk"
+    (file,) = tmp_path.glob("fastmim/tuned-A-GPU-1*.json")
+    file.write_text("[]")
+    tune.forget()
+    assert ask() == FUSED, "measured again"
+
+
+def test_nothing_is_measured_where_it_must_not(gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch,
+                                               tmp_path: Path) -> None:
+    with monkeypatch.context() as m:
+        m.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert ask() == FUSED
+        m.setenv("FASTMIM_TUNE", "0")
+        m.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert ask() == FUSED
+
+    def full(run: Any) -> float:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as m:
+        m.setattr(tune, "milliseconds", full)
+        assert ask() == FUSED
+    assert not list(tmp_path.rglob("*.json")) and ask() == APART
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch,
+                                                    tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert ask() == APART
+
+
