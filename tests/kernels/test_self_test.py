@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmim_kernels as fk
 from fastmim_kernels.check import self_test
-from fastmim_kernels.check.examples import SMALL, Case
+from fastmim_kernels.check.examples import SHIPPED, SMALL, Case
 from fastmim_kernels.common import define_op, dispatch
 
 CPU = torch.device("cpu")
@@ -170,3 +170,12 @@ def test_compiled_without_a_graph_break(kind: str, monkeypatch: pytest.MonkeyPat
         compiled = torch.compile(function, fullgraph=True, backend="eager")
         assert [compiled(torch.zeros(())).item() for _ in range(2)] == [1.0 if kind == "right" else -1.0] * 2
     assert set(self_test._failures) == {("gelu", torch.float32, (9, 0))}
+
+
+NORMS = ("post, 2816 channels", "post, merged, drop path", "pre, bias", "pre, bias, last", "pre, gamma, last")
+
+
+@pytest.mark.parametrize("case", [case for case in SHIPPED if case.variant in NORMS], ids=lambda case: case.variant)
+def test_a_right_norm_is_within_the_limits(case: Case) -> None:
+    """One that computes in float32 and keeps a bfloat16 stream, as torch's does here and the kernel on a GPU."""
+    assert not self_test.judge(case, CPU, torch.bfloat16, "torch").failure

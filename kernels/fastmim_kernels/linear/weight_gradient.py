@@ -83,7 +83,7 @@ def sum_places(
         tl.store(p_out + o_tile, acc.to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit(launch_metadata=metadata, do_not_specialize=["rows"])
+@triton.jit(launch_metadata=metadata)
 def weight_gradient_kernel(
     p_grad,  # (rows, N)
     p_x,  # (rows, K)
