@@ -5,10 +5,10 @@
                                        [--out CSV]
 
 ``reference`` is the plain oracle, ``compiled`` is ``torch.compile`` of it, ``triton`` needs a GPU. There each time is
-``triton.testing.do_bench``'s median, and GB/s are the op's closed-form bytes over it, as a share of what a copy
-reaches in the same run (``roofline_share`` of the CSV); on a CPU the providers take turns. A provider whose output or
-gradient is further from float64 than twice the reference's error and one rounding is not timed, and the exit status
-is 1. `run.py report` draws the CSV.
+``triton.testing.do_bench_cudagraph``'s median, without what the host costs, and GB/s are the op's closed-form bytes
+over it, as a share of what a copy reaches in the same run (``roofline_share`` of the CSV); on a CPU the providers take
+turns. A provider whose output or gradient is further from float64 than twice the reference's error and one rounding is
+not timed, and the exit status is 1. `run.py report` draws the CSV.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
-from kernel_works import WORKS, Work, normal, position_bias
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-import fastmim_kernels as fk
-from fastmim.models.sizes import SIZES
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import fastmim_kernels as fk  # noqa: E402
+from benchmarks import harness  # noqa: E402
+from benchmarks.kernel_works import WORKS, Work, normal, position_bias  # noqa: E402
+from fastmim.models.sizes import SIZES  # noqa: E402
 
 # A backward pass is timed again and again on one graph: the compiler must not reuse what it keeps.
 functorch_config.donated_buffer = False
@@ -108,12 +111,32 @@ def calls(op: str, name: str, work: Work, dtypes: dict[str, torch.dtype], device
 
     if not work.grads:
         return {"forward": forward}
-    outputs = outputs_of(function, arguments)
-    cotangents, leaves = [torch.ones_like(o) for o in outputs], [arguments[n] for n in work.grads]
+    leaves = [arguments[n] for n in work.grads]
+
+    def step() -> None:
+        outputs = outputs_of(function, arguments)
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+
     if work.together:
-        return {"step": lambda: torch.autograd.grad(outputs_of(function, arguments), leaves, cotangents)}
-    return {"forward": forward,
-            "backward": lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)}  # fmt: skip
+        return {"step": step}
+    return {"forward": forward, "backward": backward_of(lambda: outputs_of(function, arguments), leaves)}
+
+
+def backward_of(forward: Callable[[], list[Tensor]], leaves: list[Tensor]) -> Callable[[], None]:
+    """The backward pass through one graph that is kept.
+
+    The forward pass is made by the first call: a backward pass runs on the stream of its forward, which has to be
+    the one that is timed or captured.
+    """
+    made: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def backward() -> None:
+        if not made:
+            outputs = forward()
+            made.append((outputs, [torch.ones_like(o) for o in outputs]))
+        torch.autograd.grad(made[0][0], leaves, made[0][1], retain_graph=True)
+
+    return backward
 
 
 def times(steps: dict[str, Callable[[], Any]], device: torch.device, rounds: int
@@ -121,11 +144,11 @@ def times(steps: dict[str, Callable[[], Any]], device: torch.device, rounds: int
     """Seconds of each step: median, 20 % and 80 % quantile."""
     if device.type == "cpu":
         return {name: t.quantiles() for name, t in harness.interleave(steps, rounds=rounds).items()}
-    from triton.testing import do_bench
+    from triton.testing import do_bench_cudagraph
 
     found = {}
     for name, step in steps.items():
-        middle, low, high = do_bench(step, quantiles=(0.5, 0.2, 0.8))
+        middle, low, high = do_bench_cudagraph(step, quantiles=(0.5, 0.2, 0.8))
         found[name] = (middle / 1e3, low / 1e3, high / 1e3)
     return found
 
@@ -136,6 +159,15 @@ def copy_bandwidth(device: torch.device, rounds: int) -> float:
     target = torch.empty_like(source)
     seconds = times({"copy": lambda: target.copy_(source)}, device, rounds)["copy"][0]
     return 2 * source.numel() / seconds / 1e9
+
+
+def matmul_rate(device: torch.device, rounds: int, dtype: torch.dtype) -> float:
+    """TFLOP/s of a square product far larger than it takes to fill the device."""
+    edge = 512 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, edge, edge, device=device, dtype=dtype).unbind()
+    out = torch.empty_like(a)
+    seconds = times({"matmul": lambda: torch.mm(a, b, out=out)}, device, rounds)["matmul"][0]
+    return 2 * edge**3 / seconds / 1e12
 
 
 def measure(op: str, size: str, names: list[str], args: argparse.Namespace, device: torch.device, copy: float
