@@ -59,7 +59,7 @@ def measured(op: str, shape: dict[str, Any], impl: str, batch: int, device: torc
             "case": f"{op} {direction}", "dtype": "bf16", "batch": batch, "provider": impl, "rounds": ROUNDS,
             "seconds": f"{middle:.3e}", "seconds_p20": f"{low:.3e}", "seconds_p80": f"{high:.3e}",
             "mb_per_image": f"{(moved[direction] or 0) / batch / 1e6:.4g}", "roofline_share": f"{of_copy:.3f}",
-            "gflop_per_image": f"{flops[direction] / batch / 1e9:.4g}", "mfu": f"{of_product:.3f}",
+            "gflop_per_image": f"{flops[direction] / batch / 1e9:.4g}", "matmul_share": f"{of_product:.3f}",
             "note": f"{of_copy:.0%} of a copy's {copy:.0f} GB/s, {of_product:.0%} of a product's {product:.0f} TFLOP/s",
         })  # fmt: skip
     return rows

@@ -23,8 +23,8 @@ th, td { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: left; vert
 .passed { color: #1b7837 } .failed { color: #b2182b; font-weight: bold } .where { color: #555; font-size: 13px }
 img { max-width: 100% } .scroll { overflow-x: auto }
 """
-MEASURED = ("case", "dtype", "batch", "provider", "seconds", "images_per_sec", "ratio", "roofline_share", "mfu",
-            "peak_memory_gib", "note")  # fmt: skip
+MEASURED = ("case", "dtype", "batch", "provider", "seconds", "images_per_sec", "ratio", "roofline_share",
+            "matmul_share", "peak_memory_gib", "note")  # fmt: skip
 
 
 def write(folder: Path, parts: Sequence[Part], results: dict[str, Result], key: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,12 +40,10 @@ class Setting:
     Args:
         device: "cuda" or "cpu".
         dry: Without a GPU: tiny shapes and stand-ins for what only a GPU can do.
-        folder: Where the part may leave files.
     """
 
     device: str
     dry: bool
-    folder: Path
 
     @property
     def torch_device(self) -> torch.device:

@@ -57,8 +57,7 @@ class Worker:
 
     def run(self, part: Part, seconds: float | None) -> Result:
         """Run a part; ``seconds`` is what it has at most (None: no limit)."""
-        setting = Setting("cpu" if self.dry else "cuda", self.dry, self.folder / "files" / part.name)
-        setting.folder.mkdir(parents=True, exist_ok=True)
+        setting = Setting("cpu" if self.dry else "cuda", self.dry)
         path = self.folder / "log" / f"{part.name}.log"
         began = time.monotonic()
         state, answer = self._call(_run_part, (part, setting, str(path)), seconds)

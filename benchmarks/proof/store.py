@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -66,8 +65,7 @@ def complete(result: Result, key: str, machine: dict[str, str], commit: str | No
     where = harness.environment() | ({"machine": machine["name"]} if machine["name"] else {})
     where |= {"commit": commit} if commit else {}
     rows = [{"device": machine["device"], **row, **where} for row in result.rows]
-    described = where | {"triton": machine["triton"], "time": datetime.datetime.now().strftime("%H:%M:%S")}
-    return dataclasses.replace(result, key=key, rows=rows, where=described)
+    return dataclasses.replace(result, key=key, rows=rows, where=where)
 
 
 def path_of(folder: Path, part: str) -> Path:
