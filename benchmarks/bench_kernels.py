@@ -89,21 +89,28 @@ def errors(op: str, work: Work, names: list[str], dtype: torch.dtype, device: to
     for name in names:
         ours = results(provider(op, name), work, low, device)
         # The reference may keep in float32 what an op rounds once to the low precision.
-        pairs = [(_relative(o, t), FACTOR * _relative(p, t) + torch.finfo(dtype).eps / 2 + FLOOR)
+        pairs = [(relative(o, t), FACTOR * relative(p, t) + torch.finfo(dtype).eps / 2 + FLOOR)
                  for o, p, t in zip(ours, plain, truth, strict=True)]  # fmt: skip
         found[name] = max(pairs, key=lambda pair: pair[0] / pair[1])
     return found
 
 
-def _relative(value: Tensor, truth: Tensor) -> float:
+def relative(value: Tensor, truth: Tensor) -> float:
+    """RMS of the difference over that of ``truth``; infinite where it is not a number."""
     error = (value.double() - truth).square().mean().sqrt().item()
     return error / (truth.square().mean().sqrt().item() or 1.0) if error == error else float("inf")
 
 
 def calls(op: str, name: str, work: Work, dtypes: dict[str, torch.dtype], device: torch.device
           ) -> dict[str, Callable[[], Any]]:
+    """:func:`calls_of` a provider."""
+    return calls_of(provider(op, name), work, dtypes, device)
+
+
+def calls_of(function: Callable[..., Any], work: Work, dtypes: dict[str, torch.dtype], device: torch.device
+             ) -> dict[str, Callable[[], Any]]:
     """What is timed: forward without autograd, and backward through a graph that is kept; or both as a step."""
-    function, arguments = provider(op, name), prepared(work, dtypes, device)
+    arguments = prepared(work, dtypes, device)
 
     def forward() -> None:
         with torch.no_grad():

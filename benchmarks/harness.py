@@ -26,8 +26,8 @@ COLUMNS = (
     "ratio_p80", "rounds", "loss", "data_s", "forward_s", "backward_s", "optimizer_s", "wall_s", "peak_memory_gib",
     "memory_kind", "start_memory_gib", "nvml_memory_gib", "saved_mb_per_image", "launches", "mb_per_image",
     "gflop_per_image", "modelled_us_per_image", "roofline_share", "matmul_share", "mfu", "joules_per_image",
-    "peak_rss_gib", "note", "load_average", "machine", "threads", "python", "torch", "triton", "timm", "reference", "commit",
-    "date",
+    "peak_rss_gib", "note", "load_average", "machine", "threads", "python", "torch", "triton", "timm", "reference",
+    "commit", "date",
 )  # fmt: skip
 
 
