@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
             return 2
         wanted = [part for part in parts if part.name in args.parts.split(",")]
     args.out.mkdir(parents=True, exist_ok=True)
-    with Worker(args.out, dry=args.dry) as worker:
+    with Worker(args.out, dry=args.dry, reference=args.reference) as worker:
         machine = worker.machine()
         if not args.dry and machine["device"] != "cuda":
             print("gpu_proof: torch sees no CUDA GPU here; use --dry for what can be run without one")
@@ -47,6 +47,7 @@ def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
     parser.add_argument("--parts", help=f"comma-separated; default all: {','.join(part.name for part in parts)}")
     parser.add_argument("--budget", type=float, help=f"seconds; default {BUDGET} on a GPU, none with --dry; 0 = none")
     parser.add_argument("--commit", help="short commit for the CSV rows, where the checkout has no .git")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="clone of flash-window-attention-v2, for rivals")
     parser.add_argument("--again", action="store_true", help="also run the parts that are finished")
     parser.add_argument("--dry", action="store_true", help="without a GPU: tiny shapes, fake tensors, the interpreter")
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +41,12 @@ class Setting:
     Args:
         device: "cuda" or "cpu".
         dry: Without a GPU: tiny shapes and stand-ins for what only a GPU can do.
+        reference: A clone of somebody else's kernels, see ``benchmarks/rivals.py``.
     """
 
     device: str
     dry: bool
+    reference: Path | None = None
 
     @property
     def torch_device(self) -> torch.device:

@@ -32,8 +32,8 @@ PATIENCE = 10.0
 class Worker:
     """Runs parts and keeps their output in ``log`` of the folder, all of it in ``proof.log``."""
 
-    def __init__(self, folder: Path, *, dry: bool) -> None:
-        self.folder, self.dry = folder, dry
+    def __init__(self, folder: Path, *, dry: bool, reference: Path | None = None) -> None:
+        self.folder, self.dry, self.reference = folder, dry, reference
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "timm", "triton", "fastmim.objectives", "fastmim.engine.local"])
         (folder / "log").mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class Worker:
 
     def run(self, part: Part, seconds: float | None) -> Result:
         """Run a part; ``seconds`` is what it has at most (None: no limit)."""
-        setting = Setting("cpu" if self.dry else "cuda", self.dry)
+        setting = Setting("cpu" if self.dry else "cuda", self.dry, self.reference)
         path = self.folder / "log" / f"{part.name}.log"
         began = time.monotonic()
         state, answer = self._call(_run_part, (part, setting, str(path)), seconds)
