@@ -69,7 +69,7 @@ def graph(setting: Setting, outcome: Outcome) -> None:
 
 def history(size: str, setting: Setting, captured: bool) -> list[Tensor]:
     """Losses of all steps, then weights and moments."""
-    objective = model.ours(model.encoder(size, setting.dry), "auto", setting.device)
+    objective = model.ours(model.encoder(size, setting.dry), model.kernels_of(setting.device), setting.device)
     capturable = setting.device == "cuda"
     optimizer = torch.optim.AdamW(objective.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True,
                                   capturable=capturable)  # fmt: skip

@@ -20,9 +20,14 @@ TARGET = 47
 _TINY = {"img_size": 64, "embed_dim": 16, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 4}
 
 
-def encoder(size: str, tiny: bool = False) -> dict[str, Any]:
+def encoder(size: str, tiny: bool = False, **changes: Any) -> dict[str, Any]:
     """Keyword arguments of an encoder without stochastic depth; ``tiny``: its family on five blocks and 64 px."""
-    return expand_size({"name": size, "drop_path_rate": 0.0, **(_TINY if tiny else {})})
+    return expand_size({"name": size, "drop_path_rate": 0.0, **(_TINY if tiny else changes)})
+
+
+def kernels_of(device: str) -> str:
+    """What ``auto`` means there: named, so that no part waits for the self-test, which is a part of its own."""
+    return "triton" if device == "cuda" else "torch"
 
 
 def norm_target(kwargs: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ from fastmim.doctor import doctor
 from fastmim.models.sizes import SIZES
 from fastmim_kernels.check.self_test import CASES, errors
 
-BATCH, ODD_BATCH = 16, 3
+BATCH, ODD_BATCH = 8, 3
 STAGES = {"swinv2_base": (0, 2, 3), "swin_base": (0, 2)}
 """Of the encoders that are measured: first, deepest and last, where tiles and splits differ."""
 ODD: dict[str, dict[str, Any]] = {

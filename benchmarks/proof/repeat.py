@@ -32,7 +32,7 @@ def determinism(setting: Setting, outcome: Outcome) -> None:
 
 def _history(size: str, dtype: str, setting: Setting) -> list[Tensor]:
     """Loss and gradients of every step, and the weights at the end."""
-    objective = model.ours(model.encoder(size, setting.dry), "auto", setting.device)
+    objective = model.ours(model.encoder(size, setting.dry), model.kernels_of(setting.device), setting.device)
     step = model.trained("fastmim", objective, dtype)
     found: list[Tensor] = []
     for i in range(STEPS):
@@ -50,7 +50,7 @@ def no_sync(setting: Setting, outcome: Outcome) -> None:
         if setting.dry:
             _dry_sync(size, outcome)
             continue
-        objective = model.ours(model.encoder(size), "auto", setting.device)
+        objective = model.ours(model.encoder(size), model.kernels_of(setting.device), setting.device)
         engine = model.engine(objective, "bf16")
         ids = torch.arange(16, device=setting.device)
         images = model.pictures(16, objective.img_size, setting.device)

@@ -21,7 +21,7 @@ def main(device: str) -> int:
         kwargs = model.encoder(size, tiny=device == "cpu")
         if device == "cuda":
             kwargs |= DEVICE_SIZE | ({"window_size": 6} if size == "swin_base" else {})
-        objective = model.ours(kwargs, "auto", device)
+        objective = model.ours(kwargs, model.kernels_of(device), device)
         for dtype in ("fp32", "bf16"):
             step = model.trained("fastmim", objective, dtype)
             loss = step.forward(*model.batch(objective, 2, device))

@@ -160,7 +160,6 @@ def test_a_step_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
 
     def wrong(*args: Any) -> Any:
         made = makers(*args)
-        del made["timm-compiled"]
         build = made["fastmim"]
 
         def doubled() -> Any:
