@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from typing import Any
+
+import torch
 
 from benchmarks import bench_kernels, harness, kernel_works
 from benchmarks.proof.part import Outcome, Setting
@@ -33,8 +36,13 @@ def self_test(setting: Setting, outcome: Outcome) -> None:
         return
     for case in CASES:
         for name, dtype in bench_kernels.DTYPES.items():
-            error, limit = errors(case, setting.torch_device, dtype, "triton")[-2:]
-            outcome.at_most(f"{case.op}{f' ({case.variant})' if case.variant else ''}, {name}", error, limit)
+            shown = f"{case.op}{f' ({case.variant})' if case.variant else ''}, {name}"
+            outcome.judge(shown, functools.partial(_of_case, case, setting, dtype))
+
+
+def _of_case(case: Any, setting: Setting, dtype: torch.dtype) -> tuple[float, float]:
+    error, limit = errors(case, setting.torch_device, dtype, "triton")[-2:]
+    return error, limit
 
 
 def ops(setting: Setting, outcome: Outcome) -> None:
@@ -55,10 +63,12 @@ def ops(setting: Setting, outcome: Outcome) -> None:
 
 def _against_float64(op: str, where: str, shape: dict[str, Any], batch: int, impl: str, setting: Setting,
                      outcome: Outcome) -> None:  # fmt: skip
-    for name, dtype in bench_kernels.DTYPES.items():
+    def found(dtype: torch.dtype) -> tuple[float, float]:
         work = kernel_works.WORKS[op](shape, batch, dtype.itemsize)
-        error, limit = bench_kernels.errors(op, work, [impl], dtype, setting.torch_device)[impl]
-        outcome.at_most(f"{op}, {where}, {name}", error, limit)
+        return bench_kernels.errors(op, work, [impl], dtype, setting.torch_device)[impl]
+
+    for name, dtype in bench_kernels.DTYPES.items():
+        outcome.judge(f"{op}, {where}, {name}", functools.partial(found, dtype))
 
 
 def _dry(setting: Setting, outcome: Outcome) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ class Outcome:
         """A fact: ``value <= limit``; NaN is never within."""
         self.check(name, value, f"<= {limit:.3g}", value <= limit)
 
+    def judge(self, name: str, errors: Callable[[], tuple[float, float]]) -> None:
+        """:meth:`at_most` of the (error, limit) that ``errors`` returns; what it raises is the fact instead."""
+        try:
+            error, limit = errors()
+        except Exception as broken:  # a kernel that does not compile must not hide the others
+            traceback.print_exc()
+            self.check(name, one_line(broken), "an error within its limit", False)
+        else:
+            self.at_most(name, error, limit)
+
     def note(self, name: str, value: object) -> None:
         """A measured value of which nothing is expected."""
         self.check(name, value, "–", True)
@@ -98,6 +109,11 @@ class Outcome:
         wrong = [f"{f.name}: {f.value}, expected {f.expected}" for f in self.facts if not f.holds]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         return wrong[0] + more if wrong else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an exception, cut to what a table can show."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _shown(value: object) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.proof import store
-from benchmarks.proof.part import Outcome, Part, Setting
+from benchmarks.proof.part import Outcome, Part, Setting, one_line
 from benchmarks.proof.store import Result
 
 TAIL = 15
@@ -52,7 +52,9 @@ class Worker:
 
     def machine(self) -> dict[str, str]:
         """See :func:`benchmarks.proof.store.machine`; a dry run is always on the CPU."""
-        found: dict[str, str] = self._call(_machine, (), None)[1]
+        state, found = self._call(_machine, (), None)
+        if state != "done":
+            raise SystemExit(f"gpu_proof: the machine cannot be asked: {found}")
         return found | ({"device": "cpu", "name": ""} if self.dry else {})
 
     def run(self, part: Part, seconds: float | None) -> Result:
@@ -122,5 +124,5 @@ def _run_part(part: Part, setting: Setting, log: str) -> tuple[dict[str, Any], s
         part.function()(setting, outcome)
     except Exception as error:  # a broken compiler or driver shows in many types, and the other parts go on
         traceback.print_exc()
-        raised = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        raised = one_line(error)
     return dataclasses.asdict(outcome), raised or outcome.failure()

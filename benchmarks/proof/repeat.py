@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from benchmarks.proof import model
-from benchmarks.proof.part import Outcome, Setting
+from benchmarks.proof.part import Outcome, Setting, one_line
 from benchmarks.train_step import LR
 from fastmim.engine.local import LocalEngine
 from fastmim_kernels.common.dispatch import as_on_a_gpu
@@ -55,8 +56,7 @@ def no_sync(setting: Setting, outcome: Outcome) -> None:
         ids = torch.arange(16, device=setting.device)
         images = model.pictures(16, objective.img_size, setting.device)
         _steps(engine, objective, images, ids, 0)  # compiles, and makes what is kept
-        found = _why(lambda objective=objective, engine=engine, images=images, ids=ids: _strict(  # type: ignore[misc]
-            lambda: _steps(engine, objective, images, ids, 1)))
+        found = _why(functools.partial(_strict, functools.partial(_steps, engine, objective, images, ids, 1)))
         outcome.check(f"{size}: synchronisations in {STEPS} steps", found or "none", "none", not found)
         mean = engine.read()["loss"]
         outcome.check(f"{size}: loss read after them", mean, "finite", mean == mean)
@@ -85,7 +85,7 @@ def _why(run: Callable[[], None]) -> str:
     try:
         run()
     except Exception as error:  # torch raises a RuntimeError, fake tensors have errors of their own
-        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return one_line(error)
     return ""
 
 

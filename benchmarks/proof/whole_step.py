@@ -74,7 +74,7 @@ class Seat:
 
 def providers(kwargs: dict[str, Any], dtype: str, setting: Setting) -> dict[str, Callable[[], Provider]]:
     """Name → what builds it on the same weights."""
-    device, backend = setting.device, "aot_eager" if setting.dry else "inductor"
+    device, backend = setting.device, "eager" if setting.dry else "inductor"
     return {
         "timm": lambda: model.plain("timm", model.timms(kwargs, device), device, dtype),
         "fastmim": lambda: model.trained("fastmim", model.ours(kwargs, model.kernels_of(device), device), dtype),

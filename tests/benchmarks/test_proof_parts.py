@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import bench_kernels, kernel_works
-from benchmarks.proof import graph, kernels, losses, model, repeat, sanitizer, whole_step
+from benchmarks.proof import graph, kernels, losses, model, ops, repeat, sanitizer, whole_step
 from benchmarks.proof.part import Outcome, Setting
 from fastmim.models import create_encoder
 from fastmim.models.sizes import SIZES
 
 DRY = Setting("cpu", True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a dry run: the shapes are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Reads(nn.Module):
@@ -103,6 +113,22 @@ def test_a_host_that_reads_a_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(model, "built", lambda *args: Reads(build(*args)))
     repeat._dry_sync("swin_base", outcome)
     assert "DataDependentOutput" in outcome.failure()
+
+
+def test_an_op_that_raises_does_not_hide_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = iter([RuntimeError("does not\ncompile"), {"torch": (1e-7, 1e-6)}, {"torch": (2e-6, 1e-6)}])
+
+    def errors(*_: Any) -> Any:
+        found = next(made)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(bench_kernels, "errors", errors)
+    outcome = Outcome()
+    ops._against_float64("gelu", "a stage", kernel_works.stage(SIZES["swin_tiny"], 3), 1, "torch", DRY, outcome)
+    assert [fact.holds for fact in outcome.facts] == [False, True, False]
+    assert outcome.facts[0].value == "RuntimeError: does not compile"
 
 
 @pytest.mark.parametrize("errors, status", [(0, 0), (2, 9)])
