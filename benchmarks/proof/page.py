@@ -87,9 +87,13 @@ def _picture(rows: list[dict[str, Any]], title: str) -> Iterator[str]:
         from benchmarks import plots
     except ImportError:  # matplotlib is not needed
         return
-    full = [dict.fromkeys(harness.COLUMNS, "") | row for row in rows]
-    timed = [row for row in full if row["images_per_sec"]]
-    figure = plots.grouped_bars(timed, "images_per_sec", "images/s", title) if timed else plots.speedups(full, title)
+    full = [dict.fromkeys(harness.COLUMNS, "") | {name: str(value) for name, value in row.items()} for row in rows]
+    if full[0]["images_per_sec"]:
+        figure = plots.grouped_bars(full, "images_per_sec", "images/s", title)
+    elif full[0]["matmul_share"]:
+        figure = plots.shares(full, title)
+    else:
+        figure = plots.speedups(full, title)
     if figure is not None:
         data = base64.b64encode(plots.png(figure)).decode()
         yield f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'

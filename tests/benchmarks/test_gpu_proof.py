@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import harness
 from benchmarks.proof import command, page, store
@@ -103,6 +104,12 @@ def test_a_part_that_hangs_ends_with_the_budget_and_takes_its_processes_along(tm
     assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_dry_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert command.main(["--out", str(tmp_path)], [part("passes")]) == 2
+    assert "no CUDA GPU here; use --dry" in capsys.readouterr().out and results(tmp_path, [part("passes")]) == {}
+
+
 def test_options_that_cannot_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert prove(tmp_path, [part("passes")], "--parts", "speed") == 2
     assert capsys.readouterr().out == "--parts speed: no such part; use some of passes\n"
@@ -146,6 +153,20 @@ def test_report_and_csv(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [tuple(found) for found in rows] == [harness.COLUMNS]
     assert rows[0]["case"] == "mlp forward" and rows[0]["machine"] == "NVIDIA H200" and rows[0]["commit"] == "abc1234"
+
+
+@pytest.mark.parametrize("columns", [
+    {"images_per_sec": "100"},
+    {"roofline_share": "0.9", "matmul_share": "0.1"},
+    {"ratio": "0.8"},
+])  # fmt: skip
+def test_rows_are_drawn(columns: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    row = {"benchmark": "kernels", "case": "mlp forward", "provider": "triton", "batch": 128, "baseline": "torch"}
+    result = store.Result("passes", True, "", 3.0, [], [row | columns], [], "now", {})
+    page.write(tmp_path, [part("passes")], {"passes": result}, "now")
+    text = (tmp_path / page.REPORT).read_text()
+    assert text.count("data:image/png;base64,iVBOR") == 1 and all(value in text for value in columns.values())
 
 
 def test_parts_fit_into_the_budget_and_exist() -> None:
