@@ -15,8 +15,8 @@ from fastmim.engine.optim import build_optimizer, param_groups
 from fastmim.models import expand_size
 from fastmim.objectives import create_objective
 
-TARGET = 47
-"""Pixels of the normalised target's window, as published for SwinV2."""
+TARGET, TINY_TARGET = 47, 13
+"""Pixels of the normalised target's window: as published for SwinV2, and on tiny images."""
 _TINY = {"img_size": 64, "embed_dim": 16, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 4}
 
 
@@ -32,7 +32,8 @@ def kernels_of(device: str) -> str:
 
 def norm_target(kwargs: dict[str, Any]) -> int:
     """The published pretraining of SwinV2 normalises its target, Swin's does not."""
-    return TARGET if kwargs["name"] == "swinv2" else 0
+    window = TINY_TARGET if kwargs["img_size"] == _TINY["img_size"] else TARGET
+    return window if kwargs["name"] == "swinv2" else 0
 
 
 def built(kwargs: dict[str, Any], impl: str) -> Any:
