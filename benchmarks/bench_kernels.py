@@ -5,10 +5,10 @@
                                        [--out CSV]
 
 ``reference`` is the plain oracle, ``compiled`` is ``torch.compile`` of it, ``triton`` needs a GPU. There each time is
-``triton.testing.do_bench``'s median, and GB/s are the op's closed-form bytes over it, as a share of what a copy
-reaches in the same run (``roofline_share`` of the CSV); on a CPU the providers take turns. A provider whose output or
-gradient is further from float64 than twice the reference's error and one rounding is not timed, and the exit status
-is 1. `run.py report` draws the CSV.
+``triton.testing.do_bench_cudagraph``'s median, without what the host costs, and GB/s are the op's closed-form bytes
+over it, as a share of what a copy reaches in the same run (``roofline_share`` of the CSV); on a CPU the providers take
+turns. A provider whose output or gradient is further from float64 than twice the reference's error and one rounding is
+not timed, and the exit status is 1. `run.py report` draws the CSV.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
-from kernel_works import WORKS, Work, normal, position_bias
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-import fastmim_kernels as fk
-from fastmim.models.sizes import SIZES
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import fastmim_kernels as fk  # noqa: E402
+from benchmarks import harness  # noqa: E402
+from benchmarks.kernel_works import WORKS, Work, normal, position_bias  # noqa: E402
+from fastmim.models.sizes import SIZES  # noqa: E402
 
 # A backward pass is timed again and again on one graph: the compiler must not reuse what it keeps.
 functorch_config.donated_buffer = False
@@ -86,21 +90,28 @@ def errors(op: str, work: Work, names: list[str], dtype: torch.dtype, device: to
     for name in names:
         ours = results(provider(op, name), work, low, device)
         # The reference may keep in float32 what an op rounds once to the low precision.
-        pairs = [(_relative(o, t), FACTOR * _relative(p, t) + torch.finfo(dtype).eps / 2 + FLOOR)
+        pairs = [(relative(o, t), FACTOR * relative(p, t) + torch.finfo(dtype).eps / 2 + FLOOR)
                  for o, p, t in zip(ours, plain, truth, strict=True)]  # fmt: skip
         found[name] = max(pairs, key=lambda pair: pair[0] / pair[1])
     return found
 
 
-def _relative(value: Tensor, truth: Tensor) -> float:
+def relative(value: Tensor, truth: Tensor) -> float:
+    """RMS of the difference over that of ``truth``; infinite where it is not a number."""
     error = (value.double() - truth).square().mean().sqrt().item()
     return error / (truth.square().mean().sqrt().item() or 1.0) if error == error else float("inf")
 
 
 def calls(op: str, name: str, work: Work, dtypes: dict[str, torch.dtype], device: torch.device
           ) -> dict[str, Callable[[], Any]]:
+    """:func:`calls_of` a provider."""
+    return calls_of(provider(op, name), work, dtypes, device)
+
+
+def calls_of(function: Callable[..., Any], work: Work, dtypes: dict[str, torch.dtype], device: torch.device
+             ) -> dict[str, Callable[[], Any]]:
     """What is timed: forward without autograd, and backward through a graph that is kept; or both as a step."""
-    function, arguments = provider(op, name), prepared(work, dtypes, device)
+    arguments = prepared(work, dtypes, device)
 
     def forward() -> None:
         with torch.no_grad():
@@ -108,26 +119,74 @@ def calls(op: str, name: str, work: Work, dtypes: dict[str, torch.dtype], device
 
     if not work.grads:
         return {"forward": forward}
-    outputs = outputs_of(function, arguments)
-    cotangents, leaves = [torch.ones_like(o) for o in outputs], [arguments[n] for n in work.grads]
+    leaves = [arguments[n] for n in work.grads]
+
+    def step() -> None:
+        outputs = outputs_of(function, arguments)
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+
     if work.together:
-        return {"step": lambda: torch.autograd.grad(outputs_of(function, arguments), leaves, cotangents)}
-    return {"forward": forward,
-            "backward": lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)}  # fmt: skip
+        return {"step": step}
+    return {"forward": forward, "backward": backward_of(lambda: outputs_of(function, arguments), leaves)}
 
 
-def times(steps: dict[str, Callable[[], Any]], device: torch.device, rounds: int
+def backward_of(forward: Callable[[], list[Tensor]], leaves: list[Tensor]) -> Callable[[], None]:
+    """The backward pass through one graph that is kept.
+
+    A backward pass runs on the stream of its forward pass, which has therefore to be the one that is captured.
+    """
+    made: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def backward() -> None:
+        if not made:
+            with capture_stream(leaves[0].device):
+                outputs = forward()
+                made.append((outputs, [torch.ones_like(o) for o in outputs]))
+        torch.autograd.grad(made[0][0], leaves, made[0][1], retain_graph=True)
+
+    return backward
+
+
+def capture_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """The stream on which ``torch.cuda.graph`` captures, as the current one; all work before is done."""
+    if device.type != "cuda":
+        return nullcontext()
+    graph: Any = torch.cuda.graph
+    if graph.default_capture_stream is None:
+        graph.default_capture_stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    return torch.cuda.stream(graph.default_capture_stream)
+
+
+def times(steps: dict[str, Callable[[], Any]], device: torch.device, rounds: int, *, graphs: bool = True
           ) -> dict[str, tuple[float, float, float]]:
-    """Seconds of each step: median, 20 % and 80 % quantile."""
+    """Seconds of each step: median, 20 % and 80 % quantile.
+
+    ``graphs``: on a GPU from CUDA graphs, without what the host costs; otherwise, and where a step cannot be captured,
+    by events.
+    """
     if device.type == "cpu":
         return {name: t.quantiles() for name, t in harness.interleave(steps, rounds=rounds).items()}
-    from triton.testing import do_bench
-
     found = {}
     for name, step in steps.items():
-        middle, low, high = do_bench(step, quantiles=(0.5, 0.2, 0.8))
+        middle, low, high = _on_gpu(name, step, graphs)
         found[name] = (middle / 1e3, low / 1e3, high / 1e3)
     return found
+
+
+def _on_gpu(name: str, step: Callable[[], Any], graphs: bool) -> Sequence[float]:
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    wanted = (0.5, 0.2, 0.8)
+    if graphs:
+        try:
+            captured: Sequence[float] = do_bench_cudagraph(step, quantiles=wanted)
+            return captured
+        except RuntimeError as error:  # a copy from the host, or a value that it reads
+            print(f"{name}: timed by events, {' '.join(str(error).split())[:120]}", flush=True)
+            torch.cuda.synchronize()
+    by_events: Sequence[float] = do_bench(step, quantiles=wanted)
+    return by_events
 
 
 def copy_bandwidth(device: torch.device, rounds: int) -> float:
@@ -136,6 +195,15 @@ def copy_bandwidth(device: torch.device, rounds: int) -> float:
     target = torch.empty_like(source)
     seconds = times({"copy": lambda: target.copy_(source)}, device, rounds)["copy"][0]
     return 2 * source.numel() / seconds / 1e9
+
+
+def matmul_rate(device: torch.device, rounds: int, dtype: torch.dtype) -> float:
+    """TFLOP/s of a square product far larger than it takes to fill the device."""
+    edge = 512 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, edge, edge, device=device, dtype=dtype).unbind()
+    out = torch.empty_like(a)
+    seconds = times({"matmul": lambda: torch.mm(a, b, out=out)}, device, rounds)["matmul"][0]
+    return 2 * edge**3 / seconds / 1e12
 
 
 def measure(op: str, size: str, names: list[str], args: argparse.Namespace, device: torch.device, copy: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -24,8 +25,9 @@ COLUMNS = (
     "seconds_p20", "seconds_p80", "images_per_sec", "images_per_sec_p20", "images_per_sec_p80", "ratio", "ratio_p20",
     "ratio_p80", "rounds", "loss", "data_s", "forward_s", "backward_s", "optimizer_s", "wall_s", "peak_memory_gib",
     "memory_kind", "start_memory_gib", "nvml_memory_gib", "saved_mb_per_image", "launches", "mb_per_image",
-    "gflop_per_image", "modelled_us_per_image", "roofline_share", "mfu", "joules_per_image", "peak_rss_gib", "note",
-    "load_average", "machine", "threads", "python", "torch", "timm", "reference", "commit", "date",
+    "gflop_per_image", "modelled_us_per_image", "roofline_share", "matmul_share", "mfu", "joules_per_image",
+    "peak_rss_gib", "note", "load_average", "machine", "threads", "python", "torch", "triton", "timm", "reference",
+    "commit", "date",
 )  # fmt: skip
 
 
@@ -122,11 +124,19 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "timm": timm.__version__,
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "load_average": f"{os.getloadavg()[0]:.2f}",
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:

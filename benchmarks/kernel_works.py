@@ -40,6 +40,17 @@ class Work:
     """The gradients are made in the forward pass: only both passes together can be compared."""
 
 
+def stage(size: dict[str, Any], index: int) -> dict[str, Any]:
+    """``size`` as its works see it where an encoder has halved the map and doubled the channels ``index`` times."""
+    edge = GRID >> index
+    return size | {"embed_dim": size["embed_dim"] << index, "num_heads": size["num_heads"][index:], "grid": edge,
+                   "depths": size["depths"][index:], "window_size": min(size["window_size"], edge)}  # fmt: skip
+
+
+def _grid(size: dict[str, Any]) -> int:
+    return size.get("grid", GRID)
+
+
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -50,9 +61,11 @@ def _moved(traffic: tuple[tuple[int, int, int], tuple[int, int, int]]) -> tuple[
 
 def _window_attention(size: dict[str, Any], batch: int, itemsize: int) -> Work:
     edge, heads, cosine = size["window_size"], size["num_heads"][0], size["name"] == "swinv2"
-    qkv, window = normal(batch, GRID, GRID, 3 * size["embed_dim"]), (edge, edge)
+    grid, window = _grid(size), (edge, edge)
+    shift = edge // 2 if edge < grid else 0
+    qkv = normal(batch, grid, grid, 3 * size["embed_dim"])
     arguments = {"qkv": qkv, "bias": normal(heads, edge**2, edge**2), "num_heads": heads, "window_size": window,
-                 "shift_size": (edge // 2, edge // 2)}  # fmt: skip
+                 "shift_size": (shift, shift)}  # fmt: skip
     if cosine:
         arguments["logit_scale"] = 2 + normal(heads, scale=0.1)
     moved = _moved(window_attention_traffic(qkv.shape, heads, window, itemsize=itemsize))
@@ -61,28 +74,28 @@ def _window_attention(size: dict[str, Any], batch: int, itemsize: int) -> Work:
 
 def _residual_norm(size: dict[str, Any], batch: int, itemsize: int) -> Work:
     c, order = size["embed_dim"], "post" if size["name"] == "swinv2" else "pre"
-    shape = (batch, GRID, GRID, c)
+    shape = (batch, _grid(size), _grid(size), c)
     arguments = {"residual": normal(*shape), "branch": normal(*shape, scale=0.5), "order": order,
                  "weight": 1 + normal(c, scale=0.1), "bias": normal(c)}  # fmt: skip
-    moved = _moved(residual_norm_traffic(batch * GRID**2, c, order, itemsize=4, branch_itemsize=itemsize,
+    moved = _moved(residual_norm_traffic(batch * _grid(size) ** 2, c, order, itemsize=4, branch_itemsize=itemsize,
                                          out_itemsize=4))  # fmt: skip
     return Work(arguments, ("branch",), ("residual", "branch", "weight", "bias"), *moved)
 
 
 def _patch_merge(size: dict[str, Any], batch: int, itemsize: int) -> Work:
-    x = normal(batch, GRID, GRID, size["embed_dim"])
+    x = normal(batch, _grid(size), _grid(size), size["embed_dim"])
     moved = _moved(patch_merge_traffic(tuple(x.shape), norm=False, itemsize=itemsize, out_itemsize=itemsize))
     return Work({"x": x}, ("x",), ("x",), *moved)
 
 
 def _gelu(size: dict[str, Any], batch: int, itemsize: int) -> Work:
-    rows, c = batch * GRID**2, 4 * size["embed_dim"]
+    rows, c = batch * _grid(size) ** 2, 4 * size["embed_dim"]
     return Work({"x": normal(rows, c), "bias": normal(c)}, ("x",), ("x", "bias"),
                 *_moved(gelu_traffic(rows, c, itemsize=itemsize)))  # fmt: skip
 
 
 def _mlp(size: dict[str, Any], batch: int, itemsize: int) -> Work:
-    rows, c = batch * GRID**2, size["embed_dim"]
+    rows, c = batch * _grid(size) ** 2, size["embed_dim"]
     arguments = {"x": normal(rows, c), "weight1": normal(4 * c, c, scale=c**-0.5), "bias1": normal(4 * c),
                  "weight2": normal(c, 4 * c, scale=c**-0.5), "bias2": normal(c)}  # fmt: skip
     return Work(arguments, ("x",), tuple(arguments), *_moved(mlp_traffic(rows, c, 4 * c, itemsize=itemsize)))

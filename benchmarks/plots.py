@@ -178,6 +178,21 @@ def speedups(rows: Sequence[Row], title: str) -> Figure | None:
     return figure
 
 
+def shares(rows: Sequence[Row], title: str) -> Figure:
+    """What each row reaches of a copy's bandwidth and of a product's rate, measured in the same run."""
+    figure = Figure(figsize=(8.0, 1.5 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for i, (column, name) in enumerate((("roofline_share", "of a copy"), ("matmul_share", "of a product"))):
+        places = [place + 0.4 * i for place in range(len(rows))]
+        axes.barh(places, [number(row, column) for row in rows], 0.38, label=name, color=OTHERS[i])
+    axes.set_yticks([place + 0.2 for place in range(len(rows))], [row["case"] for row in rows], fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_title(title)
+    axes.legend(fontsize=7)
+    return figure
+
+
 def _case(row: Row) -> str:
     return f"{row['case']} {row['dtype']} b{row['batch']} {row['device']}"
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.baseline import timm_objective
 from benchmarks.reference import KINDS, build_reference, case_config, find_clones
 from benchmarks.third_party import lightly_objective, mmpretrain_objective
+from benchmarks.train_step import CLIP, LR, WEIGHT_DECAY, Provider, awake, engine_step, plain_step
 from fastmim.config import Config
 from fastmim.engine.build import make_engine, recomputed_objective
 from fastmim.engine.distributed import World
@@ -26,7 +27,6 @@ from fastmim.engine.recompute import POLICIES
 from fastmim.interop import load_reference
 from fastmim.models import expand_size
 
-LR, WEIGHT_DECAY, CLIP = 1e-4, 0.05, 5.0
 DTYPES = ("fp32", "bf16")
 COMPILED = "-compiled"
 
@@ -97,28 +97,12 @@ class Case:
     def weights(self) -> nn.Module:
         """An objective that holds the first weights of every provider."""
         torch.manual_seed(0)
-        source = self.build()
-        for key, parameter in source.named_parameters():
-            # SwinV2 starts its residual branches at zero: their gradients would be zero and prove nothing.
-            if key.endswith(("norm1.weight", "norm2.weight")):
-                nn.init.constant_(parameter, 0.5)
-        return source
+        return awake(self.build())
 
     def inputs(self, source: Any) -> tuple[Tensor, Tensor]:
         """The images and masks that every provider sees."""
         images = torch.randn(self.batch, source.in_chans, *source.img_size, generator=torch.Generator().manual_seed(1))
         return images.to(self.device), source.random_mask(torch.arange(self.batch)).to(self.device)
-
-
-@dataclasses.dataclass
-class Provider:
-    """A training step in three calls; ``module(images, mask)["loss"]`` is its forward pass without precision."""
-
-    name: str
-    module: nn.Module
-    forward: Callable[[Tensor, Tensor], Tensor]
-    backward: Callable[[Tensor], None]
-    update: Callable[[], None]
 
 
 def check_name(name: str) -> None:
@@ -152,26 +136,14 @@ def _ours(name: str, case: Case, source: nn.Module, preset: dict[str, Any], worl
     objective.to(case.device).train()
     world = world or World(rank=0, size=1, local_rank=0, device=torch.device(case.device))
     engine = make_engine(case.config(**preset), objective, world)
-    return Provider(name, objective, lambda images, mask: engine(images, mask)["loss"], engine.backward, engine.step)
+    return engine_step(name, objective, engine)
 
 
 def _plain_step(name: str, module: nn.Module, case: Case, compiled: bool, world: World | None) -> Provider:
-    """The step as the references write it: autocast, backward, clipping, AdamW as torch builds it by default."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     call: Any = torch.compile(module, dynamic=False) if compiled else module
     if world is not None and world.size > 1:
         call = nn.parallel.DistributedDataParallel(call, broadcast_buffers=False)
-
-    def forward(images: Tensor, mask: Tensor) -> Tensor:
-        with torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bf16"):
-            return call(images, mask)["loss"]
-
-    def update() -> None:
-        nn.utils.clip_grad_norm_(module.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return Provider(name, module, forward, lambda loss: loss.backward(), update)
+    return plain_step(name, module, call, device=case.device, dtype=case.dtype)
 
 
 def foreign_module(name: str, case: Case, source: nn.Module, reference: str | None) -> nn.Module:

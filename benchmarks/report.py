@@ -30,6 +30,7 @@ COLUMNS = {
                "modelled_us_per_image"),
     "data": ("case", "provider", "images_per_sec", "ratio", "note"),
     "kernels": ("case", "dtype", "batch", "provider", "seconds", "ratio", "note"),
+    "rivals": ("case", "dtype", "batch", "provider", "seconds", "ratio", "peak_memory_gib", "note"),
     "target": ("case", "dtype", "batch", "provider", "seconds", "ratio", "note"),
     "import": ("case", "seconds", "ratio"),
 }  # fmt: skip
@@ -40,6 +41,7 @@ TITLES = {
     "pretrain": "Whole runs from JPEG files",
     "data": "Loading",
     "kernels": "Single operations",
+    "rivals": "Window attention beside other people's",
     "target": "Normalised target",
     "import": "Import",
     "counts": "Counts, and a modelled H100 (not measured)",
@@ -76,7 +78,7 @@ def pictures(rows: list[Row]) -> dict[str, list[tuple[str, Any]]]:
     if pretrain:
         title = "Whole runs from JPEG files"
         out["pretrain"] = [("Images per second", plots.grouped_bars(pretrain, "images_per_sec", "images/s", title))]
-    for name in ("data", "kernels"):
+    for name in ("data", "kernels", "rivals"):
         bars = plots.speedups(latest(rows, name), TITLES[name])
         out |= {name: [("Speed over the baseline", bars)]} if bars else {}
     if counts:

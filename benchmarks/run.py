@@ -1,6 +1,6 @@
 """Everything that can be measured, from one entry:
 
-    python benchmarks/run.py {kernels,step,data,profile,memory,pretrain,target,counts,import,report,all} [options]
+    python benchmarks/run.py {kernels,rivals,step,data,profile,memory,pretrain,target,counts,import,report,all} [opts]
 
 ``all`` runs them one after the other with ``--reference``, ``--threads`` and ``--quick`` and draws the report.
 Options of a benchmark are shown by ``run.py NAME --help``.
@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MODULES = {
     "kernels": "bench_kernels",
+    "rivals": "bench_rivals",
     "step": "bench_compare",
     "data": "bench_data",
     "profile": "bench_profile",
@@ -42,6 +43,7 @@ SCALING = {
 }
 QUICK = {
     "kernels": ["--sizes", "swinv2_base", "--rounds", "3"],
+    "rivals": ["--sizes", "swinv2_base", "--rounds", "3"],
     "data": ["--images", "256", "--rounds", "1"],
     "target": ["--rounds", "1"],
     "step": ["--rounds", "3", "--dtypes", "bf16", "--cases", "swin_base"],

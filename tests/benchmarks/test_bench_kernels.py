@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import bench_kernels  # noqa: E402
-import kernel_works  # noqa: E402
-
-from benchmarks import plots  # noqa: E402
+from benchmarks import bench_kernels, kernel_works, plots
 
 TINY = dict(name="swinv2", embed_dim=16, num_heads=(2,), window_size=6, depths=(2,))
 

@@ -137,7 +137,7 @@ def test_committed_report_opens(tmp_path: Path, browse: Callable[..., str]) -> N
 
 def test_entry(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.main(["--help"]) == 0 and run.main(["steps"]) == 2
-    assert "{kernels,step,data," in capsys.readouterr().out
+    assert "{kernels,rivals,step,data," in capsys.readouterr().out
     called: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(run, "run", lambda name, argv: called.append((name, argv)) or int(name == "data"))
     assert run.main(["all", "--reference", "clones", "--quick"]) == 1

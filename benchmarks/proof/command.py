@@ -1,0 +1,89 @@
+"""The command line of the proof: which parts run, within which time, and where their results are kept."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.proof import page, store
+from benchmarks.proof.part import Part
+from benchmarks.proof.process import Worker
+from benchmarks.proof.registry import PARTS
+from benchmarks.proof.store import Result
+
+BUDGET = 520
+"""Seconds: some less than the nine minutes, for the report and for ending a part."""
+
+
+def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
+    """Run what is not finished yet; 0, or 1 where a part has failed, or 2 for a wrong option."""
+    args = _parser(parts).parse_args(argv)
+    wanted = list(parts)
+    if args.parts:
+        names = [part.name for part in parts]
+        unknown = [name for name in args.parts.split(",") if name not in names]
+        if unknown:
+            print(f"--parts {unknown[0]}: no such part; use some of {','.join(names)}")
+            return 2
+        wanted = [part for part in parts if part.name in args.parts.split(",")]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with Worker(args.out, dry=args.dry, reference=args.reference) as worker:
+        machine = worker.machine()
+        if not args.dry and machine["device"] != "cuda":
+            print("gpu_proof: torch sees no CUDA GPU here; use --dry for what can be run without one")
+            return 2
+        key = store.key(machine, args.dry)
+        left = _run(wanted, worker, key, machine, args)
+    results = store.read(args.out, parts)
+    page.write(args.out, parts, results, key)
+    return _verdict(wanted, results, left, args)
+
+
+def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gpu_proof.py", description="Proves and measures the kernels on this GPU.")
+    parser.add_argument("--out", type=Path, default=Path("proof"), help="folder of results, report, CSV and log")
+    parser.add_argument("--parts", help=f"comma-separated; default all: {','.join(part.name for part in parts)}")
+    parser.add_argument("--budget", type=float, help=f"seconds; default {BUDGET} on a GPU, none with --dry; 0 = none")
+    parser.add_argument("--commit", help="short commit for the CSV rows, where the checkout has no .git")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="clone of flash-window-attention-v2, for rivals")
+    parser.add_argument("--again", action="store_true", help="also run the parts that are finished")
+    parser.add_argument("--dry", action="store_true", help="without a GPU: tiny shapes, fake tensors, the interpreter")
+    return parser
+
+
+def _run(wanted: Sequence[Part], worker: Worker, key: str, machine: dict[str, str], args: argparse.Namespace
+         ) -> list[str]:
+    """Run the parts that fit and are not finished; the names of those that are left."""
+    budget = args.budget if args.budget is not None else 0 if args.dry else BUDGET
+    began, left = time.monotonic(), []
+    finished = {name for name, result in store.read(args.out, wanted).items() if result.key == key and result.passed}
+    for part in wanted:
+        if part.name in finished and not args.again:
+            worker.say(f"== {part.name}: finished before, skipped")
+            continue
+        remaining = budget - (time.monotonic() - began) if budget else None
+        if remaining is not None and remaining < part.seconds:
+            left.append(part.name)
+            continue
+        worker.say(f"== {part.name}: {part.title}")
+        result = worker.run(part, remaining)
+        result = store.complete(result, key, machine, args.commit)
+        store.write(args.out, result)
+        worker.say(f"== {part.name}: {'passed' if result.passed else f'FAILED: {result.reason}'} "
+                   f"({result.seconds:.0f} s)")  # fmt: skip
+    return left
+
+
+def _verdict(wanted: Sequence[Part], results: dict[str, Result], left: list[str], args: argparse.Namespace) -> int:
+    for part in wanted:
+        for line in results[part.name].left_out if part.name in results else []:
+            print(f"   {part.name} left out: {line}")
+    failed = [part.name for part in wanted if part.name in results and not results[part.name].passed]
+    if left:
+        print(f"left for the next run (the budget is spent): {','.join(left)}; run the same command again")
+    if failed:
+        print(f"FAILED: {','.join(failed)}")
+    print(f"report: {args.out / page.REPORT}")
+    return int(bool(failed))
