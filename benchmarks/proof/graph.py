@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from benchmarks.proof import model
 from benchmarks.proof.part import Outcome, Setting
 from benchmarks.train_step import CLIP, LR, WEIGHT_DECAY
+from fastmim.engine.graph import CudaGraph, GraphEngine, record_proof
+from fastmim.engine.local import LocalEngine
+from fastmim.engine.optim import build_optimizer, param_groups
 
 WARM, STEPS = 3, 6
 COUNTS = (16, 8)
@@ -61,10 +64,47 @@ def graph(setting: Setting, outcome: Outcome) -> None:
     """Two graphs of different batches in turns beside plain steps: losses, weights and moments, bit for bit."""
     if setting.dry:
         outcome.leave_out("the capture: there is no GPU; the step with inputs in place beside one with fresh inputs")
+    proved = True
     for size in ("swinv2_base", "swin_base"):
-        plain, again = (history(size, setting, captured) for captured in (False, True))
-        apart = model.bits_apart(plain, again)
-        outcome.check(f"{size} bf16: tensors of {len(plain)} that differ", apart, "0", not apart)
+        for title, run in (("graphs in turns", history), ("efficiency.cuda_graph, stochastic depth", trained)):
+            plain, again = (run(size, setting, captured) for captured in (False, True))
+            apart = model.bits_apart(plain, again)
+            outcome.check(f"{size} bf16, {title}: tensors of {len(plain)} that differ", apart, "0", not apart)
+            proved = proved and not apart
+    if proved and not setting.dry:
+        path = record_proof(torch.device("cuda", torch.cuda.current_device()))
+        outcome.note("efficiency.cuda_graph=auto is on from now; noted in", path)
+
+
+class PlainSteps:
+    """As :class:`fastmim.engine.graph.CudaGraph` on a machine without one: a replay runs the step."""
+
+    def beside(self, run: Callable[[], None]) -> None:
+        run()
+
+    def capture(self, run: Callable[[], None]) -> None:
+        self.replay = run
+
+
+def trained(size: str, setting: Setting, captured: bool) -> list[Tensor]:
+    """Weights and moments after steps of the engine, with the rate that changes, and one batch of another size."""
+    kwargs = model.encoder(size, setting.dry, **({} if setting.dry else {"drop_path_rate": 0.2}))
+    objective = model.ours(kwargs, model.kernels_of(setting.device), setting.device)
+    groups, options = param_groups(objective, WEIGHT_DECAY), {"clip_grad": CLIP, "precision": "bf16"}
+    optimizer = build_optimizer("adamw", groups, LR, fused=True)
+    engine: LocalEngine
+    if captured:
+        made: Any = PlainSteps if setting.dry else CudaGraph
+        engine = GraphEngine(objective, optimizer, graph=made, **options)
+    else:
+        engine = LocalEngine(objective, optimizer, check_every_step=False, **options)
+    torch.manual_seed(1)
+    for i in range(WARM + STEPS):
+        count = (2 if setting.dry else 16) // (1 + (i == WARM + 2))
+        engine.set_lr(2.0 ** -(10 + i % 3))  # exact in float32, in which a graph keeps it
+        engine.train_on(*model.batch(objective, count, setting.device, i))
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in (*objective.parameters(), *moments)]
 
 
 def history(size: str, setting: Setting, captured: bool) -> list[Tensor]:

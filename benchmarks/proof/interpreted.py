@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton.runtime.interpreter as interpreter
 
-from fastmim_kernels.check.self_test import CASES as SMALL
+from fastmim_kernels.check.examples import SMALL
 from fastmim_kernels.check.self_test import errors
 
 LEFT_OUT = {

@@ -13,6 +13,7 @@ from fastmim_kernels.linear.policy import APART, FUSED, one_pass_wins, way, wide
 
 BF16 = torch.bfloat16
 GPU = torch.device("cuda", 0)
+RIGHT = {"factor": 1.0}
 
 
 @pytest.mark.parametrize("kernel, breakeven", [
@@ -52,19 +53,25 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
     """A GPU that says how long each way takes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FASTMIM_TUNE", raising=False)
-    times = {FUSED: 2.0, APART: 1.0}
+    times: dict[Any, float] = {FUSED: 2.0, APART: 1.0}
     answers = {"is_initialized": True, "is_current_stream_capturing": False, "get_device_name": "A GPU/1",
                "get_device_capability": (9, 0)}
     for name, value in ((name, lambda *_, answer=answer: answer) for name, answer in answers.items()):
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(tune, "milliseconds", lambda run: times[run()])
+    monkeypatch.setattr(tune, "milliseconds", lambda run: times[run.__name__])
     tune.forget()
     yield times
     tune.forget()
 
 
 def ask(columns: int = 2048) -> str:
-    ways = {name: lambda name=name: name for name in (FUSED, APART)}
+    def fused() -> torch.Tensor:
+        return torch.full((2,), 3.0, dtype=BF16)
+
+    def apart() -> torch.Tensor:
+        return fused() * RIGHT["factor"]
+
+    ways = {FUSED: fused, APART: apart}
     return way("product_add", 2**16, columns, 4 * columns, BF16, GPU, lambda: ways)
 
 
@@ -97,6 +104,12 @@ def test_nothing_is_measured_where_it_must_not(gpu: dict[str, float], monkeypatc
         m.setattr(tune, "milliseconds", full)
         assert ask() == FUSED
     assert not list(tmp_path.rglob("*.json")) and ask() == APART
+
+
+def test_a_fast_way_that_is_wrong_does_not_win(gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    for factor, taken in ((1.01, APART), (1.2, FUSED), (float("nan"), FUSED)):
+        monkeypatch.setitem(RIGHT, "factor", factor)
+        assert ask(2048 + 256 * round(factor * 100) if factor == factor else 8192) == taken
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch,
