@@ -36,7 +36,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("linear", "low_copies", "local_norm", "mask_tokens", "masked_loss", "patch_merge", "position_bias",
          "window_attention", "fusion"),
         ("mlp", "residual_norm"),
-        ("nn", "check"),
+        ("nn", "check", "triton"),
     ),
 }  # fmt: skip
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..common.caches import keep_tensors
 
 Pair = tuple[int, int]
 
@@ -53,7 +53,7 @@ def scatter(x: Tensor, like: Tensor, window_size: Pair, shift_size: Pair) -> Ten
     return x.view(-1, d).index_select(0, inverse).view(batch, height, width, parts * d)
 
 
-@lru_cache(maxsize=32)
+@keep_tensors
 def _rows(batch: int, height: int, width: int, parts: int, window_size: Pair, shift_size: Pair, device: torch.device
           ) -> tuple[Tensor, Tensor]:
     """Where each row of (parts, windows, B, N) lies in (B, H, W, parts), and the inverse.
@@ -71,7 +71,7 @@ def _rows(batch: int, height: int, width: int, parts: int, window_size: Pair, sh
     return rows.to(dtype), inverse.to(dtype)
 
 
-@lru_cache(maxsize=32)
+@keep_tensors
 def shift_mask(height: int, width: int, window_size: Pair, shift_size: Pair, dtype: torch.dtype, device: torch.device
                ) -> Tensor | None:
     """(windows, N, N) of 0/−100, built once per geometry; None without a shift."""
