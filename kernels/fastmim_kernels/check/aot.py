@@ -60,6 +60,17 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         ``hmma``, ``hgmma``, ``tcgen05`` (instruction counts), ``atomics`` on floating-point values, ``arrivals``
         (those on integers, whose order changes no result) and ``blocks_per_sm``.
     """
+    compiled = compiled_case(case, arch)
+    share = aot_bytes.share_128(compiled.asm["ttgir"], compiled.asm["ptx"])
+    return {**_measure(compiled.asm["cubin"], compiled.metadata.shared, case.num_warps, arch), "share_128": share}
+
+
+def compiled_case(case: AotCase, arch: int) -> Any:
+    """Triton's compiled kernel for ``sm_<arch>``.
+
+    Raises:
+        ValueError: The case and the kernel disagree about its arguments.
+    """
     names = list(case.kernel.arg_names)
     unknown = {*case.signature, *case.constexprs, *case.divisible} - set(names)
     missing = set(names) - {*case.signature, *case.constexprs}
@@ -68,11 +79,9 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
     signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
     constexprs = {(names.index(n),): v for n, v in case.constexprs.items()}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible if n not in case.constexprs}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(case.kernel, signature, constexprs, attrs), target=GPUTarget("cuda", arch, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg})
-    share = aot_bytes.share_128(compiled.asm["ttgir"], compiled.asm["ptx"])
-    return {**_measure(compiled.asm["cubin"], compiled.metadata.shared, case.num_warps, arch), "share_128": share}
 
 
 def _measure(cubin: bytes, shared: int, num_warps: int, arch: int) -> dict[str, Any]:
@@ -80,7 +89,7 @@ def _measure(cubin: bytes, shared: int, num_warps: int, arch: int) -> dict[str, 
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _USAGE.search(_tool("cuobjdump", "-res-usage", str(path)))
-        sass = _tool("nvdisasm", "-c", str(path))
+    sass = disassembled(cubin)
     assert usage is not None
     registers, stack, _, local = map(int, usage.groups())
     counts = _count(sass)
@@ -89,6 +98,14 @@ def _measure(cubin: bytes, shared: int, num_warps: int, arch: int) -> dict[str, 
                  _SHARED_PER_SM[arch] // (shared + _RESERVED_SHARED), _BLOCKS_PER_SM)
     return {"registers": registers, "local_bytes": stack + local, "shared_bytes": shared, **counts,
             "blocks_per_sm": blocks}
+
+
+def disassembled(cubin: bytes) -> str:
+    """The machine code as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return _tool("nvdisasm", "-c", str(path))
 
 
 def _tool(name: str, *args: str) -> str:

@@ -31,6 +31,8 @@ class AotCase:
         archs: Architectures (90 for sm_90) on which this configuration is ever launched.
         others: Precisions in which a quick case is compiled too; not fp32 where that has tiles of its own.
         maxnreg: Registers that a thread may have at most, where the launch says so.
+        trips: Of each loop of the machine code, by its first instruction, how often its body runs within one run of
+            the loop around it; of an outermost loop, for one unit of the op's work. See ``check.issue_slots``.
     """
 
     name: str
@@ -47,6 +49,7 @@ class AotCase:
     archs: tuple[int, ...] = (80, 90, 100)
     others: tuple[str, ...] = ("fp16", "fp32")
     maxnreg: int | None = None
+    trips: tuple[float, ...] = ()
 
     def key(self, arch: int) -> str:
         """Of the machine code: equal for cases that differ only in the values of run-time arguments.
