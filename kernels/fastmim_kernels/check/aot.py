@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from ..common.aot_case import AotCase, in_dtype
 from . import aot_bytes
+from .issue_slots import ARCH, code_of
 
 _SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 _RESERVED_SHARED = 1024  # per block, by the CUDA runtime
@@ -35,13 +36,18 @@ def kernel_modules() -> list[str]:
                   if re.search(r"^def aot_cases\b", path.read_text(encoding="utf-8"), re.MULTILINE))
 
 
+def own_cases_of(module: str) -> list[AotCase]:
+    """``aot_cases()`` of one of :func:`kernel_modules`."""
+    return list(importlib.import_module(f"fastmim_kernels.{module}").aot_cases())
+
+
 def cases_of(module: str) -> list[AotCase]:
     """``aot_cases()`` of one of :func:`kernel_modules`, and its quick ones in the other precisions.
 
     Raises:
         ValueError: Two cases share a name.
     """
-    cases = importlib.import_module(f"fastmim_kernels.{module}").aot_cases()
+    cases = own_cases_of(module)
     cases += [in_dtype(case, dtype) for case in cases if case.quick and "*bf16" in case.signature.values()
               for dtype in case.others if min(case.archs) < 100]
     names = [case.name for case in cases]
@@ -58,7 +64,8 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         a block, ``loads`` and ``stores`` (global instructions by bits a thread), ``share_128`` (share of the
         global bytes that go through accesses of 128 bits or more, see :mod:`.aot_bytes`),
         ``hmma``, ``hgmma``, ``tcgen05`` (instruction counts), ``atomics`` on floating-point values, ``arrivals``
-        (those on integers, whose order changes no result) and ``blocks_per_sm``.
+        (those on integers, whose order changes no result), ``blocks_per_sm``, and, on the architecture of the issue
+        roof, ``once`` and ``loops``, the instructions of :class:`.issue_slots.Code`.
     """
     compiled = compiled_case(case, arch)
     share = aot_bytes.share_128(compiled.asm["ttgir"], compiled.asm["ptx"])
@@ -97,7 +104,7 @@ def _measure(cubin: bytes, shared: int, num_warps: int, arch: int) -> dict[str, 
     blocks = min(_REGISTERS_PER_SM // (-(-registers // 8) * 8 * threads), _THREADS_PER_SM // threads,
                  _SHARED_PER_SM[arch] // (shared + _RESERVED_SHARED), _BLOCKS_PER_SM)
     return {"registers": registers, "local_bytes": stack + local, "shared_bytes": shared, **counts,
-            "blocks_per_sm": blocks}
+            "blocks_per_sm": blocks, **(code_of(sass).row() if arch == ARCH else {})}
 
 
 def disassembled(cubin: bytes) -> str:

@@ -1,32 +1,36 @@
 """The third roof of a kernel: the issue slots of an SM's four schedulers, beside its bytes and its FLOPs.
 
-A scheduler issues one warp instruction a cycle. The machine code says which instructions there are, its backward
-branches where loops are, and the author of the kernel (``AotCase.trips``) how often each runs. What is counted:
+A scheduler issues one warp instruction a cycle. The machine code says which instructions there are and its backward
+branches where loops are; the author of the kernel (``AotCase.trips``) says how often each runs in a launch. Counted:
 
 - every instruction as one slot, a tensor-core instruction too: what it occupies beyond is the roof of FLOPs;
 - both sides of every branch but loops, hence too much where a kernel has a rare side;
-- a predicated instruction whether or not its predicate holds: it is issued all the same.
+- a predicated instruction whether or not its predicate holds: it is issued all the same;
+- of loops that ``trips`` does not name, nothing: those in which the last program to arrive adds partial sums.
 
 Nothing is added for latencies, barriers or half-rate pipes (float32 on sm_80, the exponential): it is a floor.
-
-    python -m fastmim_kernels.check.issue_slots --match REGEX [--arch 90] [--units 61440]
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import json
+import math
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from ..common.aot_case import AotCase
-from . import aot
 
-SCHEDULERS = 4  # of an SM, on sm_80 to sm_100
-H100_SMS, H100_GHZ = 132, 1.755  # SXM5: multiprocessors, boost clock
-V2_BASE_WINDOW_HEADS = 128 * (2 * 16 * 4 + 2 * 4 * 8 + 18 * 1 * 16)
-"""Windows of 144 tokens times heads that SwinV2-B at 192 px and batch 128 attends to in one pass."""
-
+TABLE = Path(__file__).with_name("issue_slots.json")
+"""What ``benchmarks/kernel_report.py`` wrote of the machine code for :data:`ARCH`."""
+ARCH = 90
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32",
+           torch.int64: "i64", torch.uint8: "u8", torch.bool: "u8", torch.int8: "i8"}
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);")
 
@@ -38,11 +42,26 @@ class Loop(NamedTuple):
     last: int
 
 
-class Slots(NamedTuple):
-    """Warp instructions a scheduler: within loops for one unit of work, and outside of them, once a program."""
+class Code(NamedTuple):
+    """Instructions of a warp by where they stand.
 
-    unit: float
-    once: float
+    Attributes:
+        once: Outside of all loops.
+        loops: Of each loop, by its first instruction, those in no inner loop, and the numbers of the loops around it.
+    """
+
+    once: int
+    loops: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def row(self) -> dict[str, Any]:
+        """As a row of the report has it; :func:`as_code` is the inverse."""
+        return {"once": self.once, "loops": [[own, list(outer)] for own, outer in self.loops]}
+
+    def issued(self, trips: Sequence[float]) -> float:
+        """Instructions a warp issues: each times the trips of all loops around it; a loop beyond ``trips`` has none."""
+        given = [*trips, *[0.0] * len(self.loops)]
+        return self.once + sum(own * math.prod((given[i], *(given[o] for o in outer)))
+                               for i, (own, outer) in enumerate(self.loops))
 
 
 def instructions(sass: str) -> tuple[list[int], list[Loop]]:
@@ -71,50 +90,69 @@ def instructions(sass: str) -> tuple[list[int], list[Loop]]:
     return [address for address, opcode, _ in found if opcode != "NOP" and ends.get(address) != address], loops
 
 
-def weighted(addresses: Sequence[int], loops: Sequence[Loop], trips: Sequence[float]) -> tuple[float, float]:
-    """Instructions a warp issues (within loops, outside of them): each times the trips of all loops around it."""
-    inside = outside = 0.0
-    for address in addresses:
-        weight, looped = 1.0, False
-        for loop, count in zip(loops, trips, strict=True):
-            if loop.first <= address <= loop.last:
-                weight, looped = weight * count, True
-        inside, outside = (inside + weight, outside) if looped else (inside, outside + weight)
-    return inside, outside
+def code_of(sass: str) -> Code:
+    """Instructions of a kernel's machine code, by loop."""
+    addresses, loops = instructions(sass)
+    around = [tuple(i for i, loop in enumerate(loops) if loop.first <= a <= loop.last) for a in addresses]
+    outer = [tuple(i for i, other in enumerate(loops) if other.first <= loop.first and loop.last <= other.last
+                   and other != loop) for loop in loops]
+    own = [sum(1 for inside in around if inside and set(inside) == {i, *outer[i]}) for i in range(len(loops))]
+    return Code(sum(not inside for inside in around), tuple(zip(own, outer, strict=True)))
 
 
-def issue_slots(case: AotCase, arch: int) -> Slots:
-    """Slots of a kernel that is compiled for ``sm_<arch>``.
+@lru_cache(maxsize=1)
+def table() -> dict[tuple[str, str], Code]:
+    """The committed counts by (module, case)."""
+    rows = json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
+    return {(row["module"], row["case"]): as_code(row) for row in rows}
 
-    Raises:
-        ValueError: ``case.trips`` does not name every loop of the machine code.
+
+def as_code(row: Mapping[str, Any]) -> Code:
+    """From ``once`` and ``loops`` of a row of the report."""
+    return Code(row["once"], tuple((own, tuple(outer)) for own, outer in row["loops"]))
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> dict[Any, list[tuple[AotCase, Code]]]:
+    """Cases and their code by the Python function of the kernel."""
+    found: dict[Any, list[tuple[AotCase, Code]]] = {}
+    for module in sorted({module for module, _ in table()}):
+        for case in importlib.import_module(f"fastmim_kernels.{module}").aot_cases():
+            if (module, case.name) in table():
+                found.setdefault(case.kernel.fn, []).append((case, table()[module, case.name]))
+    return found
+
+
+def launched(kernel: Any, grid: Sequence[int], arguments: Mapping[str, Any]) -> float | None:
+    """Warp instructions of a launch; None for a kernel that no case describes.
+
+    The code is that of the shipped configuration most like it: the types of the pointers, and which are absent, count
+    before the sizes.
+
+    Args:
+        kernel: The ``triton.jit`` function.
+        grid: Programs along each axis.
+        arguments: All of them by name, tensors as they are.
     """
-    addresses, loops = instructions(aot.disassembled(aot.compiled_case(case, arch).asm["cubin"]))
-    if len(loops) != len(case.trips):
-        raise ValueError(f"{case.name}: trips={case.trips} for {len(loops)} loops on sm_{arch}; give one a loop")
-    inside, outside = weighted(addresses, loops, case.trips)
-    return Slots(inside * case.num_warps / SCHEDULERS, outside * case.num_warps / SCHEDULERS)
+    cases = _shipped().get(kernel.fn)
+    if not cases:
+        return None
+    case, code = min(cases, key=lambda pair: _distance(pair[0], arguments))
+    trips = case.trips({**arguments, "grid": tuple(grid)}) if case.trips else ()
+    return code.issued(trips) * arguments.get("num_warps", case.num_warps) * math.prod(grid)
 
 
-def floor_ms(slots: float, units: float, sms: int = H100_SMS, ghz: float = H100_GHZ) -> float:
-    """Least time in ms for ``units`` of work of ``slots`` each."""
-    return slots * units / sms / ghz / 1e6
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--match", required=True, help="regular expression on module/case")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--units", type=float, default=V2_BASE_WINDOW_HEADS, help="default: SwinV2-B, batch 128")
-    args = parser.parse_args(argv)
-    for module in aot.kernel_modules():
-        for case in aot.cases_of(module):
-            if case.trips and re.search(args.match, f"{module}/{case.name}"):
-                for arch in sorted({*args.arch} & {*case.archs}):
-                    slots = issue_slots(case, arch)
-                    print(f"{case.name:60} sm_{arch} {slots.unit:8.0f} slots a unit, {slots.once:6.0f} a program, "
-                          f"{floor_ms(slots.unit, args.units):6.2f} ms")
-
-
-if __name__ == "__main__":
-    main()
+def _distance(case: AotCase, arguments: Mapping[str, Any]) -> tuple[int, float]:
+    """(Pointers of another type and switches set otherwise, sizes in powers of two) between a case and a launch."""
+    other, sizes = 0, abs(math.log2(arguments.get("num_warps", case.num_warps) / case.num_warps))
+    for name in case.kernel.arg_names:
+        value, mine = arguments.get(name), case.constexprs.get(name)
+        if isinstance(value, torch.Tensor):
+            other += case.signature.get(name) != f"*{_DTYPES[value.dtype]}"
+        elif value is None:
+            other += name in case.signature
+        elif name in case.constexprs and not isinstance(value, bool) and isinstance(value, int) and value and mine:
+            sizes += abs(math.log2(value / mine))
+        elif name in case.constexprs:
+            other += value != mine
+    return other, sizes

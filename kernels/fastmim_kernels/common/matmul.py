@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -103,8 +104,13 @@ STAGES = {"swin_s": (96, (1, 8)), "swin_b": (128, (1, 4, 8)), "swin_l": (192, (1
 """Width of the first stage of the shipped encoders, and the multiples of it that are compiled."""
 
 
+def depth_trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """``AotCase.trips`` of a loop over the depth K of a product."""
+    return (-(-a["K"] // a["BK"]),)
+
+
 def aot_case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any], sm: int, quick: bool,
-             dtype: torch.dtype = torch.bfloat16) -> AotCase:
+             dtype: torch.dtype = torch.bfloat16, trips: Any = depth_trips) -> AotCase:
     """A kernel with fp32 parameters on the architecture that its tiles are for; fp32 products are exact by default."""
     constexprs = {"GROUP": GROUP, "PRECISION": "ieee", **constexprs, **{k: v for k, v in tiles.items() if k.isupper()}}
     wide = ("p_bias", "p_dw", "p_dbias", "p_partial", "p_sums")
@@ -113,7 +119,7 @@ def aot_case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str
                  for n in kernel.arg_names if n not in constexprs}
     return AotCase(f"{name}-sm{sm}{suffix}", kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"],
                    tuple(signature), quick, dot=dtype != torch.float32, archs=(sm,), others=("fp16",),
-                   maxnreg=tiles.get("maxnreg"))
+                   maxnreg=tiles.get("maxnreg"), trips=trips)
 
 
 def aot_dtypes(quick: bool, sm: int) -> tuple[torch.dtype, ...]:

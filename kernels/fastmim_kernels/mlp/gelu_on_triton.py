@@ -6,6 +6,7 @@ written, once a program; the partials are added in a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -138,6 +139,11 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
     return dx, partial.sum(0) if bias is not None else partial.new_empty(0)
 
 
+def _trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """Tiles of rows that a program walks over."""
+    return (a["rows"] / a["BLOCK_R"] / a["grid"][0],)
+
+
 def _case(name: str, columns: int, direction: str, dtype: str, quick: bool) -> AotCase:
     kernel = gelu_forward if direction == "forward" else gelu_backward
     signature = {n: "*fp32" if n in ("p_bias", "p_partial") else "i32" if n == "rows" else f"*{dtype}"
@@ -145,7 +151,7 @@ def _case(name: str, columns: int, direction: str, dtype: str, quick: bool) -> A
     shape: dict[str, Any] = config(columns)
     warps = shape.pop("num_warps")
     return AotCase(f"gelu/{direction}/{name}-{dtype}-n{columns}", kernel, signature, {"N": columns, **shape},
-                   num_warps=warps, divisible=tuple(signature), quick=quick)
+                   num_warps=warps, divisible=tuple(signature), quick=quick, trips=_trips)
 
 
 def aot_cases() -> list[AotCase]:

@@ -7,7 +7,7 @@ all tiles of queries attend to one chunk of keys after the other, under an onlin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -266,7 +266,19 @@ def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cos
         divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
         quick=name.removesuffix("_sm80") in _QUICK,
         wide_target=0.5 if window % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs,
-        others=("fp16",))
+        others=("fp16",), trips=_TRIPS[kernel.fn.__name__])
+
+
+# Windows of a program; then, where there is one, the loop over keys, and in backward of large windows the tiles of
+# queries with their keys and those of keys with their queries.
+_TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
+    "forward_kernel": lambda a: (a["windows"] / a["groups"], a["WH"] * a["WW"] // a["KEYS"]),
+    "backward_kernel": lambda a: (a["windows"] / a["groups"],),
+    "backward_large_kernel": lambda a: (
+        a["windows"] / a["groups"], *(triton.cdiv(a["WH"] * a["WW"], a[side])
+                                      for side in ("ROWS", "KEYS", "KEYS", "ROWS"))),
+    "reduce_kernel": lambda a: (triton.cdiv(a["groups"], a["GROUPS"]),),
+}
 
 
 def aot_cases() -> list[AotCase]:
@@ -280,4 +292,4 @@ def aot_cases() -> list[AotCase]:
     return [*cases, AotCase(
         "window_attention/reduce/w12", reduce_kernel,
         dict.fromkeys(pointers, "*fp32") | {"groups": "i32", "size": "i32"},
-        {"GROUPS": 16, "BLOCK": 256}, divisible=(*pointers, "size"), quick=True)]
+        {"GROUPS": 16, "BLOCK": 256}, divisible=(*pointers, "size"), quick=True, trips=_TRIPS["reduce_kernel"])]
