@@ -154,7 +154,8 @@ def _measure_all(work: list[tuple[str, str, int]], jobs: int) -> list[dict[str, 
 def show(rows: list[dict[str, Any]]) -> None:
     width = max((len(f"{r['module']}/{r['case']}") for r in rows), default=4)
     print(
-        f"{'case':{width}}  sm  warps regs spill local  shared blocks 128-bit  hmma hgmma tc05  once {'loops':20}  faults"
+        f"{'case':{width}}  sm  warps regs spill local  shared blocks 128-bit  hmma hgmma tc05  once "
+        f"{'loops':20}  faults"
     )
     for r in rows:
         name = f"{r['module']}/{r['case']}"
