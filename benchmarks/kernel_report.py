@@ -2,8 +2,9 @@
 
 Compiles every case of ``aot_cases()`` in ``fastmim_kernels`` ahead of time for the given architectures (those
 among them on which the case is launched; what the JIT would share is compiled once); prints registers, spills,
-shared memory, the share of global bytes in 128-bit accesses and the tensor-core instructions, and writes them as
-JSON and CSV to ``benchmarks/results/``.
+shared memory, the share of global bytes in 128-bit accesses, the tensor-core instructions and what a warp issues
+outside of loops and in each; writes them as JSON and CSV to ``benchmarks/results/``. A report of everything also
+renews ``fastmim_kernels/check/issue_slots.json``, the instructions that ``op_count.py`` and ``fastmim plan`` count.
 
     python benchmarks/kernel_report.py [--arch 80 90 100] [--module NAME …] [--match REGEX] [--quick]
                                           [--jobs 2] [--known REPORT.json] [--out STEM]
@@ -43,8 +44,15 @@ COLUMNS = (
     "arrivals",
     "loads",
     "stores",
+    "once",
+    "loops",
 )
-MEASURED = (*COLUMNS[COLUMNS.index("registers") : COLUMNS.index("wide_target")], *COLUMNS[COLUMNS.index("hmma") :])
+ISSUE = ("once", "loops")
+"""Instructions outside of loops and in each, on the architecture of the issue roof."""
+MEASURED = (
+    *COLUMNS[COLUMNS.index("registers") : COLUMNS.index("wide_target")],
+    *COLUMNS[COLUMNS.index("hmma") : COLUMNS.index("once")],
+)
 
 
 def faults(row: dict[str, Any]) -> list[str]:
@@ -116,8 +124,24 @@ def read_known(path: Path) -> dict[str, dict[str, Any]]:
     """Measurements by key of an earlier report; of a case that did not compile there is none."""
     if not path.exists():
         return {}
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return {row["key"]: {k: row[k] for k in MEASURED} for row in rows if "error" not in row}
+    from fastmim_kernels.check import issue_slots
+
+    found = {}
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        wanted = (*MEASURED, *(ISSUE if row["arch"] == issue_slots.ARCH else ()))
+        if row.keys() >= set(wanted):
+            found[row["key"]] = {k: row[k] for k in wanted}
+    return found
+
+
+def issue_table(rows: list[dict[str, Any]]) -> str:
+    """The text of ``issue_slots.json``: instructions of the cases in bfloat16, or whatever their module says first."""
+    from fastmim_kernels.check import aot, issue_slots
+
+    own = {(module, case.name) for module in aot.kernel_modules() for case in aot.own_cases_of(module)}
+    kept = [row for row in rows if row["arch"] == issue_slots.ARCH and (row["module"], row["case"]) in own]
+    lines = [json.dumps({name: row[name] for name in ("module", "case", "key", "once", "loops")}) for row in kept]
+    return f'{{"arch": {issue_slots.ARCH}, "rows": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def _measure_all(work: list[tuple[str, str, int]], jobs: int) -> list[dict[str, Any]]:
@@ -129,7 +153,10 @@ def _measure_all(work: list[tuple[str, str, int]], jobs: int) -> list[dict[str, 
 
 def show(rows: list[dict[str, Any]]) -> None:
     width = max((len(f"{r['module']}/{r['case']}") for r in rows), default=4)
-    print(f"{'case':{width}}  sm  warps regs spill local  shared blocks 128-bit  hmma hgmma tc05  faults")
+    print(
+        f"{'case':{width}}  sm  warps regs spill local  shared blocks 128-bit  hmma hgmma tc05  once "
+        f"{'loops':20}  faults"
+    )
     for r in rows:
         name = f"{r['module']}/{r['case']}"
         problems = "; ".join(faults(r)) or "-"
@@ -139,8 +166,14 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(
             f"{name:{width}} {r['arch']:3} {r['num_warps']:6} {r['registers']:4} {r['spills']:5} "
             f"{r['local_bytes']:5} {r['shared_bytes']:7} {r['blocks_per_sm']:6} {r['share_128']:7.3f} "
-            f"{r['hmma']:5} {r['hgmma']:5} {r['tcgen05']:4}  {problems}"
+            f"{r['hmma']:5} {r['hgmma']:5} {r['tcgen05']:4} "
+            f"{r.get('once', ''):5} {_loops(r):20}  {problems}"
         )
+
+
+def _loops(row: dict[str, Any]) -> str:
+    """Instructions of each loop that stand in no inner one; a loop in another is in brackets."""
+    return " ".join(f"[{own}]" if outer else str(own) for own, outer in row.get("loops", ()))
 
 
 def write(rows: list[dict[str, Any]], stem: Path) -> None:
@@ -157,6 +190,7 @@ def write(rows: list[dict[str, Any]], stem: Path) -> None:
         writer.writeheader()
         for row in rows:
             widths = {k: " ".join(f"{b}x{n}" for b, n in row.get(k, {}).items()) for k in ("loads", "stores")}
+            widths["loops"] = _loops(row)
             writer.writerow(head | row | widths | {"share_128": round(row.get("share_128", 0), 4)})
 
 
@@ -174,6 +208,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = report(args.arch, args.match, args.quick, args.jobs, args.module, known)
     show(rows)
     write(rows, args.out)
+    if not (args.module or args.match or args.quick) and args.out == RESULTS / "kernel_report":
+        from fastmim_kernels.check import issue_slots
+
+        issue_slots.TABLE.write_text(issue_table(rows), encoding="utf-8")
     return 1 if any(faults(row) for row in rows) else 0
 
 

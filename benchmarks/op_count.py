@@ -1,5 +1,8 @@
 """Launches, traffic, saved bytes and a *modelled* roofline of a SimMIM step: ours beside an eager timm baseline.
 
+The pure roofline knows bytes and FLOPs, each at 100 %; beside it stands the time at the efficiency that public kernels
+reach, with the issue slots of the Triton kernels' machine code as a third roof (``op_count_roofs.csv``: each kernel).
+
 Both steps (forward and backward, 192 px, CUDA's bf16 autocast policy) run on fake tensors, so this needs no GPU
 and measures no time. The normalised target is left out of the step and counted by itself. Weights are cast to bf16
 once in an optimiser step: ours is counted in its second micro-batch, and the casts are shown and written apart.
@@ -37,9 +40,10 @@ from benchmarks.baseline import TimmSimMIM, average_pool_target  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
-from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors  # noqa: E402
+from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors, bound  # noqa: E402
 from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 from fastmim_kernels.common import dispatch  # noqa: E402
+from fastmim_kernels.common.roofs import HONEST  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"
 MASKED = 0.6
@@ -102,8 +106,16 @@ class Count:
         return self.saved.bytes / self.batch / 1e6
 
     def microseconds(self, gpu: int = 0) -> float:
-        """Modelled, an image."""
+        """Modelled, an image, by the pure roof: bytes and FLOPs at 100 % of both."""
         return self.counter.seconds(GPUS[gpu]) / self.batch * 1e6
+
+    def bound(self, gpu: int = 0) -> dict[str, float]:
+        """Modelled microseconds an image at public efficiency, by the roof of the three that binds."""
+        return {roof: s / self.batch * 1e6 for roof, s in self.counter.bound(GPUS[gpu]).items()}
+
+    def honest(self, gpu: int = 0) -> float:
+        """The sum of :meth:`bound`."""
+        return sum(self.bound(gpu).values())
 
 
 def count_step(
@@ -194,15 +206,16 @@ def count_target(function: Callable[[Tensor, int], Tensor], batch: int, img_size
 
 def detail(count: Count, top: int = 40) -> str:
     """The costliest ops of a step, by phase and op and source line."""
-    groups: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0, 0, 0.0])
+    groups: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
     for x in count.counter.launches:
         group = groups[x.phase, x.op, x.site]
-        for i, value in enumerate((1, x.bytes, x.seconds(GPUS[0]))):
+        for i, value in enumerate((1, x.bytes, x.seconds(GPUS[0]), x.bound(GPUS[0])[1])):
             group[i] += value
-    lines = [f"{'':9}{'launches':>8} {'MB/img':>8} {'us/img':>8}  op, place"]
-    for (phase, op, site), (n, moved, seconds) in sorted(groups.items(), key=lambda item: -item[1][2])[:top]:
+    lines = [f"{'':9}{'launches':>8} {'MB/img':>8} {'us/img':>8} {'honest':>8}  op, place"]
+    for (phase, op, site), (n, moved, seconds, honest) in sorted(groups.items(), key=lambda item: -item[1][3])[:top]:
         lines.append(
-            f"{phase:9}{n:8.0f} {moved / count.batch / 1e6:8.2f} {seconds / count.batch * 1e6:8.2f}  {op}  {site}"
+            f"{phase:9}{n:8.0f} {moved / count.batch / 1e6:8.2f} {seconds / count.batch * 1e6:8.2f} "
+            f"{honest / count.batch * 1e6:8.2f}  {op}  {site}"
         )
     lines.append(f"saved for backward, MB/img, by first shape and place ({count.saved_megabytes:.1f} in all)")
     for site, size in sorted(count.saved.by_site().items(), key=lambda item: -item[1])[: top // 2]:
@@ -252,7 +265,35 @@ def row(model: str, side: str, count: Count) -> dict[str, Any]:
         "saved_mb": round(count.saved_megabytes, 2),
         "casts_once_mb": round(sum(x.bytes for x in count.casts) / count.batch / 1e6, 2),
         **{f"modelled_us_{gpu.name.lower()}": round(count.microseconds(i), 1) for i, gpu in enumerate(GPUS)},
+        **{f"honest_us_{gpu.name.lower()}": round(count.honest(i), 1) for i, gpu in enumerate(GPUS)},
+        **{f"h100_us_bound_by_{roof.lower()}": round(us, 1) for roof, us in count.bound().items()},
     }
+
+
+def roof_rows(model: str, count: Count) -> list[dict[str, Any]]:
+    """Every kernel of a step under its three roofs on an H100: microseconds an image, costliest first.
+
+    ``bytes``, ``flops`` and ``issue`` are pure; ``pure`` is the sum over launches of the larger of the first two,
+    ``honest`` that of the largest of all three at public efficiency, and ``binds`` the roof that gives most of it.
+    """
+    groups: dict[tuple[str, str], list[Launch]] = defaultdict(list)
+    for launch in count.counter.launches:
+        groups[launch.phase, launch.op].append(launch)
+    rows = []
+    for (phase, op), launches in groups.items():
+        roofs = [x.roofs(GPUS[0]) for x in launches]
+        found = bound(launches, GPUS[0])
+        times = {name.lower(): sum(r[name] for r in roofs) for name in found}
+        times |= {"pure": sum(x.seconds(GPUS[0]) for x in launches), "honest": sum(found.values())}
+        rows.append({
+            "model": model, "phase": phase, "op": op, "launches": len(launches),
+            "mb": round(sum(x.bytes for x in launches) / count.batch / 1e6, 3),
+            "gflop": round(sum(x.flops for x in launches) / count.batch / 1e9, 3),
+            "warp_instructions": round(sum(x.issued for x in launches) / count.batch),
+            **{f"{name}_us": round(s / count.batch * 1e6, 3) for name, s in times.items()},
+            "binds": max(found, key=lambda roof: found[roof]),
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: -row["honest_us"])
 
 
 @functools.cache
@@ -275,7 +316,7 @@ def versions() -> dict[str, str]:
 
 
 def show(name: str, ours: Count, eager: Count) -> None:
-    """Our counts beside the baseline's, the published ones' and the target."""
+    """Our counts beside the baseline's, the published ones' and the target; then what the pure roof leaves out."""
     published = dict(
         zip(("traffic, MB/img", "launches", "saved, MB/img", "modelled H100, us/img"), PUBLISHED[name], strict=True)
     )
@@ -287,6 +328,10 @@ def show(name: str, ours: Count, eager: Count) -> None:
             f"  {quantity:24}{known}{theirs:10.{digits}f}{mine:10.{digits}f}{mine / theirs:8.3f}"
             f"{limit:10.{digits}f}  {'met' if met else 'MISSED'}"
         )
+    efficiency = f"{HONEST.memory:.0%} of bandwidth, {HONEST.library:.0%} and in Triton {HONEST.triton:.0%} of FLOP/s"
+    for side, count in (("eager", eager), ("ours", ours)):
+        parts = ", ".join(f"{roof} {us:.1f}" for roof, us in count.bound().items())
+        print(f"  {side} at {efficiency}, with issue slots: H100 {count.honest():.1f} us/img (bound by {parts})")
     cast = sum(x.bytes for x in ours.casts) / ours.batch / 1e6
     seconds = sum(x.seconds(GPUS[0]) for x in ours.casts) / ours.batch
     print(
@@ -312,13 +357,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=40, help="lines of --detail")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    rows, missed = [], 0
+    rows, roofs, missed = [], [], 0
     for name in args.models:
         eager = count_step(baseline(name), batch=args.batch)
         mine = count_step(ours(name, args.impl), batch=args.batch, sites=args.detail, casts_once=True)
         show(name, mine, eager)
         missed += sum(not met for *_, met in verdicts(name, mine, eager))
         rows += [row(name, "eager", eager), row(name, "ours", mine)]
+        roofs += roof_rows(name, mine)
         if args.detail:
             print(detail(mine, args.top))
     for side, function in (("eager", average_pool_target), ("ours", fk.local_norm_target)):
@@ -329,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"modelled {target.microseconds():.2f} us/img (window sums of the pools as one pass over memory)"
         )
     write(rows, args.out)
+    write(roofs, args.out.with_name(f"{args.out.stem}_roofs.csv"))
     return 1 if missed else 0
 
 

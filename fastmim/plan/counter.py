@@ -1,6 +1,7 @@
 """What a step launches and moves, counted op by op on fake tensors: no GPU, no arithmetic, no memory.
 
-Every op that reaches the dispatcher costs max(FLOPs / peak, bytes / bandwidth) of a GPU; bytes are those of
+Every op that reaches the dispatcher costs max(FLOPs / peak, bytes / bandwidth) of a GPU, and, honestly, those at the
+efficiency of public kernels and what the schedulers need to issue a Triton kernel's instructions; bytes are those of
 its tensor inputs and outputs, each once, and a view costs nothing. A custom op of ours is opened: its body
 runs on fake CUDA tensors, so that each copy and each matrix product inside counts by itself, and a Triton
 kernel counts the tensors that it is given. Where these do not tell how much is read (the mask decides), the op's own
@@ -13,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from fastmim_kernels.common.define_op import NAMESPACE, PASSES
+from fastmim_kernels.common.roofs import HONEST, PURE, Efficiency
 
 from .hardware import Gpu
 from .live import LiveBytes
@@ -47,9 +49,34 @@ class Launch:
     bytes: int
     flops: int
     shapes: str
+    issued: float = 0.0
+    """Warp instructions of a Triton kernel, as :mod:`fastmim_kernels.check.issue_slots` counts; 0: unknown."""
 
     def seconds(self, gpu: Gpu) -> float:
+        """The pure roof of bytes and FLOPs."""
         return gpu.seconds(self.bytes, self.flops)
+
+    def roofs(self, gpu: Gpu, efficiency: Efficiency = PURE) -> dict[str, float]:
+        """Seconds that each roof allows: of "bytes", "FLOPs" and "issue" slots."""
+        products = efficiency.triton if "triton." in self.op else efficiency.library
+        return {
+            "bytes": self.bytes / gpu.bandwidth / efficiency.memory,
+            "FLOPs": self.flops / gpu.flops / products,
+            "issue": self.issued / gpu.slots if gpu.slots else 0.0,
+        }
+
+    def bound(self, gpu: Gpu) -> tuple[str, float]:
+        """The roof of the three that binds at public efficiency, and its seconds."""
+        return max(self.roofs(gpu, HONEST).items(), key=lambda item: item[1])
+
+
+def bound(launches: Iterable[Launch], gpu: Gpu) -> dict[str, float]:
+    """Seconds of the launches that each of the three roofs binds, at public efficiency; together their honest time."""
+    found = {"bytes": 0.0, "FLOPs": 0.0, "issue": 0.0}
+    for launch in launches:
+        roof, seconds = launch.bound(gpu)
+        found[roof] += seconds
+    return found
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -147,15 +174,19 @@ class DispatchCounter(TorchDispatchMode):
         return len(found), sum(x.bytes for x in found), sum(x.flops for x in found)
 
     def seconds(self, gpu: Gpu) -> float:
-        """Modelled time of everything, launches not overlapping and free of latency."""
+        """Pure roof of everything, launches not overlapping and free of latency."""
         return sum(x.seconds(gpu) for x in self.launches)
 
-    def _record(self, op: str, moved: int, flops: int, tree: Any) -> None:
+    def bound(self, gpu: Gpu) -> dict[str, float]:
+        """The same by three roofs at public efficiency: seconds of the launches that each roof binds."""
+        return bound(self.launches, gpu)
+
+    def _record(self, op: str, moved: int, flops: int, tree: Any, issued: float = 0.0) -> None:
         found = tensors_of(tree)
         shapes = f"{_short(found[0])}" if found else ""
         name = f"{self._inside}/{op}" if self._inside else op
         site = self._site or (self._find_site() if self.sites else "")
-        self.launches.append(Launch(self.phase, name, site, moved, flops, shapes))
+        self.launches.append(Launch(self.phase, name, site, moved, flops, shapes, issued))
 
     def _launch(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
         """Record what a custom op launches; the same op on the same shapes is opened once. Returns transient bytes."""
@@ -202,16 +233,20 @@ class DispatchCounter(TorchDispatchMode):
             # What the op's formula says beyond what its matrix products and kernels state is its largest kernel's.
             largest = max(kernels, key=lambda x: (x.flops == 0, x.bytes))
             largest.flops += max(total - sum(x.flops for x in mine), 0)
+            if total:
+                # Programs whose rows are not read return at once.
+                for launch in kernels:
+                    launch.issued *= rows
             if declared.moved is not None:
                 share = sum(declared.moved(args, rows)) / sum(x.bytes for x in kernels)
                 for launch in kernels:
                     launch.bytes = round(launch.bytes * share)
         return inner.peak() - LiveBytes().tick(tensors_of(out))
 
-    def _kernel(self, name: str, args: Any, flops: int) -> None:
+    def _kernel(self, name: str, args: Any, flops: int, issued: float) -> None:
         found = tensors_of(args)
         # Each pointer once: a buffer that is passed twice is read and written.
-        self._record(f"triton.{name}", sum(map(tensor_bytes, found)), flops, found[:1])
+        self._record(f"triton.{name}", sum(map(tensor_bytes, found)), flops, found[:1], issued)
         if self.watch is not None:
             for tensor in found:
                 self.watch(self._inside, tensor)
@@ -261,12 +296,13 @@ def _caller() -> str:
 
 
 @contextlib.contextmanager
-def _kernels_counted_by(count: Callable[[str, Any, int], None]) -> Iterator[None]:
-    """Launches of Triton kernels call ``count(name, arguments, FLOPs)`` instead; the device is an H100 by size."""
+def _kernels_counted_by(count: Callable[[str, Any, int, float], None]) -> Iterator[None]:
+    """Triton kernels call ``count(name, arguments, FLOPs, instructions)`` instead; the device is an H100 by size."""
     try:
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
 
+        from fastmim_kernels.check import issue_slots
         from fastmim_kernels.common import arrival
         from fastmim_kernels.low_copies import on_triton as low_copies
     except ModuleNotFoundError:
@@ -274,7 +310,9 @@ def _kernels_counted_by(count: Callable[[str, Any, int], None]) -> Iterator[None
         return
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        count(self.fn.__name__, (args, kwargs), _stated_flops(self, grid, args, kwargs))
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        issued = issue_slots.launched(self, grid, named) or 0.0
+        count(self.fn.__name__, (args, kwargs), _stated_flops(self, grid, named), issued)
 
     def zeros(count: int, device: torch.device) -> Tensor:
         # They stay from launch to launch, so a step neither makes nor clears them.
@@ -296,13 +334,12 @@ def _kernels_counted_by(count: Callable[[str, Any, int], None]) -> Iterator[None
         yield
 
 
-def _stated_flops(kernel: Any, grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+def _stated_flops(kernel: Any, grid: Any, named: dict[str, Any]) -> int:
     """What the kernel's ``launch_metadata`` says, which profilers read too; 0 without."""
     # An interpreted function keeps its options in a dictionary.
     metadata = getattr(kernel, "launch_metadata", None) or getattr(kernel, "kwargs", {}).get("launch_metadata")
     if metadata is None:
         return 0
-    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     return int(metadata(grid, SimpleNamespace(name=kernel.fn.__name__), named).get("flops", 0))
 
 

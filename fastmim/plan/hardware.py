@@ -3,7 +3,8 @@
 ``memory`` is what a process can allocate: the data sheet's capacity less 1 to 3 GiB for driver, CUDA context and
 libraries. ``flops`` and ``bandwidth`` are ceilings of kernels, ``link`` is what one GPU sends in one direction to
 the others of its machine and ``network`` to other machines. Where no other source is named, NVIDIA's data sheet
-says so, for dense products with float32 sums and without sparsity. ``fp32`` is the data sheet's rate outside the
+says so, for dense products with float32 sums and without sparsity. ``slots`` are what all schedulers issue: 4 an SM,
+one warp instruction a cycle at the boost clock. ``fp32`` is the data sheet's rate outside the
 tensor cores: float32 products are computed in float32 (torch's default), not in TF32.
 """
 
@@ -17,7 +18,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Ceilings of one GPU: GiB, FLOP/s in bf16 (fp16 where there is no bf16) and in fp32 (0: unknown), bytes/s."""
+    """Ceilings of one GPU: GiB, FLOP/s in bf16 (fp16 where there is no bf16) and in fp32, bytes/s, warp instructions/s.
+
+    0 is unknown; without ``slots`` a launch has two roofs.
+    """
 
     name: str
     flops: float
@@ -28,6 +32,7 @@ class Gpu:
     bf16: bool = True
     source: str = ""
     fp32: float = 0.0
+    slots: float = 0.0
 
     def at(self, precision: str) -> Gpu:
         """The same GPU with the FLOP/s of a precision, where they are known."""
@@ -51,23 +56,51 @@ def _gpu(
     fp32: float = 0.0,
     network: float = 25.0,
     bf16: bool = True,
+    sms: int = 0,
+    ghz: float = 0.0,
 ) -> Gpu:
     rates = tflops * 1e12, bandwidth * 1e9, memory, link * 1e9, network * 1e9
-    return Gpu(name, *rates, bf16=bf16, source=source, fp32=fp32 * 1e12)
+    return Gpu(name, *rates, bf16=bf16, source=source, fp32=fp32 * 1e12, slots=4e9 * sms * ghz)
 
 
 _MEASURED = "FLOP/s and bandwidth: ceilings measured on the device; memory and links: data sheet"
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("v100-16g", 15, 125, 900, 150, "V100 SXM2 data sheet", fp32=15.7, network=12.5, bf16=False),
-        _gpu("v100-32g", 31, 125, 900, 150, "V100 SXM2 data sheet", fp32=15.7, network=12.5, bf16=False),
-        _gpu("a100-40g", 39, 312, 1555, 300, "A100 SXM data sheet", fp32=19.5),
-        _gpu("a100-80g", 78, 312, 1750, 300, _MEASURED, fp32=19.5),
-        _gpu("h100-80g", 78, 798, 3000, 450, _MEASURED, fp32=67, network=50),
-        _gpu("h200-141g", 138, 798, 4800, 450, "data sheet; FLOP/s: the H100's, same chip", fp32=67, network=50),
+        _gpu(
+            "v100-16g", 15, 125, 900, 150, "V100 SXM2 data sheet", fp32=15.7, network=12.5, bf16=False, sms=80, ghz=1.53
+        ),
+        _gpu(
+            "v100-32g", 31, 125, 900, 150, "V100 SXM2 data sheet", fp32=15.7, network=12.5, bf16=False, sms=80, ghz=1.53
+        ),
+        _gpu("a100-40g", 39, 312, 1555, 300, "A100 SXM data sheet", fp32=19.5, sms=108, ghz=1.41),
+        _gpu("a100-80g", 78, 312, 1750, 300, _MEASURED, fp32=19.5, sms=108, ghz=1.41),
+        _gpu("h100-80g", 78, 798, 3000, 450, _MEASURED, fp32=67, network=50, sms=132, ghz=1.755),
+        _gpu(
+            "h200-141g",
+            138,
+            798,
+            4800,
+            450,
+            "data sheet; FLOP/s: the H100's, same chip",
+            fp32=67,
+            network=50,
+            sms=132,
+            ghz=1.755,
+        ),
         _gpu("b200-180g", 177, 2250, 8000, 900, "HGX B200 data sheet", fp32=75, network=50),
-        _gpu("rtx4090-24g", 23, 165.2, 1008, 32, "Ada data sheet; link: PCIe 4.0 x16", fp32=82.6, network=12.5),
+        _gpu(
+            "rtx4090-24g",
+            23,
+            165.2,
+            1008,
+            32,
+            "Ada data sheet; link: PCIe 4.0 x16",
+            fp32=82.6,
+            network=12.5,
+            sms=128,
+            ghz=2.52,
+        ),
     )
 }
 """By name, smallest and oldest first. ``network``: one 100, 200 or 400 Gb/s adapter a GPU, as is usual for each."""

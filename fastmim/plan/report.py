@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmim_kernels.common.roofs import HONEST
+
 from .hardware import GIB, Gpu
 from .memory import COMPONENTS
 from .recommend import HEADROOM, Option
@@ -68,9 +70,18 @@ def how(option: Option) -> str:
 def speed(plan: Plan, option: Option) -> str:
     """Modelled speed and cost."""
     return (
-        f"modelled {option.time.total:.3g} s a step, {option.images_per_sec:,.0f} images/s, MFU {option.mfu:.0%}, "
+        f"modelled {option.time.total:.3g} s a step (pure roof {option.time.pure:.3g} s; forward and backward bound by "
+        f"{binding(option)}), {option.images_per_sec:,.0f} images/s, MFU {option.mfu:.0%}, "
         f"{plan.gpu_days(option):,.1f} GPU-days for {plan.images:,} images ({plan.images_from})"
     )
+
+
+def binding(option: Option) -> str:
+    """Shares of forward and backward by the roof that binds, largest first."""
+    found = sorted(option.time.bound.items(), key=lambda item: -item[1])
+    names = {"issue": "issue slots"}
+    shares = [(names.get(roof, roof), seconds / option.time.compute) for roof, seconds in found if seconds]
+    return ", ".join(f"{roof} {share:.0%}" for roof, share in shares)
 
 
 def conclusions(plan: Plan) -> list[str]:
@@ -80,6 +91,8 @@ def conclusions(plan: Plan) -> list[str]:
         f"{16 * plan.parameters / 1e9:.1f} GB; GB are 10^9 bytes",
         f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s in {plan.precision}, "
         f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s ({plan.gpu.source})",
+        f"times: {HONEST.memory:.0%} of the bandwidth, {HONEST.library:.0%} of the FLOP/s in library products and "
+        f"{HONEST.triton:.0%} in Triton's, issue slots{'' if plan.gpu.slots else ' left out: no figure of this GPU'}",
         *plan.notes,
         f"as configured: {sentence(plan.configured, plan.gpu)}",
     ]
@@ -90,9 +103,7 @@ def conclusions(plan: Plan) -> list[str]:
         lines.append(f"    {speed(plan, plan.recommended)}")
     if plan.smallest is not None:
         gpu, option = plan.smallest
-        lines.append(
-            f"smallest known machine for it: {option.setting.gpus} x {gpu.name}: {sentence(option, gpu)}"
-        )
+        lines.append(f"smallest known machine for it: {option.setting.gpus} x {gpu.name}: {sentence(option, gpu)}")
     elif plan.recommended is None:
         lines.append("does not fit on any known machine")
     return lines
@@ -159,7 +170,8 @@ def as_json(plan: Plan) -> str:
         "recommended": None if plan.recommended is None else _entry(plan, plan.recommended),
         "smallest_machine": smallest,
         "options": [_entry(plan, option) for option in plan.options],
-        "times": "modelled by roofline, not measured",
+        "times": "modelled by three roofs at the efficiency of public kernels, not measured",
+        "efficiency": HONEST._asdict(),
     }
     return json.dumps(tree, indent=1) + "\n"
 
@@ -176,6 +188,8 @@ def _entry(plan: Plan, option: Option) -> dict[str, Any]:
         "limit_bytes": option.limit,
         "memory_bytes": {name: getattr(m, name) for name in (*COMPONENTS, "total", "host", "drive")},
         "modelled_step_seconds": option.time.total,
+        "modelled_pure_roof_step_seconds": option.time.pure,
+        "modelled_seconds_by_binding_roof": dict(option.time.bound),
         "modelled_images_per_sec": option.images_per_sec,
         "modelled_mfu": option.mfu,
         "modelled_gpu_days": plan.gpu_days(option),

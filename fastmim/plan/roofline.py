@@ -1,6 +1,9 @@
 """Modelled time of a step. Nothing here was measured: every figure made of it is to be called modelled.
 
-- A launch takes max(FLOPs / peak, bytes / bandwidth); launches do not overlap and cost no latency of their own.
+- A launch takes what the roof of three allows that binds it: its bytes and its FLOPs at the efficiency of public
+  kernels (``fastmim_kernels.common.roofs.HONEST``), and the issue slots of a Triton kernel's machine code. The pure
+  roof beside it knows bytes and FLOPs alone, at 100 % of both. Launches do not overlap and cost no latency of their
+  own.
 - A ring moves (n - 1) / n of the bytes of a reduce-scatter or an all-gather over a GPU's link, twice that for an
   all-reduce (Patarasuk and Yuan 2009), with the network's bandwidth where more than one machine takes part.
 - Reductions of gradients overlap with backward, ZeRO-3's gathers with the phase that needs them; what is longer
@@ -11,7 +14,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from fastmim_kernels.common.roofs import HONEST, PURE, Efficiency
 
 from .hardware import Gpu
 from .trace import Footprint
@@ -28,11 +34,19 @@ CLIP = 12
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimiser step."""
+    """Seconds of one optimiser step.
+
+    Attributes:
+        compute, update, exposed: Forward and backward, the optimiser, communication that nothing hides.
+        pure: All of it if every launch reached the pure roof.
+        bound: Seconds of ``compute`` by the roof that binds: "bytes", "FLOPs" and "issue" slots.
+    """
 
     compute: float
     update: float
     exposed: float
+    pure: float
+    bound: Mapping[str, float]
 
     @property
     def total(self) -> float:
@@ -56,14 +70,24 @@ def step_time(
         gathers: How often ZeRO-3 gathers all weights in a micro-batch: forward and backward, and once more
             where whole blocks are recomputed.
     """
-    forward, backward = footprint.seconds(gpu, micro_batch)
-    share = footprint.parameters / (gpus if stage else 1)
-    update = share * (UPDATE + (CLIP if stage == 0 else CLIP / 2)) / gpu.bandwidth
-    if offload in ("optimizer", "all"):
-        update = share * (4 / PCIE + UPDATE / HOST_BANDWIDTH)
-    exposed = _exposed(footprint.parameters, gpu, stage, gpus, grad_accum_steps, forward, backward, gathers)
     copies = grad_accum_steps * 2 * footprint.host(micro_batch) / PCIE
-    return StepTime(grad_accum_steps * (forward + backward), update, exposed + copies)
+
+    def parts(forward: float, backward: float, efficiency: Efficiency) -> tuple[float, float, float]:
+        update = _update(footprint.parameters / (gpus if stage else 1), gpu, stage, offload, efficiency)
+        exposed = _exposed(footprint.parameters, gpu, stage, gpus, grad_accum_steps, forward, backward, gathers)
+        return grad_accum_steps * (forward + backward), update, exposed + copies
+
+    bounds = footprint.bound(gpu, micro_batch)
+    times = parts(sum(bounds[0].values()), sum(bounds[1].values()), HONEST)
+    pure = parts(*footprint.seconds(gpu, micro_batch), PURE)
+    bound = {roof: grad_accum_steps * (bounds[0][roof] + bounds[1][roof]) for roof in bounds[0]}
+    return StepTime(*times, sum(pure), bound)
+
+
+def _update(parameters: float, gpu: Gpu, stage: int, offload: str, efficiency: Efficiency) -> float:
+    if offload in ("optimizer", "all"):
+        return parameters * (4 / PCIE + UPDATE / HOST_BANDWIDTH)
+    return parameters * (UPDATE + (CLIP if stage == 0 else CLIP / 2)) / gpu.bandwidth / efficiency.memory
 
 
 def _exposed(

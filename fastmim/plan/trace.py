@@ -25,7 +25,7 @@ from fastmim.engine.dry_step import autocast_of, built
 from fastmim_kernels.common.caches import forget_caches
 from fastmim_kernels.common.dispatch import as_on_a_gpu
 
-from .counter import DispatchCounter, Launch
+from .counter import DispatchCounter, Launch, bound
 from .hardware import Gpu
 from .live import LiveBytes
 
@@ -146,7 +146,7 @@ class Footprint:
         assert len(small.others) == len(large.others) and small.batch < large.batch
         self.small, self.large = small, large
         self.parameters, self.largest_block = small.parameters, small.largest_block
-        self._times: dict[Gpu, tuple[tuple[float, float], ...]] = {}
+        self._times: dict[tuple[Gpu, str], tuple[dict[str, float], dict[str, float]]] = {}
         self._flops = tuple(sum(x.flops for x in t.launches) for t in (small, large))
         self._others = np.array([small.others, large.others], dtype=np.float64)
         self._grads = np.array(small.grads, dtype=np.float64)
@@ -181,18 +181,20 @@ class Footprint:
         return Moment(float(grads[at]) - passing, kept, float(others[at]) - kept + passing)
 
     def seconds(self, gpu: Gpu, batch: int) -> tuple[float, float]:
-        """Modelled (forward, backward) time: every launch at its roofline, free of latency, none overlapping."""
-        small, large = self._seconds(gpu)
-        forward, backward = (max(self._line(a, b, batch), 0.0) for a, b in zip(small, large, strict=True))
+        """Pure roof of (forward, backward): every launch free of latency, none overlapping."""
+        return self._at(gpu, "forward", batch)["pure"], self._at(gpu, "backward", batch)["pure"]
+
+    def bound(self, gpu: Gpu, batch: int) -> tuple[dict[str, float], dict[str, float]]:
+        """(Forward, backward) at public efficiency: seconds of the launches that each of three roofs binds."""
+        forward, backward = (self._at(gpu, phase, batch) for phase in ("forward", "backward"))
+        del forward["pure"], backward["pure"]
         return forward, backward
 
-    def _seconds(self, gpu: Gpu) -> tuple[tuple[float, float], ...]:
-        """(forward, backward) of both traces."""
-        if gpu not in self._times:
-            self._times[gpu] = tuple(
-                (_time(t, gpu, "forward"), _time(t, gpu, "backward")) for t in (self.small, self.large)
-            )
-        return self._times[gpu]
+    def _at(self, gpu: Gpu, phase: str, batch: int) -> dict[str, float]:
+        if (gpu, phase) not in self._times:
+            self._times[gpu, phase] = _times(self.small, gpu, phase), _times(self.large, gpu, phase)
+        small, large = self._times[gpu, phase]
+        return {name: max(self._line(small[name], large[name], batch), 0.0) for name in small}
 
     def flops(self, batch: int) -> float:
         """Of the matrix products of forward and backward."""
@@ -200,5 +202,6 @@ class Footprint:
         return self._line(small, large, batch)
 
 
-def _time(trace: Trace, gpu: Gpu, phase: str) -> float:
-    return sum(x.seconds(gpu) for x in trace.launches if x.phase == phase)
+def _times(trace: Trace, gpu: Gpu, phase: str) -> dict[str, float]:
+    launches = [x for x in trace.launches if x.phase == phase]
+    return {"pure": sum(x.seconds(gpu) for x in launches), **bound(launches, gpu)}

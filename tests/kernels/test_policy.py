@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastmim_kernels.common import tune
+from fastmim_kernels.common.roofs import roofs_of
 from fastmim_kernels.linear.policy import APART, FUSED, one_pass_wins, way, wide_tiles
 
 BF16 = torch.bfloat16
@@ -119,3 +120,10 @@ def test_a_cache_that_cannot_be_written_is_no_error(gpu: dict[str, float], monke
     assert ask() == APART
 
 
+
+
+def test_the_roofs_are_those_of_the_planner() -> None:
+    from fastmim.plan.hardware import GPUS
+    for sm, name in ((80, "a100-80g"), (90, "h100-80g"), (100, "b200-180g")):
+        gpu, roofs = GPUS[name], roofs_of(sm)
+        assert (roofs.bandwidth, roofs.low, roofs.full) == (gpu.bandwidth, gpu.flops, gpu.fp32)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from fastmim.plan.counter import Launch
-from fastmim.plan.hardware import GIB, GPUS, find_gpu, in_precision
+from fastmim.plan.counter import Launch, bound
+from fastmim.plan.hardware import GIB, GPUS, Gpu, find_gpu, in_precision
 from fastmim.plan.memory import LIBRARIES, Buckets, memory, states
 from fastmim.plan.recommend import Model, Setting, micro_batches, options, smallest_machine
 from fastmim.plan.roofline import step_time
 from fastmim.plan.trace import Footprint, Trace
+from fastmim_kernels.common.roofs import HONEST
 
 PUBLISHED_LAYOUT = (2, 2, 12)  # bf16 weight and gradient, float32 master, m and v: 16 bytes
 # SwinV2-G and -H with their pixel heads
@@ -108,11 +110,28 @@ def test_the_update_can_be_the_fullest_point() -> None:
 def test_time_of_a_step_by_hand() -> None:
     gpu = find_gpu("name=x,memory=1,tflops=1e-9,bandwidth=1e-6,link=1e-6")  # 1000 FLOP/s, 1000 B/s
     found = step_time(footprint(), gpu, stage=0, gpus=2, micro_batch=1, grad_accum_steps=3)
-    # three launches of 1000 FLOPs, one second each; the update moves 40 bytes a parameter; the all-reduce of 4000
-    # bytes takes 4 s, of which backward hides 2.
-    assert (found.compute, found.update, found.exposed) == pytest.approx((9, 40, 2))
+    # three launches of 1000 FLOPs, one second each at the peak and 1 / 0.85 at a library's rate; the update moves 40
+    # bytes a parameter at 90 % of the bandwidth; the all-reduce of 4000 bytes takes 4 s, of which backward hides some.
+    assert (found.compute, found.update, found.exposed) == pytest.approx((9 / 0.85, 40 / 0.9, 4 - 2 / 0.85))
+    assert found.pure == pytest.approx(9 + 40 + 2)
+    assert found.bound == pytest.approx({"bytes": 0, "FLOPs": 9 / 0.85, "issue": 0})
     two = step_time(footprint(), gpu, stage=2, gpus=2, micro_batch=1, grad_accum_steps=3)
     assert two.exposed == pytest.approx(1.0)  # weights gathered: 2000 bytes, half of them; gradients hide in backward
+
+
+def test_a_kernel_has_three_roofs() -> None:
+    """Its bytes and FLOPs at public efficiency, a library's or Triton's, and what its warps issue."""
+    gpu = Gpu("made up", flops=100.0, bandwidth=10.0, slots=50.0)
+    kernel = Launch("forward", "mlp/triton.kernel", "", bytes=18, flops=130, shapes="", issued=150)
+    assert kernel.roofs(gpu) == {"bytes": 1.8, "FLOPs": 1.3, "issue": 3}
+    assert kernel.roofs(gpu, HONEST) == pytest.approx({"bytes": 2, "FLOPs": 2, "issue": 3})
+    assert kernel.bound(gpu) == ("issue", 3)
+    assert kernel.seconds(gpu) == 1.8
+    product = dataclasses.replace(kernel, op="mm", issued=0, flops=170)
+    assert product.roofs(gpu, HONEST) == pytest.approx({"bytes": 2, "FLOPs": 2, "issue": 0})
+    # A GPU of which nobody said how much it issues has two roofs.
+    assert kernel.roofs(dataclasses.replace(gpu, slots=0.0))["issue"] == 0
+    assert sum(bound([kernel, product], gpu).values()) == pytest.approx(5)
 
 
 def model() -> Model:

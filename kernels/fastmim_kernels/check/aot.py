@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from ..common.aot_case import AotCase, in_dtype
 from . import aot_bytes
+from .issue_slots import ARCH, code_of
 
 _SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 _RESERVED_SHARED = 1024  # per block, by the CUDA runtime
@@ -35,13 +36,18 @@ def kernel_modules() -> list[str]:
                   if re.search(r"^def aot_cases\b", path.read_text(encoding="utf-8"), re.MULTILINE))
 
 
+def own_cases_of(module: str) -> list[AotCase]:
+    """``aot_cases()`` of one of :func:`kernel_modules`."""
+    return list(importlib.import_module(f"fastmim_kernels.{module}").aot_cases())
+
+
 def cases_of(module: str) -> list[AotCase]:
     """``aot_cases()`` of one of :func:`kernel_modules`, and its quick ones in the other precisions.
 
     Raises:
         ValueError: Two cases share a name.
     """
-    cases = importlib.import_module(f"fastmim_kernels.{module}").aot_cases()
+    cases = own_cases_of(module)
     cases += [in_dtype(case, dtype) for case in cases if case.quick and "*bf16" in case.signature.values()
               for dtype in case.others if min(case.archs) < 100]
     names = [case.name for case in cases]
@@ -58,7 +64,19 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         a block, ``loads`` and ``stores`` (global instructions by bits a thread), ``share_128`` (share of the
         global bytes that go through accesses of 128 bits or more, see :mod:`.aot_bytes`),
         ``hmma``, ``hgmma``, ``tcgen05`` (instruction counts), ``atomics`` on floating-point values, ``arrivals``
-        (those on integers, whose order changes no result) and ``blocks_per_sm``.
+        (those on integers, whose order changes no result), ``blocks_per_sm``, and, on the architecture of the issue
+        roof, ``once`` and ``loops``, the instructions of :class:`.issue_slots.Code`.
+    """
+    compiled = compiled_case(case, arch)
+    share = aot_bytes.share_128(compiled.asm["ttgir"], compiled.asm["ptx"])
+    return {**_measure(compiled.asm["cubin"], compiled.metadata.shared, case.num_warps, arch), "share_128": share}
+
+
+def compiled_case(case: AotCase, arch: int) -> Any:
+    """Triton's compiled kernel for ``sm_<arch>``.
+
+    Raises:
+        ValueError: The case and the kernel disagree about its arguments.
     """
     names = list(case.kernel.arg_names)
     unknown = {*case.signature, *case.constexprs, *case.divisible} - set(names)
@@ -67,12 +85,10 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         raise ValueError(f"{case.name}: {case.kernel.__name__} has no {sorted(unknown)} and lacks {sorted(missing)}")
     signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in names}
     constexprs = {(names.index(n),): v for n, v in case.constexprs.items()}
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
-    compiled = triton.compile(
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned if n not in case.constexprs}
+    return triton.compile(
         ASTSource(case.kernel, signature, constexprs, attrs), target=GPUTarget("cuda", arch, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg})
-    share = aot_bytes.share_128(compiled.asm["ttgir"], compiled.asm["ptx"])
-    return {**_measure(compiled.asm["cubin"], compiled.metadata.shared, case.num_warps, arch), "share_128": share}
 
 
 def _measure(cubin: bytes, shared: int, num_warps: int, arch: int) -> dict[str, Any]:
@@ -80,7 +96,7 @@ def _measure(cubin: bytes, shared: int, num_warps: int, arch: int) -> dict[str, 
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _USAGE.search(_tool("cuobjdump", "-res-usage", str(path)))
-        sass = _tool("nvdisasm", "-c", str(path))
+    sass = disassembled(cubin)
     assert usage is not None
     registers, stack, _, local = map(int, usage.groups())
     counts = _count(sass)
@@ -88,7 +104,15 @@ def _measure(cubin: bytes, shared: int, num_warps: int, arch: int) -> dict[str, 
     blocks = min(_REGISTERS_PER_SM // (-(-registers // 8) * 8 * threads), _THREADS_PER_SM // threads,
                  _SHARED_PER_SM[arch] // (shared + _RESERVED_SHARED), _BLOCKS_PER_SM)
     return {"registers": registers, "local_bytes": stack + local, "shared_bytes": shared, **counts,
-            "blocks_per_sm": blocks}
+            "blocks_per_sm": blocks, **(code_of(sass).row() if arch == ARCH else {})}
+
+
+def disassembled(cubin: bytes) -> str:
+    """The machine code as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return _tool("nvdisasm", "-c", str(path))
 
 
 def _tool(name: str, *args: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import triton
@@ -31,6 +31,10 @@ class AotCase:
         archs: Architectures (90 for sm_90) on which this configuration is ever launched.
         others: Precisions in which a quick case is compiled too; not fp32 where that has tiles of its own.
         maxnreg: Registers that a thread may have at most, where the launch says so.
+        trips: From all arguments of a launch, and its ``grid``, how often the body of each loop of the machine code,
+            by its first instruction, runs within one run of the loop around it: the mean over the programs. What
+            depends on data is estimated by the most that it can be. None: no loop, but for those in which the last
+            program to arrive adds partial sums. See ``check.issue_slots``.
     """
 
     name: str
@@ -47,6 +51,7 @@ class AotCase:
     archs: tuple[int, ...] = (80, 90, 100)
     others: tuple[str, ...] = ("fp16", "fp32")
     maxnreg: int | None = None
+    trips: Callable[[Mapping[str, Any]], Sequence[float]] | None = None
 
     @property
     def aligned(self) -> tuple[str, ...]:

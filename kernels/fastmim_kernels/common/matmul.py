@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -102,8 +103,13 @@ STAGES = {"swin_s": (96, (1, 8)), "swin_b": (128, (1, 4, 8)), "swin_l": (192, (1
 """Width of the first stage of the shipped encoders, and the multiples of it that are compiled."""
 
 
+def depth_trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """``AotCase.trips`` of a loop over the depth K of a product."""
+    return (-(-a["K"] // a["BK"]),)
+
+
 def aot_case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, Any], sm: int, quick: bool,
-             dtype: torch.dtype = torch.bfloat16, alone: bool = False) -> AotCase:
+             dtype: torch.dtype = torch.bfloat16, trips: Any = depth_trips, alone: bool = False) -> AotCase:
     """A kernel with fp32 parameters on the architecture that its tiles are for; fp32 products are exact by default.
 
     ``alone``: a block holds its multiprocessor alone.
@@ -115,7 +121,7 @@ def aot_case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str
                  for n in kernel.arg_names if n not in constexprs}
     return AotCase(f"{name}-sm{sm}{suffix}", kernel, signature, constexprs, tiles["num_warps"], tiles["num_stages"],
                    tuple(signature), quick, dot=dtype != torch.float32, archs=(sm,), others=("fp16",),
-                   maxnreg=tiles.get("maxnreg"), persistent=alone)
+                   maxnreg=tiles.get("maxnreg"), persistent=alone, trips=trips)
 
 
 def aot_dtypes(quick: bool, sm: int) -> tuple[torch.dtype, ...]:

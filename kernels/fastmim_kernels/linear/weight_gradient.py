@@ -7,6 +7,7 @@ in a fixed order by whichever program comes last.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -184,6 +185,12 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return dw, d_bias
 
 
+def _trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of the loop without sums and then, with a bias, of that with them, which the first column of tiles takes."""
+    blocks, first = a["rows"] / a["BR"] / a["SPLITS"], 1 / -(-a["K"] // a["BK"])
+    return (blocks,) if a["p_dbias"] is None else (blocks * (1 - first), blocks * first)
+
+
 def aot_cases() -> list[AotCase]:
     """qkv in the first and last stages of the shipped encoders in bf16: 128 images of 192 pixels, which sets SPLITS."""
     cases = []
@@ -198,5 +205,6 @@ def aot_cases() -> list[AotCase]:
                 extra: dict[str, Any] = {"N": 3 * c, "K": c, "SPLITS": splits, "SHARE": share}
                 if splits == 1:
                     extra |= {"p_partial": None, "p_sums": None, "p_count": None}
-                cases.append(aot_case(f"qkv/{name}-c{c}", weight_gradient_kernel, tiles, extra, sm, quick, dtype))
+                cases.append(aot_case(f"qkv/{name}-c{c}", weight_gradient_kernel, tiles, extra, sm, quick, dtype,
+                                      _trips))
     return cases

@@ -104,4 +104,5 @@ def _rows(tensors: Sequence[Tensor]) -> Tensor:
 def aot_cases() -> list[AotCase]:
     """float32 parameters to bf16."""
     return [AotCase("low_copies", copy_kernel, {"p_table": "*i64", "p_out": "*bf16"}, {"PIECE": PIECE, "BLOCK": 2048},
-                    num_warps=8, divisible=("p_table", "p_out"), quick=True, others=("fp16",))]
+                    num_warps=8, divisible=("p_table", "p_out"), quick=True, others=("fp16",),
+                    trips=lambda a: (a["PIECE"] / a["BLOCK"],))]

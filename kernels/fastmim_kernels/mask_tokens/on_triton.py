@@ -7,6 +7,7 @@ tokens of masked patches are never loaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -207,7 +208,13 @@ def aot_cases() -> list[AotCase]:
     return cases
 
 
+def _trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """Images that a program walks over."""
+    return (a["batch"] / a["grid"][1],)
+
+
 def _case(name: str, kernel: object, types: dict[str, str], constexprs: dict[str, object], num_warps: int) -> AotCase:
     signature = {k: v for k, v in types.items() if k not in constexprs}
     divisible = tuple(k for k, v in signature.items() if v[0] == "*" or k in ("batch", "positions"))
-    return AotCase(name, kernel, signature, constexprs, num_warps, 2, divisible, quick=name.endswith(("h", "vit_b")))
+    return AotCase(name, kernel, signature, constexprs, num_warps, 2, divisible, quick=name.endswith(("h", "vit_b")),
+                   trips=_trips)

@@ -208,5 +208,9 @@ def aot_cases() -> list[AotCase]:
             constexprs = {"C": 3, "LOSS": "l1"} | cfg | dict.fromkeys(absent)
             divisible = (*(k for k, v in signature.items() if v[0] == "*"), "height", "width", "mask_h", "mask_w")
             cases.append(AotCase(f"{direction}/{name}", masked_l1_kernel, signature, constexprs, warps, 2, divisible,
-                                 quick=name == "swin"))
-    return cases
+                                 quick=name == "swin", trips=lambda a: (a["C"],)))
+    return [*cases, AotCase(
+        "finish", finish_kernel, {"p_sum": "*fp32", "p_count": "*i32", "p_loss": "*fp32", "p_scale": "*fp32",
+                                  "n": "i32", "channels": "i32"}, {"BLOCK": 1024},
+        divisible=("p_sum", "p_count", "p_loss", "p_scale", "n"), wide_target=0.0, persistent=True,
+        trips=lambda a: (a["n"] / a["BLOCK"],))]

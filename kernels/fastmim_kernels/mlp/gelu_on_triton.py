@@ -6,6 +6,7 @@ written, once a program; the partials are added in a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -155,6 +156,11 @@ def _launch(grad: Tensor, x: Tensor, bias: Tensor | None, out: Tensor | None, su
     return dx, nothing(x, torch.float32) if partial is None else partial.sum(0)
 
 
+def _trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """Tiles of rows that a program walks over."""
+    return (a["rows"] / a["BLOCK_R"] / a["grid"][0],)
+
+
 def _case(name: str, columns: int, direction: str, dtype: str, quick: bool, again: bool = False) -> AotCase:
     kernel = gelu_forward if direction == "forward" else gelu_backward
     signature = {n: "*fp32" if n in ("p_bias", "p_partial") else "i32" if n == "rows" else f"*{dtype}"
@@ -167,7 +173,7 @@ def _case(name: str, columns: int, direction: str, dtype: str, quick: bool, agai
         del signature[absent]
         shape[absent] = None
     return AotCase(f"gelu/{direction}{'-again' * again}/{name}-{dtype}-n{columns}", kernel, signature, shape,
-                   num_warps=warps, divisible=tuple(signature), quick=quick)
+                   num_warps=warps, divisible=tuple(signature), quick=quick, trips=_trips)
 
 
 def aot_cases() -> list[AotCase]:

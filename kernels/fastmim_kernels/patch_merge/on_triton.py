@@ -6,6 +6,7 @@ one source token into the next.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -186,6 +187,11 @@ def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight:
     return dx, sums
 
 
+def _trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """Tiles of rows that a program walks over."""
+    return (a["rows"] / a["BLOCK_R"] / a["grid"][0],)
+
+
 def _case(name: str, channels: int, norm: bool, stream: str, direction: str, quick: bool) -> AotCase:
     kernel = patch_merge_forward if direction == "forward" else patch_merge_backward
     types = {"p_x": f"*{stream}", "p_dx": f"*{stream}", "p_out": "*bf16", "p_grad": "*bf16", "p_counter": "*i32",
@@ -199,7 +205,7 @@ def _case(name: str, channels: int, norm: bool, stream: str, direction: str, qui
     return AotCase(f"patch_merge/{direction}/{name}-{stream}-c{channels}", kernel, signature,
                    {"C": channels, **shape, **{n: None for n in absent if n in kernel.arg_names}},
                    num_warps=warps, divisible=tuple(n for n in signature if n.startswith("p_")), quick=quick,
-                   persistent=norm)
+                   persistent=norm, trips=_trips)
 
 
 def aot_cases() -> list[AotCase]:

@@ -8,7 +8,8 @@ step: here the pairs come sorted by table row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -222,6 +223,14 @@ def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, orde
     return found
 
 
+# Rows of the tables and pairs of the windows: means over the blocks. Half a block more: the last one is not full.
+_TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
+    "table_kernel": lambda a: (a["K"] / a["BK"],),
+    "scatter_kernel": lambda a: (a["p_order"].numel() / a["p_start"].numel() / a["BLOCK"] + 0.5,),
+    "parameters_kernel": lambda a: (a["p_coords"].shape[0] / a["grid"][0] / a["BT"],),
+}
+
+
 def aot_cases() -> list[AotCase]:
     """SwinV2 and Swin. The kernels look single values up or are tiny products in float32: few accesses are wide."""
     types = {"p_index": "*i64", "p_order": "*i64", "p_start": "*i64", "p_layout": "*i64"}
@@ -236,5 +245,5 @@ def aot_cases() -> list[AotCase]:
         constexprs = given | {k: v for k, v in tiles.items() if k.isupper()}
         signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constexprs}
         cases.append(AotCase(name, kernel, signature, constexprs, tiles["num_warps"], 2, tuple(signature), quick=True,
-                             wide_target=0.0))
+                             wide_target=0.0, trips=_TRIPS.get(kernel.fn.__name__)))
     return cases

@@ -6,6 +6,7 @@ written, once a program. The last programs add the partials in a fixed order: gr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -279,6 +280,11 @@ def _map(x: Tensor, merge: bool) -> tuple[int, int]:
     return (x.shape[1], x.shape[2]) if merge else (0, 0)
 
 
+def _trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """Tiles of rows that a program walks over."""
+    return (a["rows"] / a["BLOCK_R"] / a["grid"][0],)
+
+
 _BLOCKS = (("swin_b", "pre", 128), ("swinv2_b", "post", 128), ("swinv2_l", "post", 192),
            ("swinv2_h", "post", 352), ("swinv2_g", "post", 512))
 
@@ -308,7 +314,7 @@ def _case(name: str, order: str, channels: int, stream: str, direction: str, qui
     suffix = "-merge" * merge
     return AotCase(f"residual_norm/{direction}/{name}-{stream}-c{channels}{suffix}", kernel, present, constexprs,
                    num_warps=shape["num_warps"], divisible=tuple(n for n in present if n != "eps"), quick=quick,
-                   wide_target=0.94 if channels <= 256 else 0.95, persistent=True)
+                   wide_target=0.94 if channels <= 256 else 0.95, persistent=True, trips=_trips)
 
 
 def aot_cases() -> list[AotCase]:

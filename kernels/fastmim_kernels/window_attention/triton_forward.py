@@ -2,12 +2,13 @@
 
 A program keeps one head and walks over a group of windows, so that the head's bias stays in registers (windows
 up to 8×8) or in L1. Each window's q, k and v are read once (beyond 192 tokens, k and v once for 64 queries):
-all tiles of queries attend to one chunk of keys after the other, under an online softmax.
+all tiles of queries attend to one chunk of keys after the other, under an online softmax. Windows of 65 to 144 tokens
+keep whole rows of logits in registers instead (``triton_rows_forward``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,15 @@ from ..common.sizes import cdiv
 from .layout import pair
 from .triton_backward import backward, backward_kernel, backward_large_kernel, reduce_kernel, single_tile
 from .triton_backward import config as backward_config
+from .triton_fragments import (
+    BLOCKS_PER_SM,
+    CHUNK,
+    ROWS,
+    WARPS,
+    by_rows,
+    parts,
+)
+from .triton_rows_forward import rows_forward_kernel
 from .triton_tiles import (
     LOG2E,
     Tiling,
@@ -169,7 +179,7 @@ def config(n: int, head_dim: int, dtype: torch.dtype) -> Tiling:
 
     36 tokens are one tile of 64 rows: at 18 FLOP a byte the padded products still hide behind the memory, and
     three blocks of four warps an SM stay in flight; four packed windows would multiply the products by four.
-    144 tokens are 3 tiles of 64 rows and 9 chunks of 16 keys: no key is padded.
+    192 tokens are 3 tiles of 64 rows and 12 chunks of 16 keys: no key is padded.
     """
     wide = dtype == torch.float32 or head_dim > 32
     if n <= 64:
@@ -209,13 +219,19 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
     windows = batch * height * width // n
     out = torch.empty(batch, height, width, c3 // 3, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(windows, num_heads, n, dtype=torch.float32, device=qkv.device)
+    bias, logit_scale = bias.contiguous(), None if logit_scale is None else logit_scale.contiguous()
+    common = common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype)
+    sizes = (height, width, num_heads, *shift_size)
+    if by_rows(n, head_dim, qkv.dtype):
+        groups = window_groups(windows, num_heads, processors(qkv.device) * BLOCKS_PER_SM)
+        rows_forward_kernel[(num_heads * groups,)](qkv, bias, logit_scale, out, lse, windows, groups, *sizes, **common,
+                                                   PARTS=parts(n), num_warps=WARPS.value)
+        return out, lse
     tiling = config(n, head_dim, qkv.dtype)
     tiles = cdiv(n, tiling.ROWS * tiling.TILES)
     groups = window_groups(windows, num_heads * tiles, processors(qkv.device) * tiling.blocks_per_sm)
     forward_kernel[(num_heads * groups, tiles)](
-        qkv, bias.contiguous(), None if logit_scale is None else logit_scale.contiguous(), out, lse, windows,
-        groups, height, width, num_heads, *shift_size,
-        **common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype), **tile_constexprs(n, tiling),
+        qkv, bias, logit_scale, out, lse, windows, groups, *sizes, **common, **tile_constexprs(n, tiling),
         num_warps=tiling.num_warps)
     return out, lse
 
@@ -236,6 +252,10 @@ _SIZES = ("windows", "groups", "height", "width", "heads", "shift_y", "shift_x")
 
 def _forward_case(name: str, window: int, heads: int, head_dim: int, cosine: bool,
                   dtype: torch.dtype = torch.bfloat16) -> AotCase:
+    if by_rows(window * window, head_dim, dtype):
+        tiling = Tiling(ROWS.value, 1, CHUNK.value, True, WARPS.value, 1, 1, BLOCKS_PER_SM)
+        return _case("forward", name, window, heads, head_dim, cosine, rows_forward_kernel, tiling, _ARCHS[dtype],
+                     {"PARTS": parts(window * window)}, dtype)
     tiling = config(window * window, head_dim, dtype)
     return _case("forward", name, window, heads, head_dim, cosine, forward_kernel, tiling, _ARCHS[dtype],
                  tile_constexprs(window * window, tiling), dtype)
@@ -268,7 +288,20 @@ def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cos
         divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
         quick=name.removesuffix("_sm80") in _QUICK,
         wide_target=0.5 if window % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs,
-        others=("fp16",))
+        others=("fp16",), trips=_TRIPS[kernel.fn.__name__])
+
+
+# Windows of a program; then, where there is one, the loop over keys, and in backward of large windows the tiles of
+# queries with their keys and those of keys with their queries.
+_TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
+    "rows_forward_kernel": lambda a: (a["windows"] / a["groups"], a["PARTS"]),
+    "forward_kernel": lambda a: (a["windows"] / a["groups"], a["WH"] * a["WW"] // a["KEYS"]),
+    "backward_kernel": lambda a: (a["windows"] / a["groups"],),
+    "backward_large_kernel": lambda a: (
+        a["windows"] / a["groups"], *(cdiv(a["WH"] * a["WW"], a[side])
+                                      for side in ("ROWS", "KEYS", "KEYS", "ROWS"))),
+    "reduce_kernel": lambda a: (cdiv(a["groups"], a["GROUPS"]),),
+}
 
 
 def aot_cases() -> list[AotCase]:
@@ -282,4 +315,4 @@ def aot_cases() -> list[AotCase]:
     return [*cases, AotCase(
         "window_attention/reduce/w12", reduce_kernel,
         dict.fromkeys(pointers, "*fp32") | {"groups": "i32", "size": "i32"},
-        {"GROUPS": 16, "BLOCK": 256}, divisible=(*pointers, "size"), quick=True)]
+        {"GROUPS": 16, "BLOCK": 256}, divisible=(*pointers, "size"), quick=True, trips=_TRIPS["reduce_kernel"])]

@@ -35,6 +35,8 @@ CASES = {
     "heads of 64, the widest rows": ((1, 8, 8), 1, 64, (4, 4), (2, 2), True),
     "heads of 24, a row of three vectors": ((1, 6, 12), 2, 24, (6, 6), (3, 3), False),
     "196 tokens, a tile more than 192": ((1, 14, 14), 1, 16, (14, 14), (0, 0), True),
+    "143 tokens in 9 chunks, unequal tiles, two groups": ((2, 11, 13), 2, 32, (11, 13), (5, 6), True),
+    "144 tokens, dot products, seams along one axis": ((1, 12, 24), 1, 24, (12, 12), (0, 6), False),
     "256 tokens, whole tiles": ((1, 16, 16), 1, 16, (16, 16), (8, 8), True),
     "576 tokens, the largest window": ((1, 24, 24), 1, 16, (24, 24), (0, 0), True),
 }
