@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 import torch
-import triton.runtime.interpreter as interpreter
 
 from fastmim_kernels.check.examples import SMALL
+from fastmim_kernels.check.interpreter import make_one_element_an_index
 from fastmim_kernels.check.self_test import errors
 
 LEFT_OUT = {
@@ -20,17 +19,6 @@ LEFT_OUT = {
     ("window_attention", "cosine, 144 tokens"): "too slow in the interpreter",
     ("low_copies", "bfloat16"): "the interpreter truncates",
 }
-
-
-def make_one_element_an_index() -> None:
-    """Triton before 3.8 makes an ``int`` of an array with an axis of one element, which numpy 2.5 refuses."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patched
 
 
 def main() -> int:

@@ -19,6 +19,8 @@ import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
+from fastmim_kernels.check.interpreter import make_one_element_an_index  # noqa: E402
+
 Builder = interpreter.InterpreterBuilder
 _cast, _fp_to_fp, _dot = Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot
 
@@ -79,6 +81,7 @@ def no_cas(self: Builder, *args: object) -> None:
 
 
 # At import: compiled kernels of this process, if any, do not pass through the interpreter.
+make_one_element_an_index()
 Builder.cast_impl = exact_cast
 Builder.create_fp_to_fp = exact_fp_to_fp
 Builder.create_dot = exact_dot
