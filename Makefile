@@ -2,6 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastmim-installed
+DEMO_STAMP := $(VENV)/.fastmim-demo
+# Where torch comes from, for example https://download.pytorch.org/whl/cpu; empty: PyPI's, which brings CUDA on Linux.
+TORCH_INDEX ?=
+INSTALL = $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean
@@ -11,16 +15,25 @@ help:
 	@echo "make demo    pretrain a small SwinV2 on demo photographs, on the CPU"
 	@echo "make test    run the tests"
 	@echo "make lint    run ruff and mypy"
+	@echo "             TORCH_INDEX=https://download.pytorch.org/whl/cpu: torch without CUDA, for any of these"
 	@echo "make clean   remove the demo and the caches, keep $(VENV)"
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(INSTALL) torch torchvision --index-url $(TORCH_INDEX))
+
+$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[dev]"
+	touch $@ $(DEMO_STAMP)
+
+$(DEMO_STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[demo]"
 	touch $@
 
-demo: setup
+# What the tests need is more than the demo does: where it is there, nothing is installed.
+demo: $(DEMO_STAMP)
 	$(BIN)/fastmim data demo demo/data
 	$(BIN)/fastmim pretrain configs/demo.yaml
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     info = f"fastmim-{fastmim.__version__}.dist-info"
     meta = email.message_from_string(archive.read(f"{info}/METADATA").decode())
     assert meta["Version"] == fastmim.__version__ and meta["License-Expression"] == "Apache-2.0"
-    assert set(meta.get_all("Provides-Extra")) == {"triton", "zero", "dali", "plots", "profile", "bench", "dev", "all"}
+    assert set(meta.get_all("Provides-Extra")) == {"triton", "zero", "dali", "plots", "demo", "profile", "bench", "dev", "all"}
     required = meta.get_all("Requires-Dist")
     # PyPI's apex is another project; a requirement on it would install that.
     assert not any(re.match(r"apex\b", line) for line in required)
@@ -154,6 +155,24 @@ def test_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     assert all(line.startswith(str(tmp_path)) for line in result.stdout.splitlines())
 
 
+def test_the_source_distribution_is_the_checkout(tmp_path: Path) -> None:
+    """Every tracked file, tests with all that they read included: half of a suite would fail or be skipped."""
+    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools >= 77")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git checkout: there is no list of files to compare with")
+    files = {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+    source = tmp_path / "source"
+    for name in files:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, timeout=120, check=True)
+    (built,) = tmp_path.glob("*.tar.gz")
+    packed = {name.partition("/")[2] for name in tarfile.open(built).getnames()}
+    assert {name for name in files - packed if not name.startswith(".")} == set()
+
+
 def test_constraints_pin_what_is_declared() -> None:
     """Every core and test dependency has one exact version in constraints.txt."""
     pinned = {
@@ -162,9 +181,9 @@ def test_constraints_pin_what_is_declared() -> None:
         if line and not line.startswith("#")
     }
     text = (ROOT / "pyproject.toml").read_text()
-    lists = re.findall(r"^(?:dependencies|plots|dev) = \[(.*?)\]$", text, flags=re.S | re.M)
+    lists = re.findall(r"^(?:dependencies|plots|demo|dev) = \[(.*?)\]$", text, flags=re.S | re.M)
     declared = {
         re.split(r"[<>=\[]", name)[0].lower() for group in lists for name in re.findall(r'"([^"]+)"', group)
     }
-    assert len(lists) == 3 and {"torch", "matplotlib", "pytest"} <= declared
+    assert len(lists) == 4 and {"torch", "matplotlib", "pytest"} <= declared
     assert declared - {"fastmim"} <= {name.replace("_", "-") for name in pinned}
