@@ -314,14 +314,24 @@ def _unknown_option(option: str) -> str:
     return f"unknown option {option}; see fastmim --help"
 
 
+_INSTALL = {"fastmim_kernels": "pip install -e .", "yaml": "pip install pyyaml", "PIL": "pip install pillow"}
+_INSTALL |= {
+    name: f"pip install {name}"
+    for name in ("numpy", "pydantic", "rich", "safetensors", "timm", "torch", "torchvision")
+}
+"""What brings a module that everything needs. (What only some things need says so where it is used.)"""
+
+
 def _is_our_fault(error: Exception) -> bool:
     """Whether a traceback is more use than one line."""
-    return isinstance(error, ModuleNotFoundError) and error.name != "fastmim_kernels"
+    return isinstance(error, ModuleNotFoundError) and error.name not in _INSTALL
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and error.name == "fastmim_kernels":
         return "fastmim_kernels is not on the path; pip install -e . or, in a checkout, PYTHONPATH=.:kernels"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed; {_INSTALL[str(error.name)]}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
     return " ".join(str(error).split()) or type(error).__name__

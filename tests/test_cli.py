@@ -201,6 +201,8 @@ class TestFailures:
                 2,
                 "error: fastmim_kernels is not on the path",
             ),
+            (ModuleNotFoundError("no", name="pydantic"), 2, "error: pydantic is not installed; pip install pydantic"),
+            (ModuleNotFoundError("no", name="yaml"), 2, "error: yaml is not installed; pip install pyyaml"),
             (KeyboardInterrupt(), 130, "interrupted"),
         ],
     )

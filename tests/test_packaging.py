@@ -124,7 +124,8 @@ def test_wheel_metadata(wheel: Path) -> None:
     info = f"fastmim-{fastmim.__version__}.dist-info"
     meta = email.message_from_string(archive.read(f"{info}/METADATA").decode())
     assert meta["Version"] == fastmim.__version__ and meta["License-Expression"] == "Apache-2.0"
-    assert set(meta.get_all("Provides-Extra")) == {"triton", "zero", "dali", "plots", "demo", "profile", "bench", "dev", "all"}
+    extras = {"triton", "zero", "dali", "plots", "demo", "profile", "bench", "dev", "all"}
+    assert set(meta.get_all("Provides-Extra")) == extras
     required = meta.get_all("Requires-Dist")
     # PyPI's apex is another project; a requirement on it would install that.
     assert not any(re.match(r"apex\b", line) for line in required)
@@ -169,7 +170,8 @@ def test_the_source_distribution_is_the_checkout(tmp_path: Path) -> None:
     code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, timeout=120, check=True)
     (built,) = tmp_path.glob("*.tar.gz")
-    packed = {name.partition("/")[2] for name in tarfile.open(built).getnames()}
+    with tarfile.open(built) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
     assert {name for name in files - packed if not name.startswith(".")} == set()
 
 

@@ -63,15 +63,10 @@ def block(width: int, limit: int) -> int:
 def precision(dtype: torch.dtype) -> str:
     """How products of ``dtype`` are made: "tf32" where the user allows that for float32, else "ieee".
 
-    ``fp32_precision`` (torch 2.9 and later) follows both ways to allow it; ``allow_tf32`` raises where it was allowed
-    the new way.
+    ``fp32_precision`` follows both ways to allow it; ``allow_tf32`` raises where it was allowed the new way.
     """
-    if dtype != torch.float32:
-        return "ieee"
-    settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):
-        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
-    return "tf32" if settings.allow_tf32 else "ieee"
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 @lru_cache(maxsize=256)
