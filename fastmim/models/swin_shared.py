@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.common.define_op import check_whole
 from fastmim_kernels.linear.op import product_dtype
 
 from .layers import DropPaths, relative_position_index
@@ -78,6 +79,7 @@ class SharedInputs(nn.Module):
         self, blocks: Sequence[Any], others: Sequence[Tensor], x: Tensor
     ) -> tuple[list[Step], list[Tensor | None]]:
         """The inputs of each of ``blocks`` for patches x, and low copies of the parameters ``others`` (or None)."""
+        check_whole([blocks[0].norm1.weight])
         fusion, attns = fk.fusion(self.impl, x.device, product_dtype(x)), [block.attn for block in blocks]
         qkv_biases = self.qkv_biases(attns)
         low = self.low_copies(blocks, qkv_biases, others, product_dtype(x)) if fusion.casts_once else []

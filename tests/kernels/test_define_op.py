@@ -259,3 +259,28 @@ def test_double_backward_is_refused() -> None:
     gradient, = torch.autograd.grad(TOY(x, weight, 2.0, impl="torch").square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_who_must_look_into_the_op_is_sent_to_the_oracle() -> None:
+    x, weight = torch.randn(3, 2), torch.randn(2, 4)
+
+    def loss(x: Tensor, impl: str) -> Tensor:
+        return TOY(x, weight, 2.0, impl=impl).sum()
+
+    found = torch.func.grad(lambda x: loss(x, "reference"))(x)
+    assert torch.allclose(found, 2 * weight.sum(1).expand(3, 2))
+    with pytest.raises(RuntimeError, match="toy_of_a_test: torch.func.*impl='reference'"):
+        torch.func.grad(lambda x: loss(x, "torch"))(x)
+    traced = torch.jit.trace(lambda x: loss(x, "reference"), x)
+    assert torch.allclose(traced(2 * x), loss(2 * x, "reference"))
+    with pytest.raises(RuntimeError, match="toy_of_a_test: torch.jit.trace.*impl='reference'"):
+        torch.jit.trace(lambda x: loss(x, "torch"), x)
+
+
+def test_parameters_that_are_spread_are_refused() -> None:
+    class Spread(Tensor):
+        placements = ()
+
+    spread = torch.Tensor._make_subclass(Spread, torch.ones(2, 4))
+    with pytest.raises(RuntimeError, match="fully_shard\\(\\) the model as a whole"):
+        TOY(torch.ones(3, 2), spread, 2.0, impl="torch")

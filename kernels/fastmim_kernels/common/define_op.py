@@ -114,6 +114,10 @@ class Op:
             plain, functions = False, self._compiled
         else:
             plain, functions = not is_in_torch_dispatch_mode() and all(map(_is_plain, tensors)), self._eager
+            if not plain:
+                check_whole(tensors)
+            if impl != "reference":
+                self._check_seen()
         for tensor in tensors:
             if tensor.dtype == torch.float64:
                 functions = self._in_float64(functions, impl)
@@ -121,6 +125,15 @@ class Op:
         device = tensors[0].device
         function = resolve(self.name, impl, functions, device, dtype_of(args))
         return _outside_autocast(device.type, function, plain, *args)
+
+    def _check_seen(self) -> None:
+        """Raise ``RuntimeError`` where torch would have to look into the op, which the oracle alone allows."""
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(f"{self.name}: torch.func's transforms cannot look into this op; build the model with "
+                               "impl='reference'")
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(f"{self.name}: torch.jit.trace cannot record this op; build the model with "
+                               "impl='reference', or use torch.export")
 
     def _in_float64(self, functions: dict[str, Callable], impl: str) -> dict[str, Callable]:
         if impl == "triton":
@@ -180,6 +193,14 @@ def define_op(
         return op(chosen, reference)
     handed = op(readers, lambda *inputs: readers((*inputs, "reference"), _tuple(reference(*inputs))))
     return op(chosen, reference, handed)
+
+
+def check_whole(tensors: Sequence[Tensor]) -> None:
+    """Raise ``RuntimeError`` for parameters that FSDP2 has left spread among the ranks."""
+    if any(hasattr(t, "placements") for t in tensors):
+        raise RuntimeError("a parameter is spread among the ranks (DTensor) where it is read; fully_shard() the model "
+                           "as a whole, not its blocks, some parameters of which are read for all at once; or train "
+                           "with efficiency.zero_stage=3")
 
 
 def unwatched(args: Sequence[Any]) -> bool:
