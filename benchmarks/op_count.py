@@ -328,7 +328,7 @@ def show(name: str, ours: Count, eager: Count) -> None:
             f"  {quantity:24}{known}{theirs:10.{digits}f}{mine:10.{digits}f}{mine / theirs:8.3f}"
             f"{limit:10.{digits}f}  {'met' if met else 'MISSED'}"
         )
-    efficiency = f"{HONEST.memory:.0%} of bandwidth, {HONEST.library:.0%} and in Triton {HONEST.triton:.0%} of FLOP/s"
+    efficiency = f"{HONEST.memory:.0%} of bandwidth, {HONEST.cublas:.0%} and in Triton {HONEST.triton:.0%} of FLOP/s"
     for side, count in (("eager", eager), ("ours", ours)):
         parts = ", ".join(f"{roof} {us:.1f}" for roof, us in count.bound().items())
         print(f"  {side} at {efficiency}, with issue slots: H100 {count.honest():.1f} us/img (bound by {parts})")

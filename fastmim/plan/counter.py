@@ -58,7 +58,7 @@ class Launch:
 
     def roofs(self, gpu: Gpu, efficiency: Efficiency = PURE) -> dict[str, float]:
         """Seconds that each roof allows: of "bytes", "FLOPs" and "issue" slots."""
-        products = efficiency.triton if "triton." in self.op else efficiency.library
+        products = efficiency.triton if "triton." in self.op else efficiency.cublas
         return {
             "bytes": self.bytes / gpu.bandwidth / efficiency.memory,
             "FLOPs": self.flops / gpu.flops / products,

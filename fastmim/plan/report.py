@@ -91,7 +91,7 @@ def conclusions(plan: Plan) -> list[str]:
         f"{16 * plan.parameters / 1e9:.1f} GB; GB are 10^9 bytes",
         f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s in {plan.precision}, "
         f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s ({plan.gpu.source})",
-        f"times: {HONEST.memory:.0%} of the bandwidth, {HONEST.library:.0%} of the FLOP/s in library products and "
+        f"times: {HONEST.memory:.0%} of the bandwidth, {HONEST.cublas:.0%} of the FLOP/s in library products and "
         f"{HONEST.triton:.0%} in Triton's, issue slots{'' if plan.gpu.slots else ' left out: no figure of this GPU'}",
         *plan.notes,
         f"as configured: {sentence(plan.configured, plan.gpu)}",

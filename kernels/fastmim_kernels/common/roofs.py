@@ -14,14 +14,14 @@ class Efficiency(NamedTuple):
     wgmma: about 65 % (its own tutorial and public benchmarks of it on H100s); kernels that wait for memory: 90 %.
     """
 
-    library: float = 1.0
+    cublas: float = 1.0
     triton: float = 1.0
     memory: float = 1.0
 
 
 PURE = Efficiency()
 """The roofs themselves."""
-HONEST = Efficiency(library=0.85, triton=0.65, memory=0.90)
+HONEST = Efficiency(cublas=0.85, triton=0.65, memory=0.90)
 
 LAUNCH = 3e-6
 """Seconds that one more kernel costs a stream: the last programs of one, and the first loads of the next."""

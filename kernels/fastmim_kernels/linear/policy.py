@@ -60,5 +60,5 @@ def one_pass_wins(kernel: str, rows: int, columns: int, depth: int, dtype: torch
         one, apart = _PASSES[kernel]
         together, behind = one * out, (apart - 1) * out
     fused = max((operands + together) / bandwidth, flops / HONEST.triton)
-    product = max((operands + out) / bandwidth, flops / HONEST.library)
+    product = max((operands + out) / bandwidth, flops / HONEST.cublas)
     return fused <= product + behind / bandwidth + LAUNCH
