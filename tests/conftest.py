@@ -16,6 +16,8 @@ import torch
 torch.set_num_threads(2)
 # Subprocesses start with the same, whatever the caller's shell says.
 os.environ["OMP_NUM_THREADS"] = "2"
+# What is measured on a GPU at first use may be another way in another run.
+os.environ["FASTMIM_TUNE"] = "0"
 
 _NO_GPU = "no CUDA GPU on this machine"
 _MAY_LACK = re.compile(r"^E +ModuleNotFoundError: (No module named '(?:pydantic|deepspeed|nvidia|hypothesis)\b.*')$",
