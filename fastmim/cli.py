@@ -334,7 +334,13 @@ def _one_line(error: Exception) -> str:
         return f"{error.name} is not installed; {_INSTALL[str(error.name)]}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return _printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    """For every terminal: what is not printable as its escape, and no kilobytes of what was given."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= 400 else f"{shown[:220]} … {shown[-150:]}"
 
 
 def _rank() -> int:

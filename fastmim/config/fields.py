@@ -90,8 +90,10 @@ def _path(value: str) -> str:
 
 
 Int = Annotated[int, BeforeValidator(_not_bool)]
-Count = Annotated[Int, Field(ge=0)]
-Positive = Annotated[Int, Field(gt=0)]
+# Counters and kernels have 32 bits; a seed has those of torch's generators.
+Count = Annotated[Int, Field(ge=0, le=2**31 - 1)]
+Positive = Annotated[Int, Field(gt=0, le=2**31 - 1)]
+Seed = Annotated[Int, Field(ge=0, le=2**63 - 1)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
 Rate = Annotated[Number, Field(ge=0)]
 AboveZero = Annotated[Number, Field(gt=0)]

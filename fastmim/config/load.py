@@ -13,11 +13,12 @@ from pydantic_core import PydanticCustomError
 
 from fastmim.config import yaml_text
 from fastmim.config.fields import describe
-from fastmim.config.messages import Sections, fields_at, names_at, nearest, one_line, unknown_key
+from fastmim.config.messages import Sections, fields_at, names_at, nearest, one_line, show, unknown_key
 from fastmim.config.objective import DEFAULT, objective_section
 from fastmim.config.sections import Config
 
 Tree = dict[str, Any]
+_LARGEST = 1_000_000
 
 # Two ways to say the same thing: a layer that uses one replaces what a lower layer said with the other.
 _ALTERNATIVES = (
@@ -95,6 +96,10 @@ def _read(path: Path, including: tuple[Path, ...]) -> Tree:
 
 def _parse_file(path: Path, included_by: Path | None) -> Tree:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError("not a regular file; a config is read from one")
+        if path.is_file() and path.stat().st_size > _LARGEST:
+            raise ValueError(f"{path.stat().st_size / 1e6:.1f} MB; a config has at most {_LARGEST / 1e6:.0f} MB")
         tree = yaml_text.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
@@ -140,10 +145,12 @@ def _overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
 def _parse_overrides(overrides: Sequence[str], sections: Sections) -> Tree:
     tree: Tree = {}
     for override in overrides:
+        if not override.replace("\n", " ").replace("\t", " ").isprintable():
+            raise ValueError(f"override {show(ascii(override))}: holds a character that cannot be printed")
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            raise ValueError(f"override '{override}': expected section.key=value, for example train.steps=20")
+            raise ValueError(f"override '{show(override)}': expected section.key=value, for example train.steps=20")
         _check_key(override, parts, sections)
         value = _parse_value(override, parts, text, sections)
         for part in reversed(parts):
@@ -155,13 +162,13 @@ def _parse_overrides(overrides: Sequence[str], sections: Sections) -> Tree:
 def _check_key(override: str, parts: list[str], sections: Sections) -> None:
     """The key exists, one level deep (but below a field that holds a tree); checked before the value is read."""
     if parts[0] == "base":
-        raise ValueError(f"override '{override}': base is a key of files only; name another file instead")
+        raise ValueError(f"override '{show(override)}': base is a key of files only; name another file instead")
     for depth, part in enumerate(parts, start=1):
         location = tuple(parts[:depth])
         if depth > 2 and describe(fields_at(sections, parts)[parts[1]].annotation) == "section":
             return
         if depth > 2:
-            raise ValueError(f"override '{override}': {'.'.join(parts[:2])} is a value, not a section")
+            raise ValueError(f"override '{show(override)}': {'.'.join(parts[:2])} is a value, not a section")
         if part not in names_at(sections, location):
             raise ValueError(unknown_key(sections, location))
 
@@ -181,7 +188,7 @@ def _parse_value(override: str, parts: list[str], text: str, sections: Sections)
     try:
         value = yaml_text.parse(text)
     except ValueError as error:
-        raise ValueError(f"override '{override}': the value is not YAML: {error}") from None
+        raise ValueError(f"override '{show(override)}': the value is not YAML: {error}") from None
     if len(parts) == 1 and not (value is None or isinstance(value, dict)):
-        raise ValueError(f"override '{override}': {parts[0]} is a section; expected {parts[0]}.key=value")
+        raise ValueError(f"override '{show(override)}': {parts[0]} is a section; expected {parts[0]}.key=value")
     return value

@@ -24,6 +24,7 @@ from fastmim.config.fields import (
     Range,
     Rate,
     Section,
+    Seed,
     Size,
     Spreads,
     Tree,
@@ -140,7 +141,7 @@ class TrainSection(Section):
         None,
         description="images per optimiser step over all ranks; null = micro x accum x ranks",
     )
-    seed: Count = Field(0, description="of weights, masks, crops and order")
+    seed: Seed = Field(0, description="of weights, masks, crops and order")
     log_every: Positive = Field(10, description="steps between lines of metrics (one host synchronisation each)")
     save_every: Count = Field(0, description="steps between checkpoints, 0 = at the end only")
     keep: Positive = Field(2, description="checkpoints kept, the newest")

@@ -10,8 +10,13 @@ from .layers import to_pair
 Pair = tuple[int, int]
 
 
+MOST = {"img_size": 16384, "patch_size": 1024, "in_chans": 4096, "embed_dim": 65536, "depths": 1000, "depth": 1000,
+        "num_heads": 4096, "window_size": 1024, "pretrained_window_size": 1024, "mlp_ratio": 64}  # fmt: skip
+"""Beyond these no machine could hold the encoder, and rules that look for near values would not end."""
+
+
 def check_architecture(settings: dict[str, Any]) -> None:
-    """The patch divides the image, the heads divide the channels, one number of heads per stage.
+    """No number is absurd, the patch divides the image, the heads divide the channels, one number of heads per stage.
 
     Args:
         settings: Of :func:`fastmim.models.encoder_settings`.
@@ -19,6 +24,10 @@ def check_architecture(settings: dict[str, Any]) -> None:
     Raises:
         ValueError: ``argument=value: what; fix`` in one line.
     """
+    for key, most in MOST.items():
+        value = settings.get(key) or 0
+        if max(value if isinstance(value, (tuple, list)) else [value]) > most:
+            raise ValueError(f"{key}={value}: at most {most}; no machine could hold such an encoder")
     patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
     if settings["name"] == "vit":
         check_heads(settings["num_heads"], settings["embed_dim"])
