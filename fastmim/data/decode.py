@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastmim.data import png
+
 try:
     from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 except ImportError:  # torchvision 0.29 announces that it will drop its decoders: PIL then does all the work
@@ -30,7 +32,6 @@ MAX_PIXELS = 2 * 89_478_485
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG_MAGIC = b"\xff\xd8\xff"
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _JPEG_NOT_SOF = frozenset({0xC4, 0xC8, 0xCC})
 _JPEG_EOI, _TRAILER = b"\xff\xd9", 64  # some writers pad behind the end-of-image marker
 #: Adobe's APP14 segment may say that the three components are RGB or YCCK, which decoders treat differently.
@@ -72,9 +73,11 @@ def decode_image(data: bytes | bytearray, *, in_chans: int = 3, loader: str = "a
     check_decode_options(in_chans, loader)
     if not data:
         raise DecodeError("empty file")
-    is_jpeg, is_png = data.startswith(_JPEG_MAGIC), data.startswith(_PNG_MAGIC)
+    is_jpeg, is_png = data.startswith(_JPEG_MAGIC), data.startswith(png.MAGIC)
     if is_jpeg or is_png:
-        _check_size(_jpeg_size(data) if is_jpeg else _png_size(data), min_size)
+        _check_size(_jpeg_size(data) if is_jpeg else png.size_of(data), min_size)
+    if is_png:
+        data = _checked_png(data)
     if loader != "pil" and _HAS_TORCHVISION and (is_jpeg or is_png):
         try:
             image = _decode_torchvision(data, in_chans, is_jpeg)
@@ -148,10 +151,11 @@ def _check_size(size: tuple[int, int] | None, min_size: int) -> None:
         raise DecodeError(f"{width}x{height} px is smaller than data.min_size={min_size}")
 
 
-def _png_size(data: bytes | bytearray) -> tuple[int, int] | None:
-    if len(data) < 24:
-        return None
-    return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
+def _checked_png(data: bytes | bytearray) -> bytearray:
+    try:
+        return png.checked_png(data)
+    except ValueError as err:
+        raise DecodeError(str(err)) from None
 
 
 def _jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
