@@ -1,0 +1,70 @@
+"""What decoders say beside their pixels, so that it can be told with the name of the file.
+
+libjpeg and libtiff write to standard error, PIL warns; neither knows which file it has before it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastmim.data.memory_file import memory_file
+
+_STDERR = 2
+#: The words of the libraries; anything else on standard error is somebody else's, and passed on.
+_LIBRARIES = re.compile(r"JPEG|libpng|TIFF|SOS param|progression seq|^_?\w+: (Warning|Error)", re.IGNORECASE)
+_NOT_OF_THE_FILE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+_LOCK = threading.Lock()
+_FILES: dict[int, int] = {}  # by process: a forked one must not share the place of writing
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """The list that it gives holds, after the block, the warnings of the decoders that ran in it, a line each.
+
+    One block at a time; another thread waits.
+    """
+    lines: list[str] = []
+    with _LOCK, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with _written_by_libraries(lines):
+                yield lines
+        finally:
+            lines += [_line(str(w.message)) for w in caught if not issubclass(w.category, _NOT_OF_THE_FILE)]
+
+
+@contextmanager
+def _written_by_libraries(lines: list[str]) -> Iterator[None]:
+    try:
+        stderr = os.dup(_STDERR)
+    except OSError:  # closed: nothing can be said there
+        yield
+        return
+    if os.getpid() not in _FILES:
+        _FILES.clear()
+        _FILES[os.getpid()] = memory_file()
+    file = _FILES[os.getpid()]
+    os.dup2(file, _STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, _STDERR)
+        os.close(stderr)
+        size = os.lseek(file, 0, os.SEEK_CUR)
+        if size:
+            text = os.pread(file, size, 0).decode("utf-8", "backslashreplace")
+            os.lseek(file, 0, os.SEEK_SET)
+            for line in text.splitlines(keepends=True):
+                if _LIBRARIES.search(line):
+                    lines.append(_line(line))
+                else:
+                    os.write(_STDERR, line.encode())
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")

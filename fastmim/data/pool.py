@@ -1,0 +1,388 @@
+"""Worker processes that make items out of requests, in order: what stands between a data set and its loader.
+
+An item travels in a file in memory that trainer and worker hold open from the start: no shared memory by name, so
+``/dev/shm`` may be of any size, and no new file handle an item. The pipe beside it carries a few bytes. A worker does
+all its work in one thread, so whatever fails there is answered; a worker that is gone is noticed at once. One that a
+native library has killed is replaced, and the file that it had in hand is reported.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastmim.data.memory_file import memory_file
+
+_LOG = logging.getLogger("fastmim")
+_TICK = 0.5  # seconds between looks at whether the run is to stop
+_PARENT_TICK = 5.0  # seconds after which an idle worker looks for its trainer
+_GRACE = 2.0  # seconds until the end of a killed worker is known
+_PATIENCE = 5.0  # seconds that an item may still take once the run is to stop
+_SLOW = 60.0  # seconds of waiting after which the file in hand is named
+_MOST_CRASHES = 16  # workers lost to crashes with no item between them
+#: What a native library's own fault looks like. Any other signal comes from outside, and no file is to blame.
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGSYS})
+#: They reach the whole process group. The trainer answers them by saving; workers end with the trainer.
+_UNHEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+#: Of the machine, not of a file: a file that cannot be read for one of these is not bad.
+MACHINE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
+
+
+class DataWorkerError(ChildProcessError, RuntimeError):
+    """The data workers cannot go on; the message is the cause and the fix, in one line."""
+
+
+class WaitInterrupted(DataWorkerError):
+    """The run is to stop, and the next item does not come."""
+
+
+class WorkerDataset(Protocol):
+    """What a worker makes items with. ``holding`` is called with each file before its bytes reach a decoder."""
+
+    known_bad: frozenset[int]
+    holding: Callable[[int], None]
+
+    def __getitem__(self, request: Any, /) -> Any: ...
+
+
+def nothing_held(_: int) -> None:
+    """``holding`` where nobody looks."""
+
+
+class _Worker(NamedTuple):
+    process: Any
+    asks: Connection
+    answers: Connection
+
+
+class WorkerPool:
+    """Items of ``dataset``, in the order of their requests, made ahead by worker processes.
+
+    Args:
+        dataset: forked into every worker.
+        num_workers: at least 1.
+        ahead: requests under way per worker.
+        label: the printable name of a file.
+        crashed: called with (file, reason) for a file whose decoder killed its worker.
+
+    Attributes:
+        stop: looked at while waiting: once it is true, an item that does not come raises :class:`WaitInterrupted`.
+    """
+
+    def __init__(
+        self,
+        dataset: WorkerDataset,
+        num_workers: int,
+        *,
+        ahead: int,
+        label: Callable[[int], str],
+        crashed: Callable[[int, str], None],
+    ) -> None:
+        self.stop: Callable[[], bool] = lambda: False
+        self._dataset, self._count, self._ahead = dataset, num_workers, ahead
+        self._label, self._crashed = label, crashed
+        # A forked worker has the data set without copying it; on no account may it touch the GPU.
+        self._context = multiprocessing.get_context("fork")
+        self._held = mmap.mmap(-1, 8 * num_workers)
+        self._waiting: list[deque[Any]] = [deque() for _ in range(num_workers)]
+        self._slots: list[list[int]] = []
+        self._workers: list[_Worker] = []
+        self._quarantined: frozenset[int] = frozenset()
+        self._crashes = 0
+        try:
+            for _ in range(num_workers):
+                self._slots.append([])
+                for _ in range(ahead):
+                    self._slots[-1].append(memory_file())
+            for number in range(num_workers):
+                self._workers.append(self._start(number))
+        except OSError as err:
+            self.close()
+            raise DataWorkerError(_cannot_start(err, num_workers)) from None
+
+    def items(self, requests: Iterator[Any], *, pin_memory: bool = False) -> Iterator[Any]:
+        """The items of ``requests``, one by one. A new call forgets what an earlier one has not taken.
+
+        Raises:
+            DataWorkerError: a worker failed, or was killed from outside.
+            WaitInterrupted: ``stop`` is true, and the next item does not come.
+        """
+        self._drain()
+        sent, taken, ended = 0, 0, False
+        while True:
+            while not ended and sent - taken < self._count * self._ahead:
+                try:
+                    request = next(requests)
+                except StopIteration:
+                    ended = True
+                    break
+                self._send(sent % self._count, (sent // self._count) % self._ahead, request)
+                sent += 1
+            if sent == taken:
+                return
+            slot = (taken // self._count) % self._ahead
+            item = self._take(taken % self._count, slot, pin_memory)
+            taken += 1
+            yield item
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are not taken yet."""
+        return sum(map(len, self._waiting))
+
+    def close(self) -> None:
+        """End the workers, whatever they do. Safe to call twice."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.process.kill()  # they hold nothing that could be lost
+        for worker in workers:
+            worker.process.join(_GRACE)
+            worker.asks.close()
+            worker.answers.close()
+        for slots in self._slots:
+            for slot in slots:
+                os.close(slot)
+        self._slots = []
+
+    def _start(self, number: int) -> _Worker:
+        asked, asks = self._context.Pipe(duplex=False)
+        answers, answered = self._context.Pipe(duplex=False)
+        struct.pack_into("q", self._held, 8 * number, -1)
+        arguments = (self._dataset, asked, answered, self._slots[number], self._held, number, os.getpid())
+        process = self._context.Process(target=_serve, args=arguments, daemon=True, name=f"fastmim-data-{number}")
+        process.start()
+        asked.close()
+        answered.close()
+        return _Worker(process, asks, answers)
+
+    def _send(self, number: int, slot: int, request: Any) -> None:
+        self._waiting[number].append((slot, request))
+        self._ask(number, slot, request)
+
+    def _ask(self, number: int, slot: int, request: Any) -> None:
+        data = pickle.dumps((request, self._quarantined))
+        try:
+            _write(self._slots[number][slot], [data])
+            self._workers[number].asks.send_bytes(struct.pack("qq", slot, len(data)))
+        except (BrokenPipeError, ConnectionError):
+            pass  # it is gone: found, with the reason, when its answer is due
+        except OSError as err:
+            raise DataWorkerError(f"cannot hand work to a data worker: {err.strerror or err}") from None
+
+    def _take(self, number: int, slot: int, pin_memory: bool) -> Any:
+        while True:
+            answer = self._wait(number)
+            if answer is not None:
+                break
+            self._replace(number)
+        self._waiting[number].popleft()
+        self._crashes = 0
+        size = struct.unpack("q", answer)[0]
+        kind, value = _unpack(self._slots[number][slot], size, pin_memory)
+        if kind == "error":
+            raise DataWorkerError(f"a data worker failed: {value}")
+        return value
+
+    def _wait(self, number: int) -> bytes | None:
+        """The worker's next answer; None when it has died without one."""
+        worker, began, told = self._workers[number], time.monotonic(), False
+        while True:
+            ready = wait([worker.answers, worker.process.sentinel], _TICK)
+            if worker.answers in ready:
+                try:
+                    return worker.answers.recv_bytes()
+                except (EOFError, ConnectionError):
+                    worker.process.join(_GRACE)
+                    return None
+            if ready:
+                return None
+            waited = time.monotonic() - began
+            if waited > _PATIENCE and self.stop():
+                raise WaitInterrupted(f"asked to stop, and no data has come for {waited:.0f} s")
+            if not told and waited > _SLOW:
+                told = True
+                _LOG.warning("waiting for data for %.0f s; being read: %s", _SLOW, self._in_hand(number) or "no file")
+
+    def _in_hand(self, number: int) -> str:
+        file = struct.unpack_from("q", self._held, 8 * number)[0]
+        return self._label(file) if file >= 0 else ""
+
+    def _replace(self, number: int) -> None:
+        """Start another worker for one that has crashed on a file, with the same work but for that file.
+
+        Raises:
+            DataWorkerError: it died of something else, or too many crash.
+        """
+        worker = self._workers[number]
+        worker.process.join(_GRACE)
+        code, file = worker.process.exitcode, struct.unpack_from("q", self._held, 8 * number)[0]
+        worker.asks.close()
+        worker.answers.close()
+        self._crashes += 1
+        if code is None or -code not in _CRASHES or file < 0 or self._crashes > _MOST_CRASHES:
+            raise DataWorkerError(_why_dead(code, worker.process.pid, self._in_hand(number)))
+        reason = f"its decoder crashed ({signal.Signals(-code).name})"
+        self._quarantined |= {file}
+        self._dataset.known_bad |= {file}
+        self._crashed(file, reason)
+        try:
+            self._workers[number] = self._start(number)
+        except OSError as err:
+            raise DataWorkerError(_cannot_start(err, self._count)) from None
+        for slot, request in self._waiting[number]:
+            self._ask(number, slot, request)
+
+    def _drain(self) -> None:
+        """Take the answers that nobody waits for any more."""
+        for number, waiting in enumerate(self._waiting):
+            while waiting:
+                self._take(number, waiting[0][0], False)
+
+
+def _serve(
+    dataset: WorkerDataset, asked: Connection, answered: Connection, slots: list[int], held: mmap.mmap, number: int,
+    trainer: int,
+) -> None:  # fmt: skip
+    """The life of a worker: answer requests until the trainer is gone."""
+    for signal_number in _UNHEEDED:
+        signal.signal(signal_number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    dataset.holding = lambda file: struct.pack_into("q", held, 8 * number, file)
+    while True:
+        try:
+            while not asked.poll(_PARENT_TICK):
+                if os.getppid() != trainer:
+                    return
+            slot, size = struct.unpack("qq", asked.recv_bytes())
+            answer = _answer(dataset, os.pread(slots[slot], size, 0))
+            dataset.holding(-1)
+            try:
+                length = _pack(slots[slot], answer)
+            except OSError as err:
+                length = _pack(slots[slot], ("error", with_fix(err)))
+            answered.send_bytes(struct.pack("q", length))
+        except (EOFError, BrokenPipeError, ConnectionError):
+            return
+
+
+def _answer(dataset: WorkerDataset, request: bytes) -> tuple[str, Any]:
+    try:
+        item, quarantined = pickle.loads(request)
+        if not quarantined <= dataset.known_bad:
+            dataset.known_bad |= quarantined
+        return "item", dataset[item]
+    except OSError as err:
+        return "error", with_fix(err)
+    except MemoryError:
+        return "error", "memory is full; use fewer data.num_workers or a smaller train.micro_batch_size"
+    except Exception as err:
+        _LOG.debug("in a data worker", exc_info=True)
+        return "error", f"{type(err).__name__}: {' '.join(str(err).split())}"
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, to be written behind the rest without a copy."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return None
+        self.tensors.append(obj.contiguous())
+        return tuple(obj.shape), str(obj.dtype).removeprefix("torch.")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the tensors back, into memory of their own."""
+
+    def __init__(self, head: bytes, file: int, pin_memory: bool) -> None:
+        super().__init__(io.BytesIO(head))
+        self._file, self._pos, self._pin = file, len(head), pin_memory
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        shape, dtype = pid
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=self._pin)
+        view = _bytes_of(tensor)
+        while len(view):
+            count = os.preadv(self._file, [view], self._pos)
+            if not count:
+                raise DataWorkerError("a data worker's answer is cut short: memory is full")
+            self._pos, view = self._pos + count, view[count:]
+        return tensor
+
+
+def _pack(file: int, answer: tuple[str, Any]) -> int:
+    """Write an answer; returns the length of what stands before its tensors."""
+    head = io.BytesIO()
+    pickler = _Pickler(head)
+    pickler.dump(answer)
+    _write(file, [head.getbuffer(), *map(_bytes_of, pickler.tensors)])
+    return len(head.getbuffer())
+
+
+def _unpack(file: int, size: int, pin_memory: bool) -> tuple[str, Any]:
+    kind, value = _Unpickler(os.pread(file, size, 0), file, pin_memory).load()
+    return kind, value
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    array: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    return memoryview(array)
+
+
+def _write(file: int, parts: list[Any]) -> None:
+    pos = 0
+    for part in parts:
+        view = memoryview(part)
+        while len(view):
+            count = os.pwrite(file, view, pos)
+            pos, view = pos + count, view[count:]
+
+
+def with_fix(err: OSError) -> str:
+    """The reason of the system, and what helps."""
+    text = err.strerror or str(err)
+    if err.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{text.lower()}; raise `ulimit -n`, or use fewer data.num_workers"
+    if err.errno in (errno.ENOMEM, errno.ENOSPC):
+        return f"{text.lower()}; use fewer data.num_workers or a smaller train.micro_batch_size"
+    return text
+
+
+def _cannot_start(err: OSError, count: int) -> str:
+    fix = with_fix(err)
+    if err.errno == errno.EAGAIN:
+        fix = "too many processes; raise `ulimit -u`, or use fewer data.num_workers"
+    return f"data.num_workers={count}: the data workers cannot be started: {fix}"
+
+
+def _why_dead(code: int | None, pid: int | None, in_hand: str) -> str:
+    if code is None:
+        how = "does not answer"
+    elif code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    else:
+        how = f"ended with status {code}"
+    cause = ": most often memory is full" if code == -signal.SIGKILL else ""
+    reading = f" while it read {in_hand}" if in_hand else ""
+    return (
+        f"a data worker process (pid {pid}) {how}{reading}{cause};"
+        " use fewer data.num_workers (0 shows the error itself)"
+    )
