@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastmim.data import png
+from fastmim.data.reasons import is_signed_tiff, tiff_samples, why_unidentified
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg, decode_png
@@ -120,25 +121,29 @@ def _decode_pil(data: bytes | bytearray, in_chans: int, min_size: int) -> Tensor
     try:
         image = Image.open(io.BytesIO(data))
         _check_size((image.height, image.width), min_size)
-        array = np.array(_to_8_bit(image).convert(_PIL_MODES[in_chans]))
+        array = np.array(_to_8_bit(image, data).convert(_PIL_MODES[in_chans]))
     except DecodeError:
         raise
     except Image.UnidentifiedImageError:
-        raise DecodeError(f"not an image ({_head(data)})") from None
+        raise DecodeError(why_unidentified(data)) from None
     except Exception as err:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
         raise DecodeError(_first_line(err)) from None
     return torch.from_numpy(array.reshape(*array.shape[:2], in_chans)).permute(2, 0, 1)
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
+def _to_8_bit(image: Image.Image, data: bytes | bytearray) -> Image.Image:
     """Bring the modes that PIL's convert() would clip or misread into reach of it."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    signed = image.format == "TIFF" and is_signed_tiff(data)
+    # PIL brings every PGM of more than 8 bits to 16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DecodeError(f"{image.format} with 32-bit samples has no defined range; save it with 8 or 16 bits")
+    if image.mode in ("I", "F") or signed:
+        samples = (tiff_samples(data) if image.format == "TIFF" else None) or "32-bit samples"
+        raise DecodeError(f"{image.format} with {samples}: no range is defined for them; save it with 8 or 16 bits")
     if image.mode in ("P", "PA") and "transparency" in image.info:
         return image.convert("RGBA")
-    return image
+    # PIL has no way from these to grey.
+    return image.convert("RGB") if image.mode in ("LAB", "HSV") else image
 
 
 def _check_size(size: tuple[int, int] | None, min_size: int) -> None:

@@ -9,17 +9,32 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+from fastmim.data.decode import DecodeError
 from fastmim.data.memory_file import memory_file
 
 _STDERR = 2
-#: The words of the libraries; anything else on standard error is somebody else's, and passed on.
-_LIBRARIES = re.compile(r"JPEG|libpng|TIFF|SOS param|progression seq|^_?\w+: (Warning|Error)", re.IGNORECASE)
+#: The words of the libraries, where others may write too: anything else on standard error is passed on.
+_LIBRARIES = re.compile(r"JPEG|libpng|SOS param|progression seq|^_?\w*(TIFF|Decode|Setup|Lib)\w*: ")
 _NOT_OF_THE_FILE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+#: Set in processes where only decoders write: every line is theirs.
+only_decoders = False
+T = TypeVar("T")
 _LOCK = threading.Lock()
 _FILES: dict[int, int] = {}  # by process: a forked one must not share the place of writing
+
+
+def with_notes(use: Callable[[int], T], file: int) -> tuple[T, list[str]]:
+    """(use(file), what decoders warned of in it); a DecodeError has the first warning behind its own reason."""
+    said: list[str] = []
+    try:
+        with noted() as said:
+            return use(file), said
+    except DecodeError as err:
+        raise DecodeError(f"{err} ({said[0]})" if said and said[0] not in str(err) else str(err)) from None
 
 
 @contextmanager
@@ -60,7 +75,7 @@ def _written_by_libraries(lines: list[str]) -> Iterator[None]:
             text = os.pread(file, size, 0).decode("utf-8", "backslashreplace")
             os.lseek(file, 0, os.SEEK_SET)
             for line in text.splitlines(keepends=True):
-                if _LIBRARIES.search(line):
+                if only_decoders or _LIBRARIES.search(line):
                     lines.append(_line(line))
                 else:
                     os.write(_STDERR, line.encode())

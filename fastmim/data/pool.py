@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastmim.data import notes
 from fastmim.data.memory_file import memory_file
 
 _LOG = logging.getLogger("fastmim")
@@ -165,7 +166,12 @@ class WorkerPool:
         struct.pack_into("q", self._held, 8 * number, -1)
         arguments = (self._dataset, asked, answered, self._slots[number], self._held, number, os.getpid())
         process = self._context.Process(target=_serve, args=arguments, daemon=True, name=f"fastmim-data-{number}")
-        process.start()
+        # One that comes before the worker has put it off would end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _UNHEEDED)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         asked.close()
         answered.close()
         return _Worker(process, asks, answers)
@@ -261,7 +267,9 @@ def _serve(
     """The life of a worker: answer requests until the trainer is gone."""
     for signal_number in _UNHEEDED:
         signal.signal(signal_number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _UNHEEDED)
     torch.set_num_threads(1)
+    notes.only_decoders = True
     dataset.holding = lambda file: struct.pack_into("q", held, 8 * number, file)
     while True:
         try:
@@ -370,7 +378,7 @@ def _cannot_start(err: OSError, count: int) -> str:
     fix = with_fix(err)
     if err.errno == errno.EAGAIN:
         fix = "too many processes; raise `ulimit -u`, or use fewer data.num_workers"
-    return f"data.num_workers={count}: the data workers cannot be started: {fix}"
+    return f"{count} data workers cannot be started: {fix}"
 
 
 def _why_dead(code: int | None, pid: int | None, in_hand: str) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from fastmim.data import shards
 from fastmim.data.decode import DecodeError, check_decode_options, decode_image, read_bytes
 from fastmim.data.names import EXTENSIONS, is_image, printable, shown
-from fastmim.data.notes import noted
+from fastmim.data.notes import with_notes
 from fastmim.data.pool import MACHINE_ERRORS, WorkerPool, nothing_held
 
 VERIFY = ("auto", "full", "none")
@@ -28,6 +28,7 @@ VERIFY_AUTO_LIMIT = 2000
 
 _LOG = logging.getLogger("fastmim")
 _CHUNK = 64
+_NOTES_LOGGED = 20
 
 
 class ImageIndex(Protocol):
@@ -214,6 +215,7 @@ def find_bad_files(
     if len(index) > VERIFY_AUTO_LIMIT:
         _LOG.info("data.verify=%s: decoding %d files once", verify, len(index))
     found: dict[int, str] = {}
+    noted_files: dict[int, str] = {}
     workers = min(num_workers or min(8, os.cpu_count() or 1), len(index))
     check = _Check(index, dict(in_chans=in_chans, loader=loader, min_size=min_size))
     pool = WorkerPool(check, workers, ahead=2, label=index.label, crashed=found.__setitem__)
@@ -222,9 +224,17 @@ def find_bad_files(
     with closing(pool):
         for bad, notes in pool.items(parts):
             found.update(bad)
-            for i, said in notes.items():
-                _LOG.warning("image used as its decoder gives it: %s: %s", index.label(i), said)
+            noted_files.update(notes)
+    log_notes({index.label(i): said for i, said in noted_files.items()})
     return dict(sorted(found.items()))
+
+
+def log_notes(notes: dict[str, str]) -> None:
+    """Name the images {path: warning} that are used although their decoder warned; the first of them only."""
+    for label, said in list(notes.items())[:_NOTES_LOGGED]:
+        _LOG.warning("image used as its decoder gives it: %s: %s", label, said)
+    if len(notes) > _NOTES_LOGGED:
+        _LOG.warning("%d images in all are used as their decoder gives them", len(notes))
 
 
 class _Check:
@@ -243,13 +253,15 @@ class _Check:
                 continue
             self.holding(i)
             try:
-                with noted() as said:
-                    decode_image(self.index.read(i), **self.options)
+                _, said = with_notes(self._decode, i)
             except DecodeError as err:
                 bad[i] = str(err)
             else:
                 notes |= {i: "; ".join(said)} if said else {}
         return bad, notes
+
+    def _decode(self, file: int) -> None:
+        decode_image(self.index.read(file), **self.options)
 
 
 def check_bad_fraction(bad: dict[str, str], num_images: int, max_bad_fraction: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmim.data.augment import Crop, View, apply_crop, centre_crop, draw_crops
 from fastmim.data.decode import DecodeError, decode_image, plain_jpeg
-from fastmim.data.notes import noted
+from fastmim.data.notes import with_notes
 from fastmim.data.order import augment_random, substitute_file
 from fastmim.data.pool import nothing_held
 from fastmim.data.source import ImageIndex
@@ -97,8 +97,7 @@ class SampleDataset:
 
     def _noting(self, file: int, use: Callable[[int], T]) -> T:
         self.holding(file)
-        with noted() as said:
-            used = use(file)
+        used, said = with_notes(use, file)
         self._notes += [(file, line) for line in said]
         return used
 
