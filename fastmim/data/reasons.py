@@ -7,7 +7,7 @@ import io
 from PIL import TiffImagePlugin
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BITS, _SAMPLES, _PLANAR, _SAMPLE_FORMAT = 258, 277, 284, 339
+_WIDTH, _BITS, _SAMPLES, _PLANAR, _SAMPLE_FORMAT = 256, 258, 277, 284, 339
 _TYPES = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}
 #: First bytes of formats that are read here: a file that has them is an image, and damaged.
 _KNOWN = (
@@ -39,7 +39,7 @@ def tiff_samples(data: bytes | bytearray) -> str | None:
     if found is None:
         return None
     count, kinds, planes = found
-    bits = "/".join(dict.fromkeys(f"{kind.lstrip('abcdefinoptux ')}-bit" for kind in kinds))
+    bits = "/".join(dict.fromkeys(f"{''.join(filter(str.isdigit, kind))}-bit" for kind in kinds))
     return f"{count} {'/'.join(kinds)} sample{'s' * (count > 1)} a pixel ({bits}{', in planes' * planes})"
 
 
@@ -57,6 +57,8 @@ def _tiff_tags(data: bytes | bytearray) -> tuple[int, list[str], bool] | None:
         tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if big else 8))
         file.seek(tags.next)
         tags.load(file)
+        if _WIDTH not in tags:
+            return None
         count, bits = int(tags.get(_SAMPLES, 1)), tags.get(_BITS, (1,))
         forms = tags.get(_SAMPLE_FORMAT, (1,))
         named = [f"{_TYPES.get(form, 'undefined ')}{bit}" for bit, form in zip(bits, forms * len(bits), strict=False)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 
 import numpy as np
@@ -243,6 +244,7 @@ def test_a_deep_pgm_keeps_its_high_byte():
     assert np.array_equal(decode_image(data, in_chans=1)[0], samples >> 8)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
     ("data", "reason"),
     (
@@ -250,7 +252,6 @@ def test_a_deep_pgm_keeps_its_high_byte():
         (b"II*\0" + bytes(9), "damaged TIFF"),
         (b"MM\0*" + b"\xff" * 9, "damaged TIFF"),
         (b"BM" + bytes(3), "damaged BMP"),
-        (b"RIFF\x10\0\0\0WEBPVP8 ", "damaged WebP"),
         (b"\xff\xd8\xff\xe0", "damaged JPEG"),
         (b"RIFF\x10\0\0\0WAVEfmt ", "not an image"),
         (b"<svg></svg>", "not an image"),
@@ -258,7 +259,7 @@ def test_a_deep_pgm_keeps_its_high_byte():
 )
 def test_a_damaged_image_is_not_called_something_else(data, reason):
     with pytest.raises(DecodeError, match=f"^{reason}"):
-        decode_image(data)
+        decode_image(data, loader="pil")
 
 
 @pytest.mark.parametrize("in_chans", (1, 3, 4))

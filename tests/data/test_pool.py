@@ -13,15 +13,18 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fastmim.data import build_loader, check_images
 from fastmim.data import decode as decoding
 from fastmim.data import pool as pools
+from fastmim.data.notes import noted
 from fastmim.data.pool import DataWorkerError, WaitInterrupted, WorkerPool, nothing_held
 
 OPTIONS = dict(img_size=(16, 16), micro_batch_size=4, verify="none")
@@ -248,3 +251,50 @@ print(count)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, env=environment, timeout=300)
     assert done.stdout == "9\n", done.stderr
+
+
+# What decoders say beside their pixels.
+
+
+def extraneous(photo: Path) -> bytes:
+    """A JPEG with bytes too many in its scan: libjpeg gives every pixel, and a warning."""
+    data = photo.read_bytes()
+    return data[: len(data) * 2 // 3] + bytes(40) + data[len(data) * 2 // 3 :]
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_libjpegs_warning_names_the_file(photos, tmp_path, caplog, capfd, workers):
+    root = Path(shutil.copytree(photos, tmp_path / "photos"))
+    odd = root / "005.jpg"
+    odd.write_bytes(extraneous(odd))
+    with caplog.at_level(logging.WARNING, "fastmim"):
+        with build_loader(path=root, num_workers=workers, **OPTIONS) as images:
+            for epoch in range(2):
+                list(images.epoch(epoch))
+            said = images.noted_files
+        assert not images.bad_files and check_images(root) == (37, {})
+    assert list(said) == [str(odd)] and said[str(odd)].startswith("Corrupt JPEG data: 22 extraneous bytes")
+    assert caplog.text.count(f"image used as its decoder gives it: {odd}: Corrupt JPEG data") == 2
+    assert "Corrupt JPEG" not in capfd.readouterr().err  # not a second time, without a name
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_pils_warning_names_the_file(photos, tmp_path, monkeypatch, workers):
+    # PIL warns of an image above its limit, and refuses one above twice the limit
+    shutil.copy(photos / "000.jpg", tmp_path)
+    with Image.open(photos / "000.jpg") as image:
+        image.save(tmp_path / "large.bmp")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", image.width * image.height * 2 // 3)
+    with build_loader(path=tmp_path, num_workers=workers, **OPTIONS | dict(micro_batch_size=2)) as images:
+        list(images.epoch(0))
+    assert list(images.noted_files) == [str(tmp_path / "large.bmp")]
+    assert "decompression bomb" in images.noted_files[str(tmp_path / "large.bmp")]
+
+
+def test_what_others_write_to_standard_error_is_passed_on(capfd):
+    with noted() as said:
+        os.write(2, b"somebody else's line\nCorrupt JPEG data: bad Huffman code\n")
+        warnings.warn("a library's", stacklevel=1)
+        warnings.warn("of the code, not of the file", DeprecationWarning, stacklevel=1)
+    assert said == ["Corrupt JPEG data: bad Huffman code", "a library's"]
+    assert capfd.readouterr().err == "somebody else's line\n"
