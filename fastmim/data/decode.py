@@ -1,6 +1,12 @@
 """Image bytes to uint8 (C, H, W) tensors, or one clear reason why not.
 
-JPEG and PNG go through ``torchvision.io``; everything else, and whatever torchvision refuses, through PIL.
+JPEG and PNG go through ``torchvision.io``; everything else, and whatever torchvision refuses, through PIL. libpng only
+gets files that are written here from checked data (``png.py``).
+
+A damaged file is bad when the decoder cannot give the image; what libjpeg gives with a warning is used, and the warning
+is told with the file's name (``notes.py``). Decoders differ about damaged JPEGs: torchvision's verdict, wherever it is
+asked (``data.verify``, ``fastmim data check``), binds every loader; DALI, where it is not, may use some more of them.
+
 EXIF orientation is not applied and alpha is dropped (not blended) for RGB, as in torchvision's
 ``ImageFolder``.
 """

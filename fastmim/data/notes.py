@@ -20,11 +20,16 @@ _STDERR = 2
 #: The words of the libraries, where others may write too: anything else on standard error is passed on.
 _LIBRARIES = re.compile(r"JPEG|libpng|SOS param|progression seq|^_?\w*(TIFF|Decode|Setup|Lib)\w*: ")
 _NOT_OF_THE_FILE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
-#: Set in processes where only decoders write: every line is theirs.
-only_decoders = False
 T = TypeVar("T")
-_LOCK = threading.Lock()
+_lock = threading.Lock()
+_only_decoders = False
 _FILES: dict[int, int] = {}  # by process: a forked one must not share the place of writing
+
+
+def only_decoders_here() -> None:
+    """From now on only decoders write to this process's standard error: every line is theirs. For a forked worker."""
+    global _only_decoders, _lock
+    _only_decoders, _lock = True, threading.Lock()  # another thread of the trainer may have held the lock
 
 
 def with_notes(use: Callable[[int], T], file: int) -> tuple[T, list[str]]:
@@ -44,7 +49,7 @@ def noted() -> Iterator[list[str]]:
     One block at a time; another thread waits.
     """
     lines: list[str] = []
-    with _LOCK, warnings.catch_warnings(record=True) as caught:
+    with _lock, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             with _written_by_libraries(lines):
@@ -75,7 +80,7 @@ def _written_by_libraries(lines: list[str]) -> Iterator[None]:
             text = os.pread(file, size, 0).decode("utf-8", "backslashreplace")
             os.lseek(file, 0, os.SEEK_SET)
             for line in text.splitlines(keepends=True):
-                if only_decoders or _LIBRARIES.search(line):
+                if _only_decoders or _LIBRARIES.search(line):
                     lines.append(_line(line))
                 else:
                     os.write(_STDERR, line.encode())

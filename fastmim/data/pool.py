@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import logging
 import mmap
 import multiprocessing
@@ -18,6 +19,7 @@ import pickle
 import signal
 import struct
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -103,6 +105,8 @@ class WorkerPool:
         self._waiting: list[deque[Any]] = [deque() for _ in range(num_workers)]
         self._slots: list[list[int]] = []
         self._workers: list[_Worker] = []
+        # Also when the pool is given up without close(): its processes and handles are not garbage of Python's.
+        self._end = weakref.finalize(self, _end, self._workers, self._slots, os.getpid())
         self._quarantined: frozenset[int] = frozenset()
         self._crashes = 0
         try:
@@ -148,17 +152,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the workers, whatever they do. Safe to call twice."""
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.process.kill()  # they hold nothing that could be lost
-        for worker in workers:
-            worker.process.join(_GRACE)
-            worker.asks.close()
-            worker.answers.close()
-        for slots in self._slots:
-            for slot in slots:
-                os.close(slot)
-        self._slots = []
+        self._end()
 
     def _start(self, number: int) -> _Worker:
         asked, asks = self._context.Pipe(duplex=False)
@@ -260,6 +254,19 @@ class WorkerPool:
                 self._take(number, waiting[0][0], False)
 
 
+def _end(workers: list[_Worker], slots: list[list[int]], owner: int) -> None:
+    if os.getpid() != owner:  # a forked copy of the pool
+        return
+    for worker in workers:
+        worker.process.kill()  # they hold nothing that could be lost
+    for worker in workers:
+        worker.process.join(_GRACE)
+        worker.asks.close()
+        worker.answers.close()
+    for slot in itertools.chain.from_iterable(slots):
+        os.close(slot)
+
+
 def _serve(
     dataset: WorkerDataset, asked: Connection, answered: Connection, slots: list[int], held: mmap.mmap, number: int,
     trainer: int,
@@ -269,7 +276,7 @@ def _serve(
         signal.signal(signal_number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _UNHEEDED)
     torch.set_num_threads(1)
-    notes.only_decoders = True
+    notes.only_decoders_here()
     dataset.holding = lambda file: struct.pack_into("q", held, 8 * number, file)
     while True:
         try:
