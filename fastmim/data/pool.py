@@ -223,7 +223,7 @@ class WorkerPool:
         return self._label(file) if file >= 0 else ""
 
     def _replace(self, number: int) -> None:
-        """Start another worker for one that has crashed on a file, with the same work but for that file.
+        """Start another worker for one that has crashed, with the same work but for the file that it had in hand.
 
         Raises:
             DataWorkerError: it died of something else, or too many crash.
@@ -234,12 +234,15 @@ class WorkerPool:
         worker.asks.close()
         worker.answers.close()
         self._crashes += 1
-        if code is None or -code not in _CRASHES or file < 0 or self._crashes > _MOST_CRASHES:
+        if code is None or -code not in _CRASHES or self._crashes > _MOST_CRASHES:
             raise DataWorkerError(_why_dead(code, worker.process.pid, self._in_hand(number)))
-        reason = f"its decoder crashed ({signal.Signals(-code).name})"
-        self._quarantined |= {file}
-        self._dataset.known_bad |= {file}
-        self._crashed(file, reason)
+        name = signal.Signals(-code).name
+        if file >= 0:
+            self._quarantined |= {file}
+            self._dataset.known_bad |= {file}
+            self._crashed(file, f"its decoder crashed ({name})")
+        else:
+            _LOG.warning("a data worker (pid %d) crashed (%s) with no file in hand: replaced", worker.process.pid, name)
         try:
             self._workers[number] = self._start(number)
         except OSError as err:
@@ -392,7 +395,7 @@ def _why_dead(code: int | None, pid: int | None, in_hand: str) -> str:
     if code is None:
         how = "does not answer"
     elif code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
+        how = f"was killed by signal {signal.Signals(-code).name}"
     else:
         how = f"ended with status {code}"
     cause = ": most often memory is full" if code == -signal.SIGKILL else ""

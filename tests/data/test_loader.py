@@ -250,7 +250,7 @@ def test_a_killed_worker_ends_the_run_with_its_cause(photos, loader):
     with load(photos, num_workers=2, loader=loader) as images:
         pid, _ = workers_of(images, before)
         os.kill(pid, signal.SIGKILL)
-        message = rf"pid {pid}.* killed by SIGKILL.*memory.*data\.num_workers"
+        message = rf"pid {pid}.* killed by signal SIGKILL.*memory.*data\.num_workers"
         with pytest.raises(ChildProcessError, match=message) as caught:
             for epoch in range(100):
                 list(images.epoch(epoch))

@@ -91,19 +91,26 @@ def test_a_crashed_worker_is_replaced_and_its_file_reported(number):
     assert crashed == {103: f"its decoder crashed ({name})", 108: f"its decoder crashed ({name})"}
 
 
-def test_a_crash_with_no_file_in_hand_and_endless_crashes_end_the_run():
-    def crash(dataset, i):
-        die_of(signal.SIGSEGV)
+def test_a_worker_that_crashes_with_no_file_in_hand_is_replaced(caplog):
+    crashed: dict[int, str] = {}
+    quiet = Squares(lambda dataset, i: signal.signal(signal.SIGSEGV, signal.SIG_DFL))
+    with closing(pool_of(quiet, 2, crashed.__setitem__)) as pool, caplog.at_level(logging.WARNING, "fastmim"):
+        items = pool.items(iter(range(40)))
+        got = [next(items)[0] for _ in range(4)]
+        for pid in children():
+            os.kill(pid, signal.SIGSEGV)
+        assert got + [i for i, _ in items] == list(range(40))
+    assert not crashed and caplog.text.count("with no file in hand: replaced") == 2
 
-    with closing(pool_of(Squares(crash))) as pool, pytest.raises(DataWorkerError, match="killed by SIGSEGV; use fewer"):
-        next(pool.items(iter(range(2))))
 
+def test_endless_crashes_end_the_run():
     def crash_on_all(dataset, i):
         dataset.holding(len(dataset.known_bad))
         die_of(signal.SIGSEGV)
 
     crashed: dict[int, str] = {}
-    pool, message = pool_of(Squares(crash_on_all), 1, crashed.__setitem__), "killed by SIGSEGV while it read file 16"
+    message = "killed by signal SIGSEGV while it read file 16"
+    pool = pool_of(Squares(crash_on_all), 1, crashed.__setitem__)
     with closing(pool), pytest.raises(DataWorkerError, match=message):
         next(pool.items(iter(range(2))))
     assert len(crashed) == pools._MOST_CRASHES
