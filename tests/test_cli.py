@@ -274,7 +274,7 @@ def test_data_pack_index_and_check(capsys: pytest.CaptureFixture[str], tmp_path:
 def test_data_workers_that_cannot_go_on_are_a_failed_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmim.data.pool import DataWorkerError
+    from fastmim.data.worker_error import DataWorkerError
 
     def fail(*_: object) -> None:
         raise DataWorkerError("2 data workers cannot be started: too many open files")

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fastmim.data.order import EpochOrder
-from fastmim.data.pool import DataWorkerError, WorkerPool, with_fix
+from fastmim.data.pool import WorkerPool
 from fastmim.data.source import check_bad_fraction
 from fastmim.data.worker import Request, Result, SampleDataset
+from fastmim.data.worker_error import DataWorkerError, with_fix
 
 _LOG = logging.getLogger("fastmim")
 _NAMES_LOGGED = 20

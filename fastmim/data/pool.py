@@ -8,8 +8,6 @@ native library has killed is replaced, and the file that it had in hand is repor
 
 from __future__ import annotations
 
-import errno
-import io
 import itertools
 import logging
 import mmap
@@ -26,10 +24,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from fastmim.data import notes
-from fastmim.data.memory_file import memory_file
+from fastmim.data.memory_file import memory_file, pack, unpack, write
+from fastmim.data.worker_error import DataWorkerError, WaitInterrupted, cannot_start, why_dead, with_fix
 
 _LOG = logging.getLogger("fastmim")
 _TICK = 0.5  # seconds between looks at whether the run is to stop
@@ -42,16 +40,6 @@ _MOST_CRASHES = 16  # workers lost to crashes with no item between them
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGSYS})
 #: They reach the whole process group. The trainer answers them by saving; workers end with the trainer.
 _UNHEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-#: Of the machine, not of a file: a file that cannot be read for one of these is not bad.
-MACHINE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
-
-
-class DataWorkerError(ChildProcessError, RuntimeError):
-    """The data workers cannot go on; the message is the cause and the fix, in one line."""
-
-
-class WaitInterrupted(DataWorkerError):
-    """The run is to stop, and the next item does not come."""
 
 
 class WorkerDataset(Protocol):
@@ -118,7 +106,7 @@ class WorkerPool:
                 self._workers.append(self._start(number))
         except OSError as err:
             self.close()
-            raise DataWorkerError(_cannot_start(err, num_workers)) from None
+            raise DataWorkerError(cannot_start(err, num_workers)) from None
 
     def items(self, requests: Iterator[Any], *, pin_memory: bool = False) -> Iterator[Any]:
         """The items of ``requests``, one by one. A new call forgets what an earlier one has not taken.
@@ -177,7 +165,7 @@ class WorkerPool:
     def _ask(self, number: int, slot: int, request: Any) -> None:
         data = pickle.dumps((request, self._quarantined))
         try:
-            _write(self._slots[number][slot], [data])
+            write(self._slots[number][slot], [data])
             self._workers[number].asks.send_bytes(struct.pack("qq", slot, len(data)))
         except (BrokenPipeError, ConnectionError):
             pass  # it is gone: found, with the reason, when its answer is due
@@ -193,7 +181,7 @@ class WorkerPool:
         self._waiting[number].popleft()
         self._crashes = 0
         size = struct.unpack("q", answer)[0]
-        kind, value = _unpack(self._slots[number][slot], size, pin_memory)
+        kind, value = unpack(self._slots[number][slot], size, pin_memory)
         if kind == "error":
             raise DataWorkerError(f"a data worker failed: {value}")
         return value
@@ -235,7 +223,7 @@ class WorkerPool:
         worker.answers.close()
         self._crashes += 1
         if code is None or -code not in _CRASHES or self._crashes > _MOST_CRASHES:
-            raise DataWorkerError(_why_dead(code, worker.process.pid, self._in_hand(number)))
+            raise DataWorkerError(why_dead(code, worker.process.pid, self._in_hand(number)))
         name = signal.Signals(-code).name
         if file >= 0:
             self._quarantined |= {file}
@@ -246,7 +234,7 @@ class WorkerPool:
         try:
             self._workers[number] = self._start(number)
         except OSError as err:
-            raise DataWorkerError(_cannot_start(err, self._count)) from None
+            raise DataWorkerError(cannot_start(err, self._count)) from None
         for slot, request in self._waiting[number]:
             self._ask(number, slot, request)
 
@@ -290,9 +278,9 @@ def _serve(
             answer = _answer(dataset, os.pread(slots[slot], size, 0))
             dataset.holding(-1)
             try:
-                length = _pack(slots[slot], answer)
+                length = pack(slots[slot], answer)
             except OSError as err:
-                length = _pack(slots[slot], ("error", with_fix(err)))
+                length = pack(slots[slot], ("error", with_fix(err)))
             answered.send_bytes(struct.pack("q", length))
         except (EOFError, BrokenPipeError, ConnectionError):
             return
@@ -311,96 +299,3 @@ def _answer(dataset: WorkerDataset, request: bytes) -> tuple[str, Any]:
     except Exception as err:
         _LOG.debug("in a data worker", exc_info=True)
         return "error", f"{type(err).__name__}: {' '.join(str(err).split())}"
-
-
-class _Pickler(pickle.Pickler):
-    """Leaves tensors out, to be written behind the rest without a copy."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, Tensor):
-            return None
-        self.tensors.append(obj.contiguous())
-        return tuple(obj.shape), str(obj.dtype).removeprefix("torch.")
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads the tensors back, into memory of their own."""
-
-    def __init__(self, head: bytes, file: int, pin_memory: bool) -> None:
-        super().__init__(io.BytesIO(head))
-        self._file, self._pos, self._pin = file, len(head), pin_memory
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        shape, dtype = pid
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=self._pin)
-        view = _bytes_of(tensor)
-        while len(view):
-            count = os.preadv(self._file, [view], self._pos)
-            if not count:
-                raise DataWorkerError("a data worker's answer is cut short: memory is full")
-            self._pos, view = self._pos + count, view[count:]
-        return tensor
-
-
-def _pack(file: int, answer: tuple[str, Any]) -> int:
-    """Write an answer; returns the length of what stands before its tensors."""
-    head = io.BytesIO()
-    pickler = _Pickler(head)
-    pickler.dump(answer)
-    _write(file, [head.getbuffer(), *map(_bytes_of, pickler.tensors)])
-    return len(head.getbuffer())
-
-
-def _unpack(file: int, size: int, pin_memory: bool) -> tuple[str, Any]:
-    kind, value = _Unpickler(os.pread(file, size, 0), file, pin_memory).load()
-    return kind, value
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    array: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-    return memoryview(array)
-
-
-def _write(file: int, parts: list[Any]) -> None:
-    pos = 0
-    for part in parts:
-        view = memoryview(part)
-        while len(view):
-            count = os.pwrite(file, view, pos)
-            pos, view = pos + count, view[count:]
-
-
-def with_fix(err: OSError) -> str:
-    """The reason of the system, and what helps."""
-    text = err.strerror or str(err)
-    if err.errno in (errno.EMFILE, errno.ENFILE):
-        return f"{text.lower()}; raise `ulimit -n`, or use fewer data.num_workers"
-    if err.errno in (errno.ENOMEM, errno.ENOSPC):
-        return f"{text.lower()}; use fewer data.num_workers or a smaller train.micro_batch_size"
-    return text
-
-
-def _cannot_start(err: OSError, count: int) -> str:
-    fix = with_fix(err)
-    if err.errno == errno.EAGAIN:
-        fix = "too many processes; raise `ulimit -u`, or use fewer data.num_workers"
-    return f"{count} data workers cannot be started: {fix}"
-
-
-def _why_dead(code: int | None, pid: int | None, in_hand: str) -> str:
-    if code is None:
-        how = "does not answer"
-    elif code < 0:
-        how = f"was killed by signal {signal.Signals(-code).name}"
-    else:
-        how = f"ended with status {code}"
-    cause = ": most often memory is full" if code == -signal.SIGKILL else ""
-    reading = f" while it read {in_hand}" if in_hand else ""
-    return (
-        f"a data worker process (pid {pid}) {how}{reading}{cause};"
-        " use fewer data.num_workers (0 shows the error itself)"
-    )

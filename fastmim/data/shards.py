@@ -23,7 +23,7 @@ import numpy as np
 
 from fastmim.data.decode import DecodeError, read_bytes
 from fastmim.data.names import is_image, printable, shown
-from fastmim.data.pool import MACHINE_ERRORS
+from fastmim.data.worker_error import MACHINE_ERRORS
 
 INDEX_VERSION = "v1.2"
 #: One member larger than this is refused unread: no image is, and the size field of a tar is the writer's word.

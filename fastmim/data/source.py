@@ -20,7 +20,8 @@ from fastmim.data import shards
 from fastmim.data.decode import DecodeError, check_decode_options, decode_image, read_bytes
 from fastmim.data.names import EXTENSIONS, is_image, printable, shown
 from fastmim.data.notes import with_notes
-from fastmim.data.pool import MACHINE_ERRORS, WorkerPool, nothing_held
+from fastmim.data.pool import WorkerPool, nothing_held
+from fastmim.data.worker_error import MACHINE_ERRORS
 
 VERIFY = ("auto", "full", "none")
 #: `verify="auto"` decodes every file up front when there are at most this many.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmim.config import Config, save_config
-from fastmim.data.pool import WaitInterrupted
+from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.build import Parts, build, make_loader

@@ -24,8 +24,10 @@ from PIL import Image
 from fastmim.data import build_loader, check_images
 from fastmim.data import decode as decoding
 from fastmim.data import pool as pools
+from fastmim.data.memory_file import pack, unpack
 from fastmim.data.notes import noted
-from fastmim.data.pool import DataWorkerError, WaitInterrupted, WorkerPool, nothing_held
+from fastmim.data.pool import WorkerPool, nothing_held
+from fastmim.data.worker_error import DataWorkerError, WaitInterrupted
 
 OPTIONS = dict(img_size=(16, 16), micro_batch_size=4, verify="none")
 
@@ -70,8 +72,8 @@ def test_every_tensor_survives_the_way(tmp_path):
     kinds = [torch.zeros(()), torch.empty(0, 3), torch.arange(6).reshape(2, 3).t(), torch.ones(5, dtype=torch.bool)]
     kinds.append(torch.randn(3, 5).to(torch.bfloat16))
     with open(tmp_path / "slot", "w+b", buffering=0) as file:
-        size = pools._pack(file.fileno(), ("item", {"all": kinds, "text": "é"}))
-        kind, value = pools._unpack(file.fileno(), size, False)
+        size = pack(file.fileno(), ("item", {"all": kinds, "text": "é"}))
+        kind, value = unpack(file.fileno(), size, False)
     assert kind == "item" and value["text"] == "é"
     for sent, got in zip(kinds, value["all"], strict=True):
         assert sent.dtype == got.dtype and torch.equal(sent, got)
