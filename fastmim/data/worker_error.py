@@ -40,7 +40,8 @@ def why_dead(code: int | None, pid: int | None, in_hand: str) -> str:
     if code is None:
         how = "does not answer"
     elif code < 0:
-        how = f"was killed by signal {signal.Signals(-code).name}"
+        known = {number.value: number.name for number in signal.Signals}  # not those of the real-time range
+        how = f"was killed by signal {known.get(-code, -code)}"
     else:
         how = f"ended with status {code}"
     cause = ": most often memory is full" if code == -signal.SIGKILL else ""
