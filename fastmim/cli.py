@@ -1,7 +1,7 @@
 """The ``fastmim`` command.
 
 What a user can put right is one line on standard error and exit status 2; a run that failed by itself (a
-non-finite loss) exits with 1; a run that was asked to stop, and saved, exits with 0.
+non-finite loss, data workers that cannot go on) exits with 1; a run that was asked to stop, and saved, exits with 0.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.traceback or _is_our_fault(error):
             raise
         _say(f"error: {_one_line(error)}")
-        return RUN_FAILED if isinstance(error, FloatingPointError) else USER_ERROR
+        return RUN_FAILED if isinstance(error, (FloatingPointError, ChildProcessError)) else USER_ERROR
 
 
 def _pretrain(options: argparse.Namespace) -> int:

@@ -271,3 +271,17 @@ def test_data_pack_index_and_check(capsys: pytest.CaptureFixture[str], tmp_path:
         capsys, "data", "pack", str(source), str(tmp_path / "x"), "--quality", "0"
     )
     assert "no .tar shards" in refused(capsys, "data", "index", str(source))
+
+
+def test_data_workers_that_cannot_go_on_are_a_failed_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmim.data.worker_error import DataWorkerError
+
+    def fail(*_: object) -> None:
+        raise DataWorkerError("2 data workers cannot be started: too many open files")
+
+    monkeypatch.setattr("fastmim.data.check_images", fail)
+    status, out, err = run(capsys, "data", "check", str(tmp_path))
+    assert (status, out) == (1, "")
+    assert err == "fastmim: error: 2 data workers cannot be started: too many open files\n"

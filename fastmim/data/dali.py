@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from fastmim.data.augment import View
 from fastmim.data.decode import DecodeError
@@ -171,8 +170,8 @@ class DaliLoader(Loader):
         self._refused: set[int] = set()  # DALI failed on these: bad, or decoded on the host from now on
         self._decoder: _Decoder | None = None
 
-    def _open_stream(self, loader: DataLoader[Any]) -> Iterator[Result]:
-        return self._decoded(iter(loader), self._requests.epoch, self._requests.start)
+    def _open_stream(self) -> Iterator[Result]:
+        return self._decoded(self._items(), self._requests.epoch, self._requests.start)
 
     def _decoded(self, stream: Iterator[Encoded], epoch: int, start: int) -> Iterator[Result]:
         self._decoder = self._new_decoder(self._dataset.views)
@@ -203,7 +202,7 @@ class DaliLoader(Loader):
                     self._decoder.feed(entry.batch)
                 continue
             batch = pending.popleft().batch
-            yield Result(views, batch.crops, batch.sample_ids, news + batch.bad, "")
+            yield Result(views, batch.crops, batch.sample_ids, news + batch.bad, "", batch.notes)
             news = []
 
     def _screened(self, entry: _Pending) -> _Pending:

@@ -1,6 +1,12 @@
 """Image bytes to uint8 (C, H, W) tensors, or one clear reason why not.
 
-JPEG and PNG go through ``torchvision.io``; everything else, and whatever torchvision refuses, through PIL.
+JPEG and PNG go through ``torchvision.io``; everything else, and whatever torchvision refuses, through PIL. libpng only
+gets files that are written here from checked data (``png.py``).
+
+A damaged file is bad when the decoder cannot give the image; what libjpeg gives with a warning is used, and the warning
+is told with the file's name (``notes.py``). Decoders differ about damaged JPEGs: torchvision's verdict, wherever it is
+asked (``data.verify``, ``fastmim data check``), binds every loader; DALI, where it is not, may use some more of them.
+
 EXIF orientation is not applied and alpha is dropped (not blended) for RGB, as in torchvision's
 ``ImageFolder``.
 """
@@ -16,6 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastmim.data import png
+from fastmim.data.reasons import is_signed_tiff, tiff_samples, why_unidentified
+
 try:
     from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 except ImportError:  # torchvision 0.29 announces that it will drop its decoders: PIL then does all the work
@@ -30,7 +39,6 @@ MAX_PIXELS = 2 * 89_478_485
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG_MAGIC = b"\xff\xd8\xff"
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _JPEG_NOT_SOF = frozenset({0xC4, 0xC8, 0xCC})
 _JPEG_EOI, _TRAILER = b"\xff\xd9", 64  # some writers pad behind the end-of-image marker
 #: Adobe's APP14 segment may say that the three components are RGB or YCCK, which decoders treat differently.
@@ -72,9 +80,11 @@ def decode_image(data: bytes | bytearray, *, in_chans: int = 3, loader: str = "a
     check_decode_options(in_chans, loader)
     if not data:
         raise DecodeError("empty file")
-    is_jpeg, is_png = data.startswith(_JPEG_MAGIC), data.startswith(_PNG_MAGIC)
+    is_jpeg, is_png = data.startswith(_JPEG_MAGIC), data.startswith(png.MAGIC)
     if is_jpeg or is_png:
-        _check_size(_jpeg_size(data) if is_jpeg else _png_size(data), min_size)
+        _check_size(_jpeg_size(data) if is_jpeg else png.size_of(data), min_size)
+    if is_png:
+        data = _checked_png(data)
     if loader != "pil" and _HAS_TORCHVISION and (is_jpeg or is_png):
         try:
             image = _decode_torchvision(data, in_chans, is_jpeg)
@@ -117,25 +127,29 @@ def _decode_pil(data: bytes | bytearray, in_chans: int, min_size: int) -> Tensor
     try:
         image = Image.open(io.BytesIO(data))
         _check_size((image.height, image.width), min_size)
-        array = np.array(_to_8_bit(image).convert(_PIL_MODES[in_chans]))
+        array = np.array(_to_8_bit(image, data).convert(_PIL_MODES[in_chans]))
     except DecodeError:
         raise
     except Image.UnidentifiedImageError:
-        raise DecodeError(f"not an image ({_head(data)})") from None
+        raise DecodeError(why_unidentified(data)) from None
     except Exception as err:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
         raise DecodeError(_first_line(err)) from None
     return torch.from_numpy(array.reshape(*array.shape[:2], in_chans)).permute(2, 0, 1)
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
+def _to_8_bit(image: Image.Image, data: bytes | bytearray) -> Image.Image:
     """Bring the modes that PIL's convert() would clip or misread into reach of it."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    signed = image.format == "TIFF" and is_signed_tiff(data)
+    # PIL brings every PGM of more than 8 bits to 16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DecodeError(f"{image.format} with 32-bit samples has no defined range; save it with 8 or 16 bits")
+    if image.mode in ("I", "F") or signed:
+        samples = (tiff_samples(data) if image.format == "TIFF" else None) or "32-bit samples"
+        raise DecodeError(f"{image.format} with {samples}: no range is defined for them; save it with 8 or 16 bits")
     if image.mode in ("P", "PA") and "transparency" in image.info:
         return image.convert("RGBA")
-    return image
+    # PIL has no way from these to grey.
+    return image.convert("RGB") if image.mode in ("LAB", "HSV") else image
 
 
 def _check_size(size: tuple[int, int] | None, min_size: int) -> None:
@@ -148,10 +162,11 @@ def _check_size(size: tuple[int, int] | None, min_size: int) -> None:
         raise DecodeError(f"{width}x{height} px is smaller than data.min_size={min_size}")
 
 
-def _png_size(data: bytes | bytearray) -> tuple[int, int] | None:
-    if len(data) < 24:
-        return None
-    return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
+def _checked_png(data: bytes | bytearray) -> bytearray:
+    try:
+        return png.checked_png(data)
+    except ValueError as err:
+        raise DecodeError(str(err)) from None
 
 
 def _jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:

@@ -10,22 +10,21 @@ from __future__ import annotations
 import atexit
 import logging
 import multiprocessing.util  # noqa: F401 - first: exit handlers run in reverse order, and ours must be earlier
-import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 
 from fastmim.data.order import EpochOrder
+from fastmim.data.pool import WorkerPool
 from fastmim.data.source import check_bad_fraction
-from fastmim.data.worker import Request, Result, SampleDataset, init_worker
+from fastmim.data.worker import Request, Result, SampleDataset
+from fastmim.data.worker_error import DataWorkerError, with_fix
 
 _LOG = logging.getLogger("fastmim")
 _NAMES_LOGGED = 20
-_NOTICE_SECONDS = 0.5
 _RATE_AFTER = 1000  # files read before their share of bad ones is judged
 #: Micro-batches in flight per worker: rides out slow files for 4 * B * C * H * W bytes.
 PREFETCH = 4
@@ -56,7 +55,7 @@ class MultiBatch(NamedTuple):
     sample_ids: Tensor  # int64 (B,)
 
 
-class _Requests(Sampler[Request]):
+class _Requests:
     """Micro-batch requests from (epoch, start) on.
 
     Training runs on into the following epochs, so that workers are already busy with the next epoch while
@@ -87,6 +86,8 @@ class Loader:
             number of micro-batches of the rank that has most.
         micro_batches: micro-batches of this rank in an epoch.
         bad_files: {path: reason} of the files found unusable so far, by verification or while training.
+        noted_files: {path: what its decoder warned of} of files that are used all the same.
+        stop: looked at while waiting for data; once it is true, WaitInterrupted is raised instead of waiting on.
         fingerprint: hex digest of file names and order; a restart on a changed folder can be told by it.
     """
 
@@ -104,14 +105,17 @@ class Loader:
         self.num_images, self.steps_per_epoch = order.num_images, order.steps_per_epoch
         self.micro_batches, self.fingerprint = order.micro_batches, dataset.index.fingerprint
         self.bad_files: dict[str, str] = {}
+        self.noted_files: dict[str, str] = {}
+        self.stop: Callable[[], bool] = lambda: False
         self._met, self._failed = 0, 0
         self._index, self._device, self._max_bad_fraction = dataset.index, device, max_bad_fraction
         self._note_bad(list(bad.items()))
         self._requests = _Requests(order)
         self._multi = len(dataset.views) > 1 or dataset.views[0].count > 1
         on_gpu = device.type == "cuda"
-        pin_memory = on_gpu if pin_memory is None else pin_memory
-        self._loader: DataLoader[Any] | None = _data_loader(dataset, self._requests, num_workers, pin_memory)
+        self._pin_memory = on_gpu if pin_memory is None else pin_memory
+        self._source, self._num_workers, self._closed = dataset, num_workers, False
+        self._pool: WorkerPool | None = None
         # A stream of its own: the copy of this micro-batch runs beside the kernels of the step before.
         self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._stream: Iterator[Result] | None = None
@@ -128,7 +132,7 @@ class Loader:
         Raises:
             ValueError: `start` out of range; more than `max_bad_fraction` of the files are bad, or of those read
                 so far once they are 1,000.
-            RuntimeError: a worker process died.
+            DataWorkerError: the worker processes cannot go on.
         """
         if epoch < 0 or not 0 <= start <= self.micro_batches:
             raise ValueError(f"epoch={epoch}, start={start}: start must lie in 0 … {self.micro_batches}, epoch >= 0")
@@ -141,6 +145,7 @@ class Loader:
             if not self._requests.order.train and i + 1 == self.micro_batches:
                 self._stream = None
             self._note_bad(result.bad)
+            self._note(result.notes)
             self._check_rate(len(result.sample_ids), len(result.bad))
             if result.error:
                 raise ValueError(f"data.path={self._index.root}: {result.error}; run `fastmim data check` on it")
@@ -162,26 +167,38 @@ class Loader:
         moved.record_stream(current)  # else its memory could be given out again while a kernel still reads it
         return moved
 
-    def _open_stream(self, loader: DataLoader[Any]) -> Iterator[Result]:
+    def _open_stream(self) -> Iterator[Result]:
         """Finished micro-batches, from the position in `self._requests` on."""
-        return iter(loader)
+        return self._items()
+
+    def _items(self) -> Iterator[Any]:
+        """What the workers make, from the position in `self._requests` on."""
+        if self._num_workers == 0:
+            return map(self._source.__getitem__, self._requests)
+        if self._pool is None:
+            self._pool = WorkerPool(
+                self._source,
+                self._num_workers,
+                ahead=PREFETCH,
+                label=self._index.label,
+                crashed=lambda file, reason: self._note_bad([(file, reason)]),
+            )
+            self._pool.stop = lambda: self.stop()
+        return self._pool.items(iter(self._requests), pin_memory=self._pin_memory)
 
     def _fetch(self, epoch: int, i: int) -> Result:
         """The given micro-batch: the next one of the running stream, else the first of a new one."""
-        if self._loader is None:
+        if self._closed:
             raise RuntimeError("the loader is closed")
+        if self._stream is None or self._position != (epoch, i):
+            self._requests.epoch, self._requests.start = epoch, i
+            self._stream = self._open_stream()
         try:
-            if self._stream is None or self._position != (epoch, i):
-                self._requests.epoch, self._requests.start = epoch, i
-                self._stream = self._open_stream(self._loader)
             return next(self._stream)
-        except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as err:
-            if isinstance(err, RuntimeError) and "DataLoader worker" not in str(err):
-                raise
-            raise RuntimeError(
-                f"a data worker process died ({_cause_of_death(err)}): most often memory or /dev/shm is full;"
-                " use fewer data.num_workers (0 shows the error itself)"
-            ) from err
+        except DataWorkerError:
+            raise
+        except OSError as err:
+            raise DataWorkerError(f"data.path={self._index.root}: cannot be read: {with_fix(err)}") from None
 
     def _note_bad(self, bad: list[tuple[int, str]]) -> None:
         for file, reason in bad:
@@ -195,6 +212,14 @@ class Loader:
                 _LOG.warning("more than %d bad images: further ones are counted, not logged", _NAMES_LOGGED)
         check_bad_fraction(self.bad_files, self.num_images, self._max_bad_fraction)
 
+    def _note(self, notes: Iterable[tuple[int, str]]) -> None:
+        for file, said in notes:
+            label = self._index.label(file)
+            if label not in self.noted_files:
+                self.noted_files[label] = said
+                if len(self.noted_files) <= _NAMES_LOGGED:
+                    _LOG.warning("image used as its decoder gives it: %s: %s", label, said)
+
     def _check_rate(self, used: int, failed: int) -> None:
         """Stop a run on mostly bad data early: all of its files would have to be met before they are a share."""
         self._met, self._failed = self._met + used + failed, self._failed + failed
@@ -207,48 +232,12 @@ class Loader:
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice."""
-        # The DataLoader ends its persistent workers when the last reference to its iterator goes.
-        self._stream = None
-        self._loader = None
+        self._stream, self._closed = None, True
+        if self._pool is not None:
+            self._pool.close()
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _data_loader(
-    dataset: SampleDataset, requests: _Requests, num_workers: int, pin_memory: bool
-) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        sampler=requests,
-        batch_size=None,
-        collate_fn=_identity,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        prefetch_factor=PREFETCH if num_workers > 0 else None,
-        pin_memory=pin_memory,
-        worker_init_fn=init_worker,
-        # Without its own generator the DataLoader draws a base seed from the trainer's.
-        generator=torch.Generator(),
-    )
-
-
-def _cause_of_death(err: Exception) -> str:
-    """What is known about a dead worker, in one line.
-
-    torch reports the signal from its SIGCHLD handler, which may run only after the broken connection was
-    noticed: waiting for it here keeps it from going off in the middle of the caller's clean-up.
-    """
-    if "killed by signal" not in str(err):
-        try:
-            time.sleep(_NOTICE_SECONDS)
-        except RuntimeError as notice:
-            err = notice
-    return (str(err).strip() or type(err).__name__).splitlines()[0]
-
-
-def _identity(result: Any) -> Any:
-    return result

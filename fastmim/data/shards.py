@@ -23,6 +23,7 @@ import numpy as np
 
 from fastmim.data.decode import DecodeError, read_bytes
 from fastmim.data.names import is_image, printable, shown
+from fastmim.data.worker_error import MACHINE_ERRORS
 
 INDEX_VERSION = "v1.2"
 #: One member larger than this is refused unread: no image is, and the size field of a tar is the writer's word.
@@ -81,6 +82,8 @@ class ShardIndex:
                 file.seek(offset)
                 return read_bytes(file, size)
         except OSError as err:
+            if err.errno in MACHINE_ERRORS:
+                raise
             raise DecodeError(f"cannot be read: {err.strerror or err}") from None
 
     @property

@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from typing import Any, Protocol
 
 import numpy as np
 
 from fastmim.data import shards
 from fastmim.data.decode import DecodeError, check_decode_options, decode_image, read_bytes
 from fastmim.data.names import EXTENSIONS, is_image, printable, shown
+from fastmim.data.notes import with_notes
+from fastmim.data.pool import WorkerPool, nothing_held
+from fastmim.data.worker_error import MACHINE_ERRORS
 
 VERIFY = ("auto", "full", "none")
 #: `verify="auto"` decodes every file up front when there are at most this many.
@@ -26,6 +29,7 @@ VERIFY_AUTO_LIMIT = 2000
 
 _LOG = logging.getLogger("fastmim")
 _CHUNK = 64
+_NOTES_LOGGED = 20
 
 
 class ImageIndex(Protocol):
@@ -176,11 +180,13 @@ def _existing_folder(root: str, field: str) -> str:
 
 
 def read_image_file(path: str) -> bytearray:
-    """The bytes of a file; DecodeError when it cannot be read."""
+    """The bytes of a file; DecodeError when it cannot be read, OSError when the machine, not the file, is to blame."""
     try:
         with open(path, "rb", buffering=0) as file:
             return read_bytes(file, os.fstat(file.fileno()).st_size)
     except OSError as err:
+        if err.errno in MACHINE_ERRORS:
+            raise
         raise DecodeError(f"cannot be read: {err.strerror or err}") from None
 
 
@@ -191,34 +197,72 @@ def find_bad_files(
     in_chans: int = 3,
     loader: str = "auto",
     min_size: int = 8,
-    num_threads: int | None = None,
+    num_workers: int | None = None,
 ) -> dict[int, str]:
     """Decode every file in full and return {file index: reason} of those that cannot be used.
 
     `verify`: "full" always; "auto" only for at most `VERIFY_AUTO_LIMIT` files; "none" never (bad files are
-    then found by the loader as it meets them).
+    then found by the loader as it meets them). Files are decoded in `num_workers` processes: one that a decoder crashes
+    is replaced, and its file is bad.
+
+    Raises:
+        DataWorkerError: the processes cannot go on.
     """
     if verify not in VERIFY:
         raise ValueError(f"data.verify={verify!r}: unknown; use one of {', '.join(VERIFY)}")
     if verify == "none" or (verify == "auto" and len(index) > VERIFY_AUTO_LIMIT):
         return {}
 
-    def check(start: int) -> dict[int, str]:
-        bad = {}
-        for i in range(start, min(start + _CHUNK, len(index))):
-            try:
-                decode_image(index.read(i), in_chans=in_chans, loader=loader, min_size=min_size)
-            except DecodeError as err:
-                bad[i] = str(err)
-        return bad
-
     if len(index) > VERIFY_AUTO_LIMIT:
         _LOG.info("data.verify=%s: decoding %d files once", verify, len(index))
     found: dict[int, str] = {}
-    with ThreadPoolExecutor(num_threads or min(8, os.cpu_count() or 1)) as pool:
-        for part in pool.map(check, range(0, len(index), _CHUNK)):
-            found.update(part)
-    return found
+    noted_files: dict[int, str] = {}
+    workers = min(num_workers or min(8, os.cpu_count() or 1), len(index))
+    check = _Check(index, dict(in_chans=in_chans, loader=loader, min_size=min_size))
+    pool = WorkerPool(check, workers, ahead=2, label=index.label, crashed=found.__setitem__)
+    chunk = max(1, min(_CHUNK, len(index) // (4 * workers)))
+    parts = (range(start, min(start + chunk, len(index))) for start in range(0, len(index), chunk))
+    with closing(pool):
+        for bad, notes in pool.items(parts):
+            found.update(bad)
+            noted_files.update(notes)
+    log_notes({index.label(i): said for i, said in noted_files.items()})
+    return dict(sorted(found.items()))
+
+
+def log_notes(notes: dict[str, str]) -> None:
+    """Name the images {path: warning} that are used although their decoder warned; the first of them only."""
+    for label, said in list(notes.items())[:_NOTES_LOGGED]:
+        _LOG.warning("image used as its decoder gives it: %s: %s", label, said)
+    if len(notes) > _NOTES_LOGGED:
+        _LOG.warning("%d images in all are used as their decoder gives them", len(notes))
+
+
+class _Check:
+    """Decodes some files and keeps the reasons."""
+
+    def __init__(self, index: ImageIndex, options: dict[str, Any]) -> None:
+        self.index, self.options = index, options
+        self.known_bad: frozenset[int] = frozenset()
+        self.holding: Callable[[int], None] = nothing_held
+
+    def __getitem__(self, files: range) -> tuple[dict[int, str], dict[int, str]]:
+        bad: dict[int, str] = {}
+        notes: dict[int, str] = {}
+        for i in files:
+            if i in self.known_bad:
+                continue
+            self.holding(i)
+            try:
+                _, said = with_notes(self._decode, i)
+            except DecodeError as err:
+                bad[i] = str(err)
+            else:
+                notes |= {i: "; ".join(said)} if said else {}
+        return bad, notes
+
+    def _decode(self, file: int) -> None:
+        decode_image(self.index.read(file), **self.options)
 
 
 def check_bad_fraction(bad: dict[str, str], num_images: int, max_bad_fraction: float) -> None:
@@ -240,7 +284,7 @@ def check_images(
     in_chans: int = 3,
     loader: str = "auto",
     min_size: int = 8,
-    num_threads: int | None = None,
+    num_workers: int | None = None,
 ) -> tuple[int, dict[str, str]]:
     """Decode every image of a folder or list; returns (number of usable files, {path: reason} of the others).
 
@@ -249,5 +293,5 @@ def check_images(
     """
     check_decode_options(in_chans, loader)
     index = open_index(path, file_list)
-    bad = find_bad_files(index, in_chans=in_chans, loader=loader, min_size=min_size, num_threads=num_threads)
+    bad = find_bad_files(index, in_chans=in_chans, loader=loader, min_size=min_size, num_workers=num_workers)
     return len(index) - len(bad), {index.label(i): reason for i, reason in bad.items()}

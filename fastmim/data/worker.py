@@ -6,18 +6,18 @@ bytes with their crops, for DALI.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fastmim.data.augment import Crop, View, apply_crop, centre_crop, draw_crops
 from fastmim.data.decode import DecodeError, decode_image, plain_jpeg
+from fastmim.data.notes import with_notes
 from fastmim.data.order import augment_random, substitute_file
+from fastmim.data.pool import nothing_held
 from fastmim.data.source import ImageIndex
 
 _SUBSTITUTES = 64
@@ -39,6 +39,7 @@ class Result(NamedTuple):
     sample_ids: Tensor
     bad: list[tuple[int, str]]  # (file index, reason) of files met and not used
     error: str  # not empty: no substitute was found
+    notes: Sequence[tuple[int, str]] = ()  # (file index, what its decoder warned of) of files used
 
 
 class Encoded(NamedTuple):
@@ -51,9 +52,10 @@ class Encoded(NamedTuple):
     sample_ids: Tensor
     bad: list[tuple[int, str]]
     error: str
+    notes: Sequence[tuple[int, str]] = ()
 
 
-class SampleDataset(Dataset[Any]):
+class SampleDataset:
     """Chooses the file of a sample: its own, in training a stand-in's where that is bad."""
 
     def __init__(
@@ -70,7 +72,12 @@ class SampleDataset(Dataset[Any]):
     ) -> None:
         self.index, self.known_bad, self.seed, self.train = index, known_bad, seed, train
         self.views, self.in_chans, self.min_size = tuple(views), in_chans, min_size
+        self._notes: list[tuple[int, str]] = []
+        self.holding: Callable[[int], None] = nothing_held
         self.decode_options: dict[str, Any] = {"in_chans": in_chans, "loader": decoder, "min_size": min_size}
+
+    def __getitem__(self, request: Request) -> Any:
+        raise NotImplementedError
 
     def usable(
         self, epoch: int, sample_id: int, bad: list[tuple[int, str]], use: Callable[[int], T]
@@ -80,13 +87,24 @@ class SampleDataset(Dataset[Any]):
         for attempt in range(1, _SUBSTITUTES + 1):
             if file not in self.known_bad:
                 try:
-                    return file, use(file)
+                    return file, self._noting(file, use)
                 except DecodeError as err:
                     bad.append((file, str(err)))
             if not self.train:  # a stand-in would count some held-out image twice
                 return None
             file = substitute_file(self.seed, epoch, sample_id, attempt, len(self.index))
         return None
+
+    def _noting(self, file: int, use: Callable[[int], T]) -> T:
+        self.holding(file)
+        used, said = with_notes(use, file)
+        self._notes += [(file, line) for line in said]
+        return used
+
+    def notes(self) -> list[tuple[int, str]]:
+        """(file, warning) of the files used since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def crops(self, epoch: int, sample_id: int, height: int, width: int) -> list[Crop]:
         """Where this sample is cut in this epoch, one crop after the other."""
@@ -117,7 +135,7 @@ class ImageDataset(SampleDataset):
         ids = torch.tensor(kept, dtype=torch.int64)
         if len(kept) < count:
             views, crops = [view[:, : len(kept)].clone() for view in views], crops[:, : len(kept)].clone()
-        return Result(views, crops, ids, bad, "")
+        return Result(views, crops, ids, bad, "", self.notes())
 
     def _decode(self, file: int) -> Tensor:
         return decode_image(self.index.read(file), **self.decode_options)
@@ -162,7 +180,7 @@ class EncodedDataset(SampleDataset):
         joined = torch.from_numpy(np.frombuffer(bytearray().join(data), dtype=np.uint8))
         ends = torch.tensor([len(part) for part in data]).cumsum(0)
         table = torch.tensor(crops, dtype=torch.int32).transpose(0, 1).contiguous()
-        return Encoded(joined, ends, table, torch.tensor(files), request.sample_ids, bad, "")
+        return Encoded(joined, ends, table, torch.tensor(files), request.sample_ids, bad, "", self.notes())
 
     def _encode(self, file: int) -> tuple[bytes | bytearray, int, int]:
         return self.encode(file, as_is=file not in self.on_host)
@@ -182,12 +200,3 @@ def encode_pnm(image: Tensor) -> bytes:
     chans, height, width = image.shape
     head = f"P{'5' if chans == 1 else '6'}\n{width} {height}\n255\n".encode()
     return head + image.permute(1, 2, 0).contiguous().numpy().tobytes()
-
-
-def init_worker(_: int) -> None:
-    """Prepare a fresh worker process."""
-    torch.set_num_threads(1)
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer answers them by saving;
-    # workers that died first would make the trainer fail instead. They end with the trainer.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

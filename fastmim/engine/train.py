@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmim.config import Config, save_config
+from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.build import Parts, build, make_loader
@@ -45,6 +46,9 @@ def train(cfg: Config) -> TrainResult:
         start = resume(cfg, engine, world, stored)
         run = stack.enter_context(closing(make_run(cfg, parts, world, stored, start, **shown)))
         stop = stack.enter_context(StopRequest())
+        for waited_for in (loader, run.val_loader):
+            if waited_for is not None:
+                waited_for.stop = lambda: stop.requested
         batches = stream(loader, start=start, stop=total, grad_accum_steps=engine.grad_accum_steps)
         lengths = {"total": total, "steps_per_epoch": loader.steps_per_epoch}
         try:
@@ -54,6 +58,10 @@ def train(cfg: Config) -> TrainResult:
                 run.after_step(step + 1, lr)
                 if stop.agreed() and step + 1 < total:
                     return run.interrupted()
+        except WaitInterrupted:
+            if world.size > 1:  # the others are in this step and cannot save with us
+                raise
+            return run.interrupted()
         except NonFiniteError as error:
             where = find_culprit(engine, loader, step=error.step, seed=seed)
             raise NonFiniteError(error.step, where) from None

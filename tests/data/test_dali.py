@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmim.data import Loader, MultiBatch, View, build_loader
+from fastmim.data import Loader, MultiBatch, View, build_loader, check_images
 from fastmim.data.dali import DaliLoader, build_pipeline, regions_of
 from fastmim.data.decode import decode_image
 
@@ -239,6 +240,31 @@ def test_what_only_dali_refuses_is_decoded_on_the_host(photos, monkeypatch):
         batches = list(loader.epoch(0))
         assert not loader.bad_files
     assert same(batches, reference)
+
+
+def test_which_jpegs_with_flipped_bits_are_bad(photos, tmp_path):
+    # The rule: torchvision's verdict, wherever it is asked (data.verify, `fastmim data check`), binds both loaders.
+    # Not asked, DALI uses what it can decode: some damaged files that torchvision refuses, and all that it takes.
+    chance = random.Random(0)
+    for i in range(60):
+        data = bytearray((photos / f"{i % 37:03d}.jpg").read_bytes())
+        if i % 2:
+            for _ in range(4):
+                data[chance.randrange(2, len(data))] ^= 1 << chance.randrange(8)
+        (tmp_path / f"{i:03d}.jpg").write_bytes(data)
+    bad: dict[tuple[str, str], set[str]] = {}
+    ids: dict[tuple[str, str], list[torch.Tensor]] = {}
+    for loader in ("torchvision", "dali"):
+        for verify in ("full", "none"):
+            with load(tmp_path, loader=loader, verify=verify, num_workers=1, max_bad_fraction=1.0) as images:
+                batches = [batch for epoch in range(3) for batch in images.epoch(epoch)]
+                bad[loader, verify] = set(images.bad_files)
+                ids[loader, verify] = [batch.sample_ids for batch in batches]
+    truth = set(check_images(tmp_path)[1])
+    assert 3 < len(truth) < 30 and all(int(Path(name).stem) % 2 for name in truth)
+    assert bad["torchvision", "full"] == bad["dali", "full"] == truth
+    assert bad["dali", "none"] <= bad["torchvision", "none"] <= truth
+    assert len({tuple(torch.cat(each).tolist()) for each in ids.values()}) == 1
 
 
 def test_mostly_bad_data_stops_the_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 
 import numpy as np
@@ -180,3 +181,96 @@ def test_random_bytes_never_do_worse_than_decode_error(jpeg):
             assert "\n" not in str(err)
         else:
             assert image.dtype == torch.uint8 and image.shape[0] == 3
+
+
+# Reasons.
+
+
+def tiff(samples: np.ndarray, *, planar: bool = False) -> bytes:
+    """An uncompressed little-endian TIFF of (H, W, C) samples of any type, by its specification: PIL writes few."""
+    height, width, count = samples.shape
+    kind = {"u": 1, "i": 2, "f": 3, "c": 6}[samples.dtype.kind]
+    raw = (samples.transpose(2, 0, 1) if planar else samples).tobytes()
+    plane = len(raw) // count
+    strips = [8 + plane * k for k in range(count)] if planar else [8]
+    sizes = [plane] * count if planar else [len(raw)]
+    tags = [(256, 3, [width]), (257, 3, [height]), (258, 3, [samples.dtype.itemsize * 8] * count), (259, 3, [1])]
+    tags += [(262, 3, [1]), (273, 4, strips), (277, 3, [count]), (278, 3, [height]), (279, 4, sizes)]
+    tags += [(284, 3, [2 if planar else 1]), (339, 3, [kind] * count)]
+    start = 8 + len(raw)
+    extra, entries, tail = start + 2 + 12 * len(tags) + 4, b"", b""
+    for tag, type_, values in tags:
+        packed = struct.pack(f"<{len(values)}{'H' if type_ == 3 else 'I'}", *values)
+        place = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", extra + len(tail))
+        tail += packed if len(packed) > 4 else b""
+        entries += struct.pack("<HHI", tag, type_, len(values)) + place
+    return b"II*\0" + struct.pack("<I", start) + raw + struct.pack("<H", len(tags)) + entries + bytes(4) + tail
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "planar", "reason"),
+    (
+        ("u2", 13, False, "13 uint16 samples a pixel (16-bit): not a kind"),
+        ("u1", 13, True, "13 uint8 samples a pixel (8-bit, in planes): not a kind"),
+        ("u1", 5, False, "5 uint8 samples a pixel (8-bit): not a kind"),
+        ("i2", 3, False, "3 int16 samples a pixel (16-bit): not a kind"),
+        ("f4", 3, False, "3 float32 samples a pixel (32-bit): not a kind"),
+        ("f2", 1, False, "1 float16 sample a pixel (16-bit): not a kind"),
+        ("f8", 1, False, "1 float64 sample a pixel (64-bit): not a kind"),
+        ("c8", 1, False, "1 complex64 sample a pixel (64-bit): not a kind"),
+        ("i1", 1, False, "1 int8 sample a pixel (8-bit): no range"),
+        ("i2", 1, False, "1 int16 sample a pixel (16-bit): no range"),
+        ("i4", 1, False, "1 int32 sample a pixel (32-bit): no range"),
+        ("u4", 1, False, "1 uint32 sample a pixel (32-bit): no range"),
+        ("f4", 1, False, "1 float32 sample a pixel (32-bit): no range"),
+    ),
+)  # fmt: skip
+def test_a_tiff_is_refused_for_what_it_holds(dtype, count, planar, reason):
+    data = tiff(np.ones((9, 9, count), f"<{dtype}"), planar=planar)
+    with pytest.raises(DecodeError) as caught:
+        decode_image(data)
+    assert str(caught.value).startswith(f"TIFF with {reason}")
+
+
+def test_a_tiff_of_one_unsigned_sample_is_read():
+    samples = np.arange(81, dtype=np.uint8).reshape(9, 9, 1)
+    assert np.array_equal(decode_image(tiff(samples), in_chans=1)[0], samples[..., 0])
+    assert np.array_equal(decode_image(tiff(samples.astype("<u2") * 257), in_chans=1)[0], samples[..., 0])
+
+
+def test_a_deep_pgm_keeps_its_high_byte():
+    samples = np.random.default_rng(0).integers(0, 65536, (9, 9))
+    data = b"P5 9 9 65535\n" + samples.astype(">u2").tobytes()
+    assert np.array_equal(decode_image(data, in_chans=1)[0], samples >> 8)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    (
+        (b"GIF89a" + bytes(3), "damaged GIF"),
+        (b"II*\0" + bytes(9), "damaged TIFF"),
+        (b"MM\0*" + b"\xff" * 9, "damaged TIFF"),
+        (b"BM" + bytes(3), "damaged BMP"),
+        (b"\xff\xd8\xff\xe0", "damaged JPEG"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "not an image"),
+        (b"<svg></svg>", "not an image"),
+    ),
+)
+def test_a_damaged_image_is_not_called_something_else(data, reason):
+    with pytest.raises(DecodeError, match=f"^{reason}"):
+        decode_image(data, loader="pil")
+
+
+@pytest.mark.parametrize("in_chans", (1, 3, 4))
+@pytest.mark.parametrize("mode", ("LAB", "CMYK", "YCbCr", "RGB", "L", "RGBA", "P"))
+def test_every_mode_gives_every_number_of_channels(mode, in_chans):
+    rgb = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    image = Image.new(mode, (9, 9), 7) if mode == "LAB" else Image.fromarray(rgb).convert(mode)
+    out = io.BytesIO()
+    image.save(out, "TIFF")
+    got = decode_image(out.getvalue(), in_chans=in_chans)
+    assert got.shape == (in_chans, 9, 9)
+    if in_chans == 1 and mode != "L":
+        through = Image.fromarray(decode_image(out.getvalue()).permute(1, 2, 0).numpy()).convert("L")
+        assert np.abs(np.asarray(through).astype(int) - got[0].numpy()).max() <= 1

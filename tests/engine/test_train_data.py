@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastmim.data import pack_images
+from fastmim.data import pack_images, pool
+from fastmim.data.source import FileIndex
 from fastmim.engine.train import train
 
 
@@ -41,3 +45,40 @@ def test_dali_trains_and_goes_on_bit_for_bit(settings, pictures, tmp_path):
 def test_synthetic_images_need_no_folder(settings, tmp_path):
     result = train(settings(tmp_path, train__steps=2, data__path=None, data__loader="synthetic", output__pictures=2))
     assert len(losses(tmp_path)) == 2 and not result.bad_files
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_run_that_waits_for_data_is_saved_when_it_is_to_stop(settings, tmp_path, monkeypatch, number):
+    # a network file system that hangs: the reads of the third step never come back
+    monkeypatch.setattr(pool, "_PATIENCE", 0.1)
+    trainer, read, reads = os.getpid(), FileIndex.read, []
+
+    def hanging(index, i):
+        reads.append(i)
+        if len(reads) > 2 * options["train__micro_batch_size"]:
+            os.kill(trainer, number)
+            time.sleep(1000)
+        return read(index, i)
+
+    options = dict(data__num_workers=1, data__verify="none", output__pictures=0, train__micro_batch_size=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileIndex, "read", hanging)
+        result = train(settings(tmp_path / "run", train__steps=6, train__grad_accum_steps=1, **options))
+    assert result.interrupted and result.steps <= 2
+    resumed = train(settings(tmp_path / "run", train__steps=6, train__grad_accum_steps=1, **options))
+    assert resumed.steps == 6 and not resumed.bad_files
+
+
+def test_a_file_that_crashes_its_decoder_is_named_and_the_run_goes_on(settings, tmp_path, monkeypatch):
+    read = FileIndex.read
+
+    def deadly(index, i):
+        if i == 3:
+            signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return read(index, i)
+
+    monkeypatch.setattr(FileIndex, "read", deadly)
+    result = train(settings(tmp_path, train__steps=12, data__num_workers=2, data__verify="none", output__pictures=0))
+    assert result.steps == 12 and list(result.bad_files.values()) == ["its decoder crashed (SIGSEGV)"]
+    assert json.loads((tmp_path / "bad_files.json").read_text()) == result.bad_files
