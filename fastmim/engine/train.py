@@ -142,5 +142,6 @@ def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], st
         val_batches=train.val_batches,
         tensorboard=cfg.output.tensorboard,
         encoder=cfg.model.encoder_kwargs(),
+        statistics={"mean": list(cfg.data.mean), "std": list(cfg.data.std)},
         **images,
     )

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastmim._version import __version__
 from fastmim.engine.checkpoint.save import find_resume, read_state
 from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
 
@@ -45,11 +46,21 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False) -> 
         raise ValueError(f"{checkpoint}: no complete checkpoint there; give a step-… folder or a run's output folder")
     run = read_state(folder)["run"]
     keys = {key.removeprefix("model."): value for key, value in run.items() if key.startswith("model.")}
-    return consolidate(folder, out, encoder={k: v for k, v in keys.items() if v is not None}, whole=whole)
+    encoder = {key: value for key, value in keys.items() if value is not None}
+    statistics = {key: run.get(f"data.{key}") for key in ("mean", "std")}
+    return consolidate(folder, out, encoder=encoder, statistics=statistics, whole=whole)
 
 
-def consolidate(folder: Path, out: Path, *, encoder: dict[str, Any] | None = None, whole: bool = False) -> Path:
-    """:func:`convert` for a checkpoint folder; ``encoder`` is noted in the file's metadata."""
+def consolidate(
+    folder: Path,
+    out: Path,
+    *,
+    encoder: dict[str, Any] | None = None,
+    statistics: dict[str, Any] | None = None,
+    whole: bool = False,
+) -> Path:
+    """:func:`convert` for a checkpoint folder; ``encoder`` and ``statistics`` (mean, std of the images) are noted in
+    the file's metadata."""
     try:
         shards = Shards(folder)
         prefix = "" if whole else _ENCODER
@@ -60,7 +71,8 @@ def consolidate(folder: Path, out: Path, *, encoder: dict[str, Any] | None = Non
             Entry(name.removeprefix(prefix), torch.float32, shards.shapes[name], partial(_weight, shards, name))
             for name in names
         ]
-        metadata = {"format": "pt", "source": "fastmim", "encoder": json.dumps(encoder or {})}
+        metadata = {"format": "pt", "source": "fastmim", "version": __version__, "encoder": json.dumps(encoder or {})}
+        metadata |= {"statistics": json.dumps(statistics)} if statistics else {}
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         write_safetensors(temporary, entries, metadata)
