@@ -11,7 +11,7 @@ from fastmim.config import Config, save_config
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.build import Parts, build, make_loader
-from fastmim.engine.checkpoint import check_same_run, find_resume, load_checkpoint, read_state, set_aside
+from fastmim.engine.checkpoint import check_same_run, load_checkpoint, set_aside, whole_checkpoint
 from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.loop import train_step
@@ -91,6 +91,26 @@ def held_out_images(cfg: Config, parts: Parts, world: World, stack: ExitStack) -
     return {"val_loader": val_loader, "picture_batch": batch}
 
 
+def choose_checkpoint(resume: str, root: Path, world: World) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that ``train.resume`` means, read through by rank 0 and found whole, and its state; every rank
+    calls it.
+
+    Raises:
+        ValueError: there is none at that path, or it is damaged; names the newest whole one before it.
+    """
+    found: tuple[Path | None, dict[str, Any]] = (None, {})
+    refusal = None
+    if world.is_main:
+        try:
+            found = whole_checkpoint(resume, root)
+        except ValueError as error:
+            refusal = str(error)
+    found, refusal = distributed.broadcast((found, refusal))
+    if refusal is not None:
+        raise ValueError(refusal)
+    return found
+
+
 def resume(cfg: Config, engine: Engine, world: World, stored: dict[str, Any]) -> int:
     """Load the checkpoint that ``train.resume`` means, if any, and return the steps already done.
 
@@ -99,10 +119,9 @@ def resume(cfg: Config, engine: Engine, world: World, stored: dict[str, Any]) ->
     """
     folder = Path(cfg.output.dir)
     root = folder / "checkpoints"
-    path = find_resume(cfg.train.resume, root)
+    path, state = choose_checkpoint(cfg.train.resume, root, world)
     start = 0
     if path is not None:
-        state = read_state(path)
         check_same_run(state["run"], stored["run"], path)
         start = state["engine"]["step"]
         if start > stored["total"]:

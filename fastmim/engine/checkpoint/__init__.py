@@ -1,4 +1,5 @@
-"""Checkpoints: written and found again (save), in pieces of any number of ranks (shards), as one file (convert)."""
+"""Checkpoints: written and found again (save), read through (whole), in pieces of any number of ranks (shards), as one
+file (convert)."""
 
 from fastmim.engine.checkpoint.convert import consolidate, convert
 from fastmim.engine.checkpoint.save import (
@@ -10,9 +11,11 @@ from fastmim.engine.checkpoint.save import (
     save_checkpoint,
     set_aside,
 )
+from fastmim.engine.checkpoint.whole import check_whole, whole_checkpoint
 
 __all__ = [
     "check_same_run",
+    "check_whole",
     "consolidate",
     "convert",
     "find_resume",
@@ -21,4 +24,5 @@ __all__ = [
     "read_state",
     "save_checkpoint",
     "set_aside",
+    "whole_checkpoint",
 ]

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastmim._version import __version__
-from fastmim.engine.checkpoint.save import find_resume, read_state
+from fastmim.engine.checkpoint.save import find_resume
 from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
+from fastmim.engine.checkpoint.whole import check_whole, instead_of
 
 _ENCODER = "encoder."
 
@@ -33,7 +34,8 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False) -> 
         ``out``.
 
     Raises:
-        ValueError: no checkpoint there, a damaged one, or a name that does not end in .safetensors.
+        ValueError: no checkpoint there, one that ``train.resume`` would refuse as damaged, or a name that does not end
+            in .safetensors.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
@@ -44,7 +46,10 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False) -> 
         folder = None
     if folder is None:
         raise ValueError(f"{checkpoint}: no complete checkpoint there; give a step-… folder or a run's output folder")
-    run = read_state(folder)["run"]
+    try:
+        run = check_whole(folder)["run"]
+    except ValueError as error:
+        raise ValueError(f"{error}; {instead_of(folder, 'convert {path}')}") from None
     keys = {key.removeprefix("model."): value for key, value in run.items() if key.startswith("model.")}
     encoder = {key: value for key, value in keys.items() if value is not None}
     statistics = {key: run.get(f"data.{key}") for key in ("mean", "std")}
