@@ -150,6 +150,9 @@ class TrainSection(Section):
     resume: Path = Field(
         "auto", description="auto: newest checkpoint in output.dir; last_whole: newest undamaged one; none; or a path"
     )
+    resume_changes: Literal["refuse", "allow"] = Field(
+        "refuse", description="allow: rates, clip_grad and schedule may differ from the checkpoint's, and are noted"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from fastmim.engine.checkpoint.save import (
     read_state,
     save_checkpoint,
     set_aside,
+    step_of,
 )
 from fastmim.engine.checkpoint.whole import check_whole, whole_checkpoint
 
@@ -24,5 +25,6 @@ __all__ = [
     "read_state",
     "save_checkpoint",
     "set_aside",
+    "step_of",
     "whole_checkpoint",
 ]

@@ -32,6 +32,14 @@ log = logging.getLogger("fastmim")
 FORMAT = 1
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
+CHANGEABLE = frozenset(
+    f"optim.{key}"
+    for key in (
+        "lr", "warmup_lr", "min_lr", "lr_batch", "clip_grad", "schedule", "warmup_epochs", "warmup_steps", "milestones",
+        "milestone_steps", "decay_epochs", "decay_steps", "gamma", "cosine_after_warmup", "schedule_lag",
+    )
+)  # fmt: skip
+"""What may change where a run goes on from a checkpoint: nothing that the weights or the moments depend on by meaning."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -235,21 +243,46 @@ def seed_rank(seed: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + rank + 1) % 2**63)
 
 
-def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+def check_same_run(
+    stored: Mapping[str, Any], current: Mapping[str, Any], path: Path, *, allow: bool = False
+) -> dict[str, list[Any]]:
     """Refuse to continue a run with settings that would make it another run.
 
     Args:
         stored: flat settings (``"model.name": …``) of the checkpoint.
         current: those of this run.
         path: the checkpoint, for the message.
+        allow: those of :data:`CHANGEABLE` may differ.
+
+    Returns:
+        [stored, current] of each that does, by its key.
 
     Raises:
-        ValueError: naming every setting that differs, with both values.
+        ValueError: naming every setting that differs, with both values, and those that may never change.
     """
-    keys = [key for key in {**stored, **current} if stored.get(key) != current.get(key)]
-    if keys:
-        differences = "; ".join(f"{key}={current.get(key)} (checkpoint: {stored.get(key)})" for key in keys)
+    changes = {
+        key: [stored.get(key), current.get(key)]
+        for key in {**stored, **current}
+        if stored.get(key) != current.get(key)
+    }
+    fixed = [key for key in changes if key not in CHANGEABLE]
+    if fixed:
         raise ValueError(
-            f"{differences}: {path} is another run; restore these settings, choose another output.dir, "
-            "or start over with train.resume=none"
+            f"{_listed(changes)}: {path} is another run: {', '.join(fixed)} may never change (rates, optim.clip_grad "
+            "and the schedule may, with train.resume_changes=allow); restore these settings, choose another "
+            "output.dir, or start over with train.resume=none"
         )
+    if changes and not allow:
+        raise ValueError(
+            f"{_listed(changes)}: {path} is another run; let them change from there on with "
+            "train.resume_changes=allow, restore them, choose another output.dir, or start over with train.resume=none"
+        )
+    return changes
+
+
+def _listed(changes: Mapping[str, list[Any]]) -> str:
+    return "; ".join(f"{key}={_shown(new)} (checkpoint: {_shown(old)})" for key, (old, new) in changes.items())
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)[:80]
