@@ -148,7 +148,12 @@ class TrainSection(Section):
     val_every: Count = Field(0, description="steps between validations, 0 = at the end only")
     val_batches: Positive | None = Field(None, description="micro-batches per validation, null = all of val_path")
     picture_every: Count = Field(0, description="steps between reconstruction pictures, 0 = at the end only")
-    resume: Path = Field("auto", description="auto: newest checkpoint in output.dir; none; or a checkpoint's path")
+    resume: Path = Field(
+        "auto", description="auto: newest checkpoint in output.dir; last_whole: newest undamaged one; none; or a path"
+    )
+    resume_changes: Literal["refuse", "allow"] = Field(
+        "refuse", description="allow: rates, clip_grad and schedule may differ from the checkpoint's, and are noted"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -138,7 +138,10 @@ def make_objective(cfg: Config, world: World, deepspeed: dict[str, Any] | None =
 
     def load(objective: Any) -> None:
         if cfg.model.init_from is not None:
-            load_weights(objective, cfg.model.init_from)
+            try:
+                load_weights(objective, cfg.model.init_from)
+            except ValueError as error:
+                raise ValueError(f"model.init_from={error}") from None
 
     def construct() -> Any:
         return recomputed_objective(cfg)

@@ -19,14 +19,22 @@ log = logging.getLogger("fastmim")
 
 
 class NonFiniteError(FloatingPointError):
-    """Update ``step`` (from 1) met a non-finite gradient. The weights are still those before it."""
+    """Update ``step`` (from 1) met a non-finite gradient. The weights are still those before it.
 
-    def __init__(self, step: int, where: str | None = None) -> None:
+    Args:
+        step: the update.
+        where: the module to blame.
+        resume: the ``train.resume`` that goes back further, where the newest checkpoint has the weights that failed.
+    """
+
+    def __init__(self, step: int, where: str | None = None, resume: str | None = None) -> None:
         self.step = step
         place = f": {where}" if where else ""
+        back = f"; if the weights of step {step - 1} are spoilt already, go back with train.resume={resume}"
         super().__init__(
             f"non-finite loss or gradient at step {step}{place}; "
-            "lower optim.lr, set optim.clip_grad or use efficiency.precision=fp32"
+            "lower optim.lr or set optim.clip_grad (a run that resumes takes them with train.resume_changes=allow), "
+            f"or use efficiency.precision=fp32{back if resume else ''}"
         )
 
 

@@ -84,6 +84,7 @@ class Run:
         picture_batch: (images, sample_ids) to draw, or None.
         tensorboard: also write event files.
         encoder: keyword arguments that built the encoder, noted in the exported file.
+        statistics: mean and std that normalised the images, noted there too.
     """
 
     def __init__(
@@ -104,11 +105,12 @@ class Run:
         picture_batch: tuple[Tensor, Tensor] | None = None,
         tensorboard: bool = False,
         encoder: dict[str, Any] | None = None,
+        statistics: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.engine, self.world, self.total = folder, engine, world, total
         self.global_batch_size, self.every, self.keep, self.stored = global_batch_size, every, keep, stored
         self.loader, self.val_loader, self.val_batches = loader, val_loader, val_batches
-        self.picture_batch, self.encoder = picture_batch, encoder
+        self.picture_batch, self.encoder, self.statistics = picture_batch, encoder, statistics
         self.clock = StepClock()
         self.progress = Progress(total_steps=total, start=start, enabled=world.is_main)
         self.metrics = Metrics(folder, start=start, tensorboard=tensorboard, enabled=world.is_main)
@@ -190,7 +192,7 @@ class Run:
         if not distributed.broadcast(picture.exists()):
             self._picture(self.total)  # resumed at the very end
         if self.world.is_main:
-            consolidate(checkpoint, encoder, encoder=self.encoder)
+            consolidate(checkpoint, encoder, encoder=self.encoder, statistics=self.statistics)
             curve = save_curve(read_rows(self.folder / "metrics.jsonl"), self.folder / "loss.png")
         distributed.barrier()
         result = self._result(

@@ -12,7 +12,7 @@ from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.build import Parts, build, make_loader
-from fastmim.engine.checkpoint import check_same_run, find_resume, load_checkpoint, read_state, set_aside
+from fastmim.engine.checkpoint import check_same_run, list_checkpoints, load_checkpoint, set_aside, step_of, whole_checkpoint
 from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.loop import train_step
@@ -64,8 +64,17 @@ def train(cfg: Config) -> TrainResult:
             return run.interrupted()
         except NonFiniteError as error:
             where = find_culprit(engine, loader, step=error.step, seed=seed)
-            raise NonFiniteError(error.step, where) from None
+            back = distributed.broadcast(earlier_checkpoint(run.folder / "checkpoints", error.step - 1))
+            raise NonFiniteError(error.step, where, back) from None
         return run.finish()
+
+
+def earlier_checkpoint(root: Path, step: int) -> str | None:
+    """What ``train.resume`` takes to go back behind ``step``, where the newest checkpoint is of it; else None."""
+    found = list_checkpoints(root)
+    if not found or step_of(found[-1]) != step:
+        return None
+    return str(found[-2]) if len(found) > 1 else "none"
 
 
 def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
@@ -99,24 +108,49 @@ def held_out_images(cfg: Config, parts: Parts, world: World, stack: ExitStack) -
     return {"val_loader": val_loader, "picture_batch": batch}
 
 
+def choose_checkpoint(resume: str, root: Path, world: World) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that ``train.resume`` means, read through by rank 0 and found whole, and its state; every rank
+    calls it.
+
+    Raises:
+        ValueError: there is none at that path, or it is damaged; names the newest whole one before it.
+    """
+    found: tuple[Path | None, dict[str, Any]] = (None, {})
+    refusal = None
+    if world.is_main:
+        try:
+            found = whole_checkpoint(resume, root)
+        except ValueError as error:
+            refusal = str(error)
+    found, refusal = distributed.broadcast((found, refusal))
+    if refusal is not None:
+        raise ValueError(refusal)
+    return found
+
+
 def resume(cfg: Config, engine: Engine, world: World, stored: dict[str, Any]) -> int:
     """Load the checkpoint that ``train.resume`` means, if any, and return the steps already done.
+
+    What has changed since, in this resumption and in earlier ones, is noted in ``stored["changes"]``.
 
     Raises:
         ValueError: it belongs to another run, or is further than this run goes.
     """
     folder = Path(cfg.output.dir)
     root = folder / "checkpoints"
-    path = find_resume(cfg.train.resume, root)
+    path, state = choose_checkpoint(cfg.train.resume, root, world)
     start = 0
     if path is not None:
-        state = read_state(path)
-        check_same_run(state["run"], stored["run"], path)
+        changes = check_same_run(state["run"], stored["run"], path, allow=cfg.train.resume_changes == "allow")
         start = state["engine"]["step"]
         if start > stored["total"]:
             raise ValueError(f"train.steps={stored['total']}: {path} is at step {start} already; raise it")
         if state["total"] != stored["total"]:
             log.warning("the run was %d steps long and is %d now", state["total"], stored["total"])
+            changes["train.steps"] = [state["total"], stored["total"]]
+        stored["changes"] = state.get("changes", []) + ([{"step": start, **changes}] if changes else [])
+        for key, (old, new) in changes.items():
+            log.info("from step %d on %s=%s (before: %s)", start, key, new, old)
         if state["images"] != stored["images"]:
             log.warning("the list of image files has changed since %s was written", path)
         load_checkpoint(path, engine, world=world, seed=cfg.train.seed)
@@ -150,5 +184,6 @@ def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], st
         val_batches=train.val_batches,
         tensorboard=cfg.output.tensorboard,
         encoder=cfg.model.encoder_kwargs(),
+        statistics={"mean": list(cfg.data.mean), "std": list(cfg.data.std)},
         **images,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,8 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from fastmim._version import __version__
+
+from .facts import check_facts, read_facts
+from .inert import read_torch_file
+from .names import find_state_dict, split_prefix
+
+log = logging.getLogger("fastmim")
 
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
 """Recomputed at construction; never loaded."""
@@ -24,11 +34,30 @@ class LoadReport:
         names: Foreign name → own parameter name, of every tensor loaded.
         skipped: Foreign names that hold no weights of this model (buffers, classifier heads).
         initialised: Own parameters that the source does not have and that keep their initial values.
+        place: Where in the file the tensors were, such as ``teacher`` or ``model``; empty at its top.
+        prefix: What stood before the names of the encoder, such as ``backbone.``.
+        not_read: What else the file holds, by its key or by the kind of object.
+        notes: What the file says of its weights that differs here.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
+    place: str = ""
+    prefix: str = ""
+    not_read: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        under = "".join([f" from {self.place}" if self.place else "", f" under {self.prefix}" if self.prefix else ""])
+        parts = [f"{len(self.names)} tensors loaded{under}"]
+        for what, names in (("new", self.initialised), ("skipped", self.skipped), ("not read", self.not_read)):
+            parts.append(f"{len(names)} {what}" + (f" ({_some(names)})" if names else ""))
+        return ", ".join(parts)
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(name[:80] for name in names[:most]) + (", …" if len(names) > most else "")
 
 
 def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
@@ -44,7 +73,7 @@ def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadR
     Raises:
         ValueError: A tensor is unknown, missing or of another shape; all are named.
     """
-    tensors = _unwrap(state_dict)
+    tensors = find_state_dict(state_dict).tensors
     report = LoadReport(skipped=[k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS])
     report.names = {k: _own_name(k) for k in tensors if k not in set(report.skipped)}
     _copy(objective, tensors, report, optional=())
@@ -59,7 +88,7 @@ def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
     Raises:
         ValueError: A tensor of the encoder is unknown, missing or of another shape; all are named.
     """
-    tensors = _unwrap(state_dict)
+    tensors = find_state_dict(state_dict).tensors
     skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith("head.")}
     report = LoadReport(skipped=sorted(skip))
     old = "layers.0.downsample.reduction.weight" in tensors
@@ -73,16 +102,46 @@ def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
 
 
 def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
-    """Load a ``.safetensors`` or PyTorch file of any known kind: ours, Microsoft's or timm's.
+    """Load a ``.safetensors`` or PyTorch file of any known kind: ours, Microsoft's, timm's, or one that wraps those.
 
-    PyTorch files are read with ``weights_only``: no code in them is run.
+    No code in a file is run. What was loaded, what is new and what was skipped is logged.
 
     Raises:
-        ValueError: The file is missing, unreadable, of an unknown kind, or does not fit the model.
+        ValueError: The file is missing, unreadable, of an unknown kind, holds a number that is not finite, does not
+            fit the model, or was trained with another window than the model's position biases have.
     """
-    tensors = _unwrap(read_tensors(path))
+    content, replaced, facts = _read(path)
+    try:
+        found = find_state_dict(content)
+        tensors, prefix = _under_prefix(objective, found.tensors)
+        notes = check_facts(objective, facts, tensors)
+        report = _load_kind(objective, tensors)
+    except ValueError as error:
+        beside = f" (the file also holds {_some(replaced)}, which is not run)" if replaced else ""
+        raise ValueError(f"{path}: {error}{beside}") from None
+    report.place, report.prefix, report.notes = found.place, prefix, notes
+    report.not_read = found.passed_over + replaced
+    report.skipped += [name for name in found.tensors if name.removeprefix(prefix) not in tensors]
+    written = f"; written by fastmim {facts['version']}" if facts.get("version", __version__) != __version__ else ""
+    log.info("%s: %s%s", path, report, written)
+    for note in notes:
+        log.warning("%s: %s", path, note)
+    return report
+
+
+def _under_prefix(objective: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the objective, or else of the encoder alone, without the prefix of their names."""
+    prefix = split_prefix(tensors)
     own = {name for name, _ in objective.named_parameters()}
-    if own <= set(tensors):
+    outer = prefix.removesuffix("encoder.")
+    whole = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name.startswith(outer)}
+    if own <= whole.keys() or "decoder.0.weight" in whole:
+        return whole, outer
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}, prefix
+
+
+def _load_kind(objective: nn.Module, tensors: dict[str, Tensor]) -> LoadReport:
+    if {name for name, _ in objective.named_parameters()} <= tensors.keys():
         report = LoadReport(names={k: k for k in tensors})
         _copy(objective, tensors, report, optional=())
         return report
@@ -91,38 +150,29 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
     if "patch_embed.proj.weight" in tensors:
         return load_timm(objective, tensors)
     raise ValueError(
-        f"{path}: neither a SimMIM checkpoint (decoder.0.weight) nor an encoder "
+        "neither a SimMIM checkpoint (decoder.0.weight) nor an encoder "
         f"(patch_embed.proj.weight); its first names are {', '.join(list(tensors)[:3])}"
     )
 
 
-def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Read a weight file without running anything in it.
+def _read(path: str | Path) -> tuple[Any, list[str], dict[str, Any]]:
+    """The content of a weight file, the kinds of objects in it that were not read, and its facts.
 
     Raises:
         ValueError: The file is missing or is not a weight file.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such weight file")
+        raise ValueError(f"{path}: no such weight file" if not path.exists() else f"{path}: not a regular file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            with safe_open(path, framework="pt") as file:
+                facts = read_facts(file.metadata())
+            return load_file(path), [], facts
+        return *read_torch_file(path), {}
     except Exception as error:  # torch and safetensors raise half a dozen types for a broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable weight file ({reason})") from None
-
-
-def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in ("model", "state_dict", "module"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-    tensors = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    strange = [k for k, v in tensors.items() if not isinstance(v, Tensor)]
-    if strange or not tensors:
-        raise ValueError(f"state_dict: expected tensors by name, got {strange[:3] or 'nothing'}")
-    return tensors
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: not a readable weight file ({reason[:200]})") from None
 
 
 def _own_name(name: str) -> str:
@@ -138,6 +188,7 @@ def _shift_downsample(name: str) -> str:
 
 def _copy(objective: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, optional: list[str] | tuple) -> None:
     own = dict(objective.named_parameters())
+    _check_numbers({key: tensors[key] for key in report.names})
     unknown = [k for k, v in report.names.items() if v not in own]
     missing = [k for k in own if k not in set(report.names.values()) and k not in optional]
     shapes = [
@@ -155,6 +206,17 @@ def _copy(objective: nn.Module, tensors: Mapping[str, Tensor], report: LoadRepor
     with torch.no_grad():
         for key, name in report.names.items():
             own[name].copy_(tensors[key].reshape(own[name].shape))
+
+
+def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    """Weights are floating-point numbers, all of them finite."""
+    integers = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    if integers:
+        raise ValueError(f"{integers[0]} is of {tensors[integers[0]].dtype}: expected floating-point weights")
+    bad = [key for key, tensor in tensors.items() if not tensor.is_meta and not bool(torch.isfinite(tensor).all())]
+    if bad:
+        count = f"{len(bad)} tensors, the first of them {bad[0]}, hold" if len(bad) > 1 else f"{bad[0]} holds"
+        raise ValueError(f"{count} numbers that are not finite: the file is damaged or its run failed; use another")
 
 
 def _same_shape(source: Tensor, target: Tensor) -> bool:

@@ -51,7 +51,9 @@ def create_encoder(encoder: dict[str, Any], *, impl: str = "auto") -> Encoder:
             f"encoder {unknown[0]}={kwargs[unknown[0]]!r}: {name} has no such argument; "
             f"it takes {', '.join(sorted(known))}"
         )
-    return cls(**kwargs, impl=impl)
+    built = cls(**kwargs, impl=impl)
+    built.settings = encoder_settings(encoder)
+    return built
 
 
 def encoder_settings(encoder: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .layers import to_pair
@@ -49,6 +50,14 @@ def patch_grid(img_size: Pair, patch_size: int) -> Pair:
         shown = img_size[0] if square else list(img_size)
         raise ValueError(f"img_size={shown}: not divisible by patch_size {patch_size}; use {' or '.join(options)}")
     return img_size[0] // patch_size, img_size[1] // patch_size
+
+
+def window_sizes(settings: Mapping[str, Any]) -> list[Pair]:
+    """Of each stage of a Swin the window in tokens; one larger than the map shrinks to it."""
+    rows, columns = patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
+    height, width = to_pair(settings["window_size"], "window_size")
+    maps = [(math.ceil(rows / 2**stage), math.ceil(columns / 2**stage)) for stage in range(len(settings["depths"]))]
+    return [(min(height, rows), min(width, columns)) for rows, columns in maps]
 
 
 def check_heads(num_heads: int, embed_dim: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ import fastmim_kernels as fk
 
 from .layers import Mlp, PatchEmbed, drop_path_rates, to_pair, trunc_normal_
 from .read_rows import put
-from .rules import check_stages, patch_grid
+from .rules import check_stages, patch_grid, window_sizes
 from .stream import Step, check_residual_dtype, normalise, start_stream, stream_dtype
 from .swin_shared import SharedInputs
 from .window_attention import WindowAttention
@@ -140,6 +141,8 @@ class SwinTransformer(nn.Module):
     """
 
     stage = SwinStage
+    #: What it was built from, of :func:`fastmim.models.encoder_settings`.
+    settings: dict[str, Any]
 
     def __init__(
         self,
@@ -173,9 +176,7 @@ class SwinTransformer(nn.Module):
         extra = _extra_norms(depths, extra_norm_period, extra_norm_scope)
         pretrained = _per_stage(pretrained_window_size, len(depths))
         maps = [(math.ceil(self.grid[0] / 2**s), math.ceil(self.grid[1] / 2**s)) for s in stages]
-        largest = to_pair(window_size, "window_size")
-        # A window larger than the map shrinks to it.
-        windows = [(min(largest[0], rows), min(largest[1], columns)) for rows, columns in maps]
+        windows = window_sizes(dict(img_size=img_size, patch_size=patch_size, window_size=window_size, depths=depths))
         own = [(embed_dim * 2**s, num_heads[s], maps[s], windows[s], mlp_ratio, qkv_bias, extra[s]) for s in stages]
         self.layers = nn.ModuleList(self.stage(*own[s], impl, downsample=s > 0) for s in stages)
         self.last_map = maps[-1]

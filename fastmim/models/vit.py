@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,9 @@ class VisionTransformer(nn.Module):
         abs_pos_embed: Learned absolute positions.
         residual_dtype: "auto" or "fp32", see :func:`fastmim.models.stream.stream_dtype`.
     """
+
+    #: What it was built from, of :func:`fastmim.models.encoder_settings`.
+    settings: dict[str, Any]
 
     def __init__(
         self,

@@ -155,6 +155,18 @@ def test_another_run_is_refused():
         check_same_run(stored, stored | {"model.name": "swinv2", "optim.lr": 0.2}, Path("c"))
 
 
+def test_what_may_change_and_what_may_never():
+    stored = {"model.name": "swin", "optim.lr": 0.1, "optim.clip_grad": None, "optim.betas": [0.9, 0.999]}
+    slower = stored | {"optim.lr": 0.01, "optim.clip_grad": 1.0}
+    with pytest.raises(ValueError, match=r"optim.clip_grad=1.0 \(checkpoint: null\).*train.resume_changes=allow"):
+        check_same_run(stored, slower, Path("c"))
+    changes = check_same_run(stored, slower, Path("c"), allow=True)
+    assert changes == {"optim.lr": [0.1, 0.01], "optim.clip_grad": [None, 1.0]}
+    for key, value in {"model.name": "swinv2", "optim.betas": [0.8, 0.9]}.items():
+        with pytest.raises(ValueError, match=rf"{key}=.*another run: {key} may never change"):
+            check_same_run(stored, slower | {key: value}, Path("c"), allow=True)
+
+
 @pytest.mark.parametrize("name", ["state.json", "rng.safetensors"])
 def test_a_damaged_file_is_named(tmp_path, name):
     path = save(tmp_path, 1)

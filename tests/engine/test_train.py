@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -394,3 +395,40 @@ def test_ranks_stop_at_the_same_step(overrides, tmp_path):
     (path,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert path.name == f"step-{len(rows(tmp_path / 'run')):08d}"
     assert "interrupted at step" in output
+
+
+DIVERGING = dict(train__steps=8, train__save_every=1, optim__warmup_steps=6, data__num_workers=0)
+
+
+def test_the_advice_of_a_run_that_diverged_can_be_followed(settings, tmp_path):
+    """The update of step 2 spoils the weights; the checkpoint of step 1 is from before it."""
+    with pytest.raises(FloatingPointError, match="at step 3: .*train.resume_changes=allow.*go back with") as error:
+        train(settings(tmp_path, **DIVERGING, optim__lr=1e38, optim__clip_grad=None))
+    earlier = str(tmp_path / "checkpoints" / "step-00000001")
+    assert str(error.value).endswith(f"train.resume={earlier}")
+    followed = DIVERGING | {"optim__lr": 1e-3, "optim__clip_grad": 1.0, "train__resume": earlier}
+    with pytest.raises(ValueError, match=r"optim.lr=0.001 \(checkpoint: 1e\+38\).*train.resume_changes=allow"):
+        train(settings(tmp_path, **followed))
+    result = train(settings(tmp_path, **followed, train__resume_changes="allow"))
+    assert result.steps == 8 and [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
+    assert max(row["lr"] for row in rows(tmp_path)) <= 1e-3
+    state = json.loads((result.checkpoint_path / "state.json").read_text())
+    assert state["run"]["optim.lr"] == 1e-3
+    assert state["changes"] == [{"step": 1, "optim.lr": [1e38, 1e-3], "optim.clip_grad": [None, 1.0]}]
+    # It is the same run from here on, and a later change is noted behind the first.
+    longer = DIVERGING | {"optim__lr": 1e-3, "optim__clip_grad": 1.0, "train__steps": 9}
+    result = train(settings(tmp_path, **longer))
+    state = json.loads((result.checkpoint_path / "state.json").read_text())
+    assert [change["step"] for change in state["changes"]] == [1, 8]
+
+
+def test_a_changed_rate_gives_the_steps_of_that_rate(settings, tmp_path):
+    """The same weights and moments, with the rate of the new settings and nothing else."""
+    quick = dict(train__steps=6, train__save_every=3, optim__schedule="constant", data__num_workers=0)
+    train(settings(tmp_path / "a", **quick))
+    shutil.copytree(tmp_path / "a" / "checkpoints" / "step-00000003", tmp_path / "b" / "checkpoints" / "step-00000003")
+    changes = {"optim__lr": 0.0, "optim__warmup_lr": 0.0, "train__resume_changes": "allow"}
+    result = train(settings(tmp_path / "b", **quick | changes))
+    before = load_file(tmp_path / "b" / "checkpoints" / "step-00000003" / "model.safetensors")
+    after = load_file(result.checkpoint_path / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)

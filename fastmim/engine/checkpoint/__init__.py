@@ -1,4 +1,5 @@
-"""Checkpoints: written and found again (save), in pieces of any number of ranks (shards), as one file (convert)."""
+"""Checkpoints: written and found again (save), read through (whole), in pieces of any number of ranks (shards), as one
+file (convert)."""
 
 from fastmim.engine.checkpoint.convert import consolidate, convert
 from fastmim.engine.checkpoint.save import (
@@ -9,10 +10,13 @@ from fastmim.engine.checkpoint.save import (
     read_state,
     save_checkpoint,
     set_aside,
+    step_of,
 )
+from fastmim.engine.checkpoint.whole import check_whole, whole_checkpoint
 
 __all__ = [
     "check_same_run",
+    "check_whole",
     "consolidate",
     "convert",
     "find_resume",
@@ -21,4 +25,6 @@ __all__ = [
     "read_state",
     "save_checkpoint",
     "set_aside",
+    "step_of",
+    "whole_checkpoint",
 ]

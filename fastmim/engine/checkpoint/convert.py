@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastmim.engine.checkpoint.save import find_resume, read_state
+from fastmim._version import __version__
+from fastmim.engine.checkpoint.save import find_resume
 from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
+from fastmim.engine.checkpoint.whole import check_whole, instead_of
 
 _ENCODER = "encoder."
 
@@ -32,7 +34,8 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False) -> 
         ``out``.
 
     Raises:
-        ValueError: no checkpoint there, a damaged one, or a name that does not end in .safetensors.
+        ValueError: no checkpoint there, one that ``train.resume`` would refuse as damaged, or a name that does not end
+            in .safetensors.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
@@ -43,13 +46,26 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False) -> 
         folder = None
     if folder is None:
         raise ValueError(f"{checkpoint}: no complete checkpoint there; give a step-… folder or a run's output folder")
-    run = read_state(folder)["run"]
+    try:
+        run = check_whole(folder)["run"]
+    except ValueError as error:
+        raise ValueError(f"{error}; {instead_of(folder, 'convert {path}')}") from None
     keys = {key.removeprefix("model."): value for key, value in run.items() if key.startswith("model.")}
-    return consolidate(folder, out, encoder={k: v for k, v in keys.items() if v is not None}, whole=whole)
+    encoder = {key: value for key, value in keys.items() if value is not None}
+    statistics = {key: run.get(f"data.{key}") for key in ("mean", "std")}
+    return consolidate(folder, out, encoder=encoder, statistics=statistics, whole=whole)
 
 
-def consolidate(folder: Path, out: Path, *, encoder: dict[str, Any] | None = None, whole: bool = False) -> Path:
-    """:func:`convert` for a checkpoint folder; ``encoder`` is noted in the file's metadata."""
+def consolidate(
+    folder: Path,
+    out: Path,
+    *,
+    encoder: dict[str, Any] | None = None,
+    statistics: dict[str, Any] | None = None,
+    whole: bool = False,
+) -> Path:
+    """:func:`convert` for a checkpoint folder; ``encoder`` and ``statistics`` (mean, std of the images) are noted in
+    the file's metadata."""
     try:
         shards = Shards(folder)
         prefix = "" if whole else _ENCODER
@@ -60,7 +76,8 @@ def consolidate(folder: Path, out: Path, *, encoder: dict[str, Any] | None = Non
             Entry(name.removeprefix(prefix), torch.float32, shards.shapes[name], partial(_weight, shards, name))
             for name in names
         ]
-        metadata = {"format": "pt", "source": "fastmim", "encoder": json.dumps(encoder or {})}
+        metadata = {"format": "pt", "source": "fastmim", "version": __version__, "encoder": json.dumps(encoder or {})}
+        metadata |= {"statistics": json.dumps(statistics)} if statistics else {}
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         write_safetensors(temporary, entries, metadata)

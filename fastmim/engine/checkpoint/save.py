@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
+from fastmim.engine.checkpoint.shards import require_file
 from fastmim.engine.distributed import World
 
 log = logging.getLogger("fastmim")
@@ -31,6 +32,14 @@ log = logging.getLogger("fastmim")
 FORMAT = 1
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
+CHANGEABLE = frozenset(
+    f"optim.{key}"
+    for key in (
+        "lr", "warmup_lr", "min_lr", "lr_batch", "clip_grad", "schedule", "warmup_epochs", "warmup_steps", "milestones",
+        "milestone_steps", "decay_epochs", "decay_steps", "gamma", "cosine_after_warmup", "schedule_lag",
+    )
+)  # fmt: skip
+"""What may change where a run goes on from a checkpoint: nothing that the weights or the moments depend on by meaning."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -53,7 +62,8 @@ def find_resume(resume: str, root: Path) -> Path | None:
 
     Args:
         resume: ``"auto"`` (the last one under ``root``, if any), ``"none"``, or the path of a checkpoint, of
-            a ``checkpoints`` folder or of a run's output folder (its last checkpoint).
+            a ``checkpoints`` folder or of a run's output folder (its last checkpoint). (``"last_whole"`` is
+            :func:`fastmim.engine.checkpoint.whole.last_whole`.)
         root: the ``checkpoints`` folder of this run.
 
     Raises:
@@ -65,7 +75,7 @@ def find_resume(resume: str, root: Path) -> Path | None:
         own = list_checkpoints(root)
         return own[-1] if own else None
     path = Path(resume).expanduser()
-    if step_of(path) is not None and (path / STATE_FILE).is_file():
+    if step_of(path) is not None and path.is_dir() and not (path / "checkpoints").is_dir():
         return path
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:
@@ -135,6 +145,8 @@ def save_checkpoint(root: Path, engine: Engine, extra: Mapping[str, Any], *, kee
 def _complete(root: Path, partial: Path, final: Path, state: dict[str, Any], rng: list[dict[str, Tensor]]) -> None:
     generators = {f"{rank}.{kind}": one for rank, states in enumerate(rng) for kind, one in states.items()}
     save_file(generators, partial / RNG_FILE)
+    # What was written, for whoever wants to know later whether all of it is still there.
+    state["files"] = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     for path in partial.iterdir():
         _flush(path)
@@ -170,11 +182,14 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: unreadable, or written by another format.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"train.resume: cannot read {path / STATE_FILE}: {error}; use another") from None
-    if state.get("format") != FORMAT:
-        raise ValueError(f"train.resume: {path} has format {state.get('format')}, not {FORMAT}; use another")
+        state = json.loads(require_file(path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError) as error:  # a tree too deep for the parser is a RuntimeError
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        reason = reason.replace(f"{STATE_FILE} is", "it is")
+        raise ValueError(f"{path / STATE_FILE} cannot be read: {reason}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        raise ValueError(f"{path / STATE_FILE} has format {str(found)[:40]}, not {FORMAT}")
     return state
 
 
@@ -190,11 +205,11 @@ def load_checkpoint(path: Path, engine: Engine, *, world: World, seed: int) -> d
     Raises:
         ValueError: damaged, or its tensors do not fit this model.
     """
-    state = read_state(path)
     try:
+        state = read_state(path)
         engine.load(path)
-        rng = load_file(path / RNG_FILE)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        rng = load_file(require_file(path / RNG_FILE))
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"train.resume: cannot load {path}: {text}") from None
     engine.load_state(state["engine"])
@@ -228,21 +243,46 @@ def seed_rank(seed: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + rank + 1) % 2**63)
 
 
-def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+def check_same_run(
+    stored: Mapping[str, Any], current: Mapping[str, Any], path: Path, *, allow: bool = False
+) -> dict[str, list[Any]]:
     """Refuse to continue a run with settings that would make it another run.
 
     Args:
         stored: flat settings (``"model.name": …``) of the checkpoint.
         current: those of this run.
         path: the checkpoint, for the message.
+        allow: those of :data:`CHANGEABLE` may differ.
+
+    Returns:
+        [stored, current] of each that does, by its key.
 
     Raises:
-        ValueError: naming every setting that differs, with both values.
+        ValueError: naming every setting that differs, with both values, and those that may never change.
     """
-    keys = [key for key in {**stored, **current} if stored.get(key) != current.get(key)]
-    if keys:
-        differences = "; ".join(f"{key}={current.get(key)} (checkpoint: {stored.get(key)})" for key in keys)
+    changes = {
+        key: [stored.get(key), current.get(key)]
+        for key in {**stored, **current}
+        if stored.get(key) != current.get(key)
+    }
+    fixed = [key for key in changes if key not in CHANGEABLE]
+    if fixed:
         raise ValueError(
-            f"{differences}: {path} is another run; restore these settings, choose another output.dir, "
-            "or start over with train.resume=none"
+            f"{_listed(changes)}: {path} is another run: {', '.join(fixed)} may never change (rates, optim.clip_grad "
+            "and the schedule may, with train.resume_changes=allow); restore these settings, choose another "
+            "output.dir, or start over with train.resume=none"
         )
+    if changes and not allow:
+        raise ValueError(
+            f"{_listed(changes)}: {path} is another run; let them change from there on with "
+            "train.resume_changes=allow, restore them, choose another output.dir, or start over with train.resume=none"
+        )
+    return changes
+
+
+def _listed(changes: Mapping[str, list[Any]]) -> str:
+    return "; ".join(f"{key}={_shown(new)} (checkpoint: {_shown(old)})" for key, (old, new) in changes.items())
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)[:80]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,9 +77,20 @@ def shard_path(folder: Path, rank: int) -> Path:
     return folder / f"shard-{rank:05d}.safetensors"
 
 
+def require_file(path: Path) -> Path:
+    """``path``, if it is a regular file: opening a pipe or a device would wait, or read, for ever.
+
+    Raises:
+        RuntimeError: it is something else, or not there.
+    """
+    if not path.is_file():
+        raise RuntimeError(f"{path.name} is {'not a regular file' if path.exists() else 'missing'}")
+    return path
+
+
 def is_sharded(folder: Path) -> bool:
     """Whether a checkpoint consists of shards."""
-    return shard_path(folder, 0).is_file()
+    return any(folder.glob("shard-*.safetensors"))
 
 
 def write_shard(folder: Path, rank: int, pieces: Iterable[Piece], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -102,7 +113,7 @@ class Shards:
         folder: a checkpoint with shards, or with ``model.safetensors`` and ``optimizer.safetensors``.
 
     Raises:
-        OSError, safetensors.SafetensorError: a file is missing or damaged.
+        OSError, RuntimeError, safetensors.SafetensorError: a file is missing, damaged or of another checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,15 +129,17 @@ class Shards:
             pieces.sort(key=lambda piece: piece[0])
 
     def _add_shard(self, path: Path) -> None:
-        file = safe_open(path, framework="pt")
-        for name, shape in json.loads(file.metadata()["shapes"]).items():
-            self.shapes[name] = tuple(shape)
+        file = safe_open(require_file(path), framework="pt")
+        shapes = {name: tuple(shape) for name, shape in json.loads((file.metadata() or {})["shapes"]).items()}
+        if self.shapes not in ({}, shapes):
+            raise RuntimeError(f"{path.name} holds parts of another model than the shards before it")
+        self.shapes = shapes
         for key in file.keys():  # noqa: SIM118
             name, slot, start = key.rsplit("|", 2)
             self._add(name, slot, int(start), file, key)
 
     def _add_whole(self, path: Path, split: Callable[[str], Any]) -> None:
-        file = safe_open(path, framework="pt")
+        file = safe_open(require_file(path), framework="pt")
         for key in file.keys():  # noqa: SIM118
             name, slot = split(key)
             if slot == WEIGHT:
@@ -140,6 +153,25 @@ class Shards:
     def slots(self, name: str) -> list[str]:
         """What is stored of a parameter: ``weight`` and the optimiser's values."""
         return [slot for key, slot in self._pieces if key == name]
+
+    def names(self) -> list[str]:
+        """Of everything that is stored."""
+        return list(dict.fromkeys(name for name, _ in self._pieces))
+
+    def runs(self, name: str, slot: str) -> list[tuple[int, int]]:
+        """(start, length) of the pieces of a flattened tensor, in order."""
+        return [(start, length) for start, length, _, _ in self._pieces.get((name, slot), [])]
+
+    def values(self, name: str, slot: str) -> Iterator[Tensor]:
+        """Its pieces, one in memory at a time."""
+        for _, _, file, key in self._pieces.get((name, slot), []):
+            yield file.get_tensor(key)
+
+    def each(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(name, slot, values) of every piece, one in memory at a time."""
+        for name, slot in self._pieces:
+            for values in self.values(name, slot):
+                yield name, slot, values
 
     def scalar(self, name: str, slot: str) -> float:
         """A single number, such as the optimiser's step.
