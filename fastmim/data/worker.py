@@ -189,5 +189,6 @@ def init_worker(_: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer answers them by saving;
     # workers that died first would make the trainer fail instead. They end with the trainer.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A terminal or a scheduler signals every process of a job: the run itself ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
