@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from fastmim._version import __version__
+from fastmim.engine.launcher import rank_or_none
 
 USER_ERROR, RUN_FAILED = 2, 1
 
@@ -38,7 +39,7 @@ _OVERRIDES = "section.key=value, the value in YAML; may be repeated and wins ove
 def entry() -> NoReturn:
     """The console script: run :func:`main` and leave with its status."""
     status = main()
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if rank_or_none() is not None:
         from fastmim.engine.distributed import exit_process
 
         exit_process(status)
@@ -72,11 +73,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if options.traceback or _is_our_fault(error):
             raise
-        _say(f"error: {_one_line(error)}")
+        _say_error(error)
         return RUN_FAILED if isinstance(error, (FloatingPointError, ChildProcessError)) else USER_ERROR
+    except RuntimeError as error:
+        if options.traceback or not _is_other_ranks(error):
+            raise
+        _say_error(error)
+        return RUN_FAILED
 
 
 def _pretrain(options: argparse.Namespace) -> int:
+    if rank_or_none() is None:
+        return _pretrain_here(options)
+    from fastmim.engine.distributed import distributed
+
+    # Met first: a mistake that one rank alone makes is then known to all, and nobody waits for it.
+    with distributed():
+        return _pretrain_here(options)
+
+
+def _pretrain_here(options: argparse.Namespace) -> int:
     from fastmim.config import load_config
 
     cfg = load_config(options.config, options.overrides)
@@ -344,8 +360,21 @@ def _printable(text: str) -> str:
 
 
 def _rank() -> int:
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isdigit() else 0
+    return rank_or_none() or 0
+
+
+def _say_error(error: Exception) -> None:
+    """On rank 0; on another rank with its number, unless rank 0 says the same."""
+    module, rank = sys.modules.get("fastmim.engine.rank_errors"), _rank()
+    if rank and module is not None and module.told_by_rank_0(error):
+        return
+    who = f"rank {rank}: " if rank else ""
+    print(f"fastmim: {who}error: {_one_line(error)}", file=sys.stderr, flush=True)
+
+
+def _is_other_ranks(error: RuntimeError) -> bool:
+    module = sys.modules.get("fastmim.engine.rank_errors")
+    return module is not None and isinstance(error, module.OtherRankError)
 
 
 def _say(text: str) -> None:

@@ -171,8 +171,21 @@ def test_the_launchers_local_rank(
 
 def test_only_rank_0_talks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(capsys, "config", "show", DEMO) == (0, "", "")
-    assert run(capsys, "config", "show", DEMO, "optim.lr=-1") == (2, "", "")
+    status, out, err = run(capsys, "config", "show", DEMO, "optim.lr=-1")
+    assert (status, out) == (2, "") and err.startswith("fastmim: rank 1: error: optim.lr=-1")
+
+
+def test_a_rank_without_a_world_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A variable that was left behind must not silence the only process."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "config", "show", DEMO)[1] != ""
+    status, _, err = run(capsys, "config", "show", DEMO, "optim.lr=-1")
+    assert status == 2 and err.startswith("fastmim: error: optim.lr=-1")
+    status, _, err = run(capsys, "pretrain", DEMO, "data.path=.")
+    assert status == 2 and err.startswith("fastmim: error: RANK=1 but WORLD_SIZE is not set")
 
 
 class TestFailures:

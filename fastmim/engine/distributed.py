@@ -1,16 +1,22 @@
-"""Ranks: read from the environment that torchrun, deepspeed or nobody has set."""
+"""Ranks: joining them, what they tell each other, and leaving them."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+from fastmim.engine.launcher import Place, find_place, meeting_point
+from fastmim.engine.rank_errors import share_error
+
+log = logging.getLogger("fastmim")
 
 
 @dataclass(frozen=True)
@@ -28,32 +34,20 @@ class World:
         return self.rank == 0
 
 
-def _env_int(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    try:
-        return int(text) if text else default
-    except ValueError:
-        raise ValueError(f"{name}={text!r}: not a whole number; unset it or use the launcher") from None
-
-
 def world_from_env() -> World:
-    """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; without them this is the only process.
+    """This process as :func:`fastmim.engine.launcher.find_place` reads it; without a launcher it is the only one.
 
     Raises:
-        ValueError: the variables contradict each other.
+        ValueError: the variables contradict each other, or ask for a GPU that is not there.
     """
-    size = _env_int("WORLD_SIZE", 1)
-    rank = _env_int("RANK", 0)
-    local_rank = _env_int("LOCAL_RANK", 0)
-    if size > 1 and "RANK" not in os.environ:
-        raise ValueError(f"WORLD_SIZE={size} but RANK is not set; start with torchrun or deepspeed")
-    if not 0 <= rank < size:
-        raise ValueError(f"RANK={rank}: outside 0..{size - 1} given by WORLD_SIZE={size}")
-    cuda = torch.cuda.is_available()
+    place = find_place()
+    cuda, local_rank = torch.cuda.is_available(), place.local_rank or 0
+    if cuda and place.size > 1 and place.local_rank is None:
+        raise ValueError(f"WORLD_SIZE={place.size} but LOCAL_RANK is not set: which GPU is this rank's? Set it")
     if cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(f"LOCAL_RANK={local_rank}: only {torch.cuda.device_count()} GPUs here; start fewer processes")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+    return World(rank=place.rank, size=place.size, local_rank=local_rank, device=device)
 
 
 @contextmanager
@@ -63,16 +57,16 @@ def distributed(always: bool = False) -> Iterator[World]:
     A group that the caller has already initialised is used and left as it is. With ``always`` a process that
     is alone gets a group too, and the environment of a launcher: DeepSpeed needs both.
     """
-    world = world_from_env()
+    world, place = world_from_env(), find_place()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     joined = (world.size > 1 or always) and not dist.is_initialized()
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    if always:
-        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
+    if always or joined:
+        for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
             os.environ.setdefault(name, str(value))
     if joined and world.size > 1:
-        dist.init_process_group(backend)
+        _meet(backend, place)
     elif joined:
         # A store in this process: no port that another run could hold.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -80,11 +74,31 @@ def distributed(always: bool = False) -> Iterator[World]:
         yield world
         if joined:
             dist.barrier()
+    except Exception as error:
+        if joined and world.size > 1 and dist.is_initialized():
+            share_error(error, world.rank, world.size)
+        raise
     finally:
         # Also after an error, without the barrier: the other ranks may never come, and the launcher ends
         # them. The group of a process that is alone stays for its next run: DeepSpeed remembers it.
         if joined and world.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(backend: str, place: Place) -> None:
+    """Wait for the other ranks, where the environment or the job says."""
+    os.environ.update(meeting_point(place))
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    log.info("rank %d of %d (%s) meets the others at %s", place.rank, place.size, place.launcher, where)
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if "EADDRINUSE" in reason:
+            reason = "the port is in use; set another MASTER_PORT on every rank"
+        elif isinstance(error, dist.DistNetworkError) or "timed out" in reason.lower():
+            reason = f"cannot be reached, or not every rank came; were all {place.size} started? ({reason[:200]})"
+        raise ValueError(f"MASTER_ADDR and MASTER_PORT, {where}: {reason}") from None
 
 
 def exit_process(status: int) -> NoReturn:
@@ -120,6 +134,48 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns on rank 0, on every rank; a ``ValueError`` of it is raised on every rank.
+
+    Raises:
+        ValueError: ``work`` did.
+    """
+    result, refusal = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = work()
+        except ValueError as error:
+            refusal = str(error)
+    result, refusal = broadcast((result, refusal))
+    if refusal is not None:
+        raise ValueError(refusal)
+    return result
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Refuse ranks that do not agree; every rank calls it.
+
+    Args:
+        values: what must be the same on every rank, by a name that tells the user what to look at.
+
+    Raises:
+        ValueError: on every rank, naming the first rank and the first value that differ from rank 0's.
+    """
+    first, *others = gather(values)
+    for rank, theirs in enumerate(others, start=1):
+        for name in [*first, *(name for name in theirs if name not in first)]:
+            mine, other = first.get(name), theirs.get(name)
+            if mine != other:
+                raise ValueError(
+                    f"{name}: {_short(other)} on rank {rank}, {_short(mine)} on rank 0; make it the same on every rank"
+                )
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +18,13 @@ from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint.shards import MODEL_FILE, OPTIMIZER_FILE, STEP, WEIGHT, Shards, is_sharded
 from fastmim.engine.distributed import World
 from fastmim.engine.nonfinite import NonFiniteError
+
+# torch 2.13 has renamed the argument and warns of the older name.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class LocalEngine(Engine):
@@ -74,9 +82,8 @@ class LocalEngine(Engine):
             module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
         if world is not None and world.size > 1:
             ids = [self.device] if self.device.type == "cuda" else None
-            module = DistributedDataParallel(
-                module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
+            module = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **buffers)
         return module
 
     @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint import consolidate, save_checkpoint
+from fastmim.engine.checkpoint.save import clean_unfinished
 from fastmim.engine.distributed import World
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
+from fastmim.engine.owner import owned
 from fastmim.engine.progress import Progress
 from fastmim.evaluate.curve import save_curve
 from fastmim.evaluate.reconstruct import save_picture
@@ -64,6 +67,22 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"output.dir={folder}: cannot be created ({reason}); choose another folder") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"output.dir={folder}: cannot be written to; choose another folder")
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Create ``output.dir``, own it for the duration of the block, and remove what a killed run left half written.
+
+    Raises:
+        ValueError: it cannot be written to, or another run writes there.
+    """
+    make_folder(folder)
+    with owned(folder):
+        clean_unfinished(folder / "checkpoints")
+        for place in (folder, folder / "reconstructions"):
+            for left in [*place.glob("*.partial"), *place.glob("*.tmp")]:
+                left.unlink(missing_ok=True)
+        yield
 
 
 class Run:

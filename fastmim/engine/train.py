@@ -7,6 +7,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastmim._version import __version__
 from fastmim.config import Config, save_config
 from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
@@ -24,7 +27,7 @@ from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.loop import train_step
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
-from fastmim.engine.run import Intervals, Run, TrainResult, make_folder
+from fastmim.engine.run import Intervals, Run, TrainResult, own_folder
 from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
 
@@ -37,7 +40,7 @@ def train(cfg: Config) -> TrainResult:
     """Pretrain as the config says, from the start or from the last checkpoint; alone or on every rank alike.
 
     On a CPU the process keeps the memory that it frees (:func:`~fastmim.engine.host_memory.keep_freed_memory`).
-    SIGTERM and SIGINT end the run after the current step, with a checkpoint.
+    SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP end the run after the current step, with a checkpoint.
 
     Raises:
         ValueError: a setting that cannot work, in one line.
@@ -45,11 +48,14 @@ def train(cfg: Config) -> TrainResult:
     """
     zero = cfg.efficiency.zero_stage is not None
     with distributed.distributed(always=zero) as world, ExitStack() as stack:
+        distributed.check_same(shared_settings(cfg))
         parts = build(cfg, world, stack)
         engine, loader, schedule, seed = parts.engine, parts.loader, parts.schedule, cfg.train.seed
         total = schedule.total_steps
         stored = {"run": run_identity(cfg, parts.global_batch), "total": total, "images": loader.fingerprint}
         shown = held_out_images(cfg, parts, world, stack)
+        distributed.check_same(shared_files(cfg, loader, shown["val_loader"]))
+        distributed.on_main(lambda: stack.enter_context(own_folder(Path(cfg.output.dir))))
         start = resume(cfg, engine, world, stored)
         run = stack.enter_context(closing(make_run(cfg, parts, world, stored, start, **shown)))
         stop = stack.enter_context(StopRequest())
@@ -82,6 +88,22 @@ def earlier_checkpoint(root: Path, step: int) -> str | None:
     if not found or step_of(found[-1]) != step:
         return None
     return str(found[-2]) if len(found) > 1 else "none"
+
+
+def shared_settings(cfg: Config) -> dict[str, Any]:
+    """What must be the same on every rank: versions, and all settings but those that name a machine's own folders."""
+    tree = cfg.model_dump(mode="json")
+    for section, key in (("data", "path"), ("data", "file_list"), ("data", "val_path"), ("efficiency", "nvme_path")):
+        tree[section].pop(key)
+    flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
+    return {"version of fastmim": __version__, "version of torch": torch.__version__, **flat}
+
+
+def shared_files(cfg: Config, loader: Any, val_loader: Any) -> dict[str, Any]:
+    """The images that every rank must find, as counts and fingerprints of their names and order."""
+    found = {"data.path" if cfg.data.path else "data.file_list" if cfg.data.file_list else "data.loader": loader}
+    found |= {"data.val_path": val_loader} if val_loader is not None else {}
+    return {key: f"{one.num_images} images (names {one.fingerprint[:12]})" for key, one in found.items()}
 
 
 def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
@@ -164,7 +186,6 @@ def resume(cfg: Config, engine: Engine, world: World, stored: dict[str, Any]) ->
         log.info("resuming from %s", path)
     distributed.barrier()
     if world.is_main:
-        make_folder(folder)
         own = path is not None and path.resolve().parent == root.resolve()
         set_aside(root, after_step=start if own else -1)
         save_config(cfg, folder / "config.yaml")

@@ -207,7 +207,10 @@ def stopper(calls):
     return lambda self: next(count) >= calls
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+STOP = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", STOP, ids=lambda number: number.name)
 def test_a_signal_saves_and_exits_cleanly(overrides, tmp_path, number):
     process = start(tmp_path, overrides(tmp_path / "run", train__steps=5000))
     wait_for_rows(process, tmp_path / "run", 3)
@@ -238,6 +241,31 @@ def test_resume_none_starts_over_and_keeps_the_old_checkpoints(settings, tmp_pat
     assert len(list_checkpoints(tmp_path / "checkpoints.1")) == 2
     assert len((tmp_path / "checkpoints.1" / "metrics.jsonl").read_text().splitlines()) == 3
     assert "moved to" in caplog.text
+
+
+@pytest.mark.parametrize("at", ["copy2", "rename"])
+def test_a_restart_that_was_cut_short_can_be_repeated(settings, tmp_path, monkeypatch, at):
+    """Killed while the old checkpoints are set aside: nothing of them is lost, and the same request works again."""
+    train(settings(tmp_path, train__steps=3, train__save_every=1, train__seed=7, train__keep=3))
+    again = settings(tmp_path, train__steps=2, train__resume="none", train__seed=0)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil if at == "copy2" else Path, at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(again)
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 3
+    (tmp_path / "metrics.partial").write_text("half")
+    (tmp_path / ".encoder.safetensors.1.tmp").write_text("half")
+    (tmp_path / "reconstructions").mkdir(exist_ok=True)
+    (tmp_path / "reconstructions" / "step-00000001.partial").write_text("half")
+    assert train(again).steps == 2
+    assert len(list_checkpoints(tmp_path / "checkpoints.1")) == 3
+    assert len((tmp_path / "checkpoints.1" / "metrics.jsonl").read_text().splitlines()) == 3
+    left = [path.name for path in tmp_path.rglob("*") if path.name.endswith((".partial", ".tmp", ".owner.json"))]
+    assert left == []
 
 
 def test_a_schedule_that_the_run_does_not_reach_is_a_warning(settings, tmp_path, caplog):

@@ -1,0 +1,120 @@
+"""One run, one ``output.dir``: a lock file that names the host and the process which write there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LOCK_FILE = ".owner.json"
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Own a folder for the duration of the block; the lock of a process that died on this host is taken over.
+
+    Raises:
+        ValueError: another process writes there, or one of another host may; with the way out.
+    """
+    path = folder / LOCK_FILE
+    descriptor = _take(path, folder)
+    try:
+        yield
+    finally:
+        if _is(descriptor, path):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError:
+        return False  # the folder has gone
+
+
+def _take(path: Path, folder: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ValueError(f"output.dir={folder}: {path} cannot be written ({error.strerror}); remove it, or choose "
+                             "another folder") from None  # fmt: skip
+        try:
+            _claim(descriptor, path, folder)
+            # The last owner may have removed the file between the two calls above.
+            if _is(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _claim(descriptor: int, path: Path, folder: Path) -> None:
+    owner, free = _read(descriptor), _lock(descriptor)
+    who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} (since {owner.get('since', '?')})"
+    if free is False or (free is None and _alive(owner)):
+        raise ValueError(f"output.dir={folder}: {who} writes there; wait for it, or choose another output.dir")
+    if owner and owner.get("host") != socket.gethostname():
+        raise ValueError(f"output.dir={folder}: {who} has not given it back; if it no longer runs, delete {path}")
+    mine = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Take the kernel's lock: False where another process holds it, None where the file system has none.
+
+    POSIX record locks: data workers do not inherit them, and the kernel frees them at any death.
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):
+        return {}  # cut off by a kill, or by another program
+    return owner if isinstance(owner, dict) else {}
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    """Whether the owner is another process that runs on this host; a process id that was given anew is not."""
+    pid = owner.get("pid")
+    if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return owner.get("started") == _started(pid)
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's ticks; empty for a dead one, or where the system does not tell."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    fields = text.rpartition(")")[2].split()
+    return "" if fields[0] == "Z" else fields[19]
