@@ -113,6 +113,7 @@ RULES: dict[str, Callable[[dict[str, Any], tuple[int, ...]], tuple[Hashable, ...
     "window_attention.triton_forward.forward_kernel": _windows,
     "window_attention.triton_backward.backward_kernel": _windows,
     "window_attention.triton_backward.backward_large_kernel": _windows,
+    "window_attention.triton_rows_backward.rows_backward_kernel": _windows,
     "window_attention.triton_backward.reduce_kernel": lambda s, grid: (s["groups"] > s["GROUPS"],),
     "masked_loss.linear_on_triton.head_loss_kernel": lambda s, grid: (s["first"] > 0, s["row_blocks"] > 32),
     "masked_loss.linear_on_triton.order_kernel": lambda s, grid: (s["tokens"] > s["SCAN"], grid[0] > 1),

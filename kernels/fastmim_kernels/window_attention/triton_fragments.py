@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_tiles import window_seams
+from .triton_tiles import NORM_EPS, window_seams
 
 ROWS = tl.constexpr(64)  # queries, or keys in the key-side kernel, of a program
 WARPS = tl.constexpr(4)
 CHUNK = tl.constexpr(32)  # keys, or queries in the key-side kernel, of a tile
+KEY_PROGRAMS = tl.constexpr(2)  # of the key-side kernel a group of windows
 BLOCKS_PER_SM = 2
 SMALLEST, LARGEST = 64, 144  # tokens of a window, the first exclusive; beyond, a row of logits outgrows the registers
 
@@ -135,6 +136,15 @@ def load_rows(p_base, o_row, m_row, stride, D: tl.constexpr, DP: tl.constexpr):
         return tl.load(p_tile)
     else:
         return tl.load(p_tile, mask=m_d, other=0.0)
+
+
+@triton.jit
+def row_inverse(x):
+    """1 / max(‖row‖, eps) within two float32 roundings: ``inverse_norm`` divides, for which sm_80 lacks registers."""
+    x = x.to(tl.float32)
+    square = tl.sum(x * x, 1)
+    # Exact where it is clamped: that is how the gradient knows.
+    return tl.where(square < NORM_EPS * NORM_EPS, 1 / NORM_EPS, tl.rsqrt(tl.maximum(square, NORM_EPS * NORM_EPS)))
 
 
 @triton.jit

@@ -4,7 +4,8 @@ Programs of queries keep the bias gradient of their 64 rows in registers over al
 memory once a group, and whoever of the groups arrives last adds them in a fixed order. Programs of keys have tiles with
 keys for rows: there the probabilities and their gradients are the left operands of their products as they are, and
 never pass through shared memory. Together seven products where five would do, for no sum is shared between programs.
-Both roles walk over the same windows at once, so that what the second one to come reads is in L2.
+Two programs of keys take as long as each of queries: all walk over the same windows at once, so that what the second
+one to come reads is in L2.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 from ..common.arrival import arrive
 from .triton_fragments import (
     CHUNK,
+    KEY_PROGRAMS,
     ROWS,
     at,
     bias_map,
@@ -24,6 +26,7 @@ from .triton_fragments import (
     load_rows,
     load_values,
     part_rows,
+    row_inverse,
     row_order,
     starts,
     store_fragment,
@@ -31,7 +34,7 @@ from .triton_fragments import (
     thread_sums,
 )
 from .triton_gradient_tiles import through_norm
-from .triton_tiles import LN2, LOG2E, MAX_LOGIT_SCALE, head_scale, image_start, inverse_norm, token_rows
+from .triton_tiles import LN2, LOG2E, MAX_LOGIT_SCALE, head_scale, image_start, token_rows
 
 
 @triton.jit(do_not_specialize=["windows", "groups", "height", "width", "heads", "shift_y", "shift_x"])
@@ -49,12 +52,12 @@ def rows_backward_kernel(
     p_shares,  # (heads, groups, PARTS) float32 scratch: gradient of λ, or None
     p_dscale,  # (heads,) float32, out, or None
     p_count,  # (heads, PARTS + 1) int32 zeros, see common.arrival; None when neither is wanted
-    p_rows,  # (heads, groups, PARTS, 2, N) float32 scratch: a window's deltas and inverse norms of its queries
+    p_rows,  # (heads, groups, KEY_PROGRAMS, 2, N) float32 scratch: a window's deltas and inverse norms of its queries
     windows, groups, height, width, heads, shift_y, shift_x,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SHIFTED: tl.constexpr,
-    PRECISION: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):
-    i_head, i_group, i_role = _place(0, heads, groups)
+    i_head, i_group, i_role = _place(0, heads, PARTS)
     image = (height, width, shift_y, shift_x)
     scale = head_scale(p_scale, i_head, D)
     place = (i_head, i_group, groups, windows, heads)
@@ -64,16 +67,20 @@ def rows_backward_kernel(
               WH, WW, D, DP, SHIFTED, p_scale is not None, PARTS)
     else:
         _queries(p_grad, p_qkv, p_bias, p_out, p_lse, p_dqkv, p_partial, p_shares, place, i_role, scale, image,
-                 WH, WW, D, DP, SHIFTED, p_scale is not None, PARTS, KEYS)
+                 WH, WW, D, DP, SHIFTED, p_scale is not None, PARTS)
         if p_count is not None:
             _finish(p_partial, p_dbias, p_shares, p_dscale, p_scale, p_count, windows, heads, groups, WH * WW, PARTS)
 
 
 @triton.jit
-def _place(zero, heads, groups):
-    """(Head, group, role) of a program. A ``zero`` that the compiler does not know makes it compute them again."""
+def _place(zero, heads, PARTS: tl.constexpr):
+    """(Head, group, role) of a program. A ``zero`` that the compiler does not know makes it compute them again.
+
+    The roles of a head and group are neighbours: they start together.
+    """
+    roles: tl.constexpr = PARTS + KEY_PROGRAMS
     i_program = tl.program_id(0) + zero
-    return i_program % heads, i_program // heads % groups, i_program // heads // groups
+    return i_program // roles % heads, i_program // roles // heads, i_program % roles
 
 
 @triton.jit
@@ -81,17 +88,18 @@ def _late(zero, place, sizes, D: tl.constexpr):
     """(Head, heads, values of a token, sizes of the image), made anew with a ``zero`` as in :func:`_place`."""
     i_head, _, _, _, heads = place
     height, width, shift_y, shift_x = sizes
-    return i_head + zero, heads + zero, (heads + zero) * D, (height + zero, width + zero, shift_y + zero, shift_x + zero)
+    image = (height + zero, width + zero, shift_y + zero, shift_x + zero)
+    return i_head + zero, heads + zero, (heads + zero) * D, image
 
 
 @triton.jit
 def _queries(p_grad, p_qkv, p_bias, p_out, p_lse, p_dqkv, p_partial, p_shares, place, i_part, scale, sizes,
              WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SHIFTED: tl.constexpr,
-             COSINE: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr):
+             COSINE: tl.constexpr, PARTS: tl.constexpr):
     """dq and the bias gradient of a part of the rows, over all windows of the group."""
     N: tl.constexpr = WH * WW
-    WIDTHS: tl.constexpr = chunks(N, KEYS)
-    STARTS: tl.constexpr = starts(N, KEYS)
+    WIDTHS: tl.constexpr = chunks(N, 16)
+    STARTS: tl.constexpr = starts(N, 16)
     _, i_group, groups, windows, _ = place
     i_first, i_end = part_rows(i_part, N, PARTS)
     dscale = 0.0
@@ -117,8 +125,9 @@ def _queries(p_grad, p_qkv, p_bias, p_out, p_lse, p_dqkv, p_partial, p_shares, p
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
         factor = tl.zeros([ROWS], tl.float32) + scale * LOG2E
         if COSINE:
-            factor *= inverse_norm(q)
+            factor *= row_inverse(q)
         dq = tl.zeros([ROWS, DP], tl.float32)
+        sum_dss = tl.zeros([ROWS, 4], tl.float32)
         sum_ds = tl.zeros([ROWS, 4], tl.float32)
         sum_ps = tl.zeros([ROWS, 4], tl.float32)
         new = ()
@@ -133,6 +142,7 @@ def _queries(p_grad, p_qkv, p_bias, p_out, p_lse, p_dqkv, p_partial, p_shares, p
             p = tl.exp2(s * factor[:, None] + (bias * LOG2E - lse[:, None]))
             ds = p * (tl.dot(grad, tl.trans(v)) - delta[:, None])
             if COSINE:
+                sum_dss += thread_sums(ds * s, WIDTHS[c])
                 sum_ds += thread_sums(ds, WIDTHS[c])
                 sum_ps += thread_sums(p * s, WIDTHS[c])
             dq = tl.dot(ds.to(k.dtype), unit, dq)
@@ -143,17 +153,15 @@ def _queries(p_grad, p_qkv, p_bias, p_out, p_lse, p_dqkv, p_partial, p_shares, p
         m_i = o_i < i_end
         o_row = token_rows(i_window, o_i, image, WH, WW)
         q = load_rows(p_q, o_row, m_i, 3 * stride, D, DP)
-        inverse = inverse_norm(q) if COSINE else delta
-        unit = q.to(tl.float32) * inverse[:, None]
+        inverse = row_inverse(q) if COSINE else delta
         if COSINE:
-            # Σ ds·s of a row is q·Σ ds·k. Over all keys Σ ds would be 0 but for the rounding of the stored output in
-            # delta: the difference is free of it.
-            along = tl.sum(dq * unit, 1) * (scale * LOG2E)
-            dscale += tl.sum(along - tl.sum(sum_ds, 1) * tl.sum(sum_ps, 1) * inverse * (scale * LOG2E), 0)
-        dq = through_norm(dq, unit, inverse, scale, COSINE)
+            # Over all keys Σ ds would be 0 but for the rounding of the stored output in delta: this is free of it.
+            share = tl.sum(sum_dss, 1) - tl.sum(sum_ds, 1) * tl.sum(sum_ps, 1)
+            dscale += tl.sum(share * inverse * (scale * LOG2E), 0)
+        dq = through_norm(dq, q.to(tl.float32) * inverse[:, None], inverse, scale, COSINE)
         store_rows(p_dqkv + first * (3 * stride) + i_head * D, dq, o_row, m_i, 3 * stride, D, DP)
     # Over the loop they would be three more registers than there are.
-    i_head, i_group, i_part = _place(tl.minimum(windows, 0), place[4], groups)
+    i_head, i_group, i_part = _place(tl.minimum(windows, 0), place[4], PARTS)
     i_first, i_end = part_rows(i_part, N, PARTS)
     if COSINE:
         tl.store(p_shares + (i_head * groups + i_group) * PARTS + i_part, dscale * LN2)
@@ -172,7 +180,7 @@ def _chunk(p_k, i_window, o_j, image, stride, WH: tl.constexpr, WW: tl.constexpr
     k = load_rows(p_k, o_row, m_j, 3 * stride, D, DP)
     v = load_rows(p_k + stride, o_row, m_j, 3 * stride, D, DP)
     if COSINE:
-        inverse = inverse_norm(k)
+        inverse = row_inverse(k)
         return k, (k.to(tl.float32) * inverse[:, None]).to(k.dtype), v, inverse
     else:
         return k, k, v, tl.zeros(o_j.shape, tl.float32)
@@ -182,7 +190,7 @@ def _chunk(p_k, i_window, o_j, image, stride, WH: tl.constexpr, WW: tl.constexpr
 def _finish(p_partial, p_dbias, p_shares, p_dscale, p_scale, p_count, windows, heads, groups, N: tl.constexpr,
             PARTS: tl.constexpr):
     """The last group of a part adds its rows of the bias gradient up, the last part of a head the shares of λ."""
-    i_head, _, i_part = _place(tl.minimum(windows, 0), heads, groups)
+    i_head, _, i_part = _place(tl.minimum(windows, 0), heads, PARTS)
     p_counts = p_count + i_head * (PARTS + 1)
     if arrive(p_counts + 1 + i_part, groups):
         if p_partial is not None:
@@ -219,14 +227,15 @@ def _sum_groups(p_sums, p_out, first, end, groups, SIZE: tl.constexpr):
 def _keys(p_grad, p_qkv, p_turned, p_out, p_lse, p_dqkv, p_rows, place, i_part, scale, image,
           WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SHIFTED: tl.constexpr,
           COSINE: tl.constexpr, PARTS: tl.constexpr):
-    """dk and dv of every PARTS-th window of the group."""
+    """dk and dv of every KEY_PROGRAMS-th window of the group."""
     N: tl.constexpr = WH * WW
     WIDTHS: tl.constexpr = chunks(N, CHUNK)
     STARTS: tl.constexpr = starts(N, CHUNK)
     i_head, i_group, groups, windows, heads = place
     stride = heads * D
-    p_delta = p_rows + ((i_head * groups + i_group) * PARTS + i_part).to(tl.int64) * (2 * N)
-    for i_window in tl.range(i_group + groups * i_part, windows, groups * PARTS, num_stages=1, disable_licm=True):
+    p_delta = p_rows + ((i_head * groups + i_group) * KEY_PROGRAMS + i_part).to(tl.int64) * (2 * N)
+    for i_window in tl.range(i_group + groups * i_part, windows, groups * KEY_PROGRAMS, num_stages=1,
+                             disable_licm=True):
         late = tl.minimum(i_window, 0)
         first = image_start(i_window, image, WH, WW)
         p_q = p_qkv + first * (3 * stride) + i_head * D
@@ -244,7 +253,7 @@ def _keys(p_grad, p_qkv, p_turned, p_out, p_lse, p_dqkv, p_rows, place, i_part, 
             tl.store(p_delta + o_i, tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1), mask=m_i)
             unit = q
             if COSINE:
-                norm = inverse_norm(q)
+                norm = row_inverse(q)
                 tl.store(p_delta + N + o_i, norm, mask=m_i)
                 unit = (q.to(tl.float32) * norm[:, None]).to(q.dtype)
             queries = queries + ((q, unit, grad),)
@@ -257,7 +266,7 @@ def _keys(p_grad, p_qkv, p_turned, p_out, p_lse, p_dqkv, p_rows, place, i_part, 
             o_key = token_rows(i_window, o_j, image, WH, WW)
             k = load_rows(p_q + stride, o_key, m_j, 3 * stride, D, DP)
             v = load_rows(p_q + 2 * stride, o_key, m_j, 3 * stride, D, DP)
-            inverse = inverse_norm(k) if COSINE else tl.full([ROWS], 1.0, tl.float32)
+            inverse = row_inverse(k) if COSINE else tl.full([ROWS], 1.0, tl.float32)
             dk = tl.zeros([ROWS, DP], tl.float32)
             dv = tl.zeros([ROWS, DP], tl.float32)
             for c in tl.static_range(len(WIDTHS)):

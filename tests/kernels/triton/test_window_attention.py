@@ -90,7 +90,7 @@ def test_float16(name: str) -> None:
 # On sm_80 cosine attention takes the large kernel for every window, and smaller tiles of queries.
 @pytest.mark.parametrize("name", ["window = map, 3 windows in 2 groups", "144 tokens, every mask"])
 def test_as_on_sm_80(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_attention_backward, "architecture", lambda device: 80)
+    monkeypatch.setattr(window_attention_backward, "sm_of", lambda device: 80)
     inputs, names = inputs_for(name)
     check(ours, oracle, inputs, dtypes_for(names, torch.bfloat16), wrt=names)
 
