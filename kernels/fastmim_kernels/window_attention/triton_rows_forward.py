@@ -34,7 +34,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "groups", "height", "width", "heads", "shift_y", "shift_x"])
 def rows_forward_kernel(
     p_qkv,  # (B, H, W, 3, heads, D)
     p_bias,  # (heads, N, N)
