@@ -142,9 +142,13 @@ def load_rows(p_base, o_row, m_row, stride, D: tl.constexpr, DP: tl.constexpr):
 def row_inverse(x):
     """1 / max(‖row‖, eps) within two float32 roundings: ``inverse_norm`` divides, for which sm_80 lacks registers."""
     x = x.to(tl.float32)
-    square = tl.sum(x * x, 1)
-    # Exact where it is clamped: that is how the gradient knows.
-    return tl.where(square < NORM_EPS * NORM_EPS, 1 / NORM_EPS, tl.rsqrt(tl.maximum(square, NORM_EPS * NORM_EPS)))
+    return tl.rsqrt(tl.maximum(tl.sum(x * x, 1), NORM_EPS * NORM_EPS))
+
+
+@triton.jit
+def exact_where_clamped(inverse):
+    """``row_inverse`` with exactly 1 / eps where it is that but for its rounding: so ``through_norm`` knows a clamp."""
+    return tl.where(inverse * NORM_EPS > 1 - 1e-6, 1 / NORM_EPS, inverse)
 
 
 @triton.jit

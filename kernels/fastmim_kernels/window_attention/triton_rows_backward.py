@@ -21,6 +21,7 @@ from .triton_fragments import (
     at,
     bias_map,
     chunks,
+    exact_where_clamped,
     key_order,
     load_fragment,
     load_rows,
@@ -153,7 +154,7 @@ def _queries(p_grad, p_qkv, p_bias, p_out, p_lse, p_dqkv, p_partial, p_shares, p
         m_i = o_i < i_end
         o_row = token_rows(i_window, o_i, image, WH, WW)
         q = load_rows(p_q, o_row, m_i, 3 * stride, D, DP)
-        inverse = row_inverse(q) if COSINE else delta
+        inverse = exact_where_clamped(row_inverse(q)) if COSINE else delta
         if COSINE:
             # Over all keys Σ ds would be 0 but for the rounding of the stored output in delta: this is free of it.
             share = tl.sum(sum_dss, 1) - tl.sum(sum_ds, 1) * tl.sum(sum_ps, 1)
@@ -283,6 +284,7 @@ def _keys(p_grad, p_qkv, p_turned, p_out, p_lse, p_dqkv, p_rows, place, i_part, 
                 dv = tl.dot(p.to(k.dtype), grad, dv)
                 ds = p * (tl.dot(v, tl.trans(grad)) - delta[None, :])
                 dk = tl.dot(ds.to(k.dtype), unit, dk)
+            inverse = exact_where_clamped(inverse)
             dk = through_norm(dk, k.to(tl.float32) * inverse[:, None], inverse, scale, COSINE)
             p_dk = p_dqkv + image_start(i_window, image, WH, WW) * (3 * stride) + i_head * D + stride
             store_rows(p_dk, dk, o_key, m_j, 3 * stride, D, DP)

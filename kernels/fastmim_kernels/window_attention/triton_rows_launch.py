@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -84,7 +86,7 @@ def rows_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tens
     programs = num_heads * (tiles + KEY_PROGRAMS.value)
     groups = window_groups(windows, programs, processors(qkv.device) * BLOCKS_PER_SM)
     tables = bias_tables(bias, window_size, shift_size)
-    new = {"dtype": torch.float32, "device": qkv.device}
+    new: dict[str, Any] = {"dtype": torch.float32, "device": qkv.device}
     dqkv, dbias, partial, total, shares, count = torch.empty_like(qkv), None, None, None, None, None
     if bias_grad:
         dbias = torch.empty(num_heads, n, n, **new)
