@@ -99,6 +99,7 @@ def _queries(p_grad, p_qkv, p_bias, p_out, p_lse, p_dqkv, p_partial, p_shares, p
              COSINE: tl.constexpr, PARTS: tl.constexpr):
     """dq and the bias gradient of a part of the rows, over all windows of the group."""
     N: tl.constexpr = WH * WW
+    # With chunks of 32 keys Triton 3.6 spills.
     WIDTHS: tl.constexpr = chunks(N, 16)
     STARTS: tl.constexpr = starts(N, 16)
     _, i_group, groups, windows, _ = place
