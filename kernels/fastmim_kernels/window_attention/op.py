@@ -53,7 +53,8 @@ def traffic(shape: Sequence[int], num_heads: int, window_size: tuple[int, int], 
     Forward reads qkv and a float32 bias once and writes the output and a float32 log-sum-exp of each row and head.
     Backward reads those, the output's gradient and the bias, and writes two gradients; five products, not two. Not
     counted, since they stay in a GPU's L1 or L2: beyond 64 tokens the bias read again for every window, and in backward
-    a program's own bias gradient and a second read of q.
+    the bias with its masks, the bias gradient of each group of windows, written and read once, and a second read of
+    what a window holds.
 
     Args:
         shape: (B, H, W, 3C) of qkv.

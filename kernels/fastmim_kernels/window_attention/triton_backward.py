@@ -2,8 +2,8 @@
 
 The bias gradient is a sum over all windows: a program walks over a group of windows of one head and sums in
 registers (windows up to 8×8) or in its own N×N buffer in global memory, small enough for L2. A second kernel
-adds the groups in a fixed order, so that the gradient is bitwise repeatable. (The last program to arrive
-could add them too, but alone it would read the groups of a head at the speed of one SM.)
+adds the groups in a fixed order, so that the gradient is bitwise repeatable. On sm_90 windows of 65 to 144 tokens
+take one launch of whole rows instead (``triton_rows_backward``), whose sums stay in registers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .triton_gradient_tiles import (
     store_keys,
     store_queries,
 )
+from .triton_rows_launch import backward_by_rows, rows_backward
 from .triton_tiles import (
     LN2,
     MAX_LOGIT_SCALE,
@@ -220,7 +221,7 @@ def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -
 def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor,
              lse: Tensor, num_heads: int, window_size: Sequence[int], shift_size: Sequence[int],
              bias_grad: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Launch the backward kernel and the reduction of its partial sums; as ``fastmim::window_attention_backward``.
+    """Launch the backward kernel and what comes before it or after; as ``fastmim::window_attention_backward``.
 
     Args:
         grad_out: (B, H, W, C), gradient of the output.
@@ -239,7 +240,12 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     batch, height, width, c3 = qkv.shape
     n, head_dim = window_size[0] * window_size[1], c3 // 3 // num_heads
     windows = batch * height * width // n
-    which = (n, head_dim, qkv.dtype, sm_of(qkv.device), logit_scale is not None)
+    arch = sm_of(qkv.device)
+    if backward_by_rows(n, head_dim, qkv.dtype, arch):
+        dqkv, dbias, total = rows_backward(grad_out, qkv, bias, logit_scale, out, lse, num_heads, window_size,
+                                           shift_size, bias_grad)
+        return dqkv, dbias, nothing(lse) if total is None else total
+    which = (n, head_dim, qkv.dtype, arch, logit_scale is not None)
     tiling = config(*which)
     groups = window_groups(windows, num_heads, processors(qkv.device) * tiling.blocks_per_sm)
     new = {"dtype": torch.float32, "device": qkv.device}

@@ -8,6 +8,7 @@ keep whole rows of logits in registers instead (``triton_rows_forward``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -26,12 +27,15 @@ from .triton_backward import config as backward_config
 from .triton_fragments import (
     BLOCKS_PER_SM,
     CHUNK,
+    KEY_PROGRAMS,
     ROWS,
     WARPS,
     by_rows,
     parts,
 )
+from .triton_rows_backward import rows_backward_kernel
 from .triton_rows_forward import rows_forward_kernel
+from .triton_rows_launch import backward_by_rows, tables_kernel
 from .triton_tiles import (
     LOG2E,
     Tiling,
@@ -245,54 +249,68 @@ _SHAPES = {  # name: (window, heads, head_dim, cosine) of a shifted block, at 19
 }
 _FORWARD = {"p_qkv": "*bf16", "p_bias": "*fp32", "p_scale": "*fp32", "p_out": "*bf16", "p_lse": "*fp32"}
 _BACKWARD = {"p_grad": "*bf16", **_FORWARD, "p_dqkv": "*bf16", "p_partial": "*fp32", "p_dscale": "*fp32"}
+_ROWS_BACKWARD = {"p_grad": "*bf16", "p_qkv": "*bf16", "p_bias": "*fp32", "p_turned": "*fp32", "p_scale": "*fp32",
+                  "p_out": "*bf16", "p_lse": "*fp32", "p_dqkv": "*bf16", "p_partial": "*fp32", "p_dbias": "*fp32",
+                  "p_shares": "*fp32", "p_dscale": "*fp32", "p_count": "*i32", "p_rows": "*fp32"}
+_OF_SCALE = ("p_scale", "p_shares", "p_dscale")
 _QUICK = ("swin_b_w6", "swinv2_b_w12")
 _ARCHS = {torch.bfloat16: (80, 90, 100), torch.float32: (80, 90)}
 _SIZES = ("windows", "groups", "height", "width", "heads", "shift_y", "shift_x")
 
 
+_BY_ROWS = Tiling(ROWS.value, 1, CHUNK.value, True, WARPS.value, 1, 1, BLOCKS_PER_SM)
+
+
 def _forward_case(name: str, window: int, heads: int, head_dim: int, cosine: bool,
                   dtype: torch.dtype = torch.bfloat16) -> AotCase:
-    if by_rows(window * window, head_dim, dtype):
-        tiling = Tiling(ROWS.value, 1, CHUNK.value, True, WARPS.value, 1, 1, BLOCKS_PER_SM)
-        return _case("forward", name, window, heads, head_dim, cosine, rows_forward_kernel, tiling, _ARCHS[dtype],
-                     {"PARTS": parts(window * window)}, dtype)
-    tiling = config(window * window, head_dim, dtype)
+    n = window * window
+    if by_rows(n, head_dim, dtype):
+        return _case("forward", name, window, heads, head_dim, cosine, rows_forward_kernel, _BY_ROWS, _ARCHS[dtype],
+                     {"PARTS": parts(n)}, dtype)
+    tiling = config(n, head_dim, dtype)
     return _case("forward", name, window, heads, head_dim, cosine, forward_kernel, tiling, _ARCHS[dtype],
-                 tile_constexprs(window * window, tiling), dtype)
+                 tile_constexprs(n, tiling), dtype)
 
 
 def _backward_cases(name: str, window: int, heads: int, head_dim: int, cosine: bool,
                     dtype: torch.dtype = torch.bfloat16) -> list[AotCase]:
     """One case for the architectures that share a kernel and its tiles."""
+    n = window * window
     shared: dict[tuple[Any, Tiling], tuple[int, ...]] = {}
     for arch in _ARCHS[dtype]:
-        which = (window * window, head_dim, dtype, arch, cosine)
+        which = (n, head_dim, dtype, arch, cosine)
         choice = backward_kernel if single_tile(*which) else backward_large_kernel, backward_config(*which)
+        if backward_by_rows(n, head_dim, dtype, arch):
+            choice = rows_backward_kernel, _BY_ROWS
         shared[choice] = (*shared.get(choice, ()), arch)
     return [_case("backward", name if 90 in archs else f"{name}_sm{archs[0]}", window, heads, head_dim, cosine, kernel,
-                  tiling, archs, {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS}, dtype)
+                  tiling, archs,
+                  {"PARTS": parts(n)} if kernel is rows_backward_kernel else {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS},
+                  dtype)
             for (kernel, tiling), archs in shared.items()]
 
 
 def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cosine: bool, kernel: Any,
           tiling: Tiling, archs: tuple[int, ...], sizes: dict[str, Any], dtype: torch.dtype) -> AotCase:
     common = common_constexprs(head_dim, (window, window), "unshifted" not in name, dtype)
-    pointers = dict(_BACKWARD if direction == "backward" else _FORWARD)
+    pointers = dict(_ROWS_BACKWARD if kernel is rows_backward_kernel else
+                    _BACKWARD if direction == "backward" else _FORWARD)
     wide = dtype == torch.float32
     pointers |= {p: "*fp32" for p in pointers} if wide else {}
-    absent = {} if cosine else {p: None for p in ("p_scale", "p_dscale") if p in pointers}
+    absent = {} if cosine else {p: None for p in _OF_SCALE if p in pointers}
     present = {p: t for p, t in pointers.items() if p not in absent}
     return AotCase(
         f"window_attention/{direction}/{name}{'-in-fp32' * wide}", kernel, present | dict.fromkeys(_SIZES, "i32"),
         common | sizes | absent, num_warps=tiling.num_warps,
         divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
-        quick=name.removesuffix("_sm80") in _QUICK,
+        quick=re.sub("_sm[0-9]+$", "", name) in _QUICK,
         wide_target=0.5 if window % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs,
         others=("fp16",), trips=_TRIPS[kernel.fn.__name__])
 
 
 # Windows of a program; then, where there is one, the loop over keys, and in backward of large windows the tiles of
-# queries with their keys and those of keys with their queries.
+# queries with their keys and those of keys with their queries. Of whole rows, backward: the windows of the programs of
+# keys with their tiles, and those of the programs of queries.
 _TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
     "rows_forward_kernel": lambda a: (a["windows"] / a["groups"], a["PARTS"]),
     "forward_kernel": lambda a: (a["windows"] / a["groups"], a["WH"] * a["WW"] // a["KEYS"]),
@@ -300,6 +318,9 @@ _TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
     "backward_large_kernel": lambda a: (
         a["windows"] / a["groups"], *(cdiv(a["WH"] * a["WW"], a[side])
                                       for side in ("ROWS", "KEYS", "KEYS", "ROWS"))),
+    "rows_backward_kernel": lambda a: (
+        a["windows"] / a["groups"] / (a["PARTS"] + KEY_PROGRAMS.value), a["PARTS"],
+        a["windows"] / a["groups"] * a["PARTS"] / (a["PARTS"] + KEY_PROGRAMS.value)),
     "reduce_kernel": lambda a: (cdiv(a["groups"], a["GROUPS"]),),
 }
 
@@ -312,7 +333,16 @@ def aot_cases() -> list[AotCase]:
         shape = _SHAPES[name]
         cases += [_forward_case(name, *shape, torch.float32), *_backward_cases(name, *shape, torch.float32)]
     pointers = ("p_partial", "p_dscale", "p_scale", "p_out", "p_dscale_out")
-    return [*cases, AotCase(
+    return [*cases, *map(_tables_case, (True, False)), AotCase(
         "window_attention/reduce/w12", reduce_kernel,
         dict.fromkeys(pointers, "*fp32") | {"groups": "i32", "size": "i32"},
         {"GROUPS": 16, "BLOCK": 256}, divisible=(*pointers, "size"), quick=True, trips=_TRIPS["reduce_kernel"])]
+
+
+def _tables_case(shifted: bool) -> AotCase:
+    pointers = ("p_bias", *(("p_table",) if shifted else ()), "p_turned")
+    return AotCase(
+        f"window_attention/tables/w12{'' if shifted else '_unshifted'}", tables_kernel,
+        dict.fromkeys(pointers, "*fp32") | {"shift_y": "i32", "shift_x": "i32"},
+        {"WH": 12, "WW": 12, "VARIANTS": 4 if shifted else 1, "BLOCK": 32} | ({} if shifted else {"p_table": None}),
+        divisible=pointers, quick=True, archs=(90,))

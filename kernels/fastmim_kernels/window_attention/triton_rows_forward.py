@@ -17,6 +17,7 @@ from .triton_fragments import (
     load_fragment,
     load_rows,
     part_rows,
+    row_inverse,
     row_order,
     starts,
     store_rows,
@@ -25,7 +26,6 @@ from .triton_tiles import (
     LN2,
     LOG2E,
     MASKED_LOGIT,
-    NORM_EPS,
     head_scale,
     image_start,
     token_rows,
@@ -34,14 +34,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit
-def _inverse_norm(x):
-    """1 / max(‖row‖, eps) within two float32 roundings: ``inverse_norm`` divides, for which sm_80 lacks registers."""
-    x = x.to(tl.float32)
-    return tl.rsqrt(tl.maximum(tl.sum(x * x, 1), NORM_EPS * NORM_EPS))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "groups", "height", "width", "heads", "shift_y", "shift_x"])
 def rows_forward_kernel(
     p_qkv,  # (B, H, W, 3, heads, D)
     p_bias,  # (heads, N, N)
@@ -77,7 +70,7 @@ def rows_forward_kernel(
             o_key = token_rows(i_window, o_j, image, WH, WW)
             k = load_rows(p_q + stride, o_key, m_j, 3 * stride, D, DP)
             v = load_rows(p_q + 2 * stride, o_key, m_j, 3 * stride, D, DP)
-            keys = keys + ((k, v, _inverse_norm(k) if COSINE else tl.zeros([WIDTHS[c]], tl.float32)),)
+            keys = keys + ((k, v, row_inverse(k) if COSINE else tl.zeros([WIDTHS[c]], tl.float32)),)
         for t in tl.range(0, PARTS, num_stages=1):
             i_first, i_end = part_rows(late + t, N, PARTS)
             o_i = i_first + row_order()
@@ -86,7 +79,7 @@ def rows_forward_kernel(
             q = load_rows(p_q, o_row, m_i, 3 * stride, D, DP)
             factor = tl.zeros([ROWS], tl.float32) + scale
             if COSINE:
-                factor *= _inverse_norm(q)
+                factor *= row_inverse(q)
             logits = ()
             # Finite and at least 1, so that padded rows, all of whose logits are −inf, stay free of NaN.
             maximum = tl.full([ROWS], -1e30, tl.float32)

@@ -71,7 +71,7 @@ def chunked() -> Example:
 def test_no_state_survives_a_failure_between_launches(monkeypatch: pytest.MonkeyPatch, shared_counters: Tensor) -> None:
     """Any launch of any op may not come: afterwards the counters are zero and every op gives the same bits."""
     monkeypatch.setattr(linear_on_triton, "SLOPE_BYTES", 64 * 64 * 4)
-    examples = [chunked(), *(e for e in EXAMPLES if e.op != "window_attention")]
+    examples = [chunked(), *(e for e in EXAMPLES if e.op != "window_attention" or "81 tokens" in e.name)]
     before = {e.name: run(e, "triton") for e in examples}
     with pytest.MonkeyPatch.context() as patch:
         launches = Launches(patch)

@@ -9,6 +9,7 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from fastmim_kernels.linear import weight_gradient
+from fastmim_kernels.window_attention import triton_rows_launch
 from tests.kernels.triton.examples import EXAMPLES, Example, run
 from tests.kernels.triton.sanitizers import guard, visit
 
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of small examples are split, too, into groups of parts."""
+    """The rows of small examples are split, too, into groups of parts, and the windows into groups."""
+    monkeypatch.setattr(triton_rows_launch, "window_groups", lambda windows, *args: min(windows, 2))
     monkeypatch.setattr(weight_gradient, "programs_at_once", lambda device: 40)
     monkeypatch.setattr(weight_gradient, "PART", 1)
 

@@ -11,9 +11,11 @@ from fastmim_kernels.window_attention import (
     triton_backward as window_attention_backward,
 )
 from fastmim_kernels.window_attention import triton_forward as kernels
+from fastmim_kernels.window_attention import triton_rows_launch as rows_launch
 from fastmim_kernels.window_attention import (
     triton_tiles as window_tiles,
 )
+from fastmim_kernels.window_attention.layout import shift_mask
 from fastmim_kernels.window_attention.op import OP, traffic, window_attention
 from tests.kernels.oracle import FLOOR, check, run
 
@@ -28,6 +30,7 @@ CASES = {
     "head dimension between powers of two, as in no vector": ((1, 8, 8), 2, 44, (4, 4), (2, 1), True),
     "rectangle shifted along one axis only": ((1, 8, 6), 2, 16, (4, 3), (2, 0), True),
     "144 tokens, every mask": ((1, 24, 12), 1, 16, (12, 12), (6, 6), True),
+    "65 tokens, a chunk of one key, seams along one axis": ((3, 5, 13), 2, 16, (5, 13), (2, 0), True),
     "100 tokens, last chunk and last tile padded": ((1, 10, 10), 1, 16, (10, 10), (0, 0), False),
     "208 tokens, tiles on the grid, last one padded": ((1, 13, 16), 1, 16, (13, 16), (0, 5), True),
     "one token a window": ((1, 2, 3), 2, 16, (1, 1), (0, 0), False),
@@ -80,7 +83,7 @@ def test_against_float64(name: str, dtype: torch.dtype) -> None:
     check(ours, oracle, inputs, dtypes_for(names, dtype), wrt=names, floor=floor)
 
 
-# One for each kernel: a single tile, and tiles of queries and keys.
+# One for each kernel: a single tile, and whole rows.
 @pytest.mark.parametrize("name", ["window of 6, 36 tokens in 64 rows", "100 tokens, last chunk and last tile padded"])
 def test_float16(name: str) -> None:
     inputs, names = inputs_for(name)
@@ -90,7 +93,7 @@ def test_float16(name: str) -> None:
 # On sm_80 cosine attention takes the large kernel for every window, and smaller tiles of queries.
 @pytest.mark.parametrize("name", ["window = map, 3 windows in 2 groups", "144 tokens, every mask"])
 def test_as_on_sm_80(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_attention_backward, "architecture", lambda device: 80)
+    monkeypatch.setattr(window_attention_backward, "sm_of", lambda device: 80)
     inputs, names = inputs_for(name)
     check(ours, oracle, inputs, dtypes_for(names, torch.bfloat16), wrt=names)
 
@@ -110,11 +113,32 @@ def test_groups_do_not_matter(monkeypatch: pytest.MonkeyPatch, groups: int) -> N
     check(ours, oracle, inputs, dtypes, wrt=names)
 
 
+# Three windows for two programs of keys, which leaves one of a group without any.
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_groups_of_whole_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    monkeypatch.setattr(rows_launch, "window_groups", lambda *args: groups)
+    inputs, names = inputs_for("65 tokens, a chunk of one key, seams along one axis")
+    check(ours, oracle, inputs, dtypes_for(names, torch.bfloat16), wrt=names)
+
+
+def test_bias_tables() -> None:
+    """What each kind of window adds to its logits is the bias and the mask of the torch implementation."""
+    window, shift, bias = (3, 4), (1, 2), torch.randn(2, 12, 12)
+    mask = shift_mask(6, 8, window, shift, torch.float32, bias.device)
+    assert mask is not None
+    for given, wanted in ((shift, bias[:, None] + mask[None]), ((0, 0), bias[:, None])):
+        table, turned = rows_launch.bias_tables(bias, window, given)
+        # Of 2x2 windows: bit 1 in the last row, bit 0 in the last column.
+        torch.testing.assert_close(table.view(wanted.shape), wanted)
+        assert torch.equal(turned.view(wanted.shape), table.view(wanted.shape).mT)
+
+
 def test_without_bias_gradient() -> None:
-    for name in ("window = map, 3 windows in 2 groups", "49 tokens, rows that no vector width divides"):
+    for name in ("window = map, 3 windows in 2 groups", "49 tokens, rows that no vector width divides",
+                 "65 tokens, a chunk of one key, seams along one axis", "100 tokens, last chunk and last tile padded"):
         inputs, names = inputs_for(name)
         heads, window, shift = inputs["num_heads"], inputs["window_size"], inputs["shift_size"]
-        qkv, bias, scale = inputs["qkv"].bfloat16(), inputs["bias"], inputs["logit_scale"]
+        qkv, bias, scale = inputs["qkv"].bfloat16(), inputs["bias"], inputs.get("logit_scale")
         out, lse = kernels.forward(qkv, bias, scale, heads, window, shift)
         given = (torch.ones_like(out), qkv, bias, scale, out, lse, heads, window, shift)
         dqkv, dbias, dscale = kernels.backward(*given)
@@ -124,11 +148,13 @@ def test_without_bias_gradient() -> None:
         torch.testing.assert_close(fewer[2], dscale)
 
 
-def test_zero_vectors_are_finite() -> None:
-    inputs, names = inputs_for("16 tokens, one warp")
+@pytest.mark.parametrize("name, dtype", [
+    ("16 tokens, one warp", torch.float32), ("65 tokens, a chunk of one key, seams along one axis", torch.bfloat16)])
+def test_zero_vectors_are_finite(name: str, dtype: torch.dtype) -> None:
+    inputs, _ = inputs_for(name)
     inputs["qkv"] = torch.zeros_like(inputs["qkv"])
-    found = run(ours, inputs | {"logit_scale": torch.ones(2)}, dict.fromkeys(["qkv", "bias", "logit_scale"],
-                                                                           torch.float32), ["qkv", "bias"])
+    names = ["qkv", "bias", "logit_scale"]
+    found = run(ours, inputs | {"logit_scale": torch.ones(2)}, dtypes_for(names, dtype), ["qkv", "bias"])
     assert all(torch.isfinite(t).all() for t in found)
 
 
@@ -141,7 +167,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("window, heads", [(6, 2), (9, 1)])
 def test_bytes(window: int, heads: int, byte_counter, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     batch, n, groups = 3, window * window, 2  # 81 tokens pad a tile and a chunk
-    for module in (kernels, window_attention_backward):
+    for module in (kernels, window_attention_backward, rows_launch):
         monkeypatch.setattr(module, "window_groups", lambda *args: groups)
     qkv = torch.randn(batch, window, window, 3 * heads * 32).bfloat16()
     bias, scale, size = torch.zeros(heads, n, n), torch.zeros(heads), (window, window)
@@ -157,6 +183,9 @@ def test_bytes(window: int, heads: int, byte_counter, monkeypatch: pytest.Monkey
     if n <= 64:
         assert byte_counter.total <= 1.02 * least[1] + (batch - 1) * bias.nbytes + sums
     # Beyond 64 tokens a window is read again, from L1, for each tile: only what is distinct comes from memory.
+    if n > 64:
+        # Its bias is turned, and two programs of keys keep two values of each query of their window.
+        sums += 2 * bias.nbytes + 2 * groups * heads * 2 * 2 * n * 4
     # `out` stands for its own gradient here and is counted once.
     assert byte_counter.distinct <= 1.02 * least[1] + sums - out.nbytes
 
