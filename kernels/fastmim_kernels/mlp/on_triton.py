@@ -162,6 +162,12 @@ def gelu_gradient_kernel(
 
 
 @lru_cache(maxsize=256)
+def forward_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
+    """For :func:`linear_gelu_kernel`."""
+    return for_two_blocks(tile_config(columns, depth, dtype, sm))
+
+
+@lru_cache(maxsize=256)
 def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
     """For :func:`gelu_gradient_kernel`, whose tile is taken apart in four."""
     tiles = narrow_config(columns, depth, dtype, sm)
@@ -173,12 +179,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, ge
                 tiles: dict[str, int] | None = None) -> tuple[Tensor, Tensor]:
     """(z = x·Wᵀ + b as (M, N), GELU(z) as (…, N)) of (…, K), (N, K) and (N,), each empty where not wanted.
 
-    In one launch; ``tiles`` replaces those of :func:`tile_config`.
+    In one launch; ``tiles`` replaces those of :func:`forward_config`.
     """
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     columns, depth = weight.shape
     rows = x.numel() // depth
-    tiles = tile_config(columns, depth, x.dtype, sm_of(x.device)) if tiles is None else tiles
+    tiles = forward_config(columns, depth, x.dtype, sm_of(x.device)) if tiles is None else tiles
     z = x.new_empty(rows, columns) if pre else None
     out = x.new_empty((*x.shape[:-1], columns)) if gelu else None
     grid = (cdiv(rows, tiles["BM"]) * cdiv(columns, tiles["BN"]),)
@@ -279,8 +285,8 @@ def aot_cases() -> list[AotCase]:
         for c, sm in [(base * width, sm) for width in widths for sm in (80, 90, 100)]:
             quick = name == "swin_b" and c == 512
             for title, kernel, config, extra in (
-                    ("fc1", linear_gelu_kernel, tile_config, {}),
-                    ("fc1-activation", linear_gelu_kernel, tile_config, {"p_pre": None}),
+                    ("fc1", linear_gelu_kernel, forward_config, {}),
+                    ("fc1-activation", linear_gelu_kernel, forward_config, {"p_pre": None}),
                     ("fc2-gradient", gelu_gradient_kernel, gradient_config, {})):
                 for dtype in aot_dtypes(quick, sm):
                     tiles = config(4 * c, c, dtype, sm)

@@ -197,13 +197,19 @@ def reduce_kernel(
             tl.store(p_dscale_out + i_head, tl.where(clamped, 0.0, total_scale))
 
 
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+"""Triton's allocation of registers is that of 3.6, which needs more of them."""
+
+
 def single_tile(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -> bool:
     """Whether ``backward_kernel`` takes windows of ``n`` tokens, not ``backward_large_kernel``.
 
     That one keeps only a tile of queries and of keys on chip: for more than 64 tokens, for wide rows (float32,
-    heads of 64), and for cosine attention on sm_80, where one tile would spill a few registers.
+    heads of 64), and where one tile would spill registers: cosine attention on sm_80 and, by a Triton before 3.7, both
+    that and plain attention on sm_80, and cosine attention everywhere.
     """
-    return n <= 64 and dtype != torch.float32 and head_dim <= 32 and not (arch < 90 and cosine)
+    spills = (arch < 90 and OLD) or (cosine and (arch < 90 or OLD))
+    return n <= 64 and dtype != torch.float32 and head_dim <= 32 and not spills
 
 
 @lru_cache(maxsize=256)

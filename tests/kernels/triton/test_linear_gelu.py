@@ -73,8 +73,8 @@ def test_product_onto_a_tensor(name: str, dtype: torch.dtype) -> None:
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int]:
     """A shape of ten row blocks, the last not full, that are walked three at a time and added up four at a time."""
-    forward, gradient = kernels.tile_config, kernels.gradient_config
-    monkeypatch.setattr(kernels, "tile_config", lambda *args: forward(*args) | {"BM": 16, "BN": 64})
+    forward, gradient = kernels.forward_config, kernels.gradient_config
+    monkeypatch.setattr(kernels, "forward_config", lambda *args: forward(*args) | {"BM": 16, "BN": 64})
     monkeypatch.setattr(kernels, "gradient_config", lambda *args: gradient(*args) | {"SHARE": 4})
     monkeypatch.setattr(kernels, "GROUP", 3)
     return 150, 24, 130
@@ -106,7 +106,7 @@ def product_bytes(rows: int, k: int, n: int, tiles: dict[str, int], item: int) -
 def test_requested_bytes(shape: tuple[int, int, int], byte_counter) -> None:  # type: ignore[no-untyped-def]
     rows, k, n = shape
     t, hidden = make(shape, BF16), 2 * rows * n
-    tiles = kernels.tile_config(n, k, BF16, 90)
+    tiles = kernels.forward_config(n, k, BF16, 90)
     kernels.linear_gelu(t["x"], t["weight"], t["bias"], pre=True, gelu=True)
     blocks = -(-rows // tiles["BM"])
     assert byte_counter.written == 2 * hidden
@@ -122,6 +122,6 @@ def test_requested_bytes(shape: tuple[int, int, int], byte_counter) -> None:  # 
 @pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("depth", [96, 128, 352, 4096])
 def test_shipped_widths_need_no_masks_inside(depth: int, sm: int) -> None:
-    for config in (kernels.tile_config, kernels.gradient_config):
+    for config in (kernels.forward_config, kernels.gradient_config):
         tiles = config(4 * depth, depth, BF16, sm)
         assert 4 * depth % tiles["BN"] == 0 and depth % tiles["BK"] == 0
