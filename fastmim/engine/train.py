@@ -11,7 +11,14 @@ from fastmim.config import Config, save_config
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.build import Parts, build, make_loader
-from fastmim.engine.checkpoint import check_same_run, list_checkpoints, load_checkpoint, set_aside, step_of, whole_checkpoint
+from fastmim.engine.checkpoint import (
+    check_same_run,
+    list_checkpoints,
+    load_checkpoint,
+    set_aside,
+    step_of,
+    whole_checkpoint,
+)
 from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.loop import train_step

@@ -39,7 +39,7 @@ CHANGEABLE = frozenset(
         "milestone_steps", "decay_epochs", "decay_steps", "gamma", "cosine_after_warmup", "schedule_lag",
     )
 )  # fmt: skip
-"""What may change where a run goes on from a checkpoint: nothing that the weights or the moments depend on by meaning."""
+"""What may change where a run goes on from a checkpoint: weights and moments mean the same under other values."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
