@@ -42,9 +42,9 @@ def choose(key: tuple[Any, ...], device: torch.device, ways: Ways, otherwise: st
     path, text, known = _file(device), json.dumps([str(part) for part in key]), ways()
     kept = _read(path)
     if kept.get(text) not in known:
+        first = known[otherwise]
         try:
-            times = {name: milliseconds(way) for name, way in known.items()
-                     if name == otherwise or _agree(way(), known[otherwise]())}
+            times = {name: milliseconds(way) for name, way in known.items() if way is first or _agree(way(), first())}
         except torch.OutOfMemoryError:
             # A way may need more memory than is left beside the step; the next call finds out again.
             return otherwise
