@@ -23,7 +23,11 @@ def owned(folder: Path) -> Iterator[None]:
         ValueError: another process writes there, or one of another host may; with the way out.
     """
     path = folder / LOCK_FILE
-    descriptor = _take(path, folder)
+    try:
+        descriptor = _take(path, folder)
+    except OSError as error:
+        reason = (error.strerror or "unusable").lower()
+        raise ValueError(f"output.dir={folder}: {path} cannot be written ({reason}); choose another folder") from None
     try:
         yield
     finally:
@@ -41,11 +45,7 @@ def _is(descriptor: int, path: Path) -> bool:
 
 def _take(path: Path, folder: Path) -> int:
     while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ValueError(f"output.dir={folder}: {path} cannot be written ({error.strerror}); remove it, or choose "
-                             "another folder") from None  # fmt: skip
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         try:
             _claim(descriptor, path, folder)
             # The last owner may have removed the file between the two calls above.

@@ -89,10 +89,10 @@ def test_a_process_id_that_was_given_anew_is_not_the_owner(tmp_path, monkeypatch
         owned(tmp_path).__enter__()
 
 
-@pytest.mark.parametrize("kind", ["link", "folder"])
+@pytest.mark.parametrize("kind", ["link", "folder", "fifo"])
 def test_what_is_no_plain_file_is_refused(tmp_path, kind):
     path, aim = tmp_path / LOCK_FILE, tmp_path / "aim"
-    path.symlink_to(aim) if kind == "link" else path.mkdir()
+    {"link": lambda: path.symlink_to(aim), "folder": path.mkdir, "fifo": lambda: os.mkfifo(path)}[kind]()
     with pytest.raises(ValueError, match="cannot be written"):
         owned(tmp_path).__enter__()
     assert not aim.exists()
