@@ -147,7 +147,6 @@ def weight_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict
                            "num_warps": 8 if sm >= 90 else 4, "num_stages": 3 if deep == 64 else 4})
 
 
-@lru_cache(maxsize=256)
 def split_rows(rows: int, tiles: int, block: int, at_once: int) -> tuple[int, int]:
     """(parts of the rows, parts that are added up together), so that ``at_once`` programs have work.
 
