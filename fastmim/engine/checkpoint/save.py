@@ -93,15 +93,22 @@ def set_aside(root: Path, after_step: int) -> None:
     stale = [path for path in list_checkpoints(root) if (step_of(path) or 0) > after_step]
     if not stale:
         return
+    metrics = root.with_name("metrics.jsonl")
     number = 1
     while (aside := root.with_name(f"{root.name}.{number}")).exists():
         number += 1
-    aside.mkdir()
-    for path in stale:
-        path.rename(aside / path.name)
-    metrics = root.with_name("metrics.jsonl")
-    if metrics.is_file():
-        shutil.copy2(metrics, aside / metrics.name)
+    if len(stale) == len(list_checkpoints(root)):
+        # One rename: a kill leaves all of the other run's checkpoints in place, or none.
+        if metrics.is_file():
+            shutil.copy2(metrics, root / metrics.name)
+        root.rename(aside)
+    else:
+        aside.mkdir()
+        if metrics.is_file():
+            shutil.copy2(metrics, aside / metrics.name)
+        # The newest first: a kill in between must not leave a later step without those before it.
+        for path in reversed(stale):
+            path.rename(aside / path.name)
     count = "1 earlier checkpoint is" if len(stale) == 1 else f"{len(stale)} earlier checkpoints are"
     log.warning("%s not part of this run: moved to %s", count, aside)
 
