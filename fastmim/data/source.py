@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from fastmim.data import shards
-from fastmim.data.decode import DecodeError, check_decode_options, decode_image, read_bytes
-from fastmim.data.names import EXTENSIONS, is_image, printable, shown
+from fastmim.data.decode import DecodeError, decode_image, read_bytes
+from fastmim.data.index import ImageIndex
+from fastmim.data.names import printable, shown
+from fastmim.data.scan import scan_folder
+from fastmim.data.several import SeveralIndex
 
 VERIFY = ("auto", "full", "none")
 #: `verify="auto"` decodes every file up front when there are at most this many.
@@ -26,27 +29,6 @@ VERIFY_AUTO_LIMIT = 2000
 
 _LOG = logging.getLogger("fastmim")
 _CHUNK = 64
-
-
-class ImageIndex(Protocol):
-    """An immutable, ordered list of images, wherever they lie; all methods may be called in worker processes."""
-
-    root: str
-
-    def __len__(self) -> int: ...
-
-    def label(self, index: int) -> str:
-        """The name of image `index`, safe to print and to write as UTF-8."""
-        ...
-
-    def read(self, index: int) -> bytearray:
-        """The encoded bytes of image `index`; DecodeError when they cannot be read."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of names and order."""
-        ...
 
 
 class FileIndex:
@@ -85,60 +67,46 @@ class FileIndex:
 
 
 def open_index(
-    path: str | os.PathLike[str] | None, file_list: str | os.PathLike[str] | None = None, *, field: str = "data.path"
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
+    file_list: str | os.PathLike[str] | None = None,
+    *,
+    follow_links: bool = False,
+    component: str | None = None,
+    field: str = "data.path",
 ) -> ImageIndex:
     """List the images of a folder (recursive, sorted by name as bytes), a file list (in its own order) or shards.
 
     `path` means shards when it is a folder with .tar files, a .tar file or a pattern of them: see ``shards.py``.
+    Several paths are one set of images, in their order. What is left out of a folder: see ``scan.py``.
 
-    Hidden files and folders are skipped; so are linked folders and links that lead out of `path`, with a
-    warning. `field` is the config key that messages name.
+    Args:
+        follow_links: follow linked folders, each once, and links that lead out of `path`.
+        component: which member of a sample of a shard is the image; see :func:`fastmim.data.shards.open_shards`.
+        field: the config key that messages name.
 
     Raises:
         ValueError: folder or list missing or without images; a list entry outside `path` or not a file.
     """
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        if not path or (file_list is not None and len(path) > 1):
+            raise ValueError(f"{field}={list(path)}: give one folder or more; with data.file_list one")
+        if len(path) == 1:
+            path = path[0]
+        else:
+            return SeveralIndex([_open_one(one, follow_links, component, field) for one in path])
     if file_list is not None:
         return _index_from_list(path, os.fspath(file_list))
     if path is None:
         raise ValueError(f"{field}=null: give a folder of images, for example {field}=/path/to/images")
+    return _open_one(path, follow_links, component, field)
+
+
+def _open_one(path: str | os.PathLike[str], follow_links: bool, component: str | None, field: str) -> ImageIndex:
     tars = shards.find_tars(os.fspath(path), field)
     if tars:
-        return shards.open_shards(os.fspath(path), tars, field)
+        return shards.open_shards(os.fspath(path), tars, field, component)
     root = _existing_folder(os.fspath(path), field)
-    links: list[str] = []
-    names = sorted(_walk(root, links), key=os.fsencode)
-    if links:
-        _LOG.warning("%s=%s: did not follow %d links: %s", field, printable(root), len(links), shown(links))
-    if not names:
-        raise ValueError(f"{field}={printable(root)}: no images here or below (looked for {' '.join(EXTENSIONS)})")
-    return FileIndex(root, names)
-
-
-def _walk(root: str, links: list[str]) -> Iterator[str]:
-    inside = os.path.join(os.path.realpath(root), "")
-    stack = [""]
-    while stack:
-        folder = stack.pop()
-        try:
-            entries = list(os.scandir(os.path.join(root, folder)))
-        except OSError as err:
-            _LOG.warning("cannot list %s (%s)", printable(os.path.join(root, folder)), err.strerror)
-            continue
-        for entry in entries:
-            name = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                stack.append(name)
-            elif entry.is_symlink() and _leads_out(entry, inside):
-                links.append(name)
-            elif is_image(name) and entry.is_file():
-                yield name
-
-
-def _leads_out(entry: os.DirEntry[str], inside: str) -> bool:
-    # A linked folder may form a loop or list images twice, so none is followed, wherever it leads.
-    return entry.is_dir() or (is_image(entry.name) and not os.path.realpath(entry.path).startswith(inside))
+    return FileIndex(root, scan_folder(root, field, follow_links))
 
 
 def _index_from_list(path: str | os.PathLike[str] | None, file_list: str) -> FileIndex:
@@ -191,6 +159,8 @@ def find_bad_files(
     in_chans: int = 3,
     loader: str = "auto",
     min_size: int = 8,
+    value_range: Sequence[float] | None = None,
+    alpha: str = "white",
     num_threads: int | None = None,
 ) -> dict[int, str]:
     """Decode every file in full and return {file index: reason} of those that cannot be used.
@@ -203,11 +173,15 @@ def find_bad_files(
     if verify == "none" or (verify == "auto" and len(index) > VERIFY_AUTO_LIMIT):
         return {}
 
+    options: dict[str, Any] = dict(
+        in_chans=in_chans, loader=loader, min_size=min_size, value_range=value_range, alpha=alpha
+    )
+
     def check(start: int) -> dict[int, str]:
         bad = {}
         for i in range(start, min(start + _CHUNK, len(index))):
             try:
-                decode_image(index.read(i), in_chans=in_chans, loader=loader, min_size=min_size)
+                decode_image(index.read(i), **options)
             except DecodeError as err:
                 bad[i] = str(err)
         return bad
@@ -231,23 +205,3 @@ def check_bad_fraction(bad: dict[str, str], num_images: int, max_bad_fraction: f
         f"data.max_bad_fraction={max_bad_fraction:g}: {len(bad)} of {num_images} files"
         f" cannot be used ({names}); {advice}"
     )
-
-
-def check_images(
-    path: str | os.PathLike[str] | None,
-    *,
-    file_list: str | os.PathLike[str] | None = None,
-    in_chans: int = 3,
-    loader: str = "auto",
-    min_size: int = 8,
-    num_threads: int | None = None,
-) -> tuple[int, dict[str, str]]:
-    """Decode every image of a folder or list; returns (number of usable files, {path: reason} of the others).
-
-    Raises:
-        ValueError: as `open_index`, or for an unknown `in_chans` or `loader`.
-    """
-    check_decode_options(in_chans, loader)
-    index = open_index(path, file_list)
-    bad = find_bad_files(index, in_chans=in_chans, loader=loader, min_size=min_size, num_threads=num_threads)
-    return len(index) - len(bad), {index.label(i): reason for i, reason in bad.items()}

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from fastmim.data.augment import Crop, View, apply_crop, centre_crop, draw_crops
 from fastmim.data.decode import DecodeError, decode_image, plain_jpeg
+from fastmim.data.index import ImageIndex
 from fastmim.data.order import augment_random, substitute_file
-from fastmim.data.source import ImageIndex
 
 _SUBSTITUTES = 64
 T = TypeVar("T")
@@ -67,10 +67,15 @@ class SampleDataset(Dataset[Any]):
         decoder: str,
         train: bool,
         min_size: int,
+        value_range: Sequence[float] | None = None,
+        alpha: str = "white",
     ) -> None:
         self.index, self.known_bad, self.seed, self.train = index, known_bad, seed, train
         self.views, self.in_chans, self.min_size = tuple(views), in_chans, min_size
-        self.decode_options: dict[str, Any] = {"in_chans": in_chans, "loader": decoder, "min_size": min_size}
+        self.value_range = value_range
+        self.decode_options: dict[str, Any] = {
+            "in_chans": in_chans, "loader": decoder, "min_size": min_size, "value_range": value_range, "alpha": alpha
+        }  # fmt: skip
 
     def usable(
         self, epoch: int, sample_id: int, bad: list[tuple[int, str]], use: Callable[[int], T]
@@ -170,7 +175,8 @@ class EncodedDataset(SampleDataset):
     def encode(self, file: int, *, as_is: bool = True) -> tuple[bytes | bytearray, int, int]:
         """(bytes, H, W) of a file; `as_is=False` decodes JPEGs here too."""
         data = self.index.read(file)
-        frame = plain_jpeg(data, self.min_size) if as_is else None
+        # A decoder elsewhere knows of no range.
+        frame = plain_jpeg(data, self.min_size) if as_is and self.value_range is None else None
         if frame is not None:
             return data, frame.height, frame.width
         image = decode_image(data, **self.decode_options)

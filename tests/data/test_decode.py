@@ -14,8 +14,8 @@ from fastmim.data.decode import MAX_PIXELS, DecodeError, decode_image
 LOADERS = ("auto", "torchvision", "pil")
 
 
-def pixels(data: bytes, loader: str, in_chans: int = 3) -> np.ndarray:
-    image = decode_image(data, loader=loader, in_chans=in_chans)
+def pixels(data: bytes, loader: str, in_chans: int = 3, **options: object) -> np.ndarray:
+    image = decode_image(data, loader=loader, in_chans=in_chans, **options)
     assert image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == in_chans
     return image.permute(1, 2, 0).numpy()
 
@@ -95,16 +95,16 @@ def test_grey_png_of_every_depth(make, loader, bits):
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("bits", (8, 16))
 def test_alpha(make, loader, bits):
-    # For RGB the alpha is dropped, not blended; for RGBA it is kept.
+    # For RGBA it is kept; what other channels make of it is in test_samples.py.
     samples = np.random.default_rng(0).integers(0, 2**bits, (10, 11, 4))
     truth = (samples >> (bits - 8)).astype(np.uint8)
     rgba = make["encode_png"](samples, bits=bits, colour=6)
-    assert worst(pixels(rgba, loader, 3), truth[..., :3]) == 0
+    assert worst(pixels(rgba, loader, 3, alpha="drop"), truth[..., :3]) == 0
     assert worst(pixels(rgba, loader, 4), truth) == 0
     grey_alpha = make["encode_png"](samples[..., :2], bits=bits, colour=4)
-    assert worst(pixels(grey_alpha, loader, 3), np.repeat(truth[..., :1], 3, -1)) == 0
+    assert worst(pixels(grey_alpha, loader, 3, alpha="drop"), np.repeat(truth[..., :1], 3, -1)) == 0
     assert worst(pixels(grey_alpha, loader, 4), truth[..., [0, 0, 0, 1]]) == 0
-    assert worst(pixels(grey_alpha, loader, 1), truth[..., :1]) == 0
+    assert worst(pixels(grey_alpha, loader, 1, alpha="drop"), truth[..., :1]) == 0
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -115,7 +115,7 @@ def test_palette_with_transparency(make, loader, bits):
     picks = np.random.default_rng(3).integers(0, 2**bits, (9, 13))
     trns = alpha.astype(np.uint8).tobytes()
     data = make["encode_png"](picks, bits=bits, colour=3, palette=palette, trns=trns)
-    assert worst(pixels(data, loader, 3), palette[picks]) == 0
+    assert worst(pixels(data, loader, 3, alpha="drop"), palette[picks]) == 0
     assert worst(pixels(data, loader, 4), np.concatenate([palette[picks], alpha[picks][..., None]], -1)) == 0
 
 

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from fastmim.data import build_loader, check_images, index_shards, pack_images
-from fastmim.data.shards import expand_braces, find_tars, index_path, open_shards, read_index, scan_tar
+from fastmim.data.shards import expand_braces, find_tars, open_shards, scan_tar
 from fastmim.data.source import open_index
+from fastmim.data.tar_index import index_path, read_index
 
 
 def load(path, **kwargs):
@@ -179,7 +180,7 @@ def test_an_index_that_does_not_fit_is_not_used(tmp_path, caplog):
     tar = write_tar(tmp_path / "a.tar", [("1.jpg", b"one"), ("2.jpg", b"two")])
     index_shards(str(tar))
     good = Path(index_path(str(tar))).read_text()
-    assert [member.name for member in read_index(str(tar))] == ["1.jpg", "2.jpg"]
+    assert [sample[0].name for sample in read_index(str(tar))] == ["1.jpg", "2.jpg"]
     for text in (
         "",
         "v9 2\n",
@@ -240,7 +241,7 @@ def test_what_is_no_plain_tar_is_one_line(tmp_path):
 
 def test_a_shard_cut_short_loses_its_end_only(photos, packed, tmp_path, caplog):
     tar = find_tars(str(packed))[0]
-    members = scan_tar(tar)
+    members = [sample[0] for sample in scan_tar(tar)]
     cut = tmp_path / "cut.tar"
     cut.write_bytes(Path(tar).read_bytes()[: members[2].offset + members[2].size // 2])
     usable, bad = check_images(tmp_path)
