@@ -101,6 +101,7 @@ def build_loader(
     index = None
     if chosen != "synthetic":
         index = open_index(path, file_list, follow_links=follow_links, component=component, field=field)
+    spans = weighted_spans(index, weights) if index is not None and train else None
     order = EpochOrder(
         num_images=NUM_IMAGES if index is None else len(index),
         micro_batch_size=micro_batch_size,
@@ -109,7 +110,7 @@ def build_loader(
         world_size=world_size,
         seed=seed,
         train=train,
-        spans=None if index is None or not train else weighted_spans(index, weights),
+        spans=spans,
     )
     if index is None:
         if len(views) > 1 or views[0].count > 1:
@@ -121,7 +122,7 @@ def build_loader(
     bad = find_bad_files(index, verify=verify, loader=decoder, **values)
     if rank == 0:
         warn(survey(index, bad, loader=decoder, **values))
-    options: dict[str, Any] = dict(views=views, seed=seed, decoder=decoder, train=train, **values)
+    options: dict[str, Any] = dict(views=views, seed=seed, decoder=decoder, train=train, spans=spans, **values)
     shared: dict[str, Any] = dict(num_workers=num_workers, device=device, bad=bad, max_bad_fraction=max_bad_fraction)
     if chosen == "dali":
         encoded = EncodedDataset(index, frozenset(bad), **options)

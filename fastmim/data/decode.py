@@ -21,6 +21,7 @@ from fastmim.data.samples import (
     Samples,
     UnusableError,
     check_conversion,
+    extra_sample,
     pil_samples,
     png_key,
     png_kind,
@@ -163,9 +164,10 @@ def _decode_torchvision(data: bytes | bytearray, in_chans: int, is_jpeg: bool) -
 
 def _decode_pil(data: bytes | bytearray, min_size: int) -> Samples:
     try:
+        data, extra = extra_sample(data)
         image = open_image(data)
         _check_size((image.height, image.width), min_size)
-        return pil_samples(image, data)
+        return pil_samples(image, data, extra)
     except DecodeError:
         raise
     except Image.UnidentifiedImageError:

@@ -139,8 +139,8 @@ def open_shards(
     """The images of `tars`, from the index beside each where there is one that fits, else by reading its headers.
 
     Args:
-        component: the extension (all behind the first dot) of the member of a sample that is the image; None: the
-            only member that is named like one.
+        component: the extension (all behind the first dot) of the member of a sample that is the image, or
+            several in order of preference ("jpg;png"); None: the only member that is named like one.
 
     Raises:
         ValueError: a file is not a tar archive; no shard holds an image; a sample holds several and no component
@@ -169,7 +169,11 @@ def open_shards(
 def _components(sample: list[Member], component: str | None) -> list[Member]:
     if component is None:
         return [member for member in sample if is_image(member.name)]
-    return [member for member in sample if extension_of(member.name).lower() == component.lower().lstrip(".")]
+    for wanted in component.lower().split(";"):
+        found = [member for member in sample if extension_of(member.name).lower() == wanted.strip().lstrip(".")]
+        if found:
+            return found
+    return []
 
 
 def _chosen(samples: list[list[list[Member]]], where: str, component: str | None) -> list[list[Member]]:
@@ -189,8 +193,8 @@ def _chosen(samples: list[list[list[Member]]], where: str, component: str | None
             left_out += not found
             chosen[-1] += found
     if left_out and any(chosen):
-        what = "image" if component is None else f"component {component}"
-        _LOG.warning("%s: left out %d samples without an %s%s", where, left_out, what, _instead(samples))
+        what = "an image" if component is None else f"a component {component}"
+        _LOG.warning("%s: left out %d samples without %s%s", where, left_out, what, _instead(samples))
     return chosen
 
 

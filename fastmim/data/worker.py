@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from fastmim.data.augment import Crop, View, apply_crop, centre_crop, draw_crops
 from fastmim.data.decode import DecodeError, decode_image, plain_jpeg
 from fastmim.data.index import ImageIndex
-from fastmim.data.order import augment_random, substitute_file
+from fastmim.data.order import Span, augment_random, substitute_file
 
 _SUBSTITUTES = 64
 T = TypeVar("T")
@@ -69,10 +69,11 @@ class SampleDataset(Dataset[Any]):
         min_size: int,
         value_range: Sequence[float] | None = None,
         alpha: str = "white",
+        spans: Sequence[Span] | None = None,
     ) -> None:
         self.index, self.known_bad, self.seed, self.train = index, known_bad, seed, train
         self.views, self.in_chans, self.min_size = tuple(views), in_chans, min_size
-        self.value_range = value_range
+        self.value_range, self.spans = value_range, spans or [Span(0, len(index), 1.0)]
         self.decode_options: dict[str, Any] = {
             "in_chans": in_chans, "loader": decoder, "min_size": min_size, "value_range": value_range, "alpha": alpha
         }  # fmt: skip
@@ -82,6 +83,8 @@ class SampleDataset(Dataset[Any]):
     ) -> tuple[int, T] | None:
         """The first (file, use(file)) that raises no DecodeError; None without one."""
         file = sample_id % len(self.index)
+        # A stand-in comes out of the same span, so that bad files do not move the shares.
+        span = next(span for span in reversed(self.spans) if span.start <= file)
         for attempt in range(1, _SUBSTITUTES + 1):
             if file not in self.known_bad:
                 try:
@@ -90,7 +93,7 @@ class SampleDataset(Dataset[Any]):
                     bad.append((file, str(err)))
             if not self.train:  # a stand-in would count some held-out image twice
                 return None
-            file = substitute_file(self.seed, epoch, sample_id, attempt, len(self.index))
+            file = span.start + substitute_file(self.seed, epoch, sample_id, attempt, span.files)
         return None
 
     def crops(self, epoch: int, sample_id: int, height: int, width: int) -> list[Crop]:
