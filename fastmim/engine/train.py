@@ -66,6 +66,9 @@ def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
     tree = cfg.model_dump(mode="json", include={"model", "objective", "optim"})
     tree["data"] = cfg.data.model_dump(mode="json", include=set(kept))
     tree["model"].pop("init_from")
+    # The default is not recorded: a checkpoint without the key goes on.
+    if tree["data"]["alpha"] == "white":
+        del tree["data"]["alpha"]
     flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
     return flat | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
 
