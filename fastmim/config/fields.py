@@ -35,6 +35,18 @@ def _a_list(value: Any) -> Any:
     return value
 
 
+def at_most(limit: float, why: str) -> AfterValidator:
+    """Refuses larger numbers, and says why no larger one can be meant."""
+
+    def check(value: Any) -> Any:
+        for number in value if isinstance(value, tuple) else [value]:
+            if number > limit:
+                raise ValueError(f"must be <= {limit:g}: {why}" if limit > 10**15 else f"must be <= {limit}: {why}")
+        return value
+
+    return AfterValidator(check)
+
+
 def _ordered(value: Pair) -> Pair:
     if value[0] > value[1]:
         raise ValueError(f"must be in order; use [{value[1]:g}, {value[0]:g}]")
@@ -53,6 +65,8 @@ def _size(value: Any) -> Any:
     if len(parts) not in (1, 2) or not all(_whole(p) for p in parts):
         raise ValueError("expected a positive integer or [height, width]")
     height, width = int(parts[0]), int(parts[-1])
+    if max(height, width) > EDGE or height * width > PIXELS:
+        raise ValueError(f"larger than {EDGE} pixels on an edge, or {PIXELS} in all: no GPU holds the maps of one")
     return height if height == width else (height, width)
 
 
@@ -60,6 +74,8 @@ def _int_or_ints(value: Any) -> Any:
     parts = value if isinstance(value, (list, tuple)) else [value]
     if not parts or not all(_whole(p, least=0) for p in parts):
         raise ValueError("expected an integer or a list of integers")
+    if max(parts) > EDGE:
+        raise ValueError(f"must be <= {EDGE}: no map has as many tokens on an edge, and no model as many heads")
     return tuple(int(p) for p in parts) if isinstance(value, (list, tuple)) else int(value)
 
 
@@ -89,15 +105,29 @@ def _path(value: str) -> str:
     return os.path.expanduser(value)
 
 
-Int = Annotated[int, BeforeValidator(_not_bool)]
-Count = Annotated[Int, Field(ge=0)]
-Positive = Annotated[Int, Field(gt=0)]
-Number = Annotated[float, BeforeValidator(_not_bool)]
+EDGE, PIXELS = 65_535, 2**28
+
+_COUNT = at_most(2**31 - 1, "no run counts further")
+Int = Annotated[int, BeforeValidator(_not_bool), at_most(2**63 - 1, "integers have 64 bits")]
+Count = Annotated[Int, Field(ge=0), _COUNT]
+Positive = Annotated[Int, Field(gt=0), _COUNT]
+Seed = Annotated[Int, Field(ge=0)]
+Edge = Annotated[Positive, at_most(EDGE, "the longest edge that a JPEG can have, in pixels")]
+Width = Annotated[Positive, at_most(2**16, "no known model is as wide")]
+Layers = Annotated[Positive, at_most(1000, "no known model is as deep")]
+Batch = Annotated[Positive, at_most(2**20, "no device holds or counts as many images")]
+Cores = Annotated[Positive, at_most(1024, "more than a machine has cores")]
+Processes = Annotated[Count, at_most(1024, "more than a machine has cores")]
+Pictures = Annotated[Count, at_most(1024, "one picture shows them all")]
+Number = Annotated[float, BeforeValidator(_not_bool), at_most(3.4e38, "single precision holds no larger number")]
 Rate = Annotated[Number, Field(ge=0)]
 AboveZero = Annotated[Number, Field(gt=0)]
+Epochs = Annotated[Rate, at_most(1e6, "no run is as long")]
+Period = Annotated[AboveZero, at_most(1e6, "no run is as long")]
+Widening = Annotated[AboveZero, at_most(256, "the MLP would be larger than all the rest")]
 Probability = Annotated[Number, Field(ge=0, le=1)]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]
-Positives = Annotated[tuple[Positive, ...], BeforeValidator(_a_list), Field(min_length=1)]
+Stages = Annotated[tuple[Layers, ...], BeforeValidator(_a_list), Field(min_length=1, max_length=16)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(lambda v: () if v is None else _a_list(v))]
 Channels = Annotated[tuple[Number, ...], BeforeValidator(_a_list), Field(min_length=1)]
 Spreads = Annotated[tuple[AboveZero, ...], BeforeValidator(_a_list), Field(min_length=1)]

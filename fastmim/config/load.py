@@ -13,11 +13,14 @@ from pydantic_core import PydanticCustomError
 
 from fastmim.config import yaml_text
 from fastmim.config.fields import describe
-from fastmim.config.messages import Sections, fields_at, names_at, nearest, one_line, unknown_key
+from fastmim.config.messages import Sections, dotted, fields_at, names_at, nearest, one_line, show, unknown_key
 from fastmim.config.objective import DEFAULT, objective_section
 from fastmim.config.sections import Config
 
 Tree = dict[str, Any]
+
+_MOST_BASES = 20
+_MOST_BYTES = 1_000_000
 
 # Two ways to say the same thing: a layer that uses one replaces what a lower layer said with the other.
 _ALTERNATIVES = (
@@ -40,7 +43,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         ValueError: one line that names the field, its value and what to do: an unknown key, a wrong type,
             values that do not fit together, a file that is missing, is not YAML or includes itself.
     """
-    tree = _read(Path(path), ()) if path is not None else {}
+    tree = _read(Path(path), (), {}) if path is not None else {}
     sections = _sections(tree, overrides)
     tree = _merge(tree, _parse_overrides(overrides, sections))
     try:
@@ -77,39 +80,67 @@ def save_config(cfg: Config, path: str | os.PathLike[str]) -> None:
     Path(path).write_text(dump_config(cfg), encoding="utf-8")
 
 
-def _read(path: Path, including: tuple[Path, ...]) -> Tree:
-    """The tree of one file on top of its bases. `including` is the chain of files that led here."""
-    here = path.resolve()
+def _read(path: Path, including: tuple[Path, ...], known: dict[Path, Tree]) -> Tree:
+    """The tree of one file on top of its bases.
+
+    Args:
+        path: the file.
+        including: the chain of files that led here.
+        known: trees of files read before, each of which is read once.
+    """
+    here = _resolved(path)
     if here in including:
-        chain = " -> ".join(p.name for p in (*including[including.index(here) :], here))
-        raise ValueError(f"{path}: the file includes itself through base: {chain}; remove one of them")
+        chain = " -> ".join(show(p.name) for p in (*including[including.index(here) :], here))
+        raise ValueError(f"{show(path)}: the file includes itself through base: {chain}; remove one of them")
+    if len(including) >= _MOST_BASES:
+        raise ValueError(f"{show(path)}: the base of the base of more than {_MOST_BASES} files")
+    if here in known:
+        return known[here]
     tree = _parse_file(path, including[-1] if including else None)
     bases = tree.pop("base", None) or []
     merged: Tree = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
-            raise ValueError(f"{path}: base={base}: expected a file name or a list of them")
-        merged = _merge(merged, _read(path.parent / base, (*including, here)))
-    return _merge(merged, tree)
+            raise ValueError(f"{show(path)}: base={show(base)}: expected a file name or a list of them")
+        merged = _merge(merged, _read(path.parent / base, (*including, here), known))
+    known[here] = _merge(merged, tree)
+    return known[here]
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that no file can have
+        raise ValueError(f"{show(path)}: no name of a file") from None
 
 
 def _parse_file(path: Path, included_by: Path | None) -> Tree:
+    name = show(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError("not a regular file; a config is read as a whole, from a file with an end")
+        if path.is_file() and path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"larger than {_MOST_BYTES} bytes; expected a YAML config")
         tree = yaml_text.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
-        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        source = f" (base of {included_by})" if included_by else ""
-        raise ValueError(f"{path}: {reason}{source}{nearest(path.name, siblings)}") from None
+        source = f" (base of {show(included_by)})" if included_by else ""
+        raise ValueError(f"{name}: {reason}{source}{nearest(path.name, _siblings(path))}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file in UTF-8; expected a YAML config") from None
+        raise ValueError(f"{name}: not a text file in UTF-8; expected a YAML config") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ValueError(f"{path}: expected sections ({', '.join(Config.model_fields)}), each with keys and values")
+        raise ValueError(f"{name}: expected sections ({', '.join(Config.model_fields)}), each with keys and values")
     return tree
+
+
+def _siblings(path: Path) -> list[str]:
+    with suppress(OSError):
+        return [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    return []
 
 
 def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
@@ -143,7 +174,7 @@ def _parse_overrides(overrides: Sequence[str], sections: Sections) -> Tree:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            raise ValueError(f"override '{override}': expected section.key=value, for example train.steps=20")
+            raise ValueError(f"override '{show(override)}': expected section.key=value, for example train.steps=20")
         _check_key(override, parts, sections)
         value = _parse_value(override, parts, text, sections)
         for part in reversed(parts):
@@ -155,13 +186,13 @@ def _parse_overrides(overrides: Sequence[str], sections: Sections) -> Tree:
 def _check_key(override: str, parts: list[str], sections: Sections) -> None:
     """The key exists, one level deep (but below a field that holds a tree); checked before the value is read."""
     if parts[0] == "base":
-        raise ValueError(f"override '{override}': base is a key of files only; name another file instead")
+        raise ValueError(f"override '{show(override)}': base is a key of files only; name another file instead")
     for depth, part in enumerate(parts, start=1):
         location = tuple(parts[:depth])
         if depth > 2 and describe(fields_at(sections, parts)[parts[1]].annotation) == "section":
             return
         if depth > 2:
-            raise ValueError(f"override '{override}': {'.'.join(parts[:2])} is a value, not a section")
+            raise ValueError(f"override '{show(override)}': {dotted(parts[:2])} is a value, not a section")
         if part not in names_at(sections, location):
             raise ValueError(unknown_key(sections, location))
 
@@ -181,7 +212,7 @@ def _parse_value(override: str, parts: list[str], text: str, sections: Sections)
     try:
         value = yaml_text.parse(text)
     except ValueError as error:
-        raise ValueError(f"override '{override}': the value is not YAML: {error}") from None
+        raise ValueError(f"override '{show(override)}': the value is not YAML: {error}") from None
     if len(parts) == 1 and not (value is None or isinstance(value, dict)):
-        raise ValueError(f"override '{override}': {parts[0]} is a section; expected {parts[0]}.key=value")
+        raise ValueError(f"override '{show(override)}': {parts[0]} is a section; expected {parts[0]}.key=value")
     return value

@@ -54,7 +54,7 @@ def said_by(section: str, given: Mapping[str, Any], error: ValueError) -> Pydant
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the choice nearest to `name`, or an empty string."""
-    found = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(str(name)[:80], list(choices), n=1, cutoff=0.6)
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
@@ -64,16 +64,28 @@ def show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = f"[{', '.join(map(show, value))}]" if isinstance(value, (list, tuple)) else str(value)
-    text = " ".join(text.split()) or "''"
+    if isinstance(value, int) and value.bit_length() > 300:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to write out some
+    if isinstance(value, (list, tuple)):
+        return _cut(f"[{', '.join(map(show, value[:40]))}]")
+    return _cut(printable(" ".join(str(value).split()))) or "''"
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def printable(text: str) -> str:
+    """``text`` with what a terminal would obey, or an encoding refuse, written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def dotted(location: Iterable[str | int]) -> str:
     """``("model", "depths", 1)`` as ``model.depths[1]``."""
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        name = part if isinstance(part, int) else show(part)
+        path += f"[{name}]" if isinstance(part, int) else f".{name}" if path else str(name)
     return path
 
 

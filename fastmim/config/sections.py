@@ -10,24 +10,35 @@ from fastmim.config import checks
 from fastmim.config.fields import (
     AboveZero,
     AutoOrBool,
+    Batch,
     BelowOne,
     Betas,
     Channels,
     Count,
+    Cores,
     Counts,
+    Edge,
+    Epochs,
     Fused,
     IntOrInts,
+    Layers,
     Path,
+    Period,
+    Pictures,
     Positive,
-    Positives,
     Probability,
+    Processes,
     Range,
     Rate,
     Section,
+    Seed,
     Size,
     Spreads,
+    Stages,
     Tree,
     UnitRange,
+    Widening,
+    Width,
 )
 from fastmim.config.objective import DEFAULT, AnyObjective, objective_section
 
@@ -37,19 +48,19 @@ class ModelSection(Section):
 
     name: str = Field("swinv2_base", description="family (swin, swinv2, vit) or size (swinv2_base, vit_large, ...)")
     img_size: Size | None = Field(None, description="pixels of the training crop, one number or [height, width]")
-    patch_size: Positive | None = Field(None, description="edge of a patch in pixels")
-    in_chans: Positive = Field(3, description="image channels: 1 grey, 3 RGB, 4 RGBA")
-    embed_dim: Positive | None = Field(None, description="channels (of the first stage)")
-    depths: Positives | None = Field(None, description="swin: blocks per stage")
+    patch_size: Edge | None = Field(None, description="edge of a patch in pixels")
+    in_chans: Width = Field(3, description="image channels: 1 grey, 3 RGB, 4 RGBA")
+    embed_dim: Width | None = Field(None, description="channels (of the first stage)")
+    depths: Stages | None = Field(None, description="swin: blocks per stage")
     num_heads: IntOrInts | None = Field(None, description="attention heads; swin: one number per stage")
     window_size: IntOrInts | None = Field(None, description="swin: attention window in tokens")
-    mlp_ratio: AboveZero | None = Field(None, description="hidden channels of the MLP over its input channels")
+    mlp_ratio: Widening | None = Field(None, description="hidden channels of the MLP over its input channels")
     qkv_bias: bool | None = Field(None, description="bias on query, key and value (swinv2, vit: query and value)")
     drop_path_rate: BelowOne | None = Field(None, description="stochastic depth of the last block")
     pretrained_window_size: IntOrInts | None = Field(None, description="swinv2: window the weights were trained with")
     extra_norm_period: Count | None = Field(None, description="swinv2 H and G: a norm after every n-th block, 0 = none")
     extra_norm_scope: Literal["stage", "global"] | None = Field(None, description="how those blocks are counted")
-    depth: Positive | None = Field(None, description="vit: blocks")
+    depth: Layers | None = Field(None, description="vit: blocks")
     init_values: Rate | None = Field(None, description="vit: start of LayerScale, 0 = none")
     shared_rel_pos_bias: bool | None = Field(None, description="vit: one relative position bias for all blocks")
     rel_pos_bias: bool | None = Field(None, description="vit: a relative position bias in every block")
@@ -80,7 +91,7 @@ class DataSection(Section):
     loader: Literal["auto", "dali", "torchvision", "pil", "synthetic"] = Field(
         "auto", description="auto = dali on a GPU if installed, else torchvision; synthetic = noise, reads nothing"
     )
-    num_workers: Count = Field(2, description="reader processes per rank")
+    num_workers: Processes = Field(2, description="reader processes per rank")
     scale: UnitRange = Field((0.67, 1.0), description="crop area as a share of the image, [low, high]")
     ratio: Range = Field((3 / 4, 4 / 3), description="crop aspect ratio, [low, high]")
     hflip: Probability = Field(0.5, description="probability of a horizontal flip")
@@ -105,11 +116,11 @@ class OptimSection(Section):
     eps: AboveZero = Field(1e-8, description="Adam's epsilon")
     clip_grad: AboveZero | None = Field(5.0, description="largest global gradient norm, null = no clipping")
     schedule: Literal["cosine", "step", "multistep", "constant"] = Field("cosine", description="after the warm-up")
-    warmup_epochs: Rate | None = Field(0.0, description="linear warm-up in epochs")
+    warmup_epochs: Epochs | None = Field(0.0, description="linear warm-up in epochs")
     warmup_steps: Count | None = Field(None, description="linear warm-up in steps, instead of warmup_epochs")
     milestones: Counts = Field((), description="multistep: epochs at which the rate is multiplied by gamma")
     milestone_steps: Counts = Field((), description="multistep: the same in steps, instead of milestones")
-    decay_epochs: AboveZero | None = Field(None, description="step: epochs between multiplications by gamma")
+    decay_epochs: Period | None = Field(None, description="step: epochs between multiplications by gamma")
     decay_steps: Positive | None = Field(None, description="step: the same in steps, instead of decay_epochs")
     gamma: AboveZero = Field(0.1, description="step, multistep: factor")
     cosine_after_warmup: bool = Field(True, description="cosine over the steps after warm-up (false: over all steps)")
@@ -134,13 +145,13 @@ class TrainSection(Section):
 
     steps: Positive | None = Field(None, description="length in optimiser steps, instead of epochs")
     epochs: Positive | None = Field(100, description="length in passes over the data")
-    micro_batch_size: Positive = Field(64, description="images per rank in one forward and backward")
-    grad_accum_steps: Positive = Field(1, description="micro-batches per optimiser step")
+    micro_batch_size: Batch = Field(64, description="images per rank in one forward and backward")
+    grad_accum_steps: Batch = Field(1, description="micro-batches per optimiser step")
     global_batch_size: Positive | None = Field(
         None,
         description="images per optimiser step over all ranks; null = micro x accum x ranks",
     )
-    seed: Count = Field(0, description="of weights, masks, crops and order")
+    seed: Seed = Field(0, description="of weights, masks, crops and order")
     log_every: Positive = Field(10, description="steps between lines of metrics (one host synchronisation each)")
     save_every: Count = Field(0, description="steps between checkpoints, 0 = at the end only")
     keep: Positive = Field(2, description="checkpoints kept, the newest")
@@ -183,7 +194,7 @@ class EfficiencySection(Section):
     fused_optimizer: Fused = Field(
         "auto", description="one kernel for the optimiser step; apex: NVIDIA's; cpu_adam: DeepSpeed's, for offload"
     )
-    threads: Positive | None = Field(None, description="CPU threads of torch, null = torch's choice")
+    threads: Cores | None = Field(None, description="CPU threads of torch, null = torch's choice")
     recompute: Literal["none", "fc1", "fc1_qkv", "gemm", "full"] = Field(
         "none", description="what backward computes again: fc1, fc1 and qkv, all but matrix products, whole blocks"
     )
@@ -210,7 +221,7 @@ class OutputSection(Section):
 
     dir: Path = Field("runs/default", description="folder of the run: config, metrics, checkpoints, pictures, encoder")
     tensorboard: bool = Field(True, description="write TensorBoard scalars and pictures")
-    pictures: Count = Field(4, description="images in a reconstruction picture, 0 = no pictures")
+    pictures: Pictures = Field(4, description="images in a reconstruction picture, 0 = no pictures")
 
 
 class Config(Section):

@@ -21,6 +21,8 @@ def check_architecture(settings: dict[str, Any]) -> None:
         ValueError: ``argument=value: what; fix`` in one line.
     """
     patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
+    if int(settings["embed_dim"] * settings["mlp_ratio"]) < 1:
+        raise ValueError(f"mlp_ratio={settings['mlp_ratio']}: leaves the MLP no channel; use 4")
     if settings["name"] == "vit":
         check_heads(settings["num_heads"], settings["embed_dim"])
     else:
@@ -77,6 +79,7 @@ def check_stages(num_heads: int | Sequence[int], depths: Sequence[int], embed_di
 
 def _divides(count: int, num_heads: int | list[int], channels: int, where: str) -> None:
     if count < 1 or channels % count:
-        near = min((c for c in range(1, channels + 1) if channels % c == 0), key=lambda c: abs(c - count))
+        small = [c for c in range(1, math.isqrt(channels) + 1) if channels % c == 0]
+        near = min((c for pair in ((c, channels // c) for c in small) for c in pair), key=lambda c: (abs(c - count), c))
         what = f"{count} does not divide the {channels} channels{where}"
         raise ValueError(f"num_heads={num_heads}: {what}; use {near}")
