@@ -17,6 +17,7 @@ from typing import NoReturn
 from fastmim._version import __version__
 
 USER_ERROR, RUN_FAILED = 2, 1
+_MOST_SAID = 1200
 
 _DESCRIPTION = "Masked image modelling pretraining for Swin, SwinV2 and ViT encoders."
 _EXAMPLES = """\
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         unknown = _late_overrides(options, unknown)
         if unknown:
-            raise ValueError(_unknown_option(unknown[0]))
+            raise ValueError(_unknown_option(unknown[0][:80]))
         return int(options.command(options))
     except KeyboardInterrupt:
         _say("interrupted")
@@ -322,9 +323,18 @@ def _is_our_fault(error: Exception) -> bool:
 def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return "fastmim_kernels is not on the path; pip install -e . or, in a checkout, PYTHONPATH=.:kernels"
+    text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    return _short(text)
+
+
+def _short(text: str) -> str:
+    """One line of bounded length that a terminal shows and does not obey."""
+    from fastmim.config.messages import printable
+
+    left = len(text) - _MOST_SAID
+    return printable(text if left <= 0 else f"{text[:_MOST_SAID]}… ({left} more characters; --traceback shows them)")
 
 
 def _rank() -> int:

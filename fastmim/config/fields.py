@@ -102,6 +102,8 @@ def _fused(value: Any) -> Any:
 def _path(value: str) -> str:
     if not value.strip():
         raise ValueError("expected a path")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("expected a path in UTF-8, which the config of the run can name")
     return os.path.expanduser(value)
 
 
@@ -128,7 +130,9 @@ Widening = Annotated[AboveZero, at_most(256, "the MLP would be larger than all t
 Probability = Annotated[Number, Field(ge=0, le=1)]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]
 Stages = Annotated[tuple[Layers, ...], BeforeValidator(_a_list), Field(min_length=1, max_length=16)]
-Counts = Annotated[tuple[Count, ...], BeforeValidator(lambda v: () if v is None else _a_list(v))]
+Counts = Annotated[
+    tuple[Count, ...], BeforeValidator(lambda v: () if v is None else _a_list(v)), Field(max_length=1000)
+]
 Channels = Annotated[tuple[Number, ...], BeforeValidator(_a_list), Field(min_length=1)]
 Spreads = Annotated[tuple[AboveZero, ...], BeforeValidator(_a_list), Field(min_length=1)]
 Betas = Annotated[tuple[BelowOne, BelowOne], BeforeValidator(_a_pair)]

@@ -28,6 +28,8 @@ _EXPECTED = {
     "model_type": "expected a section of keys and values",
     "model_attributes_type": "expected a section of keys and values",
     "too_short": "must not be empty",
+    "too_long": "more values than can be meant",
+    "string_unicode": "expected text in unicode",
     "missing": "required, but not given",
 }
 _COMPARISONS = {
@@ -126,7 +128,8 @@ def _line(error: ErrorDetails, sections: Sections) -> str:
     kind, location = error["type"], error["loc"]
     context: Mapping[str, Any] = error.get("ctx", {})
     if kind == "fastmim":
-        return str(context["text"])
+        text = printable(str(context["text"]))  # of a component, which may list what it was given
+        return text if len(text) <= 1000 else text[:997] + "..."
     if kind == "extra_forbidden":
         return unknown_key(sections, location)
     path = dotted(location)

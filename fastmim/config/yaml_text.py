@@ -58,7 +58,7 @@ def _count(node: yaml.Node, counts: dict[int, int], depth: int) -> int:
     """How many values a node stands for, what anchors repeat counted as often as it is repeated.
 
     Raises:
-        yaml.MarkedYAMLError: it holds itself, is deeper or larger than a config is, or has a value or tag of no use here.
+        yaml.MarkedYAMLError: it holds itself, is deeper or larger than a config is, or has a tag or a value of no use.
     """
     if depth > _MOST_DEPTH:
         raise _refusal(node, "values are nested too deeply, or hold themselves")
@@ -74,8 +74,9 @@ def _count(node: yaml.Node, counts: dict[int, int], depth: int) -> int:
 
 def _check_tag(node: yaml.Node) -> None:
     kind = node.tag.removeprefix(_TAG)
-    wanted = {yaml.SequenceNode: ("seq",), yaml.MappingNode: ("map",)}.get(type(node), (*_PATTERNS, "str"))
-    if kind not in wanted:
+    collections = {"seq": yaml.SequenceNode, "map": yaml.MappingNode, "str": yaml.ScalarNode}
+    wanted = collections.get(kind, yaml.ScalarNode if kind in _PATTERNS else ())
+    if not isinstance(node, wanted):
         raise _refusal(node, f"the tag {_short(node.tag)} has no use here; write the value alone")
     if kind in _PATTERNS and not _PATTERNS[kind].fullmatch(node.value):
         raise _refusal(node, f"{_short(node.value)} is no {kind}, as its tag says; write the value alone")

@@ -7,13 +7,17 @@ from torch import Tensor
 import fastmim_kernels as fk
 from fastmim_kernels.local_norm.op import local_statistics
 
+_WIDEST = 65_535
+
 
 def check_window(norm_target: int) -> None:
-    """Off, or an odd window of at least two pixels, since one has no variance.
+    """Off, or an odd window of at least two pixels, since one has no variance, and not wider than images can be.
 
     Raises:
         ValueError: Names the nearest windows.
     """
+    if norm_target > _WIDEST:
+        raise ValueError(f"norm_target={norm_target}: wider than any image, of at most {_WIDEST} pixels; use 47")
     if norm_target and (norm_target % 2 == 0 or norm_target < 3):
         nearest = dict.fromkeys((max(norm_target - 1, 3), max(norm_target + 1, 3)))
         raise ValueError(
