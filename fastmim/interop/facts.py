@@ -101,7 +101,7 @@ def _check_windows(own: Mapping[str, Any], stored: list[Span]) -> list[str]:
         return [f"its position biases were trained with windows of {theirs} tokens, not of {said}"]
     raise ValueError(
         f"has windows of {theirs} tokens, and model.window_size gives {ours}: its position biases would mean other "
-        f"offsets; set model.pretrained_window_size={theirs} to keep them, or {ours} to stretch them over the new windows"
+        f"offsets; set model.pretrained_window_size={theirs} to keep them, or {ours} to stretch them over these windows"
     )
 
 
