@@ -5,16 +5,14 @@ The gradient of the bias comes with the weight's, and the sum of the gradients o
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from ..common.device import on_own_device, sm_of
+from ..common.device import on_own_device
 from ..common.rows import nothing
 from . import on_torch
 from .on_torch import forward
-from .policy import APART, FUSED, WIDE, way, wide_tiles
+from .policy import make
 from .product_add import product_add
 from .weight_gradient import weight_gradient
 
@@ -35,7 +33,6 @@ def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
     if add is None:
         return on_torch.input_gradient(grad, weight, None)
     depth, columns = weight.shape
-    wide = wide_tiles(columns, grad.dtype, sm_of(grad.device))
 
     def apart() -> Tensor:
         return on_torch.product(grad, weight.t(), None).view(add.shape).add_(add)
@@ -43,9 +40,7 @@ def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
     def fused(tiles: dict[str, int] | None = None) -> Tensor:
         return product_add(grad, weight, add, tiles)
 
-    ways = {FUSED: fused, APART: apart} | ({} if wide is None else {WIDE: partial(fused, wide)})
-    rows = grad.numel() // depth
-    return ways[way("product_add", rows, columns, depth, grad.dtype, grad.device, lambda: ways)]()
+    return make("product_add", grad.numel() // depth, columns, depth, grad, fused, apart)
 
 
 @on_own_device
@@ -59,6 +54,5 @@ def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: b
 
     if not has_bias:
         return apart()
-    ways = {FUSED: fused, APART: apart}
-    (columns, depth), rows = (grad.shape[-1], x.shape[-1]), grad.numel() // grad.shape[-1]
-    return ways[way("weight_gradient", rows, columns, depth, grad.dtype, grad.device, lambda: ways)]()
+    columns = grad.shape[-1]
+    return make("weight_gradient", grad.numel() // columns, columns, x.shape[-1], grad, fused, apart)

@@ -8,20 +8,40 @@ second may win, and by how much depends on the GPU and on versions: there the GP
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ..common.device import sm_of
 from ..common.roofs import HONEST, LAUNCH, roofs_of
 from ..common.tune import Ways, choose
 
+R = TypeVar("R")
 FUSED, WIDE, APART = "fused", "wide", "apart"
 """One pass with tiles of which two fit on a multiprocessor; with tiles of 128 × 256; two passes."""
 _PASSES = {
     # Maps of (rows, columns) that the work beside the product reads and writes, in one pass and in one of its own.
     "linear_gelu": (2, 3), "gelu_gradient": (3, 5), "product_add": (2, 4),
 }
+
+
+def make(kernel: str, rows: int, columns: int, depth: int, like: Tensor, fused: Callable[..., R], apart: Callable[[], R]
+         ) -> R:
+    """The result by the way that :func:`way` names, of operands in the dtype and on the device of ``like``.
+
+    Args:
+        fused: Makes it in one pass; where the kernel has wide tiles, with those that it is given.
+        apart: Makes it in two.
+    """
+    def ways() -> dict[str, Callable[[], R]]:
+        wide = wide_tiles(columns, like.dtype, sm_of(like.device)) if kernel in _PASSES else None
+        return {FUSED: fused, APART: apart} | ({} if wide is None else {WIDE: partial(fused, wide)})
+
+    taken = way(kernel, rows, columns, depth, like.dtype, like.device, ways)
+    return fused() if taken == FUSED else ways()[taken]()
 
 
 def way(kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device, ways: Ways) -> str:

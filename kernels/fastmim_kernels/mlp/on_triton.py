@@ -6,7 +6,7 @@ operands in the L2 cache.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import triton
@@ -36,10 +36,13 @@ from ..common.rows import nothing
 from ..common.sizes import cdiv
 from ..linear.on_torch import in_dtype_of, product, weight_gradient
 from ..linear.on_triton import input_gradient, parameter_gradients
-from ..linear.policy import APART, FUSED, WIDE, way, wide_tiles
+from ..linear.policy import make, wide_tiles
 from .gelu_on_triton import backward_and_output as gelu_backward_and_output
 from .gelu_on_triton import forward as gelu_forward
 from .gelu_on_triton import normal_cdf
+
+TOGETHER = 64
+"""Row blocks of :func:`gelu_gradient_kernel` whose sums are added up together."""
 
 
 @triton.jit
@@ -171,7 +174,7 @@ def forward_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dic
 def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> dict[str, int]:
     """For :func:`gelu_gradient_kernel`, whose tile is taken apart in four."""
     tiles = narrow_config(columns, depth, dtype, sm)
-    return for_two_blocks({**tiles, "BN": max(tiles["BN"], 64), "SHARE": 64})
+    return for_two_blocks({**tiles, "BN": max(tiles["BN"], 64), "SHARE": TOGETHER})
 
 
 @on_own_device
@@ -197,7 +200,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, ge
 def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool) -> tuple[Tensor, Tensor]:
     """As :func:`linear_gelu`, in one launch or as cuBLAS' product and a pass behind it, whichever is faster."""
     columns, depth = weight.shape
-    sizes, wide = (x.numel() // depth, columns, depth), wide_tiles(columns, x.dtype, sm_of(x.device))
 
     def apart() -> tuple[Tensor, Tensor]:
         z = product(x, weight, bias)
@@ -206,15 +208,13 @@ def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: b
     def fused(tiles: dict[str, int] | None = None) -> tuple[Tensor, Tensor]:
         return linear_gelu(x, weight, bias, pre=pre, gelu=gelu, tiles=tiles)
 
-    ways = {FUSED: fused, APART: apart} | ({} if wide is None else {WIDE: partial(fused, wide)})
-    return ways[way("linear_gelu", *sizes, x.dtype, x.device, lambda: ways)]()
+    return make("linear_gelu", x.numel() // depth, columns, depth, x, fused, apart)
 
 
 @on_own_device
 def hidden_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`gelu_gradient`, in one launch or as cuBLAS' product and a pass behind it, whichever is faster."""
     depth, columns = weight.shape
-    wide = wide_tiles(columns, grad.dtype, sm_of(grad.device))
 
     def apart() -> tuple[Tensor, Tensor, Tensor]:
         return gelu_backward_and_output(product(grad, weight.t(), None).view(pre.shape), pre, bias)
@@ -222,8 +222,7 @@ def hidden_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tu
     def fused(tiles: dict[str, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         return gelu_gradient(grad, weight, pre, bias, tiles)
 
-    ways = {FUSED: fused, APART: apart} | ({} if wide is None else {WIDE: partial(fused, {**wide, "SHARE": 64})})
-    return ways[way("gelu_gradient", len(pre), columns, depth, grad.dtype, grad.device, lambda: ways)]()
+    return make("gelu_gradient", len(pre), columns, depth, grad, fused, apart)
 
 
 @on_own_device
@@ -236,12 +235,12 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool, tiles: 
         weight: (D, N) of the product after the GELU.
         pre: (M, N).
         bias: The sum is wanted.
-        tiles: In place of those of :func:`gradient_config`.
+        tiles: In place of those of :func:`gradient_config`, without ``SHARE``.
     """
     weight = weight.contiguous()
     (depth, columns), device = weight.shape, grad.device
     rows = grad.numel() // depth
-    tiles = gradient_config(columns, depth, grad.dtype, sm_of(device)) if tiles is None else tiles
+    tiles = gradient_config(columns, depth, grad.dtype, sm_of(device)) if tiles is None else {**tiles, "SHARE": TOGETHER}
     blocks, across = cdiv(rows, tiles["BM"]), cdiv(columns, tiles["BN"])
     dx, out = torch.empty_like(pre), torch.empty_like(pre)
     d_bias = partial = count = None
@@ -293,7 +292,7 @@ def aot_cases() -> list[AotCase]:
                     given = {"N": 4 * c, "EVEN_K": c % tiles["BK"] == 0, **extra}
                     cases.append(aot_case(f"{title}/{name}-c{c}", kernel, tiles, given, sm, quick, dtype))
                 if wide := wide_tiles(4 * c, torch.bfloat16, sm):
-                    tiles = wide | {"SHARE": 64} if kernel is gelu_gradient_kernel else wide
+                    tiles = wide | {"SHARE": TOGETHER} if kernel is gelu_gradient_kernel else wide
                     given = {"N": 4 * c, "EVEN_K": c % tiles["BK"] == 0, **extra}
                     cases.append(aot_case(f"{title}-wide/{name}-c{c}", kernel, tiles, given, sm, quick, alone=True))
     return cases

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmim_kernels.linear import on_triton as linear
+from fastmim_kernels.linear import policy
 from fastmim_kernels.linear.policy import APART, FUSED, WIDE
 from fastmim_kernels.mlp import on_triton as mlp
 from tests.kernels.triton.test_linear_gelu import BF16, F32, judge, make
@@ -24,8 +25,7 @@ def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     def way(*args: Any) -> str:
         return request.param if request.param in args[-1]() else FUSED
 
-    monkeypatch.setattr(mlp, "way", way)
-    monkeypatch.setattr(linear, "way", way)
+    monkeypatch.setattr(policy, "way", way)
     return request.param
 
 
