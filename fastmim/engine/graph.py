@@ -8,8 +8,6 @@ come from the generator that the graph advances. So a replayed step gives the bi
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from fastmim._version import __version__
 from fastmim.engine.base import Phase, unmarked
 from fastmim.engine.distributed import World
 from fastmim.engine.local import LocalEngine
+from fastmim_kernels.common.user_cache import cache_file, read_cache, write_cache
 
 WARM_UP = 3
 """Plain steps before the capture: kernels are compiled and tested, and tables made, that a capture cannot make."""
@@ -196,8 +195,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 
 def _proofs() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "fastmim" / "cuda_graph.json"
+    return cache_file("cuda_graph.json")
 
 
 def record_proof(device: torch.device) -> Path:
@@ -207,10 +205,7 @@ def record_proof(device: torch.device) -> Path:
         OSError: it cannot be written.
     """
     path, found = _proofs(), [proof for proof in _read_proofs() if proof != _machine(device)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps([*found, _machine(device)], indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_cache(path, [*found, _machine(device)])
     return path
 
 
@@ -220,8 +215,5 @@ def is_proven(device: torch.device) -> bool:
 
 
 def _read_proofs() -> list[Any]:
-    try:
-        found = json.loads(_proofs().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
+    found = read_cache(_proofs())
     return found if isinstance(found, list) else []

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from fastmim_kernels.common.define_op import NAMESPACE, PASSES
+from fastmim_kernels.common.device import H100, on_fake_cuda
 from fastmim_kernels.common.roofs import HONEST, PURE, Efficiency
 
 from .hardware import Gpu
@@ -36,7 +37,6 @@ VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 WRITE_ONLY = {"fill_", "zero_", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"}
 OVERWRITES = {"copy_"}
-H100_PROCESSORS = 132
 
 
 @dataclasses.dataclass
@@ -217,7 +217,7 @@ class DispatchCounter(TorchDispatchMode):
         declared = PASSES[name]
         rows = self.shares.get(declared.of, 1)
         total = round(_flops(func, args, kwargs, None) * rows)
-        args, kwargs = tree_map_only(Tensor, _on_cuda, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, on_fake_cuda, (args, kwargs))
         self._site = self._find_site() if self.sites else ""
         self._inside, first = name.partition("::")[2], len(self.launches)
         self._inner = inner = LiveBytes(tensors_of((args, kwargs)))
@@ -278,11 +278,6 @@ def _short(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".replace(" ", "")
 
 
-def _on_cuda(tensor: Tensor) -> Tensor:
-    """The same tensor, as a fake on a GPU: bodies of ops may choose by device."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda:0")
-
-
 def _caller() -> str:
     """``file.py:line function`` of the innermost frame outside torch and this file."""
     frame = sys._getframe(1)
@@ -322,12 +317,11 @@ def _kernels_counted_by(count: Callable[[str, Any, int, float], None]) -> Iterat
         # So does this one, as long as parameters keep their places.
         return torch.empty(1, 3, dtype=torch.int64, device="cuda:0")
 
-    properties = SimpleNamespace(multi_processor_count=H100_PROCESSORS, major=9, minor=0, name="H100")
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(InterpretedFunction, "run", run),
         mock.patch.object(arrival, "counters", zeros),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: H100),
         mock.patch.object(low_copies, "table", table),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
     ):

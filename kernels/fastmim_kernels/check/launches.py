@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,11 +20,9 @@ from triton.runtime.jit import JITFunction, MockTensor
 
 from ..common.caches import forget_caches
 from ..common.define_op import PASSES
+from ..common.device import H100, on_fake_cuda
 from ..common.dispatch import as_on_a_gpu
 from ..low_copies import on_triton as low_copies
-
-H100 = SimpleNamespace(multi_processor_count=132, major=9, minor=0, name="H100")
-"""Properties that decide launches where no GPU is at hand."""
 
 
 class Launch(NamedTuple):
@@ -69,7 +66,7 @@ class Recorder(TorchDispatchMode):
         if own is not None and "triton" in [arg for arg in args if isinstance(arg, str)]:
             self._op = own.name
             with torch.no_grad():
-                own.run(*tree_map_only(Tensor, _on_cuda, args))
+                own.run(*tree_map_only(Tensor, on_fake_cuda, args))
         return func(*args, **(kwargs or {}))
 
     def add(self, kernel: JITFunction, args: tuple[Any, ...], settings: dict[str, Any], grid: Any) -> None:
@@ -77,11 +74,6 @@ class Recorder(TorchDispatchMode):
         grid = grid({**dict(zip(kernel.arg_names, args, strict=False)), **settings}) if callable(grid) else grid
         pointers = tuple(Pointer(arg) if isinstance(arg, Tensor) else arg for arg in args)
         self.launches.append(Launch(kernel, pointers, settings, tuple(grid), self._op))
-
-
-def _on_cuda(tensor: Tensor) -> Tensor:
-    # The strides are kept: launchers copy what is not contiguous.
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda:0")
 
 
 def launches_of(step: Callable[[], object]) -> list[Launch]:

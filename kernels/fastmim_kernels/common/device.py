@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -26,6 +27,15 @@ def sm_of(device: torch.device) -> int:
         return 90
     major, minor = _ask(torch.cuda.get_device_capability, device)
     return 10 * major + minor
+
+
+H100 = SimpleNamespace(multi_processor_count=132, major=9, minor=0, name="H100")
+"""Properties by which launchers choose where a trace stands for a GPU and none is at hand."""
+
+
+def on_fake_cuda(x: Tensor) -> Tensor:
+    """The same fake tensor, on a GPU, with its strides: bodies of ops choose by device and copy by strides."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0")
 
 
 @functools.lru_cache(maxsize=64)

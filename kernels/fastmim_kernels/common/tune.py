@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .user_cache import cache_file, read_cache, write_cache
 
 REPEATS = 5
 _chosen: dict[tuple[Any, ...], str] = {}
@@ -49,7 +52,8 @@ def choose(key: tuple[Any, ...], device: torch.device, ways: Ways, otherwise: st
             # A way may need more memory than is left beside the step; the next call finds out again.
             return otherwise
         kept[text] = min(times, key=times.__getitem__)
-        _write(path, kept)
+        with suppress(OSError):  # a cache: without it the next process measures again
+            write_cache(path, kept)
     _chosen[(*key, device)] = kept[text]
     return kept[text]
 
@@ -87,28 +91,13 @@ def milliseconds(way: Callable[[], Any]) -> float:
 def _file(device: torch.device) -> Path:
     import triton
 
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     versions = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} triton {triton.__version__}"
     name = "".join(c if c.isalnum() or c in ".+" else "-" for c in versions)
-    return Path(cache).expanduser() / "fastmim" / f"tuned-{name}.json"
+    return cache_file(f"tuned-{name}.json")
 
 
 def _read(path: Path) -> dict[str, str]:
     if path not in _files:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
+        found = read_cache(path)
         _files[path] = found if isinstance(found, dict) else {}
     return _files[path]
-
-
-def _write(path: Path, kept: dict[str, str]) -> None:
-    """As a whole, so that ranks that measure at once leave a file of one of them."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        pass  # a cache: without it the next process measures again

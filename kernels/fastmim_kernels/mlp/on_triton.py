@@ -240,7 +240,8 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool, tiles: 
     weight = weight.contiguous()
     (depth, columns), device = weight.shape, grad.device
     rows = grad.numel() // depth
-    tiles = gradient_config(columns, depth, grad.dtype, sm_of(device)) if tiles is None else {**tiles, "SHARE": TOGETHER}
+    given = None if tiles is None else {**tiles, "SHARE": TOGETHER}
+    tiles = given or gradient_config(columns, depth, grad.dtype, sm_of(device))
     blocks, across = cdiv(rows, tiles["BM"]), cdiv(columns, tiles["BN"])
     dx, out = torch.empty_like(pre), torch.empty_like(pre)
     d_bias = partial = count = None
