@@ -34,16 +34,30 @@ def judge(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
     assert relative_error(ours, truth) <= 2 * relative_error(plain, truth) + FLOOR
 
 
+def judge_forward(found: tuple[Tensor, Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """(x·Wᵀ + b, its GELU)."""
+    truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    plain = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    judge(found[0], plain, truth)
+    judge(found[1], F.gelu(plain), F.gelu(truth))
+
+
+def judge_gradient(found: tuple[Tensor, Tensor, Tensor], grad: Tensor, weight: Tensor, pre: Tensor) -> None:
+    """((grad·W)·GELU'(pre), its sum over the rows, GELU(pre))."""
+    truth = torch.ops.aten.gelu_backward(grad.double() @ weight.double(), pre.double())
+    plain = torch.ops.aten.gelu_backward(grad @ weight, pre)
+    judge(found[0], plain, truth)
+    judge(found[1], plain.float().sum(0), truth.sum(0))
+    judge(found[2], F.gelu(pre), F.gelu(pre.double()))
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name, dtype", CASES)
 def test_forward(name: str, bias: bool, dtype: torch.dtype) -> None:
     t = make(SHAPES[name], dtype)
     b = t["bias"] if bias else None
     pre, out = kernels.linear_gelu(t["x"], t["weight"], b, pre=True, gelu=True)
-    truth = F.linear(t["x"].double(), t["weight"].double(), None if b is None else b.double())
-    plain = F.linear(t["x"], t["weight"], None if b is None else b.to(dtype))
-    judge(pre, plain, truth)
-    judge(out, F.gelu(plain), F.gelu(truth))
+    judge_forward((pre, out), t["x"], t["weight"], b)
     # What is left out changes nothing in what is not.
     nothing, alone = kernels.linear_gelu(t["x"], t["weight"], b, pre=False, gelu=True)
     again, none = kernels.linear_gelu(t["x"], t["weight"], b, pre=True, gelu=False)
@@ -55,11 +69,7 @@ def test_gradient(name: str, dtype: torch.dtype) -> None:
     t = make(SHAPES[name], dtype)
     grad, weight, pre = t["x"], t["back"], t["pre"]
     dx, d_bias, out = kernels.gelu_gradient(grad, weight, pre, True)
-    truth = torch.ops.aten.gelu_backward(grad.double() @ weight.double(), pre.double())
-    plain = torch.ops.aten.gelu_backward(grad @ weight, pre)
-    judge(dx, plain, truth)
-    judge(d_bias, plain.float().sum(0), truth.sum(0))
-    judge(out, F.gelu(pre), F.gelu(pre.double()))
+    judge_gradient((dx, d_bias, out), grad, weight, pre)
     without = kernels.gelu_gradient(grad, weight, pre, False)
     assert torch.equal(without[0], dx) and torch.equal(without[2], out) and without[1].numel() == 0
 

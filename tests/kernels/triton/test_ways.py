@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastmim_kernels.linear import on_triton as linear
 from fastmim_kernels.linear import policy
 from fastmim_kernels.linear.policy import APART, FUSED, WIDE
 from fastmim_kernels.mlp import on_triton as mlp
-from tests.kernels.triton.test_linear_gelu import BF16, F32, judge, make
+from tests.kernels.triton.test_linear_gelu import BF16, F32, judge, judge_forward, judge_gradient, make
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -34,18 +33,11 @@ def test_around_a_gelu(taken: str, shape: tuple[int, int, int], dtype: torch.dty
     t = make(shape, dtype)
     x, weight, bias, back, pre = (t[name] for name in ("x", "weight", "bias", "back", "pre"))
     z, out = mlp.hidden(x, weight, bias, pre=True, gelu=True)
-    truth, plain = F.linear(x.double(), weight.double(), bias.double()), F.linear(x, weight, bias.to(dtype))
-    judge(z, plain, truth)
-    judge(out, F.gelu(plain), F.gelu(truth))
+    judge_forward((z, out), x, weight, bias)
     none, alone = mlp.hidden(x.view(2, -1, x.shape[1]), weight, bias, pre=False, gelu=True)
     again, _ = mlp.hidden(x, weight, bias, pre=True, gelu=False)
     assert torch.equal(alone.flatten(0, 1), out) and torch.equal(again, z) and none.numel() == 0
-    dx, d_bias, out = mlp.hidden_gradient(x, back, pre, True)
-    truth = torch.ops.aten.gelu_backward(x.double() @ back.double(), pre.double())
-    plain = torch.ops.aten.gelu_backward(x @ back, pre)
-    judge(dx, plain, truth)
-    judge(d_bias, plain.float().sum(0), truth.sum(0))
-    judge(out, F.gelu(pre), F.gelu(pre.double()))
+    judge_gradient(mlp.hidden_gradient(x, back, pre, True), x, back, pre)
     assert mlp.hidden_gradient(x, back, pre, False)[1].numel() == 0
 
 
