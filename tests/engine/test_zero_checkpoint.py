@@ -140,7 +140,7 @@ def test_a_lost_shard_is_named(saved, tmp_path):
     folder = tmp_path / "step-00000010"
     shutil.copytree(saved / "checkpoints/step-00000010", folder)
     (folder / "shard-00001.safetensors").unlink()
-    with pytest.raises(ValueError, match="is missing from element"):
+    with pytest.raises(ValueError, match="shard-00001.safetensors is missing"):
         convert(folder, tmp_path / "x.safetensors")
 
 
