@@ -23,7 +23,7 @@ from ..common.sizes import cdiv, next_power_of_2
 
 ELEMENTS_PER_THREAD = 8
 """One 128-bit access of bf16 a tensor."""
-WARPS_PER_SM = {"forward": 24, "backward": 16}
+WARPS_PER_SM = {"forward": 24, "backward": 12}
 """What the registers allow at once; more programs would come as a second, nearly empty wave."""
 
 
@@ -50,8 +50,13 @@ def programs(rows: int, channels: int, norm: bool, direction: str, device: torch
     tiles = cdiv(rows, shape["BLOCK_R"])
     if device.type != "cuda":  # the interpreter
         return min(tiles, 2), blocks
-    resident = processors(device) * max(WARPS_PER_SM[direction] // shape["num_warps"], 1)
+    resident = processors(device) * cdiv(WARPS_PER_SM[direction], shape["num_warps"])
     return min(tiles, max(resident // blocks, 1)), blocks
+
+
+def registers(channels: int, dtype: torch.dtype) -> int:
+    """At most, of a thread of backward with a norm for maps in ``dtype``: Triton 3.6 takes fewer, and spills."""
+    return 128 if config(channels, True)["num_warps"] == 8 and dtype.itemsize == 2 else 160
 
 
 @triton.jit
@@ -183,7 +188,7 @@ def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight:
     needed = (partial, arrival.counters(1 + grid[0], grad.device), sums) if norm else (None,) * 3
     patch_merge_backward[grid](
         grad, x, mean if norm else None, rstd if norm else None, weight, dx, *needed, rows, height, width, C=channels,
-        GROUP=GROUP, **config(channels, norm))
+        GROUP=GROUP, maxnreg=registers(channels, dtype) if norm else None, **config(channels, norm))
     return dx, sums
 
 
@@ -202,10 +207,11 @@ def _case(name: str, channels: int, norm: bool, stream: str, direction: str, qui
                  if (n.startswith("p_") or n in types) and n not in absent}
     shape: dict[str, Any] = {**config(channels, norm), **({"GROUP": GROUP} if direction == "backward" else {})}
     warps = shape.pop("num_warps")
+    limit = registers(channels, torch.bfloat16 if stream == "bf16" else torch.float32)
     return AotCase(f"patch_merge/{direction}/{name}-{stream}-c{channels}", kernel, signature,
                    {"C": channels, **shape, **{n: None for n in absent if n in kernel.arg_names}},
                    num_warps=warps, divisible=tuple(n for n in signature if n.startswith("p_")), quick=quick,
-                   persistent=norm, trips=_trips)
+                   maxnreg=limit if norm and direction == "backward" else None, persistent=norm, trips=_trips)
 
 
 def aot_cases() -> list[AotCase]:
