@@ -101,6 +101,7 @@ MISTAKES = [
     ),
     ("model.img_size=3", ["model.img_size=3: not divisible by patch_size 4; use 4"]),
     ("model.depth=12", ["model.depth=12: swinv2_base has no such key; set model.depth=null"]),
+    ("model.policy=timm", ["model.policy=timm: expected one of default, parity"]),
     (
         "model.num_heads=[3, 8, 16, 32]",
         ["model.num_heads=[3, 8, 16, 32]", "3 does not divide the 128 channels", "use 2"],

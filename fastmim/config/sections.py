@@ -50,6 +50,9 @@ class ModelSection(Section):
     pretrained_window_size: IntOrInts | None = Field(None, description="swinv2: window the weights were trained with")
     extra_norm_period: Count | None = Field(None, description="swinv2 H and G: a norm after every n-th block, 0 = none")
     extra_norm_scope: Literal["stage", "global"] | None = Field(None, description="how those blocks are counted")
+    policy: Literal["default", "parity"] | None = Field(
+        None, description="swin: parity shifts a map before it pads it, as timm does; null = as optim.policy"
+    )
     depth: Positive | None = Field(None, description="vit: blocks")
     init_values: Rate | None = Field(None, description="vit: start of LayerScale, 0 = none")
     shared_rel_pos_bias: bool | None = Field(None, description="vit: one relative position bias for all blocks")

@@ -32,6 +32,7 @@ from fastmim.engine.zero.build import build_partitioned
 from fastmim.engine.zero.config import deepspeed_config, import_deepspeed
 from fastmim.engine.zero.nvme import check_nvme
 from fastmim.interop import load_weights
+from fastmim.models import encoder_settings
 from fastmim.objectives import create_objective
 from fastmim.objectives.schedule import Schedule, scale_lr
 
@@ -170,12 +171,20 @@ def build_objective(cfg: Config) -> Any:
     """The objective with weights from torch's generator, on torch's default device."""
     return create_objective(
         cfg.objective.name,
-        encoder={**cfg.model.encoder_kwargs(), "residual_dtype": cfg.efficiency.residual_dtype},
+        encoder={**encoder_arguments(cfg), "residual_dtype": cfg.efficiency.residual_dtype},
         impl=cfg.efficiency.kernels,
         mean=cfg.data.mean,
         std=cfg.data.std,
         **cfg.objective.arguments(),
     )
+
+
+def encoder_arguments(cfg: Config) -> dict[str, Any]:
+    """What the run trains, in arguments of :func:`fastmim.models.create_encoder`; its exported file says the same."""
+    arguments = cfg.model.encoder_kwargs()
+    if "policy" in encoder_settings(arguments):
+        arguments.setdefault("policy", cfg.optim.policy)
+    return arguments
 
 
 def make_loader(cfg: Config, objective: Any, world: World, **changes: Any) -> Any:

@@ -14,7 +14,7 @@ from fastmim.config import Config, save_config
 from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
-from fastmim.engine.build import Parts, build, make_loader
+from fastmim.engine.build import Parts, build, encoder_arguments, make_loader
 from fastmim.engine.checkpoint import (
     check_same_run,
     list_checkpoints,
@@ -30,6 +30,8 @@ from fastmim.engine.nonfinite import NonFiniteError, find_culprit
 from fastmim.engine.run import Intervals, Run, TrainResult, own_folder
 from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
+from fastmim.models import encoder_settings
+from fastmim.models.rules import policy_matters
 
 __all__ = ["TrainResult", "train"]
 
@@ -112,8 +114,15 @@ def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
     tree = cfg.model_dump(mode="json", include={"model", "objective", "optim"})
     tree["data"] = cfg.data.model_dump(mode="json", include=set(kept))
     tree["model"].pop("init_from")
+    tree["model"]["policy"] = encoder_arguments(cfg).get("policy")
     flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
     return flat | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
+
+
+def with_policy(written: dict[str, Any], cfg: Config) -> dict[str, Any]:
+    """The settings of a checkpoint; where they lack ``model.policy``, its code knew timm's way alone."""
+    encoder = encoder_settings(encoder_arguments(cfg))
+    return {"model.policy": "parity" if policy_matters(encoder) else encoder.get("policy"), **written}
 
 
 def held_out_images(cfg: Config, parts: Parts, world: World, stack: ExitStack) -> dict[str, Any]:
@@ -170,7 +179,8 @@ def resume(cfg: Config, engine: Engine, world: World, stored: dict[str, Any]) ->
     path, state = choose_checkpoint(cfg.train.resume, root, world)
     start = 0
     if path is not None:
-        changes = check_same_run(state["run"], stored["run"], path, allow=cfg.train.resume_changes == "allow")
+        written = with_policy(state["run"], cfg)
+        changes = check_same_run(written, stored["run"], path, allow=cfg.train.resume_changes == "allow")
         start = state["engine"]["step"]
         if start > stored["total"]:
             raise ValueError(f"train.steps={stored['total']}: {path} is at step {start} already; raise it")
@@ -211,7 +221,7 @@ def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], st
         loader=parts.loader,
         val_batches=train.val_batches,
         tensorboard=cfg.output.tensorboard,
-        encoder=cfg.model.encoder_kwargs(),
+        encoder=encoder_arguments(cfg),
         statistics={"mean": list(cfg.data.mean), "std": list(cfg.data.std)},
         **images,
     )

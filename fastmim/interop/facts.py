@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..models import encoder_settings
-from ..models.rules import window_sizes
+from ..models.rules import policy_matters, window_sizes
 
 # Weights fit into a model that differs in these, and mean the same there.
 _FREE = {
     "img_size", "drop_path_rate", "residual_dtype", "init_values", "window_size", "pretrained_window_size",
-    "extra_norm_scope",
+    "extra_norm_scope", "policy",
 }  # fmt: skip
 _TABLE = "relative_coords_table"
 Span = tuple[int, int]
@@ -61,12 +61,15 @@ def check_facts(objective: nn.Module, facts: Mapping[str, Any], tensors: Mapping
     if stored:
         _same_architecture(stored, own)
     notes = _check_windows(own, _spans_of_tensors(tensors) or _stored_spans(stored))
-    return [*notes, *_statistics(objective, facts.get("statistics", {}))]
+    return [*notes, *_policy(own, stored), *_statistics(objective, facts.get("statistics", {}))]
 
 
 def _stored_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return {key: _plain(value) for key, value in encoder_settings(facts["encoder"]).items()}
+        settings = encoder_settings(facts["encoder"])
+        if "policy" in settings:  # a file that does not say it is of a version that knew timm's way alone
+            settings["policy"] = facts["encoder"].get("policy", "parity")
+        return {key: _plain(value) for key, value in settings.items()}
     except (KeyError, TypeError, ValueError):
         return {}  # of a version with other encoders; the names of its tensors decide
 
@@ -104,6 +107,23 @@ def _check_windows(own: Mapping[str, Any], stored: list[Span]) -> list[str]:
         f"same offset would get another bias; set model.pretrained_window_size={theirs} to keep them, or {ours} to "
         "stretch them over the new windows"
     )
+
+
+def _policy(own: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    theirs = stored.get("policy")
+    if theirs not in ("default", "parity") or theirs == own["policy"]:
+        return []
+    if not policy_matters(own) or not _policy_mattered(stored):
+        return []
+    order = {"default": "padded before they were shifted", "parity": "shifted before they were padded"}[theirs]
+    return [f"its maps were {order}, unlike those of model.policy={own['policy']}; model.policy={theirs} keeps that"]
+
+
+def _policy_mattered(stored: Mapping[str, Any]) -> bool:
+    try:
+        return policy_matters(stored)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return False  # a header that nobody has checked
 
 
 def _spans(settings: Mapping[str, Any]) -> list[Span]:

@@ -54,10 +54,27 @@ def patch_grid(img_size: Pair, patch_size: int) -> Pair:
 
 def window_sizes(settings: Mapping[str, Any]) -> list[Pair]:
     """Of each stage of a Swin the window in tokens; one larger than the map shrinks to it."""
-    rows, columns = patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
     height, width = to_pair(settings["window_size"], "window_size")
-    maps = [(math.ceil(rows / 2**stage), math.ceil(columns / 2**stage)) for stage in range(len(settings["depths"]))]
-    return [(min(height, rows), min(width, columns)) for rows, columns in maps]
+    return [(min(height, rows), min(width, columns)) for rows, columns in _maps(settings)]
+
+
+def policy_matters(settings: Mapping[str, Any]) -> bool:
+    """Whether an encoder computes something else under the other ``policy``.
+
+    A Swin does where it shifts windows over a map whose last window, after the shift, is neither whole nor half full:
+    a half ends where the mask of the padded map has its seam.
+    """
+    if "policy" not in settings:
+        return False
+    stages = zip(settings["depths"], _maps(settings), window_sizes(settings), strict=True)
+    return any(depth > 1 and any(2 * edge % w for edge, w in zip(edges, window, strict=True))
+               for depth, edges, window in stages)  # fmt: skip
+
+
+def _maps(settings: Mapping[str, Any]) -> list[Pair]:
+    """(rows, columns) of tokens of each stage of a Swin."""
+    rows, columns = patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
+    return [(math.ceil(rows / 2**stage), math.ceil(columns / 2**stage)) for stage in range(len(settings["depths"]))]
 
 
 def check_heads(num_heads: int, embed_dim: int) -> None:

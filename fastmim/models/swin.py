@@ -69,6 +69,7 @@ class SwinStage(nn.Module):
 
     Args:
         resolution: (rows, columns) of the map.
+        parity: Of each attention.
         extra_norm: Of each block.
     """
 
@@ -82,6 +83,7 @@ class SwinStage(nn.Module):
         window_size: Pair,
         mlp_ratio: float,
         qkv_bias: bool,
+        parity: bool,
         extra_norm: list[bool],
         impl: str,
         downsample: bool,
@@ -92,7 +94,7 @@ class SwinStage(nn.Module):
         self.downsample = self.merging(dim // 2, impl) if downsample else nn.Identity()
         self.blocks = nn.ModuleList()
         for i, extra in enumerate(extra_norm):
-            attn = self.attention(dim, num_heads, window_size, shift if i % 2 else (0, 0), qkv_bias)
+            attn = self.attention(dim, num_heads, window_size, shift if i % 2 else (0, 0), qkv_bias, parity)
             self.blocks.append(self.block(dim, attn, mlp_ratio, extra))
 
     def forward(
@@ -136,6 +138,7 @@ class SwinTransformer(nn.Module):
             stage); 0 means ``window_size``.
         extra_norm_period: Every so many blocks a LayerNorm on the residual stream (SwinV2-H and -G: 6); 0 = none.
         extra_norm_scope: Count blocks within a "stage" (the public ports) or over the "global" depth.
+        policy: "default"; "parity" shifts a map before it pads it, as timm does, see :class:`.WindowAttention`.
         residual_dtype: "auto", or "fp32" for the residual stream that the references have under autocast; see
             :func:`fastmim.models.stream.stream_dtype`.
     """
@@ -160,6 +163,7 @@ class SwinTransformer(nn.Module):
         pretrained_window_size: int | tuple[int, ...] = 0,
         extra_norm_period: int = 0,
         extra_norm_scope: str = "stage",
+        policy: str = "default",
         residual_dtype: str = "auto",
         impl: str = "auto",
     ) -> None:
@@ -177,7 +181,8 @@ class SwinTransformer(nn.Module):
         pretrained = _per_stage(pretrained_window_size, len(depths))
         maps = [(math.ceil(self.grid[0] / 2**s), math.ceil(self.grid[1] / 2**s)) for s in stages]
         windows = window_sizes(dict(img_size=img_size, patch_size=patch_size, window_size=window_size, depths=depths))
-        own = [(embed_dim * 2**s, num_heads[s], maps[s], windows[s], mlp_ratio, qkv_bias, extra[s]) for s in stages]
+        how = mlp_ratio, qkv_bias, _is_parity(policy)
+        own = [(embed_dim * 2**s, num_heads[s], maps[s], windows[s], *how, extra[s]) for s in stages]
         self.layers = nn.ModuleList(self.stage(*own[s], impl, downsample=s > 0) for s in stages)
         self.last_map = maps[-1]
         rates = drop_path_rates(drop_path_rate, sum(depths))
@@ -242,6 +247,12 @@ def _per_stage(value: int | tuple[int, ...], stages: int) -> list[int]:
     if len(values) != stages:
         raise ValueError(f"pretrained_window_size={value!r}: must be an integer or one per stage ({stages})")
     return values
+
+
+def _is_parity(policy: str) -> bool:
+    if policy not in ("default", "parity"):
+        raise ValueError(f"policy={policy!r}: must be 'default' or 'parity'")
+    return policy == "parity"
 
 
 def _extra_norms(depths: tuple[int, ...], period: int, scope: str) -> list[list[bool]]:

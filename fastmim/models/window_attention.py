@@ -17,13 +17,23 @@ Pair = tuple[int, int]
 
 
 class WindowAttention(nn.Module):
-    """Attention with a table of position biases; a step evaluates those of all blocks at once, see :class:`.Step`."""
+    """Attention with a table of position biases; a step evaluates those of all blocks at once, see :class:`.Step`.
+
+    A map that the window does not divide gets rows and columns of zeros at its end, which are keys to the windows there
+    (their projection is the bias). The map is then shifted, and the mask separates what the shift brought together.
+
+    Args:
+        parity: Shift before the zeros are added, as timm does: first and last rows and columns attend to each other.
+    """
 
     logit_scale: Tensor | None
 
-    def __init__(self, dim: int, num_heads: int, window_size: Pair, shift_size: Pair, qkv_bias: bool) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, window_size: Pair, shift_size: Pair, qkv_bias: bool, parity: bool
+    ) -> None:
         super().__init__()
         self.num_heads, self.window_size, self.shift_size = num_heads, window_size, shift_size
+        self.padded_after_shift = shift_size if parity else (0, 0)
         self.add_parameters(dim, qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -55,9 +65,9 @@ class WindowAttention(nn.Module):
         if hand_on and not any(pad):
             qkv, y = fk.linear_and_input(y, *weights, **how)
         else:
-            qkv = fk.linear(pad_shifted(y, pad, self.shift_size) if any(pad) else y, *weights, **how)
+            qkv = fk.linear(pad_shifted(y, pad, self.padded_after_shift) if any(pad) else y, *weights, **how)
         shape = {"num_heads": self.num_heads, "window_size": self.window_size, "shift_size": self.shift_size}
         out = fk.window_attention(qkv, step.bias, **shape, logit_scale=self.logit_scale, impl=step.impl)
-        out = step.take(crop_shifted(out, height, width, self.shift_size) if any(pad) else out)
+        out = step.take(crop_shifted(out, height, width, self.padded_after_shift) if any(pad) else out)
         out = fk.linear(out, self.proj.weight, step.product_bias(self.proj), low_weight=step.low_proj, impl=step.impl)
         return (out, y) if hand_on else out

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastmim.engine import build as building
@@ -294,6 +295,32 @@ def test_what_cannot_work_is_one_line(settings, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         train(settings(tmp_path, **{"train__steps": 2} | changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("size", "goes_on"), [(44, False), (40, True)])
+def test_a_checkpoint_without_a_policy_is_of_timms_way(settings, tmp_path, size, goes_on):
+    """On maps that it matters for; there `model.policy=parity` goes on as the run began."""
+    changes = {"model__img_size": size, "objective__unit": 4}
+    train(settings(tmp_path, train__steps=1, model__policy="parity", **changes))
+    file = list_checkpoints(tmp_path / "checkpoints")[-1] / "state.json"
+    state = json.loads(file.read_text())
+    assert state["run"].pop("model.policy") == "parity"
+    file.write_text(json.dumps(state))
+    if not goes_on:
+        with pytest.raises(ValueError, match=r"model.policy=default \(checkpoint: parity\): .* is another run"):
+            train(settings(tmp_path, train__steps=2, **changes))
+    train(settings(tmp_path, train__steps=2, **({} if goes_on else {"model__policy": "parity"}), **changes))
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, "default"), ({"optim__policy": "parity"}, "parity"),
+    ({"optim__policy": "parity", "model__policy": "default"}, "default"),
+])  # fmt: skip
+def test_the_encoder_takes_the_policy_of_the_optimiser(settings, tmp_path, changes, expected):
+    """Unless it has its own; the exported file says which."""
+    result = train(settings(tmp_path, train__steps=1, **changes))
+    with safe_open(result.encoder_path, "pt") as file:
+        assert json.loads(file.metadata()["encoder"])["policy"] == expected
 
 
 def test_the_same_global_batch_on_other_micro_batches_goes_on(settings, tmp_path):

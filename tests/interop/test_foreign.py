@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 import types
 import zipfile
@@ -328,3 +329,25 @@ def test_a_header_that_says_nothing_useful_is_passed_over(source, encoder, tmp_p
     save_file(encoder, tmp_path / "a.safetensors", {"encoder": text, "statistics": text})
     load_weights(target := new(), tmp_path / "a.safetensors")
     assert same_encoder(target, source)
+
+
+@pytest.mark.parametrize(
+    ("said", "own", "size", "expected"),
+    [
+        ({}, "default", 44, "shifted before they were padded.*model.policy=parity keeps that"),
+        ({"policy": "parity"}, "default", 52, "model.policy=parity keeps that"),
+        ({"policy": "default"}, "parity", 44, "padded before they were shifted.*model.policy=default keeps that"),
+        ({}, "parity", 44, ""),
+        ({"policy": "default"}, "default", 44, ""),
+        ({}, "default", 48, ""),  # maps of 12 and 6: the same under both
+        ({"policy": ["parity"]}, "default", 44, ""),
+        ({"img_size": "wide"}, "default", 44, ""),
+    ],
+)
+def test_another_order_of_padding_and_shift_is_said(tmp_path, caplog, said, own, size, expected):
+    kind = ENCODER | dict(img_size=size, depths=(2, 1), name="swin")
+    weights = create_objective("simmim", encoder=kind, unit=4).encoder.state_dict()
+    path = exported(tmp_path, {k: v for k, v in weights.items() if k != "mask_token"}, encoder=kind | said)
+    load_weights(create_objective("simmim", encoder=kind | {"policy": own}, unit=4), path)
+    found = " ".join(record.getMessage() for record in caplog.records)
+    assert re.search(expected, found) if expected else "model.policy" not in found

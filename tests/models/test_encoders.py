@@ -114,9 +114,9 @@ CASES = {
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("kwargs", CASES.values(), ids=CASES.keys())
 def test_equals_timm(kwargs, impl):
-    objective = create_objective(
-        "simmim", encoder=kwargs, unit=8 if kwargs["name"] != "vit" else 16, mask_ratio=0.5, impl=impl
-    )
+    policy = {} if kwargs["name"] == "vit" else {"policy": "parity"}
+    unit = 16 if kwargs["name"] == "vit" else 8
+    objective = create_objective("simmim", encoder=kwargs | policy, unit=unit, mask_ratio=0.5, impl=impl)
     theirs = build_timm(**kwargs).eval()  # timm drops paths by default
     randomise(theirs)
     report = load_timm(objective, theirs.state_dict())
@@ -239,6 +239,7 @@ def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
         (dict(SWIN, name="swin", img_size=32, num_heads=(3,)), "must list one number per stage"),
         (dict(name="vit", embed_dim=30, num_heads=4), "num_heads=4"),
         (dict(SWIN, name="swinv2", img_size=32, extra_norm_scope="all"), "extra_norm_scope='all'"),
+        (dict(SWIN, name="swin", img_size=32, policy="timm"), "policy='timm'"),
     ],
 )
 def test_errors_name_the_value(kwargs, message):

@@ -17,6 +17,7 @@ from torch import nn
 from ..common.dispatch import check_impl
 from .parts import DropIn, Mlp, adopt
 from .swin import (
+    PadsMaps,
     PatchMerging,
     PatchMergingV2,
     SwinTransformerBlock,
@@ -70,7 +71,7 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, *, impl: str = "auto") -> Report:
+def accelerate(model: nn.Module, *, impl: str = "auto", policy: str = "parity") -> Report:
     """Let a timm Swin, SwinV2 or ViT, or a model that contains one, compute on the kernels, in place.
 
     Stages, blocks (with their window attention), MLPs and patch mergings become instances of subclasses in
@@ -79,20 +80,26 @@ def accelerate(model: nn.Module, *, impl: str = "auto") -> Report:
     draws what timm's draws. What a rule of :mod:`.rules` does not know stays as it is.
 
     A module inside a block that is replaced or given a hook later is called as timm calls it. Calling ``accelerate``
-    again is harmless, and sets ``impl`` anew.
+    again is harmless, and sets ``impl`` and ``policy`` anew.
 
     Args:
         model: Any module that holds modules of timm; ``features_only=True`` wrappers, and backbones in a model of
             one's own, included.
         impl: Of every op: "auto", "triton", "torch" or "reference".
+        policy: Of Swin's shifted windows on a map that they do not divide. "parity" computes what timm computes: it
+            shifts the map before it pads it, and some tokens attend to the opposite edge. "default" pads before, as
+            the paper's windows ask (Liu et al. 2021, section 3.2), also where a replaced module runs timm's own
+            forward; what is left stays timm's in this too.
 
     Returns:
         What was replaced, and what was left and why. A warning names those left whose kind has a drop-in.
 
     Raises:
-        ValueError: ``impl`` is unknown, or nothing in ``model`` is of timm.
+        ValueError: ``impl`` or ``policy`` is unknown, or nothing in ``model`` is of timm.
     """
     check_impl(impl)
+    if policy not in ("parity", "default"):
+        raise ValueError(f"policy={policy!r}: must be 'parity' or 'default'")
     if not any(_of_timm(type(module)) for module in model.modules()):
         raise ValueError(f"accelerate: model={type(model).__name__} holds no module of timm; pass what "
                          "timm.create_model made, or a model that contains it")
@@ -102,6 +109,8 @@ def accelerate(model: nn.Module, *, impl: str = "auto") -> Report:
             module.settle(impl)
         elif reason := _swap(module, impl):
             report.left[path] = f"{type(module).__name__}: {reason}"
+        if isinstance(module, PadsMaps):
+            module.policy = policy
     for path, module in model.named_modules():
         if isinstance(module, DropIn):
             found = report.already if id(module) in before else report.replaced

@@ -22,7 +22,22 @@ from .parts import DropIn, add_and_norm, adopt, adopt_mlp, drop_scale, mlp_branc
 Pair = tuple[int, int]
 
 
-class _MapAttention(DropIn):
+class PadsMaps(DropIn):
+    """What pads a map that the window does not divide.
+
+    ``policy``: "parity" shifts the map before it pads it, as timm does, so that first and last rows and columns attend
+    to each other wherever the window does not divide the map; "default" pads it before.
+    """
+
+    policy = "parity"
+    window_size: Pair
+
+    def padding(self, x: Tensor) -> Pair:
+        """Rows and columns that (B, H, W, C) lacks."""
+        return -x.shape[1] % self.window_size[0], -x.shape[2] % self.window_size[1]
+
+
+class _MapAttention(PadsMaps):
     """Window attention that takes the whole map; timm's (windows, N, C) goes to timm's own forward.
 
     The plan of the position bias is a function of the window and the device: no buffer, so that the state dict and
@@ -34,7 +49,7 @@ class _MapAttention(DropIn):
     def forward(self, x: Tensor, mask: Tensor | None = None, *, shift_size: Pair = (0, 0)) -> Tensor:
         """(B, H, W, C) → (B, H, W, C) with windows shifted by ``shift_size``, or what timm's forward takes.
 
-        A map that the window does not divide is padded as timm's blocks pad it.
+        A map that the window does not divide is padded as timm's blocks pad it, or as ``policy`` says.
 
         Raises:
             ValueError: A map, where something must run that the kernels leave out: dropout in training, hooks on
@@ -88,14 +103,14 @@ class _MapAttention(DropIn):
 
     def _attend(self, x: Tensor, shift_size: Pair, proj_bias: Tensor | None) -> Tensor:
         height, width = x.shape[1:3]
-        pad = (-height % self.window_size[0], -width % self.window_size[1])
-        x = pad_shifted(x, pad, shift_size) if any(pad) else x
+        pad, padded_after_shift = self.padding(x), shift_size if self.policy == "parity" else (0, 0)
+        x = pad_shifted(x, pad, padded_after_shift) if any(pad) else x
         bias = position_bias(*self._plan, [self._bias_parameters()], impl=self.impl)[0]
         x = window_attention(
             linear(x, self.qkv.weight, self._qkv_bias(), impl=self.impl), bias, num_heads=self.num_heads,
             window_size=self.window_size, shift_size=shift_size, logit_scale=getattr(self, "logit_scale", None),
             impl=self.impl)
-        x = crop_shifted(x, height, width, shift_size) if any(pad) else x
+        x = crop_shifted(x, height, width, padded_after_shift) if any(pad) else x
         return linear(x, self.proj.weight, proj_bias, impl=self.impl)
 
     def _bias_parameters(self) -> tuple[Tensor, ...]:
@@ -132,7 +147,7 @@ _ATTENTION: dict[type[nn.Module], type[_MapAttention]] = {v1.WindowAttention: Wi
                                                          v2.WindowAttention: WindowAttentionV2}
 
 
-class _Block(DropIn):
+class _Block(PadsMaps):
     def settle(self, impl: str) -> None:
         super().settle(impl)
         for theirs, ours in _ATTENTION.items():
@@ -149,6 +164,13 @@ class _Block(DropIn):
 
     def as_timm(self) -> bool:
         return not isinstance(self.attn, _MapAttention) or super().as_timm()
+
+    def _attn(self, x: Tensor) -> Tensor:
+        """timm's own path, (B, H, W, C) → (B, H, W, C), which pads nothing where it is given whole windows."""
+        height, width = x.shape[1:3]
+        x = x if self.policy == "parity" else pad_shifted(x, self.padding(x), (0, 0))
+        found: Tensor = super()._attn(x)
+        return found[:, :height, :width]
 
 
 class SwinTransformerBlock(_Block, v1.SwinTransformerBlock):

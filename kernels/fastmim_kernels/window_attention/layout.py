@@ -21,18 +21,24 @@ def pair(sizes: Sequence[int]) -> Pair:
 
 
 def pad_shifted(x: Tensor, pad: Pair, shift_size: Pair) -> Tensor:
-    """(B, H, W, C) with ``pad`` rows and columns of zeros more, at the end of the *shifted* map, where timm puts them.
+    """(B, H, W, C) with ``pad`` rows and columns of zeros more, at the end of the map as ``shift_size`` shifts it.
 
-    Written in the layout before the shift.
+    Written in the layout before the shift. Without one the zeros follow the last row and column. With that of the
+    attention they come where timm puts them: behind the rows that the shift has brought from the other edge, which
+    the mask, made for the padded map, then does not tell from those of the last rows.
     """
     rows, columns = shift_size
-    x = F.pad(torch.roll(x, (-rows, -columns), (1, 2)), (0, 0, 0, pad[1], 0, pad[0]))
-    return torch.roll(x, (rows, columns), (1, 2))
+    zeros = (0, 0, 0, pad[1], 0, pad[0])
+    if not any(shift_size):
+        return F.pad(x, zeros)
+    return torch.roll(F.pad(torch.roll(x, (-rows, -columns), (1, 2)), zeros), (rows, columns), (1, 2))
 
 
 def crop_shifted(x: Tensor, height: int, width: int, shift_size: Pair) -> Tensor:
     """The inverse of :func:`pad_shifted`: (B, height, width, C)."""
     rows, columns = shift_size
+    if not any(shift_size):
+        return x[:, :height, :width].contiguous()
     x = torch.roll(x, (-rows, -columns), (1, 2))[:, :height, :width]
     return torch.roll(x, (rows, columns), (1, 2))
 
