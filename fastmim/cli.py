@@ -192,12 +192,14 @@ def _plan(options: argparse.Namespace) -> int:
     from fastmim.config import load_config
 
     cfg = load_config(options.config, options.overrides)
+    from fastmim.engine.progress import counted
     from fastmim.plan.command import make_plan
     from fastmim.plan.hardware import find_gpu
     from fastmim.plan.report import as_json, as_text, save_picture
     from fastmim.plan.terminal import show
 
-    plan = make_plan(cfg, gpu=find_gpu(options.gpu), gpus=options.gpus, images=options.images)
+    with counted("tracing the model", enabled=_rank() == 0 and sys.stderr.isatty(), stderr=True) as told:
+        plan = make_plan(cfg, gpu=find_gpu(options.gpu), gpus=options.gpus, images=options.images, told=told)
     if options.picture:
         save_picture(plan, options.picture)
     if sys.stdout.isatty() and not options.json and _rank() == 0:
@@ -274,7 +276,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", parents=[common], help="memory and modelled speed on a machine, before launch")
     _takes_config(plan)
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default 1)")
-    plan.add_argument("--gpu", default="h100-80g", help="a known GPU, or name=mine,memory=48,tflops=180,bandwidth=…")
+    custom = "name=mine,memory=48,tflops=180,bandwidth=900,link=50,network=25 (GiB, TFLOP/s, GB/s)"
+    plan.add_argument("--gpu", default="h100-80g", help=f"a known GPU, or {custom}; network: between machines")
     plan.add_argument("--images", type=int, metavar="N", help="size of the data set (default: data.path, ImageNet-1k)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--picture", metavar="FILE", help="draw the memory of every stage and policy")
@@ -332,8 +335,7 @@ def _unknown_option(option: str) -> str:
 
 _INSTALL = {"fastmim_kernels": "pip install -e .", "yaml": "pip install pyyaml", "PIL": "pip install pillow"}
 _INSTALL |= {
-    name: f"pip install {name}"
-    for name in ("numpy", "pydantic", "rich", "safetensors", "timm", "torch", "torchvision")
+    name: f"pip install {name}" for name in ("numpy", "pydantic", "rich", "safetensors", "timm", "torch", "torchvision")
 }
 """What brings a module that everything needs. (What only some things need says so where it is used.)"""
 

@@ -25,12 +25,12 @@ def format_row(row: Mapping[str, Any], total_steps: int) -> str:
 
 
 @contextmanager
-def counted(what: str, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+def counted(what: str, *, enabled: bool, stderr: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A live line "``what`` done/of" on a terminal, for the function that it gives; elsewhere one line at the start."""
     from rich.console import Console
     from rich.status import Status
 
-    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not enabled)
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not enabled, stderr=stderr)
     if not console.is_terminal:
         console.print(f"{what} …")
         yield lambda done, of: None

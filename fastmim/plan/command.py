@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,6 +15,7 @@ from fastmim.data.source import open_index
 from fastmim.engine.build import recomputed_objective, step_sizes
 from fastmim.engine.precision import auto_is_fp32, precision_of
 
+from . import kept
 from .hardware import Gpu, in_precision
 from .memory import LAYOUTS, Buckets
 from .recommend import Model, Option, Setting, best, options, smallest_machine, stages_for
@@ -29,11 +30,14 @@ _OFFLOADS = {(False, False): "none", (True, False): "optimizer", (False, True): 
 """By (optimiser states, weights)."""
 
 
-def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) -> Plan:
+def make_plan(
+    cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None, told: Callable[[int, int], None] | None = None
+) -> Plan:
     """Trace the config's objective under every recomputation policy and see what fits on ``gpus`` of ``gpu``.
 
     Args:
         images: Size of the data set; None: what is in ``data.path``, or else ImageNet-1k's.
+        told: Called with how many traces are made, of how many, whenever one is.
 
     Raises:
         ValueError: the config's batches do not fit ``gpus``, or its precision the GPU.
@@ -47,7 +51,7 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
     gpu, setting = gpu.at(precision), _configured(cfg, accum, gpus)
     policies = list(dict.fromkeys([*RECOMPUTE, setting.policy]))
     total, source = _images(cfg, global_batch, images)
-    with closing(Tracer(_with(cfg, precision=precision))) as tracer:
+    with closing(Tracer(_with(cfg, precision=precision), told)) as tracer:
         model = _model(cfg, tracer, policies, precision)
         layouts = {stage > 0 for stage in (*stages_for(gpus, setting.offload, model.least_stage), setting.stage)}
         tracer.start((policy, low) for low in sorted(layouts) for policy in policies)
@@ -71,10 +75,14 @@ def make_plan(cfg: Config, *, gpu: Gpu, gpus: int, images: int | None = None) ->
 
 
 class Tracer:
-    """Footprints of a config by (policy, weights are bfloat16), each traced once, in a process of its own."""
+    """Footprints of a config by (policy, weights are bfloat16), each traced once, in a process of its own.
 
-    def __init__(self, cfg: Config) -> None:
-        self._cfg = cfg
+    Args:
+        told: See :func:`make_plan`.
+    """
+
+    def __init__(self, cfg: Config, told: Callable[[int, int], None] | None = None) -> None:
+        self._cfg, self._told = cfg, told
         # Not a fork of this process: autograd's threads do not survive one.
         context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
         if os.name == "posix":
@@ -83,10 +91,21 @@ class Tracer:
         self._found: dict[tuple[str, bool], Future[Footprint]] = {}
 
     def start(self, wanted: Iterable[tuple[str, bool]]) -> None:
-        """Begin the traces that :meth:`footprint` will be asked for."""
+        """Begin the traces that :meth:`footprint` will be asked for, but for those that an earlier plan has made."""
         for key in wanted:
-            if key not in self._found:
+            if key in self._found:
+                continue
+            known = kept.look_up(_name_of(self._cfg, *key))
+            if known is None:
                 self._found[key] = self._pool.submit(trace_config, self._cfg, *key)
+                self._found[key].add_done_callback(self._tell)
+            else:
+                self._found[key] = Future()
+                self._found[key].set_result(known)
+
+    def _tell(self, _: Future[Footprint]) -> None:
+        if self._told is not None:
+            self._told(sum(future.done() for future in list(self._found.values())), len(self._found))
 
     def footprint(self, policy: str, low_weights: bool) -> Footprint:
         """Of a micro-batch under a policy."""
@@ -98,15 +117,26 @@ class Tracer:
         self._pool.shutdown(cancel_futures=True)
 
 
+def _name_of(cfg: Config, policy: str, low_weights: bool) -> str:
+    """For :mod:`.kept`: what :func:`trace_config` looks at."""
+    sections = [section.model_dump(mode="json") for section in (cfg.model, cfg.objective)]
+    how = cfg.efficiency.model_dump(mode="json", include={"kernels", "residual_dtype", "recompute_offload"})
+    wide = cfg.efficiency.precision == "fp32"
+    return kept.key_of(sections, how, wide, cfg.data.mean, cfg.data.std, policy, low_weights)
+
+
 def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
     """The footprint of a config under a recomputation policy."""
+    kept_as = _name_of(cfg, policy, low_weights)
     # float16 takes the same bytes and the same kernels as bfloat16, which is what auto is on most GPUs.
     precision = "fp32" if cfg.efficiency.precision == "fp32" else "bf16"
     name, _, every = policy.partition("/")
     offload = cfg.efficiency.recompute_offload and name == "full"
     cfg = _with(cfg, recompute=name, recompute_every=int(every or 1), recompute_offload=offload)
-    low_weights = low_weights and precision != "fp32"
-    return Footprint(*trace(lambda: recomputed_objective(cfg), precision=precision, low_weights=low_weights))
+    low = low_weights and precision != "fp32"
+    found = Footprint(*trace(lambda: recomputed_objective(cfg), precision=precision, low_weights=low))
+    kept.keep(kept_as, found)
+    return found
 
 
 def _with(cfg: Config, **efficiency: Any) -> Config:

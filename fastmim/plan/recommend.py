@@ -15,6 +15,8 @@ HEADROOM = 0.08
 MOST_IMAGES = 1024
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 CLOSE = 0.01
+LOWER_STAGE = 0.05
+"""What a higher stage must gain to be taken: each adds collectives and parts that can fail."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Model:
             grad_accum_steps=s.grad_accum_steps,
             gathers=3 if s.policy.startswith("full") else 2,
             offload=s.offload,
+            bucket=self.buckets.reduce,
         )
         # The useful work is that of a step in which nothing is computed twice.
         useful = self.trace(self.policies[0], s.stage > 0).flops(s.micro_batch) * s.grad_accum_steps
@@ -135,11 +138,16 @@ def options(model: Model, gpu: Gpu, gpus: int, global_batch: int, offload: str =
 
 
 def best(fitting: Iterable[Option]) -> Option:
-    """The fastest; of those within 1 % of it the one that needs least memory."""
+    """The lowest stage within 5 % of the fastest; of its options within 1 % of its fastest, that of least memory."""
     fitting = list(fitting)
-    fastest = max(option.images_per_sec for option in fitting)
-    close = [option for option in fitting if option.images_per_sec >= (1 - CLOSE) * fastest]
-    return min(close, key=lambda option: option.memory.total)
+    near = _close(fitting, LOWER_STAGE)
+    lowest = min(option.setting.stage for option in near)
+    return min(_close([o for o in near if o.setting.stage == lowest], CLOSE), key=lambda option: option.memory.total)
+
+
+def _close(found: Sequence[Option], share: float) -> list[Option]:
+    fastest = max(option.images_per_sec for option in found)
+    return [option for option in found if option.images_per_sec >= (1 - share) * fastest]
 
 
 def smallest_machine(

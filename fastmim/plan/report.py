@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmim_kernels.common.roofs import HONEST
+from fastmim_kernels.common.roofs import HONEST, LAUNCH
 
 from .hardware import GIB, Gpu
 from .memory import COMPONENTS
 from .recommend import HEADROOM, Option
+from .roofline import BAND, HOST_LAUNCH, LINK
 
 log = logging.getLogger("fastmim")
 
@@ -39,9 +40,10 @@ class Plan:
     precision: str = "bf16"
     notes: tuple[str, ...] = ()
 
-    def gpu_days(self, option: Option) -> float:
-        """Of the whole run."""
-        return self.images / option.images_per_sec * option.setting.gpus / 86400
+    def gpu_days(self, option: Option) -> tuple[float, float]:
+        """Of the whole run: as modelled, and at the lower end of the band."""
+        days = self.images / option.images_per_sec * option.setting.gpus / 86400
+        return days, days / BAND
 
 
 def sentence(option: Option, gpu: Gpu) -> str:
@@ -69,17 +71,20 @@ def how(option: Option) -> str:
 
 def speed(plan: Plan, option: Option) -> str:
     """Modelled speed and cost."""
+    low, high = plan.gpu_days(option)
     return (
         f"modelled {option.time.total:.3g} s a step (pure roof {option.time.pure:.3g} s; forward and backward bound by "
-        f"{binding(option)}), {option.images_per_sec:,.0f} images/s, MFU {option.mfu:.0%}, "
-        f"{plan.gpu_days(option):,.1f} GPU-days for {plan.images:,} images ({plan.images_from})"
+        f"{binding(option)}; communication {option.time.exposed / option.time.total:.0%}), "
+        f"{BAND * option.images_per_sec:,.0f} to {option.images_per_sec:,.0f} images/s, "
+        f"MFU {BAND * option.mfu:.0%} to {option.mfu:.0%}, {low:,.2f} to {high:,.2f} GPU-days "
+        f"for {plan.images:,} images ({plan.images_from})"
     )
 
 
 def binding(option: Option) -> str:
     """Shares of forward and backward by the roof that binds, largest first."""
     found = sorted(option.time.bound.items(), key=lambda item: -item[1])
-    names = {"issue": "issue slots"}
+    names = {"issue": "issue slots", "launches": "gaps between launches", "host": "the host"}
     shares = [(names.get(roof, roof), seconds / option.time.compute) for roof, seconds in found if seconds]
     return ", ".join(f"{roof} {share:.0%}" for roof, share in shares)
 
@@ -90,9 +95,12 @@ def conclusions(plan: Plan) -> list[str]:
         f"{plan.parameters / 1e6:,.1f} M parameters; states at stage 0: 16 bytes each, "
         f"{16 * plan.parameters / 1e9:.1f} GB; GB are 10^9 bytes",
         f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s in {plan.precision}, "
-        f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s ({plan.gpu.source})",
+        f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s, "
+        f"network {plan.gpu.network / 1e9:g} GB/s ({plan.gpu.source})",
         f"times: {HONEST.memory:.0%} of the bandwidth, {HONEST.cublas:.0%} of the FLOP/s in library products and "
-        f"{HONEST.triton:.0%} in Triton's, issue slots{'' if plan.gpu.slots else ' left out: no figure of this GPU'}",
+        f"{HONEST.triton:.0%} in Triton's, issue slots{'' if plan.gpu.slots else ' left out: no figure of this GPU'}, "
+        f"{LAUNCH * 1e6:g} µs of the GPU and {HOST_LAUNCH * 1e6:g} of the host a launch, {LINK:.0%} of links; the "
+        f"lower end of a range is {BAND:.0%} of that",
         *plan.notes,
         f"as configured: {sentence(plan.configured, plan.gpu)}",
     ]
@@ -171,7 +179,7 @@ def as_json(plan: Plan) -> str:
         "smallest_machine": smallest,
         "options": [_entry(plan, option) for option in plan.options],
         "times": "modelled by three roofs at the efficiency of public kernels, not measured",
-        "efficiency": HONEST._asdict(),
+        "efficiency": HONEST._asdict() | {"link": LINK, "least_share": BAND},
     }
     return json.dumps(tree, indent=1) + "\n"
 
@@ -192,7 +200,8 @@ def _entry(plan: Plan, option: Option) -> dict[str, Any]:
         "modelled_seconds_by_binding_roof": dict(option.time.bound),
         "modelled_images_per_sec": option.images_per_sec,
         "modelled_mfu": option.mfu,
-        "modelled_gpu_days": plan.gpu_days(option),
+        "modelled_gpu_days": plan.gpu_days(option)[0],
+        "modelled_gpu_days_at_most": plan.gpu_days(option)[1],
     }
 
 

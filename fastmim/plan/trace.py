@@ -50,6 +50,8 @@ class Trace:
     """Parameters of the largest block, which ZeRO-3 gathers at once."""
     host: int = 0
     """Bytes of recomputed blocks' inputs that forward moves to the CPU's memory; no part of ``kept``."""
+    modules: int = 1
+    """Modules with parameters of their own, which ZeRO-3 fetches one by one."""
 
 
 def trace(
@@ -93,7 +95,8 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     others, grads = live.history(p.grad for p in parameters if p.grad is not None)
     objective.zero_grad(set_to_none=True)
     count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
-    return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest, host)
+    modules = sum(any(True for _ in module.parameters(recurse=False)) for module in objective.modules())
+    return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest, host, modules)
 
 
 @contextmanager
@@ -145,7 +148,9 @@ class Footprint:
         # A step whose sequence of ops depended on the batch could not be extrapolated.
         assert len(small.others) == len(large.others) and small.batch < large.batch
         self.small, self.large = small, large
-        self.parameters, self.largest_block = small.parameters, small.largest_block
+        self.parameters, self.largest_block, self.modules = small.parameters, small.largest_block, small.modules
+        phases = [x.phase for x in small.launches]
+        self.launches = phases.count("forward"), phases.count("backward")
         self._times: dict[tuple[Gpu, str], tuple[dict[str, float], dict[str, float]]] = {}
         self._flops = tuple(sum(x.flops for x in t.launches) for t in (small, large))
         self._others = np.array([small.others, large.others], dtype=np.float64)

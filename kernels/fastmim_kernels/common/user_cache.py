@@ -1,9 +1,11 @@
-"""Small JSON files of what was found out on this machine, in the user's cache."""
+"""JSON files of what was found out on this machine, in the user's cache; compressed if they end in ``.gz``."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ def cache_file(name: str) -> Path:
 def read_cache(path: Path) -> Any:
     """What it holds; None where it is not there or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = path.read_bytes()
+        return json.loads(gzip.decompress(text) if path.suffix == ".gz" else text)
+    except (OSError, ValueError, EOFError, zlib.error):
         return None
 
 
@@ -29,5 +32,6 @@ def write_cache(path: Path, value: Any) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    text = (json.dumps(value, indent=1) + "\n").encode()
+    partial.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     partial.replace(path)
