@@ -215,7 +215,7 @@ def _profile(options: argparse.Namespace) -> int:
     from fastmim.config import load_config
 
     cfg = load_config(options.config, options.overrides)
-    from fastmim.profile.command import profile_run
+    from fastmim.profiling.command import profile_run
 
     _print(profile_run(cfg, steps=options.steps, out=Path(options.out) if options.out else None))
     return 0
@@ -404,3 +404,9 @@ def _log_to_stderr() -> None:
     if not log.handlers:
         log.addHandler(_Stderr())
     log.setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+
+
+if __name__ == "__main__":
+    wanted = "start `python -m fastmim`, or `deepspeed --module fastmim`"
+    print(f"fastmim: error: fastmim/cli.py is not the command; {wanted}", file=sys.stderr)
+    sys.exit(2)

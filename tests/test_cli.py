@@ -58,6 +58,29 @@ def test_python_m() -> None:
     assert (result.returncode, result.stdout) == (0, f"fastmim {__version__}\n")
 
 
+@pytest.mark.parametrize("script", ["fastmim", "fastmim/__main__.py"])
+def test_started_as_a_script(script: str) -> None:
+    """As ``deepspeed`` does without ``--module``: Python puts the script's folder where it finds modules first."""
+    command = [sys.executable, script, "config", "show", "configs/demo.yaml"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "kernels")])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("model:"), done.stderr
+
+
+def test_the_wrong_file_as_a_script_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "fastmim/cli.py", "pretrain"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2 and done.stderr == (
+        "fastmim: error: fastmim/cli.py is not the command; start `python -m fastmim`, or `deepspeed --module fastmim`\n"
+    )
+
+
+def test_no_module_of_ours_stands_before_one_of_python() -> None:
+    own = {path.stem for path in (ROOT / "fastmim").iterdir() if path.suffix in ("", ".py")}
+    assert not own & set(sys.stdlib_module_names)
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])

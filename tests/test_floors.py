@@ -13,7 +13,7 @@ from tests.house import ROOT, imports, names_of
 # What each room may import from this repository, besides itself and, for CONFIG_READERS, the config.
 ALLOWED = {
     "fastmim": {"fastmim.engine", "fastmim.objectives"},
-    "fastmim.cli": {"fastmim.engine", "fastmim.data", "fastmim.doctor", "fastmim.plan", "fastmim.profile"},
+    "fastmim.cli": {"fastmim.engine", "fastmim.data", "fastmim.doctor", "fastmim.plan", "fastmim.profiling"},
     "fastmim.__main__": {"fastmim.cli"},
     # The checks ask the encoders what they take, and the mask how many units it hides.
     "fastmim.config": {"fastmim.models", "fastmim.objectives"},
@@ -27,7 +27,7 @@ ALLOWED = {
     },
     "fastmim.doctor": {"fastmim_kernels"},
     "fastmim.plan": {"fastmim.engine", "fastmim.data", "fastmim.objectives", "fastmim_kernels"},
-    "fastmim.profile": {"fastmim.engine"},
+    "fastmim.profiling": {"fastmim.engine"},
     "fastmim.evaluate": {"fastmim.objectives", "fastmim.models", "fastmim.data", "fastmim_kernels"},
     "fastmim.interop": {"fastmim.objectives", "fastmim.models", "fastmim_kernels"},
     "fastmim.objectives": {"fastmim.models", "fastmim_kernels"},
@@ -42,7 +42,7 @@ CONFIG_READERS = {
     "fastmim.engine.build",
     "fastmim.engine.train",
     "fastmim.plan.command",
-    "fastmim.profile.command",
+    "fastmim.profiling.command",
 }
 NOBODY_IMPORTS = {"benchmarks", "tests", "configs"}
 OPTIONAL = {

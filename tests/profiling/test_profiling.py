@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from fastmim import cli
-from fastmim.profile.nvml import Nvml
-from fastmim.profile.summary import op_name, summarise
-from fastmim.profile.timeline import Timeline
+from fastmim.profiling.nvml import Nvml
+from fastmim.profiling.summary import op_name, summarise
+from fastmim.profiling.timeline import Timeline
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGV = ["profile", str(ROOT / "configs/demo.yaml"), "model.depths=[1, 1]", "model.embed_dim=24"]
