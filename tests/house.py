@@ -22,7 +22,8 @@ Graph = dict[str, set[str]]
 # this names them.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "fastmim": (
-        ("_version", "models", "data"),
+        ("_version", "files", "errors"),
+        ("models", "data"),
         ("objectives",),
         ("config", "evaluate", "interop", "doctor"),
         ("engine",),

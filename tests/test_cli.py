@@ -206,8 +206,8 @@ class TestFailures:
                 1,
                 "error: non-finite loss at step 3: head",
             ),
-            (PermissionError(13, "Permission denied", "/out"), 2, "error: /out: permission denied"),
-            (OSError("disk"), 2, "error: disk"),
+            (PermissionError(13, "Permission denied", "/out"), 1, "error: /out: permission denied"),
+            (OSError("disk"), 1, "error: disk"),
             (ValueError("two\nlines"), 2, "error: two lines"),
             (
                 ModuleNotFoundError("no", name="fastmim_kernels"),
