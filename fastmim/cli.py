@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_error(error)
         return USER_ERROR
     except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
-        if options.traceback or (isinstance(error, RuntimeError) and not _speaks_for_itself(error)):
+        if options.traceback or not _speaks_for_itself(error):
             raise
         _say_error(error)
         return RUN_FAILED
@@ -349,9 +349,11 @@ def _say_error(error: Exception) -> None:
     _to_stderr(f"{who}error: {one_line(error)}")
 
 
-def _speaks_for_itself(error: RuntimeError) -> bool:
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether its one line is enough: of a RuntimeError, which is a bug, that is so for memory and other ranks only."""
     module = sys.modules.get("fastmim.engine.rank_errors")
-    return lacks_memory(error) or (module is not None and isinstance(error, module.OtherRankError))
+    is_other_ranks = module is not None and isinstance(error, module.OtherRankError)
+    return isinstance(error, (FloatingPointError, OSError)) or lacks_memory(error) or is_other_ranks
 
 
 def _say(text: str) -> None:

@@ -11,13 +11,7 @@ _INSTALL |= {
     for name in ("numpy", "pydantic", "rich", "safetensors", "timm", "torch", "torchvision")
 }
 """What brings a module that everything needs. (What only some things need says so where it is used.)"""
-
-
-_LIMITS = {
-    errno.EFBIG: " (see ulimit -f)",
-    errno.EMFILE: " (see ulimit -n)",
-    errno.EDQUOT: " (see quota)",
-}
+_LIMITS = {errno.EFBIG: "; see ulimit -f", errno.EMFILE: "; see ulimit -n", errno.EDQUOT: "; see quota"}
 
 
 def is_our_fault(error: Exception) -> bool:

@@ -121,7 +121,7 @@ def _text(path: Path) -> str:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         text = file.read(_LARGEST + 1)
     if text is None or len(text) > _LARGEST:
-        raise ValueError(f"a config has something to read, and at most {_LARGEST / 1e6:.0f} MB of it")
+        raise ValueError(f"nothing there, or more than a config has: at most {_LARGEST / 1e6:.0f} MB")
     return text.decode("utf-8")
 
 

@@ -7,6 +7,7 @@ neither package is imported.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -137,8 +138,11 @@ def _write_tiles(directory: str, path: str, reduce: int, tiles: list[_Tile]) -> 
     for tile in tiles:
         target = os.path.join(directory, tile.split, tile.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
+        # Through memory: Pillow writes a JPEG to a file itself, and is content where a full disk takes a part of it.
+        encoded = io.BytesIO()
+        photo.crop(tile.box).save(encoded, "JPEG", quality=_JPEG_QUALITY)
         with naming(target):
-            photo.crop(tile.box).save(target, "JPEG", quality=_JPEG_QUALITY)
+            Path(target).write_bytes(encoded.getvalue())
 
 
 def _finished(directory: str, settings: dict[str, float]) -> DemoCounts | None:
