@@ -29,8 +29,9 @@ def one_line(error: Exception) -> str:
         reason = error.strerror or " ".join(map(str, error.args)) or type(error).__name__
         return _printable(f"{error.filename}: {reason[:1].lower()}{reason[1:]}{_LIMITS.get(error.errno or 0, '')}")
     if lacks_memory(error):
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        what = f"{asked[1]} more were asked for" if asked else "the system has no more"
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+) (\w+)", str(error))
+        amount = asked and (f"{int(asked[1]) / 1e9:.3g} GB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}")
+        what = f"{amount} more were asked for" if amount else "the system has no more"
         return f"not enough memory: {what}; a smaller model or train.micro_batch_size needs less (see fastmim plan)"
     return _printable(" ".join(str(error).split())) or type(error).__name__
 

@@ -67,7 +67,8 @@ def test_a_save_that_fails_leaves_those_before_it(engine, tmp_path, file):
     """The room ends one byte before the end of the file; the moments need more of it than the weights."""
     root = tmp_path / "checkpoints"
     first = save(root, engine, 1)
-    with largest_file((first / file).stat().st_size - 1), pytest.raises(OSError, match="step-00000001 is the last") as caught:
+    room = (first / file).stat().st_size - 1
+    with largest_file(room), pytest.raises(OSError, match="step-00000001 is the last") as caught:
         save(root, engine, 2)
     assert caught.value.errno == errno.EFBIG and str(root) in caught.value.filename
     assert list(root.iterdir()) == [first]
