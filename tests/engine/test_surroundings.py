@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import resource
 import shutil
@@ -102,6 +103,9 @@ def test_a_run_without_room_ends_in_one_line(overrides, tmp_path, monkeypatch, c
     owner, name = ([None, *names.split(".")])[-2:]
     home = pytest.importorskip(module) if module.startswith(("matplotlib", "torch.utils")) else import_module(module)
     monkeypatch.setattr(getattr(home, owner) if owner else home, name, fail(errno.ENOSPC))
+    # The command configures the logger; other tests want it as it was.
+    monkeypatch.setattr(logging.getLogger("fastmim"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("fastmim"), "level", logging.INFO)
     out = tmp_path / "run"
     changes = dict(train__steps=2, data__num_workers=0, output__tensorboard=True, output__pictures=2)
     config = tmp_path / "empty.yaml"
