@@ -1,21 +1,25 @@
 """The ``fastmim`` command.
 
 What a user can put right is one line on standard error and exit status 2; a run that failed by itself (a
-non-finite loss, data workers that cannot go on) exits with 1; a run that was asked to stop, and saved, exits with 0.
+non-finite loss, data workers that cannot go on) or by its surroundings (a file that cannot be written, memory) exits
+with 1, in one line too; a run that was asked to stop, and saved, exits with 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from fastmim._version import __version__
 from fastmim.engine.launcher import rank_or_none
+from fastmim.errors import is_our_fault, lacks_memory, one_line
+from fastmim.files import naming
 
 USER_ERROR, RUN_FAILED = 2, 1
 
@@ -38,7 +42,10 @@ _OVERRIDES = "section.key=value, the value in YAML; may be repeated and wins ove
 
 def entry() -> NoReturn:
     """The console script: run :func:`main` and leave with its status."""
-    status = main()
+    try:
+        status = main()
+    finally:
+        _let_go_of_stdout()
     if rank_or_none() is not None:
         from fastmim.engine.distributed import exit_process
 
@@ -67,16 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader of a pipe such as `| head` has left; nothing more may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        if options.traceback or _is_our_fault(error):
+        return 0  # the reader of a pipe such as `| head` has left
+    except (ValueError, ModuleNotFoundError) as error:
+        if options.traceback or is_our_fault(error):
             raise
         _say_error(error)
-        return RUN_FAILED if isinstance(error, (FloatingPointError, ChildProcessError)) else USER_ERROR
-    except RuntimeError as error:
-        if options.traceback or not _is_other_ranks(error):
+        return USER_ERROR
+    except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+        if options.traceback or not _speaks_for_itself(error):
             raise
         _say_error(error)
         return RUN_FAILED
@@ -139,7 +144,8 @@ def _data_check(options: argparse.Namespace) -> int:
 def _data_index(options: argparse.Namespace) -> int:
     from fastmim.data import index_shards
 
-    counts = index_shards(options.shards)
+    with naming(options.shards):
+        counts = index_shards(options.shards)
     _print(f"{options.shards}: {sum(counts.values())} images in {len(counts)} shards, an .idx beside each\n")
     return 0
 
@@ -147,7 +153,7 @@ def _data_index(options: argparse.Namespace) -> int:
 def _data_pack(options: argparse.Namespace) -> int:
     from fastmim.data import pack_images
 
-    with _bar() as progress:
+    with naming(options.target), _bar() as progress:
         report = pack_images(
             options.folder,
             options.target,
@@ -333,34 +339,6 @@ def _unknown_option(option: str) -> str:
     return f"unknown option {option}; see fastmim --help"
 
 
-_INSTALL = {"fastmim_kernels": "pip install -e .", "yaml": "pip install pyyaml", "PIL": "pip install pillow"}
-_INSTALL |= {
-    name: f"pip install {name}" for name in ("numpy", "pydantic", "rich", "safetensors", "timm", "torch", "torchvision")
-}
-"""What brings a module that everything needs. (What only some things need says so where it is used.)"""
-
-
-def _is_our_fault(error: Exception) -> bool:
-    """Whether a traceback is more use than one line."""
-    return isinstance(error, ModuleNotFoundError) and error.name not in _INSTALL
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name == "fastmim_kernels":
-        return "fastmim_kernels is not on the path; pip install -e . or, in a checkout, PYTHONPATH=.:kernels"
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed; {_INSTALL[str(error.name)]}"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
-    return _printable(" ".join(str(error).split())) or type(error).__name__
-
-
-def _printable(text: str) -> str:
-    """For every terminal: what is not printable as its escape, and no kilobytes of what was given."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return shown if len(shown) <= 400 else f"{shown[:220]} … {shown[-150:]}"
-
-
 def _rank() -> int:
     return rank_or_none() or 0
 
@@ -371,24 +349,44 @@ def _say_error(error: Exception) -> None:
     if rank and module is not None and module.told_by_rank_0(error):
         return
     who = f"rank {rank}: " if rank else ""
-    print(f"fastmim: {who}error: {_one_line(error)}", file=sys.stderr, flush=True)
+    _to_stderr(f"{who}error: {one_line(error)}")
 
 
-def _is_other_ranks(error: RuntimeError) -> bool:
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether its one line is enough: of a RuntimeError, which is a bug, that is so for memory and other ranks only."""
     module = sys.modules.get("fastmim.engine.rank_errors")
-    return module is not None and isinstance(error, module.OtherRankError)
+    is_other_ranks = module is not None and isinstance(error, module.OtherRankError)
+    return isinstance(error, (FloatingPointError, OSError)) or lacks_memory(error) or is_other_ranks
 
 
 def _say(text: str) -> None:
     """One line on standard error; the ranks other than 0 stay silent where all of them say the same."""
     if _rank() == 0:
+        _to_stderr(text)
+
+
+def _to_stderr(text: str) -> None:
+    with suppress(OSError):  # nobody is left to hear it
         print(f"fastmim: {text}", file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:
-    if _rank() == 0:
+    if _rank() != 0:
+        return
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "is closed", "standard output")
+    with naming("standard output"):
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def _let_go_of_stdout() -> None:
+    """What could not be written must not be tried again at exit: that would be a second error, and another status."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Stderr(logging.Handler):
@@ -396,7 +394,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(f"fastmim: {level}{self.format(record)}", file=sys.stderr, flush=True)
+        _to_stderr(f"{level}{self.format(record)}")
 
 
 def _log_to_stderr() -> None:

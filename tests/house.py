@@ -22,11 +22,12 @@ Graph = dict[str, set[str]]
 # this names them.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "fastmim": (
-        ("_version", "models", "data"),
+        ("_version", "files", "errors"),
+        ("models", "data"),
         ("objectives",),
         ("config", "evaluate", "interop", "doctor"),
         ("engine",),
-        ("plan", "profile"),
+        ("plan", "profiling"),
         ("cli",),
         ("__main__",),
     ),
@@ -236,7 +237,7 @@ def main(root: Path) -> None:
     marks: Mapping[str, int] = scaffolding(root)
     print(f"kernels: {lines(root, 'kernels/**/*.py')} lines; scaffolding named {marks['mentions']} times in "
           f"{marks['files']} files")
-    for folder in ("models", "objectives", "config", "engine", "plan", "profile"):
+    for folder in ("models", "objectives", "config", "engine", "plan", "profiling"):
         print(f"fastmim/{folder}: {lines(root, f'fastmim/{folder}/**/*.py')} lines")
     path = hops(root)
     print(f"{len(path) - 1} hops from `fastmim pretrain` to a kernel: {' '.join(path)}")

@@ -10,6 +10,7 @@ import pytest
 
 from fastmim import cli, load_config
 from fastmim.config import Config, yaml_text
+from fastmim.errors import one_line
 
 pytest.importorskip("hypothesis", reason="random configs come from hypothesis (extra [dev])")
 from hypothesis import given, settings  # noqa: E402
@@ -83,7 +84,7 @@ def test_any_override_is_taken_or_refused_in_one_line(key: str, value: str) -> N
     try:
         cfg: Any = load_config("configs/demo.yaml", [f"{key}={value}"])
     except ValueError as error:
-        line = cli._one_line(error)
+        line = one_line(error)
         assert line.isprintable() and 0 < len(line) <= 400
     else:
         assert yaml_text.parse(yaml_text.dump(cfg.model_dump(mode="json"))) == cfg.model_dump(mode="json")

@@ -16,6 +16,7 @@ from fastmim.config.fields import describe
 from fastmim.config.messages import Sections, fields_at, names_at, nearest, one_line, show, unknown_key
 from fastmim.config.objective import DEFAULT, objective_section
 from fastmim.config.sections import Config
+from fastmim.files import write_text
 
 Tree = dict[str, Any]
 _LARGEST = 1_000_000
@@ -75,7 +76,7 @@ def dump_config(cfg: Config) -> str:
 
 def save_config(cfg: Config, path: str | os.PathLike[str]) -> None:
     """Write `cfg` with every key; ``load_config(path)`` gives an equal config."""
-    Path(path).write_text(dump_config(cfg), encoding="utf-8")
+    write_text(Path(path), dump_config(cfg))
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> Tree:
@@ -98,9 +99,7 @@ def _parse_file(path: Path, included_by: Path | None) -> Tree:
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError("not a regular file; a config is read from one")
-        if path.is_file() and path.stat().st_size > _LARGEST:
-            raise ValueError(f"{path.stat().st_size / 1e6:.1f} MB; a config has at most {_LARGEST / 1e6:.0f} MB")
-        tree = yaml_text.parse(path.read_text(encoding="utf-8"))
+        tree = yaml_text.parse(_text(path))
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error)).lower()
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
@@ -115,6 +114,15 @@ def _parse_file(path: Path, included_by: Path | None) -> Tree:
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ValueError(f"{path}: expected sections ({', '.join(Config.model_fields)}), each with keys and values")
     return tree
+
+
+def _text(path: Path) -> str:
+    # The system's own files, as /proc/kmsg, are regular, of length 0, and may be endless or let their reader wait.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        text = file.read(_LARGEST + 1)
+    if text is None or len(text) > _LARGEST:
+        raise ValueError(f"nothing there, or more than a config has: at most {_LARGEST / 1e6:.0f} MB")
+    return text.decode("utf-8")
 
 
 def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:

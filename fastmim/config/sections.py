@@ -84,7 +84,7 @@ class DataSection(Section):
     loader: Literal["auto", "dali", "torchvision", "pil", "synthetic"] = Field(
         "auto", description="auto = dali on a GPU if installed, else torchvision; synthetic = noise, reads nothing"
     )
-    num_workers: Count = Field(2, description="reader processes per rank")
+    num_workers: Count = Field(2, description="reader processes per rank; at 0 a crash of a decoder ends the run")
     scale: UnitRange = Field((0.67, 1.0), description="crop area as a share of the image, [low, high]")
     ratio: Range = Field((3 / 4, 4 / 3), description="crop aspect ratio, [low, high]")
     hflip: Probability = Field(0.5, description="probability of a horizontal flip")

@@ -7,12 +7,16 @@ neither package is imported.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
+
+from fastmim.files import naming, write_text
 
 _MARKER = "demo.json"
 _INSTALL = "pip install scikit-image scikit-learn"
@@ -86,9 +90,7 @@ def make_demo(directory: str | os.PathLike[str], *, size: int = 160, val_fractio
     counts = DemoCounts(*(sum(tile.split == split for tile in every) for split in DemoCounts._fields))
     # Written last and in one move: its presence says that the folder is complete.
     marker = os.path.join(directory, _MARKER)
-    with open(marker + ".tmp", "w", encoding="utf-8") as file:
-        json.dump({**settings, **counts._asdict()}, file)
-    os.replace(marker + ".tmp", marker)
+    write_text(Path(marker), json.dumps({**settings, **counts._asdict()}))
     return counts
 
 
@@ -136,7 +138,11 @@ def _write_tiles(directory: str, path: str, reduce: int, tiles: list[_Tile]) -> 
     for tile in tiles:
         target = os.path.join(directory, tile.split, tile.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        photo.crop(tile.box).save(target, "JPEG", quality=_JPEG_QUALITY)
+        # Through memory: Pillow writes a JPEG to a file itself, and is content where a full disk takes a part of it.
+        encoded = io.BytesIO()
+        photo.crop(tile.box).save(encoded, "JPEG", quality=_JPEG_QUALITY)
+        with naming(target):
+            Path(target).write_bytes(encoded.getvalue())
 
 
 def _finished(directory: str, settings: dict[str, float]) -> DemoCounts | None:

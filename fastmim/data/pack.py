@@ -7,6 +7,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -167,7 +168,8 @@ class _Writer:
             with open(os.path.join(self._folder, NAMES), "w", encoding="utf-8") as file:
                 file.writelines(self._names)
         elif self._tar is not None:
-            self._tar.close()
+            with suppress(OSError):  # a full disk refuses the end of the archive too
+                self._tar.close()
             os.unlink(self._path() + ".tmp")
 
 

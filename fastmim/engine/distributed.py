@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -107,8 +107,9 @@ def exit_process(status: int) -> NoReturn:
     Gloo's worker threads can abort the interpreter's shutdown after all work is done
     (pytorch/pytorch#190489): the launcher would report a failure for a run that succeeded.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # unwritable, or closed from the start
+            stream.flush()
     os._exit(status)
 
 

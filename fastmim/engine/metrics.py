@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastmim.files import naming, write_text
 
 log = logging.getLogger("fastmim")
 
@@ -97,23 +98,25 @@ class Metrics:
             return
         path = folder / "metrics.jsonl"
         rows = [row for row in read_rows(path) if row["step"] <= start]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
+        self._events = folder / "tensorboard"
         if tensorboard:
-            self._board = _tensorboard(folder / "tensorboard", start)
+            with naming(self._events):
+                self._board = _tensorboard(self._events, start)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; numbers other than ``step`` become TensorBoard scalars."""
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, row["step"])
+            with naming(self._events):
+                for name, value in row.items():
+                    if name != "step" and isinstance(value, (int, float)):
+                        self._board.add_scalar(name, value, row["step"])
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show a picture file in TensorBoard."""
@@ -122,15 +125,17 @@ class Metrics:
         import numpy as np
         from PIL import Image
 
-        with Image.open(path) as image:
+        with Image.open(path) as image, naming(self._events):
             self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._file is not None:
-            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with naming(self._events):
+                self._board.close()
+        if self._file is not None:
+            with naming(self._file.name):
+                self._file.close()
 
 
 def _tensorboard(folder: Path, start: int) -> Any:

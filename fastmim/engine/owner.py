@@ -12,7 +12,57 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastmim.engine.checkpoint.save import clean_unfinished
+
 LOCK_FILE = ".owner.json"
+_FOLDERS = ("checkpoints", "reconstructions", "tensorboard")
+_FILES = ("config.yaml", "metrics.jsonl", "bad_files.json", "encoder.safetensors", "loss.png")
+
+
+def make_folder(folder: Path) -> None:
+    """Create ``output.dir``.
+
+    Raises:
+        ValueError: it is a file, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        raise ValueError(f"output.dir={folder}: cannot be created ({reason}); choose another folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output.dir={folder}: cannot be written to; choose another folder")
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Create ``output.dir``, own it for the duration of the block, and remove what a killed run left half written.
+
+    Raises:
+        ValueError: it, or a folder in it, cannot be written to, another run writes there, or something else has the
+            name of what a run leaves there.
+    """
+    make_folder(folder)
+    with owned(folder):
+        _check_places(folder)
+        clean_unfinished(folder / "checkpoints")
+        for place in (folder, folder / "reconstructions"):
+            for left in [*place.glob("*.partial"), *place.glob("*.tmp")]:
+                left.unlink(missing_ok=True)
+        yield
+
+
+def _check_places(folder: Path) -> None:
+    """What a run would find out at its end only."""
+    for name in _FOLDERS:
+        place = folder / name
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"output.dir={folder}: {name} in it is no folder; move it, or choose another output.dir")
+        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"output.dir={folder}: {name} in it cannot be written to; choose another output.dir")
+    for name in _FILES:
+        if (folder / name).is_dir():
+            raise ValueError(f"output.dir={folder}: {name} in it is a folder; move it, or choose another output.dir")
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+log = logging.getLogger("fastmim")
 
 
 def format_duration(seconds: float) -> str:
@@ -86,12 +89,24 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print one line above the live one."""
-        if self._enabled:
-            self._console.print(text)
-            self._console.file.flush()
+        with self._writing():
+            if self._enabled:
+                self._console.print(text)
+                self._console.file.flush()
 
     def close(self) -> None:
         """Leave the terminal in order."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        with self._writing():
+            if live is not None:
+                live.stop()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A closed terminal, a pipe whose reader has left, a full disk: no reason to lose a run."""
+        try:
+            yield
+        except (OSError, SystemExit) as error:  # rich asks for the end of the program where a pipe is broken
+            self._enabled, self._live = False, None
+            reason = getattr(error, "strerror", None) or "broken pipe"
+            log.warning("standard output cannot be written (%s): the run goes on without it", reason.lower())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ from torch import Tensor
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint import consolidate, save_checkpoint
-from fastmim.engine.checkpoint.save import clean_unfinished
 from fastmim.engine.distributed import World
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
-from fastmim.engine.owner import owned
 from fastmim.engine.progress import Progress
 from fastmim.evaluate.curve import save_curve
 from fastmim.evaluate.reconstruct import save_picture
 from fastmim.evaluate.validation import validation_loss
+from fastmim.files import write_text
 
 _NAMED_BAD_FILES = 50
 
@@ -52,37 +51,6 @@ class Intervals:
     save: int = 0
     validate: int = 0
     picture: int = 0
-
-
-def make_folder(folder: Path) -> None:
-    """Create ``output.dir``.
-
-    Raises:
-        ValueError: it is a file, or cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = "is a file" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
-        raise ValueError(f"output.dir={folder}: cannot be created ({reason}); choose another folder") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"output.dir={folder}: cannot be written to; choose another folder")
-
-
-@contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Create ``output.dir``, own it for the duration of the block, and remove what a killed run left half written.
-
-    Raises:
-        ValueError: it cannot be written to, or another run writes there.
-    """
-    make_folder(folder)
-    with owned(folder):
-        clean_unfinished(folder / "checkpoints")
-        for place in (folder, folder / "reconstructions"):
-            for left in [*place.glob("*.partial"), *place.glob("*.tmp")]:
-                left.unlink(missing_ok=True)
-        yield
 
 
 class Run:
@@ -134,6 +102,8 @@ class Run:
         self.progress = Progress(total_steps=total, start=start, enabled=world.is_main)
         self.metrics = Metrics(folder, start=start, tensorboard=tensorboard, enabled=world.is_main)
         self._logged = start
+        self.lost = False
+        self._home = os.open(folder, os.O_RDONLY) if world.is_main else None
         self._last: dict[str, Any] = (read_rows(folder / "metrics.jsonl") or [{}])[-1] if start else {}
 
     def after_step(self, step: int, lr: float) -> None:
@@ -166,9 +136,16 @@ class Run:
         if validate:
             with self.clock.paused():
                 row["val_loss"] = self._validate()
+        self._look_for_folder()
         self.metrics.write(row)
         self.progress.row(row)
         self._logged, self._last = step, row
+
+    def _look_for_folder(self) -> None:
+        """Rank 0 notes that ``output.dir`` is no longer the folder that the run began to write in."""
+        if self._home is not None and not self.lost:
+            there = self.folder.is_dir() and os.path.samestat(self.folder.stat(), os.fstat(self._home))
+            self.lost = not there
 
     def _validate(self) -> float:
         batches, autocast = self.val_loader.epoch(0), self.engine.autocast()
@@ -189,9 +166,18 @@ class Run:
                 self.metrics.picture("reconstructions", path, step)
 
     def save(self) -> Path:
-        """Write a checkpoint of the current step; every rank calls it."""
+        """Write a checkpoint of the current step; every rank calls it.
+
+        Raises:
+            FileNotFoundError: written, into an ``output.dir`` made anew, because the run's own was deleted or moved.
+        """
+        self._look_for_folder()
         root = self.folder / "checkpoints"
-        return save_checkpoint(root, self.engine, self.stored, keep=self.keep, world=self.world)
+        path = save_checkpoint(root, self.engine, self.stored, keep=self.keep, world=self.world)
+        if distributed.broadcast(self.lost):
+            what = f"deleted or moved during the run; made anew with {path.name}, from which the next start goes on"
+            raise FileNotFoundError(errno.ENOENT, what, f"output.dir={self.folder}")
+        return path
 
     def interrupted(self) -> TrainResult:
         """Save and report a run that was asked to stop; every rank calls it."""
@@ -231,9 +217,8 @@ class Run:
                 merged |= files
         if self.world.is_main:
             text = json.dumps(merged, indent=1, ensure_ascii=False, sort_keys=True)
-            # A file name need not be valid unicode on Linux.
             path = self.folder / "bad_files.json"
-            path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+            write_text(path, text + "\n")
         last = distributed.broadcast(self._last)
         return TrainResult(
             steps=self.engine.steps,
@@ -259,6 +244,8 @@ class Run:
     def close(self) -> None:
         """Close files and the live line."""
         self.progress.close()
+        if self._home is not None:
+            os.close(self._home)
         self.metrics.close()
 
 

@@ -27,7 +27,8 @@ from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.loop import train_step
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
-from fastmim.engine.run import Intervals, Run, TrainResult, own_folder
+from fastmim.engine.owner import own_folder
+from fastmim.engine.run import Intervals, Run, TrainResult
 from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.models import encoder_settings
@@ -47,6 +48,7 @@ def train(cfg: Config) -> TrainResult:
     Raises:
         ValueError: a setting that cannot work, in one line.
         FloatingPointError: the loss or a gradient became non-finite; names the step and the module.
+        OSError: a file of the run cannot be written, or ``output.dir`` was deleted meanwhile; names it.
     """
     zero = cfg.efficiency.zero_stage is not None
     with distributed.distributed(always=zero) as world, ExitStack() as stack:
@@ -71,6 +73,7 @@ def train(cfg: Config) -> TrainResult:
                 lr = schedule(step)
                 train_step(engine, batches, lr=lr, seed=seed, phase=run.clock.phase, **lengths)
                 run.after_step(step + 1, lr)
+                stop.requested |= run.lost
                 if stop.agreed() and step + 1 < total:
                     return run.interrupted()
         except WaitInterrupted:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fastmim.files import replacing
 
 log = logging.getLogger("fastmim")
 
@@ -43,7 +44,6 @@ def save_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path | No
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(path)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastmim.evaluate.validation import MASK_SEED, evaluating
+from fastmim.files import replacing
 from fastmim.objectives.pictures import Picture
 
 _GAP = 4
@@ -69,9 +69,8 @@ def save_picture(
     if picture is None or not write:
         return picture is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    draw_grid(picture).save(partial, format="PNG")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        draw_grid(picture).save(partial, format="PNG")
     return True
 
 

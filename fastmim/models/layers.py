@@ -58,7 +58,7 @@ class PatchEmbed(nn.Module):
         b, c, height, width = images.shape
         p = self.patch_size
         cut = images.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = torch.empty(cut.shape, dtype=product_dtype(images), device=images.device)
+        patches = cut.new_empty(cut.shape, dtype=product_dtype(images))
         return patches.copy_(cut).flatten(3)
 
     def project(self, patches: Tensor, low_weight: Tensor | None = None, low_bias: Tensor | None = None) -> Tensor:

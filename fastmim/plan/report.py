@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmim.files import naming
 from fastmim_kernels.common.roofs import HONEST, LAUNCH
 
 from .hardware import GIB, Gpu
@@ -234,7 +235,8 @@ def save_picture(plan: Plan, path: str | os.PathLike[str]) -> Path:
     axes.legend(fontsize=8)
     path = Path(path)
     try:
-        figure.savefig(path)
+        with naming(path):
+            figure.savefig(path)
     except ValueError as error:
         raise ValueError(f"--picture {path}: {str(error).splitlines()[0]}; use .png, .svg or .pdf") from None
     return path

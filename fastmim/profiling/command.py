@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from fastmim.engine import distributed
 from fastmim.engine.build import build
 from fastmim.engine.distributed import World
 from fastmim.engine.loop import train_step
-from fastmim.engine.run import make_folder
+from fastmim.engine.owner import make_folder
 from fastmim.engine.stream import stream
+from fastmim.files import write_text
 
 from .summary import Row, as_text, summarise
 from .timeline import Timeline
@@ -62,11 +64,11 @@ def profile_run(cfg: Config, *, steps: int = 3, out: Path | None = None) -> str:
         timeline, seconds = _sampled(step, steps, world)
         found, rows = _profiled(step, steps, world)
         if world.is_main:
-            found.export_chrome_trace(str(folder / "trace.json"))
+            _export(found, folder / "trace.json")
             written = [folder / "trace.json", *timeline.save(folder), folder / "summary.json"]
             facts = _facts(world, steps, seconds, parts.global_batch, timeline, source)
             rows_as_json = [row.__dict__ for row in rows]
-            written[-1].write_text(json.dumps(facts | {"ops": rows_as_json}, indent=1) + "\n", encoding="utf-8")
+            write_text(written[-1], json.dumps(facts | {"ops": rows_as_json}, indent=1) + "\n")
             return _report(facts, rows, steps, world, timeline, written)
         return ""
 
@@ -91,6 +93,13 @@ def _profiled(step: Step, steps: int, world: World) -> tuple[Any, list[Row]]:
             step(phase=record_function)
         _wait(world)
     return found, summarise(found.events(), on_gpu)
+
+
+def _export(found: Any, path: Path) -> None:
+    found.export_chrome_trace(str(path))
+    # Kineto says nothing where it could not write, or not all.
+    if not path.is_file() or not path.read_bytes().rstrip().endswith(b"}"):
+        raise OSError(errno.EIO, "the trace could not be written in full; is there room on the disk?", str(path))
 
 
 def _wait(world: World) -> None:

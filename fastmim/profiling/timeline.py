@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastmim.files import replacing, write_text
+
 from .nvml import Nvml
 
 log = logging.getLogger("fastmim")
@@ -95,7 +97,7 @@ class Timeline:
         nvml = self.nvml.reason or "sampled"
         tree = {"kind": self.kind, "peak_bytes": self.peak, "nvml": nvml, "phases": self.phases}
         path = folder / "memory.json"
-        path.write_text(json.dumps(tree | {"samples": rows}, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(tree | {"samples": rows}, indent=1) + "\n")
         picture = self._draw(rows, folder / "memory.png")
         return [path] if picture is None else [path, picture]
 
@@ -118,5 +120,6 @@ class Timeline:
         axes.set_xlabel("seconds")
         axes.set_ylabel(f"GiB {self.kind}")
         axes.legend(fontsize=8)
-        figure.savefig(path)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png")
         return path

@@ -38,8 +38,8 @@ def fusion(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) 
 
 
 def shape_may_follow(data: Tensor) -> bool:
-    """Whether a shape may depend on the values of ``data``: on a CPU, without a compiler or fake tensors.
+    """Whether a shape may depend on the values of ``data``: on a CPU, without a compiler, fake tensors or torch.func.
 
     Elsewhere the host would wait for the device, and what is traced must hold for other values.
     """
-    return data.is_cpu and unwatched((data,))
+    return data.is_cpu and unwatched((data,)) and not torch._C._are_functorch_transforms_active()

@@ -269,6 +269,10 @@ def test_every_mode_gives_every_number_of_channels(mode, in_chans):
     image = Image.new(mode, (9, 9), 7) if mode == "LAB" else Image.fromarray(rgb).convert(mode)
     out = io.BytesIO()
     image.save(out, "TIFF")
+    try:
+        Image.open(io.BytesIO(out.getvalue())).load()
+    except OSError as error:  # 12.3, the last for Python 3.10, takes YCbCr without compression for four channels
+        pytest.skip(f"this Pillow cannot read the {mode} TIFF that it wrote: {error}")
     got = decode_image(out.getvalue(), in_chans=in_chans)
     assert got.shape == (in_chans, 9, 9)
     if in_chans == 1 and mode != "L":

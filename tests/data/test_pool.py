@@ -159,11 +159,14 @@ def test_waiting_ends_when_the_run_is_to_stop(monkeypatch, caplog):
     assert not children()
 
 
-def test_ctrl_c_while_waiting():
+def test_ctrl_c_while_waiting(request):
     def interrupt(dataset, i):
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(1000)
 
+    # A shell's background job, as a run of all tests may be one, starts with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with closing(pool_of(Squares(interrupt), 1)) as pool, pytest.raises(KeyboardInterrupt):
         next(pool.items(iter(range(2))))
     assert not children()

@@ -59,6 +59,8 @@ def start(folder, overrides, launcher=()):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # Where nohup runs the tests it is ignored, which a run honours.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 

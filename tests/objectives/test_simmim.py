@@ -115,6 +115,27 @@ def test_traces_as_one_graph(family):
     check_compiled(objective, images, mask, "aot_eager")
 
 
+@pytest.mark.parametrize("family", ENCODERS)
+def test_vmap_works_on_the_oracle_and_is_refused_elsewhere(family):
+    """Gradients sample by sample, as the reader of a paper on influence or privacy would take them."""
+    objective, images, mask = build(family, impl="reference")
+    params = dict(objective.named_parameters())
+
+    def loss(params, image, mask, module=objective):
+        return torch.func.functional_call(module, params, (image[None], mask[None]))["loss"]
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, images, mask)
+    for i in range(len(images)):
+        objective.zero_grad()
+        objective(images[i : i + 1], mask[i : i + 1])["loss"].backward()
+        for name, param in params.items():
+            if param.grad is not None:
+                torch.testing.assert_close(found[name][i], param.grad, rtol=1e-4, atol=1e-6, msg=name)
+    other = build(family)[0]
+    with pytest.raises(RuntimeError, match="torch.func's transforms cannot look into this op.*impl='reference'"):
+        torch.func.vmap(lambda image: other.encoder(image[None]))(images)
+
+
 def test_the_default_compiler_gives_the_same_loss_and_gradients():
     """One block a stage: what inductor generates around the ops, in a minimum of its time."""
     torch.manual_seed(0)

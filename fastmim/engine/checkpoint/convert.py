@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fastmim._version import __version__
 from fastmim.engine.checkpoint.save import find_resume
 from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
 from fastmim.engine.checkpoint.whole import check_whole, instead_of
+from fastmim.files import replacing
 
 _ENCODER = "encoder."
 
@@ -79,11 +79,10 @@ def consolidate(
         metadata = {"format": "pt", "source": "fastmim", "version": __version__, "encoder": json.dumps(encoder or {})}
         metadata |= {"statistics": json.dumps(statistics)} if statistics else {}
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        write_safetensors(temporary, entries, metadata)
+        with replacing(out) as unfinished:
+            write_safetensors(unfinished, entries, metadata)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from None
-    os.replace(temporary, out)
     return out
 
 

@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint.shards import require_file
 from fastmim.engine.distributed import World
+from fastmim.files import naming
 
 log = logging.getLogger("fastmim")
 
@@ -127,6 +129,9 @@ def save_checkpoint(root: Path, engine: Engine, extra: Mapping[str, Any], *, kee
     Returns:
         The folder. One that is already there is left as it is: :func:`set_aside` has made sure that it holds
         the same step of the same run.
+
+    Raises:
+        OSError: it cannot be written; those before it are as they were.
     """
     state = {"format": FORMAT, **extra, "engine": engine.state()}
     final = root / f"step-{state['engine']['step']:08d}"
@@ -134,19 +139,48 @@ def save_checkpoint(root: Path, engine: Engine, extra: Mapping[str, Any], *, kee
     if distributed.broadcast(final.exists()):
         return final
     partial = root / f".partial-{final.name}"
+    with _saving(partial, alone=world.size == 1):
+        if world.is_main:
+            root.mkdir(parents=True, exist_ok=True)
+            clean_unfinished(root)
+            partial.mkdir()
+        distributed.barrier()
+        if world.is_main or engine.sharded:
+            engine.save(partial)
+        distributed.barrier()
+        if world.is_main:
+            _complete(root, partial, final, state, rng)
     if world.is_main:
-        root.mkdir(parents=True, exist_ok=True)
-        clean_unfinished(root)
-        partial.mkdir()
-    distributed.barrier()
-    if world.is_main or engine.sharded:
-        engine.save(partial)
-    distributed.barrier()
-    if world.is_main:
-        _complete(root, partial, final, state, rng)
         _prune(root, keep)
     distributed.barrier()
     return final
+
+
+@contextmanager
+def _saving(partial: Path, *, alone: bool) -> Iterator[None]:
+    """Around the files of a checkpoint; where they cannot be written, says what there is, and gives the room back.
+
+    (Not beside other ranks, which may still write there: the next start does it.)
+    """
+    try:
+        with naming(partial):
+            try:
+                yield
+            except SafetensorError as error:
+                raise _system_error(error) from None
+    except OSError as error:
+        last = [path.name for path in list_checkpoints(partial.parent)[-1:]]
+        kept = f"{last[0]} is the last checkpoint" if last else "there is no checkpoint yet"
+        raise OSError(error.errno, f"{error.strerror or error}; {kept}", error.filename) from None
+    finally:
+        if alone:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _system_error(error: SafetensorError) -> Exception:
+    """The library tells of a full disk by an exception of its own."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
 
 
 def _complete(root: Path, partial: Path, final: Path, state: dict[str, Any], rng: list[dict[str, Tensor]]) -> None:
@@ -165,7 +199,8 @@ def _complete(root: Path, partial: Path, final: Path, state: dict[str, Any], rng
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

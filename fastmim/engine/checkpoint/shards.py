@@ -20,6 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fastmim.files import naming
+
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 WEIGHT = "weight"
@@ -61,7 +63,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[st
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
             flat = entry.read().detach().reshape(-1)
