@@ -25,7 +25,7 @@ def why_unidentified(data: bytes | bytearray) -> str:
     if data.startswith(_TIFF):
         samples = tiff_samples(data)
         if samples is not None:
-            return f"TIFF with {samples}: not a kind that is read; save 1, 3 or 4 bands of uint8 or uint16"
+            return f"TIFF with {samples}: not a kind that is read; save 1, 3 or 4 bands of uint8 or uint16, or 1 of float32"
     head = f"it starts with {bytes(data[:12])!r}"
     known = next((name for magic, name in _KNOWN if data.startswith(magic)), None)
     if known is None and data.startswith(b"RIFF") and data[8:12] == b"WEBP":
@@ -41,12 +41,6 @@ def tiff_samples(data: bytes | bytearray) -> str | None:
     count, kinds, planes = found
     bits = "/".join(dict.fromkeys(f"{''.join(filter(str.isdigit, kind))}-bit" for kind in kinds))
     return f"{count} {'/'.join(kinds)} sample{'s' * (count > 1)} a pixel ({bits}{', in planes' * planes})"
-
-
-def is_signed_tiff(data: bytes | bytearray) -> bool:
-    """Whether a TIFF states samples below zero, which PIL takes for unsigned ones where they have 8 bits."""
-    found = _tiff_tags(data) if data.startswith(_TIFF) else None
-    return found is not None and any(kind.startswith("int") for kind in found[1])
 
 
 def _tiff_tags(data: bytes | bytearray) -> tuple[int, list[str], bool] | None:
