@@ -88,7 +88,7 @@ class DataSection(Section):
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
     follow_links: bool = Field(False, description="follow linked folders, each once, and links that lead out of path")
     component: str | None = Field(
-        None, description="shards: extension of the member of a sample that is the image, such as rgb.png or jpg;png"
+        None, description="shards: extension of the member of a sample that is the image: rgb.png, jpg;png; * = each"
     )
     loader: Literal["auto", "dali", "torchvision", "pil", "synthetic"] = Field(
         "auto", description="auto = dali on a GPU if installed, else torchvision; synthetic = noise, reads nothing"

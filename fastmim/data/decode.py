@@ -20,14 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmim.data import png
+from fastmim.data import png, tiff
 from fastmim.data.plugins import open_image
 from fastmim.data.reasons import why_unidentified
 from fastmim.data.samples import (
     Samples,
     UnusableError,
     check_conversion,
-    extra_sample,
     pil_samples,
     to_pixels,
     transparent_where,
@@ -167,7 +166,7 @@ def _decode_torchvision(data: bytes | bytearray, in_chans: int, is_jpeg: bool) -
 
 def _decode_pil(data: bytes | bytearray, min_size: int) -> Samples:
     try:
-        data, extra = extra_sample(data)
+        data, extra = tiff.for_pil(data)
         image = open_image(data)
         _check_size((image.height, image.width), min_size)
         return pil_samples(image, data, extra)

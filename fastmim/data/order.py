@@ -91,6 +91,12 @@ class EpochOrder:
                     "%d images are fewer than one global batch of %d: each is used up to %d times per epoch,"
                     " with another crop and mask each time", num_images, global_batch, self.repeats,
                 )  # fmt: skip
+            for span, share in zip(spans or (), shares(spans or (), num_images * self.repeats), strict=True):
+                if not share:
+                    _LOG.warning(
+                        "data.weights: %g of %g gives no sample an epoch: its %d images are not used",
+                        span.weight, sum(one.weight for one in spans or ()), span.files,
+                    )  # fmt: skip
         else:
             self.steps_per_epoch = -(-num_images // global_micro_batch)
             mine = num_images - rank * micro_batch_size

@@ -6,7 +6,6 @@ Samples keep the depth of the file up to here, so that no bit is lost before the
 from __future__ import annotations
 
 import io
-import struct
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,14 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmim.data import png
+from fastmim.data import png, tiff
 
 ALPHA = ("white", "black", "drop")
 Array = np.ndarray[Any, Any]
 
-_BITS, _ORIENTATION, _BANDS, _PLANAR, _EXTRA, _FORMAT = 258, 274, 277, 284, 338, 339
-_UNSPECIFIED, _PREMULTIPLIED, _ALPHA = 0, 1, 2  # ExtraSamples of TIFF 6.0
-_SIGNED, _SEPARATE = 2, 2
 # PIL turns TIFFs, and nothing else, by their tag; these turn them back.
 _TURN_BACK: dict[int, Callable[[Array], Array]] = {
     2: lambda plane: plane[:, ::-1],
@@ -132,36 +128,13 @@ def transparent_where(colour: Array, key: Sequence[int]) -> Array:
     return np.where(hit, 0, np.iinfo(colour.dtype).max).astype(colour.dtype)
 
 
-def extra_sample(data: bytes | bytearray) -> tuple[bytes | bytearray, int | None]:
-    """A TIFF whose one extra sample PIL gives as it is stored, and what the file called that sample.
-
-    PIL reads over an unspecified extra sample and divides by a premultiplied one: both are called plain alpha here.
-    """
-    try:
-        order = {b"II": "<", b"MM": ">"}[bytes(data[:2])]
-        big = struct.unpack_from(order + "H", data, 2)[0] == 43
-        start = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]
-        count = struct.unpack_from(order + ("Q" if big else "H"), data, start)[0]
-        first, width, value = start + (8 if big else 2), 20 if big else 12, 12 if big else 8
-        for place in range(first, min(first + count * width, len(data)), width):
-            tag, _, number = struct.unpack_from(order + ("HHQ" if big else "HHI"), data, place)
-            if tag == _EXTRA and number == 1:
-                kind = struct.unpack_from(order + "H", data, place + value)[0]
-                changed = bytearray(data)
-                struct.pack_into(order + "H", changed, place + value, _ALPHA)
-                return (changed if kind in (_UNSPECIFIED, _PREMULTIPLIED) else data), kind
-    except (KeyError, struct.error):  # no TIFF, or one that its reader will refuse
-        pass
-    return data, None
-
-
 def pil_samples(image: Image.Image, data: bytes | bytearray, extra: int | None = None) -> Samples:
     """The samples of an image that PIL has opened and not loaded; `data` are its bytes.
 
     The pixels are those stored: no orientation is applied. Of several frames or pages the first is taken.
 
     Args:
-        extra: what :func:`extra_sample` says of it.
+        extra: what :func:`fastmim.data.tiff.for_pil` says of it.
 
     Raises:
         UnusableError: PIL has no way to give all samples.
@@ -169,21 +142,19 @@ def pil_samples(image: Image.Image, data: bytes | bytearray, extra: int | None =
     if image.format != "TIFF":
         return _stored(image, data)
     tags: Any = dict(image.tag_v2)  # type: ignore[attr-defined]
-    bands, bits = tags.get(_BANDS, 1), max(tags.get(_BITS, (1,)))
-    if bands > 4:
-        raise UnusableError(f"TIFF with {bands} bands: only 1 to 4 are read")
-    if bands > 1 and bits > 8 and tags.get(_PLANAR) == _SEPARATE:
-        raise UnusableError(f"TIFF with {bits}-bit bands in separate planes: save them interleaved")
+    bands, bits = tags.get(tiff.BANDS, 1), max(tags.get(tiff.BITS, (1,)))
+    if bands > 4 or (bands > 1 and bits > 8 and tags.get(tiff.PLANAR) == tiff.SEPARATE):
+        raise UnusableError(tiff.not_read(data) or f"TIFF with {bands} bands of {bits} bits")
     samples = _stored(image, data)
     samples = samples._replace(
-        colour=_as_stated(samples.colour, bits, set(tags.get(_FORMAT, ())) == {_SIGNED}),
-        is_alpha=extra in (_PREMULTIPLIED, _ALPHA) or (samples.fourth is not None and bands < 3 and extra is None),
-        premultiplied=extra == _PREMULTIPLIED,
+        colour=_as_stated(samples.colour, bits, set(tags.get(tiff.FORMAT, ())) == {tiff.SIGNED}),
+        is_alpha=extra in (tiff.PREMULTIPLIED, tiff.ALPHA) or (bands == 2 and extra is None),
+        premultiplied=extra == tiff.PREMULTIPLIED,
     )
     if bits == 12:
         samples = samples._replace(colour=(samples.colour.astype(np.uint32) * 65535 // 4095).astype(np.uint16))
         samples = samples._replace(own_range=True)
-    return _turned_back(samples, tags.get(_ORIENTATION, 1))
+    return _turned_back(samples, tags.get(tiff.ORIENTATION, 1))
 
 
 def _as_stated(colour: Array, bits: int, is_signed: bool) -> Array:

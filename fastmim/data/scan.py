@@ -57,7 +57,8 @@ def _left_out(root: str, found: Found) -> list[str]:
         notes.append(f"left out {len(found.special)} names of images that are no files: {shown(found.special)}")
     unnamed, unread, archives = _sorted_out(root, found.others)
     if unnamed:
-        what = f"left out {len(unnamed)} files that start like images but are not named so: {shown(unnamed)}"
+        most = f" of the {_SNIFFED} looked into" if len(found.others) > _SNIFFED else ""
+        what = f"left out {len(unnamed)} files{most} that start like images but are not named so: {shown(unnamed)}"
         notes.append(f"{what}; give them an extension, or a data.file_list, which takes any name")
     if unread:
         what = f"left out {len(unread)} images of formats that are not read ({_kinds(unread)}): {shown(unread)}"

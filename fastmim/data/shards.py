@@ -21,14 +21,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from fastmim.data.decode import DecodeError, read_bytes
-from fastmim.data.names import is_image, printable, shown
+from fastmim.data.names import ARCHIVES, is_image, printable, shown
 from fastmim.data.tar_index import Member, extension_of, read_index, sample_key, write_index
 from fastmim.data.worker_error import MACHINE_ERRORS
 
 #: One member larger than this is refused unread: no image is, and the size field of a tar is the writer's word.
 MAX_MEMBER_BYTES = 1 << 30
+#: The component that means every image.
+EACH = "*"
 _LOG = logging.getLogger("fastmim")
 _MAX_BRACES = 1_000_000
+_COMPARED = 8  # members of a shard with its index
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -100,6 +103,12 @@ def find_tars(path: str, field: str = "data.path") -> list[str]:
                 f"{field}={printable(path)}: holds {len(tars)} .tar shards and {len(loose)} loose images; give a"
                 f" folder with one kind, or {field}={printable(os.path.join(path, '*.tar'))}"
             )
+        beside = [one for one in entries if not one.lower().endswith(".tar") and _may_hold_images(path, one)]
+        if tars and beside:
+            _LOG.warning(
+                "%s=%s: %d .tar shards are read, and %d folders and archives beside them left out: %s; name several as"
+                " data.path=[a, b]", field, printable(path), len(tars), len(beside), shown(beside),
+            )  # fmt: skip
         return tars
     if re.search(r"\.(tar\.\w+|tgz)$", path.lower()):
         raise ValueError(f"{field}={printable(path)}: a compressed shard has no random access; give plain .tar files")
@@ -112,6 +121,10 @@ def find_tars(path: str, field: str = "data.path") -> list[str]:
     if missing or not tars:
         raise ValueError(f"{field}={printable(path)}: no such shard ({shown(missing) or 'nothing matches'})")
     return tars
+
+
+def _may_hold_images(folder: str, entry: str) -> bool:
+    return entry.lower().endswith(ARCHIVES) or os.path.isdir(os.path.join(folder, entry))
 
 
 def expand_braces(pattern: str, field: str = "data.path") -> list[str]:
@@ -143,7 +156,8 @@ def open_shards(
 
     Args:
         component: the extension (all behind the first dot) of the member of a sample that is the image, or
-            several in order of preference ("jpg;png"); None: the only member that is named like one.
+            several in order of preference ("jpg;png"); None: the only member that is named like one; "*": every
+            member that is named like one is a sample of its own.
 
     Raises:
         ValueError: a file is not a tar archive; no shard holds an image; a sample holds several and no component
@@ -153,9 +167,8 @@ def open_shards(
     scanned = []
     for tar in tars:
         known = read_index(tar)
-        # Some writers list nothing but one image of a sample.
-        if known is None or (component is not None and not all(_components(one, component) for one in known)):
-            scanned += [tar] if known is None else []
+        if known is None or not _lists_all(known, tar):
+            scanned.append(tar)
             known = scan_tar(tar, field)
         samples.append(known)
     if scanned:
@@ -169,8 +182,23 @@ def open_shards(
     return ShardIndex(root, tars, members)
 
 
+def _lists_all(samples: list[list[Member]], tar: str) -> bool:
+    """Whether an index has the first members of its shard: some writers list one image of a sample and no more."""
+    listed = {member.offset for sample in samples for member in sample}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            first = [member for member in itertools.islice(archive, _COMPARED) if _holds_bytes(member)]
+    except (tarfile.TarError, OverflowError, ValueError, OSError):  # what is wrong is said when it is read
+        return True
+    return all(member.offset_data in listed for member in first)
+
+
+def _holds_bytes(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.issparse()
+
+
 def _components(sample: list[Member], component: str | None) -> list[Member]:
-    if component is None:
+    if component in (None, EACH):
         return [member for member in sample if is_image(member.name)]
     for wanted in component.lower().split(";"):
         found = [member for member in sample if extension_of(member.name).lower() == wanted.strip().lstrip(".")]
@@ -187,16 +215,16 @@ def _chosen(samples: list[list[list[Member]]], where: str, component: str | None
         chosen.append([])
         for sample in shard:
             found = _components(sample, component)
-            if len(found) > 1:
+            if len(found) > 1 and component != EACH:
                 choices = sorted({extension_of(member.name) for member in found}, key=len)
                 raise ValueError(
                     f"{where}: a sample holds {len(found)} images ({shown([member.name for member in found])}); say"
-                    f" which is the one, for example data.component={choices[0]}"
+                    f" which is the one, for example data.component={choices[0]}, or data.component={EACH} to take each"
                 )
             left_out += not found
             chosen[-1] += found
     if left_out and any(chosen):
-        what = "an image" if component is None else f"a component {component}"
+        what = "an image" if component in (None, EACH) else f"a component {component}"
         _LOG.warning("%s: left out %d samples without %s%s", where, left_out, what, _instead(samples))
     return chosen
 
@@ -220,7 +248,7 @@ def scan_tar(tar: str, field: str = "data.path") -> list[list[Member]]:
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in _members(archive, tar):
-                if member.isreg() and not member.issparse():
+                if _holds_bytes(member):
                     one = Member(member.name, member.offset_data, member.size)
                     found.setdefault(sample_key(member.name), []).append(one)
                 elif is_image(member.name) and not member.isdir():

@@ -8,6 +8,7 @@ bad file is found changes a batch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -93,6 +94,7 @@ def open_index(
         if len(path) == 1:
             path = path[0]
         else:
+            _tell_of_overlaps([os.fspath(one) for one in path], field)
             return SeveralIndex([_open_one(one, follow_links, component, field) for one in path])
     if file_list is not None:
         return _index_from_list(path, os.fspath(file_list))
@@ -107,6 +109,15 @@ def _open_one(path: str | os.PathLike[str], follow_links: bool, component: str |
         return shards.open_shards(os.fspath(path), tars, field, component)
     root = _existing_folder(os.fspath(path), field)
     return FileIndex(root, scan_folder(root, field, follow_links))
+
+
+def _tell_of_overlaps(paths: Sequence[str], field: str) -> None:
+    real = [os.path.realpath(path) for path in paths]
+    for first, second in itertools.permutations(range(len(paths)), 2):
+        is_same = real[first] == real[second] and first > second
+        if is_same or real[first].startswith(os.path.join(real[second], "")):
+            inner, outer = printable(paths[first]), printable(paths[second])
+            _LOG.warning("%s: what is in %s is in %s too: its images are in the set twice", field, inner, outer)
 
 
 def _index_from_list(path: str | os.PathLike[str] | None, file_list: str) -> FileIndex:

@@ -147,6 +147,11 @@ def test_weighted_samples_are_the_same_for_every_split_of_a_global_batch():
     assert unions(1, 1, 8) == unions(4, 1, 2) == unions(2, 2, 2) == unions(1, 8, 1)
 
 
+def test_a_weight_too_small_for_one_sample_is_said(caplog):
+    EpochOrder(num_images=40, micro_batch_size=8, spans=[Span(0, 30, 1.0), Span(30, 10, 1e-6)])
+    assert "data.weights: 1e-06 of 1 gives no sample an epoch: its 10 images are not used" in caplog.text
+
+
 def test_weights_with_fewer_files_than_a_batch():
     order = EpochOrder(num_images=40, micro_batch_size=100, spans=SPANS)
     ids = torch.cat(ids_of(order, 0))

@@ -15,7 +15,7 @@ from fastmim.data.decode import DecodeError, decode_image
 from fastmim.data.source import open_index
 from fastmim.data.survey import survey
 
-tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed")
+tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed: pip install fastmim[dev]")
 TWELVE = np.random.default_rng(0).integers(0, 4096, (17, 23, 3)).astype(np.uint16)  # odd edges: no whole tile
 EIGHT = (TWELVE >> 4).astype(np.uint8)
 
@@ -82,6 +82,32 @@ def test_signed_bytes_are_signed():
     assert (pixels(tiff(values), 1, value_range=(-128, 127))[..., 0] == values.astype(int) + 128).all()
     with pytest.raises(DecodeError, match="value_range"):
         decode_image(tiff(values))
+
+
+@pytest.mark.parametrize("bits", (10, 12, 14, 15))
+def test_the_range_that_a_warning_names_is_that_of_the_bits(tmp_path, caplog, bits):
+    for number in range(3):
+        values = np.random.default_rng(number).integers(0, 2**bits, (16, 16)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    assert check_images(tmp_path, in_chans=1) == (3, {})
+    # of 15 bits the upper half is empty, as in a dark picture
+    assert (f"data.value_range=[0, {2**bits - 1}]" in caplog.text) == (bits < 15)
+
+
+def test_floats_of_a_stated_range():
+    share = TWELVE[..., 0].astype(np.float32) / 4095
+    for low, high in ((0, 1), (0, 65535), (-1, 1)):
+        data = tiff((share * (high - low) + low).astype(np.float32))
+        assert np.abs(pixels(data, 1, value_range=(low, high))[..., 0] - levels(share, 0, 1)).max() <= 1
+    for kind in ("f2", "f8"):
+        values = share.astype(kind)
+        with pytest.raises(DecodeError, match=f"TIFF with 1 {values.dtype} sample a pixel.*or 1 of float32"):
+            decode_image(tiff(values), value_range=(0, 1))
+
+
+def test_unsigned_numbers_of_32_bits_are_not_taken_for_signed_ones():
+    values = TWELVE[..., 0].astype(np.uint32) << 20
+    assert (pixels(tiff(values), 1, value_range=(0, 2**32 - 1))[..., 0] == levels(values, 0, 2**32 - 1)).all()
 
 
 def test_values_outside_are_clipped_and_types_that_end_below_are_refused(make):
@@ -178,10 +204,54 @@ def test_the_fourth_samples_of_a_tiff_are_kept_as_stored(kind, order):
     assert (pixels(planes, 4) == band).all()
 
 
+@pytest.mark.parametrize("order, big", (("<", False), (">", False), ("<", True)))  # PIL reads no other
+@pytest.mark.parametrize("compression, tile", ((None, None), ("zlib", None), ("zlib", (16, 16))))
+@pytest.mark.parametrize("kind", (np.uint8, np.uint16))
+def test_bands_that_are_called_grey_and_extra_ones_are_read(order, big, compression, tile, kind, capfd):
+    """As GDAL writes deep ones: PHOTOMETRIC=MINISBLACK, all bands but the first unspecified."""
+    bands = np.dstack([TWELVE, TWELVE[::-1, :, :1]]).astype(kind)
+    options = {"byteorder": order, "bigtiff": big, "compression": compression, "tile": tile}
+    stated = {"value_range": (0, 4095)} if kind is np.uint16 else {}
+    truth = levels(bands, 0, 4095) if stated else bands
+    four = tiff(bands, photometric="minisblack", planarconfig="contig", **options)
+    assert (pixels(four, 4, **stated) == truth).all()
+    assert (pixels(four, 3, **stated) == truth[..., :3]).all()
+    three = tiff(bands[..., :3].copy(), photometric="minisblack", planarconfig="contig", **options)
+    assert (pixels(three, 3, **stated) == truth[..., :3]).all()
+    assert (pixels(three, 4, **stated)[..., 3] == 255).all()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_byte_order_that_is_not_read_is_not_called_damage():
+    with pytest.raises(DecodeError, match="BigTIFF in big-endian byte order: not a kind that is read"):
+        decode_image(tiff(EIGHT, photometric="rgb", byteorder=">", bigtiff=True))
+
+
+def test_ink_is_no_fourth_channel(make, tmp_path, caplog):
+    cmyk = Image.fromarray(EIGHT).convert("CMYK")
+    for fmt, more in (("TIFF", {}), ("JPEG", {"quality": 100, "subsampling": 0})):
+        got = pixels(make["encode"](cmyk, fmt, **more), 4)
+        assert (got[..., 3] == 255).all() and np.abs(got[..., :3] - EIGHT).mean() < 8
+    cmyk.save(tmp_path / "ink.tif")
+    check_images(tmp_path, in_chans=4)
+    assert "1 of the images looked at have no fourth channel" in caplog.text
+
+
+def test_grey_with_alpha(make):
+    alpha = np.where(EIGHT[..., 1] > 128, 255, 0).astype(np.uint8)
+    grey = Image.merge("LA", [Image.fromarray(EIGHT[..., 0].copy()), Image.fromarray(alpha)])
+    files = [make["encode"](grey, fmt) for fmt in ("PNG", "TIFF", "TGA", "JPEG2000")]
+    for data, loader in product(files, ("auto", "pil")):
+        assert (pixels(data, 1, loader=loader) == over(EIGHT[..., :1], alpha, 255)).all()
+        assert (pixels(data, 3, loader=loader, alpha="drop") == EIGHT[..., :1]).all()
+        assert (pixels(data, 4, loader=loader)[..., 2:] == np.dstack([EIGHT[..., 0], alpha])).all()
+
+
 def test_five_bands_are_refused_not_cut():
     data = tiff(np.dstack([EIGHT, EIGHT[..., :2]]), photometric="rgb", extrasamples=["unspecified"] * 2)
     for in_chans in (1, 3, 4):
-        with pytest.raises(DecodeError):
+        with pytest.raises(DecodeError, match="TIFF with 5 uint8 samples a pixel"):
             decode_image(data, in_chans=in_chans)
 
 
@@ -201,6 +271,22 @@ def test_no_orientation_is_applied(make, orientation):
     plain, turned = (make["encode"](image, "JPEG", **more) for more in ({}, {"exif": exif}))
     for loader in ("auto", "torchvision", "pil"):
         assert (pixels(plain, loader=loader) == pixels(turned, loader=loader)).all()
+
+
+@pytest.mark.parametrize("loader", ("torchvision", "pil", "dali"))
+def test_no_loader_turns_a_picture(tmp_path, make, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI has no wheel for this platform")
+    y, x = np.mgrid[:32, :48]
+    picture = Image.fromarray(np.dstack([5 * x, 8 * y, 0 * x]).astype(np.uint8))
+    for orientation, (suffix, fmt) in product(range(1, 9), (("jpg", "JPEG"), ("png", "PNG"), ("tif", "TIFF"))):
+        exif = Image.Exif()
+        exif[274] = orientation
+        (tmp_path / f"{orientation}.{suffix}").write_bytes(make["encode"](picture, fmt, exif=exif))
+    whole = {"scale": (1.0, 1.0), "ratio": (1.5, 1.5), "hflip": 0.0, "num_workers": 0, "verify": "none"}
+    with build_loader(path=tmp_path, img_size=(32, 48), micro_batch_size=24, loader=loader, **whole) as images:
+        batch = next(iter(images.epoch(0))).images.permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(batch - np.asarray(picture).astype(int)).max() <= 12  # of JPEG, where the colours are coarse
 
 
 # Through the loaders.

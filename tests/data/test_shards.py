@@ -18,7 +18,9 @@ from PIL import Image
 from fastmim.data import build_loader, check_images, index_shards, pack_images
 from fastmim.data.shards import expand_braces, find_tars, open_shards, scan_tar
 from fastmim.data.source import open_index
-from fastmim.data.tar_index import index_path, read_index
+from fastmim.data.tar_index import index_path, read_index, write_index
+
+KINDS = ("jpg", "mask.png", "seg.png")
 
 
 def load(path, **kwargs):
@@ -172,9 +174,38 @@ def test_which_of_several_images_is_asked_not_guessed(tmp_path, caplog):
 
 
 def test_names_with_dots_are_not_dropped_as_one_sample(tmp_path):
-    write_tar(tmp_path / "a.tar", [("shot.1.jpg", b"one"), ("shot.2.jpg", b"two")])
-    with pytest.raises(ValueError, match="2 images"):
+    write_tar(tmp_path / "a.tar", [("shot.1.jpg", b"one"), ("shot.2.jpg", b"two"), ("b.cls", b"3")])
+    with pytest.raises(ValueError, match=r"2 images.*data.component=\* to take each"):
         open_index(tmp_path)
+    index = open_index(tmp_path, component="*")
+    assert [bytes(index.read(i)) for i in range(len(index))] == [b"one", b"two"]
+
+
+def test_a_photograph_with_masks(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", [(f"{i}.{kind}", kind.encode()) for i in range(3) for kind in KINDS])
+    with pytest.raises(ValueError, match=r"3 images \(0.jpg; 0.mask.png; 0.seg.png\).*data.component=jpg"):
+        open_index(tmp_path)
+    for kind in KINDS:
+        index = open_index(tmp_path, component=kind.upper())
+        assert [bytes(index.read(i)) for i in range(len(index))] == [kind.encode()] * 3
+
+
+def test_an_index_that_lists_one_image_of_a_sample_does_not_choose_it(tmp_path, caplog):
+    """As some writers make them, this package's earlier ones too."""
+    tar = write_tar(tmp_path / "a.tar", [(f"{i}.{kind}", kind.encode()) for i in range(3) for kind in KINDS])
+    write_index(str(tar), [sample[1:2] for sample in scan_tar(str(tar))])
+    with pytest.raises(ValueError, match="a sample holds 3 images"):
+        open_index(tmp_path)
+    index = open_index(tmp_path, component="jpg")
+    assert [bytes(index.read(i)) for i in range(len(index))] == [b"jpg"] * 3
+    assert "1 of 1 shards have no index that fits" in caplog.text
+
+
+def test_what_lies_beside_shards_is_said(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"one")])
+    (tmp_path / "more").mkdir(), (tmp_path / "b.tar.gz").touch(), (tmp_path / "notes.txt").touch()
+    assert len(open_index(tmp_path)) == 1
+    assert "2 folders and archives beside them left out: b.tar.gz; more;" in caplog.text
 
 
 def test_links_in_a_tar_are_counted_and_named(tmp_path, caplog):

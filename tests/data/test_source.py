@@ -98,6 +98,20 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     assert check_images(tmp_path, file_list=tmp_path / "list.txt") == (2, {})
 
 
+def test_names_in_capitals_are_images_and_other_formats_are_found_by_their_first_bytes(tmp_path, caplog):
+    image = Image.new("RGB", (16, 16), (10, 20, 30))
+    kinds = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "QOI")
+    kinds = [kind for kind in kinds if kind in Image.SAVE]
+    for kind in kinds:
+        image.save(tmp_path / f"no_extension_{kind}", kind)
+    for name in ("A.JPG", "B.Tif", "C.GIF"):
+        image.save(tmp_path / name)
+    assert check_images(tmp_path) == (3, {})
+    assert f"left out {len(kinds)} files that start like images" in caplog.text
+    (tmp_path / "list.txt").write_text("\n".join(f"no_extension_{kind}" for kind in kinds))
+    assert check_images(tmp_path, file_list=tmp_path / "list.txt") == (len(kinds), {})
+
+
 def test_a_folder_of_other_things_says_what_is_there(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "x", "PNG")
     (tmp_path / "scan.dcm").touch()
@@ -156,6 +170,18 @@ def test_several_folders_are_one_set(tmp_path):
     assert check_images(orders[0]) == (5, {})
     with pytest.raises(ValueError, match="data.path="):
         open_index([])
+
+
+def test_a_folder_that_is_named_twice_is_said(tmp_path, caplog):
+    for folder in ("a", "a/b", "ab"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.jpg").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "ab")
+    assert len(open_index([tmp_path / "a", tmp_path / "ab"])) == 3 and not caplog.text
+    for paths in (("a", "a"), ("a", "a/b"), ("a/b", "a"), ("link", "ab")):
+        caplog.clear()
+        open_index([tmp_path / one for one in paths])
+        assert caplog.text.count("its images are in the set twice") == 1
 
 
 def test_messages_for_folders(tmp_path):
