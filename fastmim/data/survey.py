@@ -110,13 +110,14 @@ def _frames(data: bytes | bytearray) -> int:
 def _on_range(seen: Sequence[Look], value_range: Sequence[float] | None) -> list[str]:
     if value_range is None:
         deep = [one for one in seen if one.bits == 16 and one.is_whole and not one.own_range]
-        high = max((one.high for one in deep), default=65535.0)
-        if high * _UNUSED >= 65535:
+        dark = [one for one in deep if one.high * _UNUSED < 65535]
+        if not dark or 2 * len(dark) < len(deep):  # a few may be dark pictures
             return []
-        end = 2 ** max(8, int(high).bit_length()) - 1
+        high = max(one.high for one in dark)
+        end, apart = 2 ** max(8, int(high).bit_length()) - 1, " and keep the others apart" * (len(dark) < len(deep))
         return [
-            f"the 16-bit samples of the {len(deep)} such images looked at end at {high:g} of 65535, so that only"
-            f" {int(high) // 256 + 1} of 256 levels are left; give data.value_range=[0, {end}] ({_names(deep)})"
+            f"the 16-bit samples of {len(dark)} of {len(deep)} such images looked at end at {high:g} of 65535: only"
+            f" {int(high) // 256 + 1} of 256 levels are left; give data.value_range=[0, {end}]{apart} ({_names(dark)})"
         ]
     ranged = [one for one in seen if not one.own_range]
     low, end = value_range

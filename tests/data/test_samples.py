@@ -94,6 +94,17 @@ def test_the_range_that_a_warning_names_is_that_of_the_bits(tmp_path, caplog, bi
     assert (f"data.value_range=[0, {2**bits - 1}]" in caplog.text) == (bits < 15)
 
 
+def test_one_bright_picture_does_not_hide_many_of_twelve_bits(tmp_path, caplog):
+    for number in range(9):
+        Image.fromarray(TWELVE[..., 0] * np.uint16(16 if number < 4 else 1)).save(tmp_path / f"{number}.png")
+    check_images(tmp_path, in_chans=1)
+    assert "5 of 9 such images" in caplog.text and "[0, 4095] and keep the others apart" in caplog.text
+    caplog.clear()
+    (tmp_path / "8.png").unlink(), (tmp_path / "7.png").unlink()
+    check_images(tmp_path, in_chans=1)
+    assert not caplog.text
+
+
 def test_floats_of_a_stated_range():
     share = TWELVE[..., 0].astype(np.float32) / 4095
     for low, high in ((0, 1), (0, 65535), (-1, 1)):
