@@ -133,9 +133,12 @@ def _data_demo(options: argparse.Namespace) -> int:
 
 
 def _data_check(options: argparse.Namespace) -> int:
+    from fastmim.config import load_config
     from fastmim.data import check_images
 
-    usable, bad = check_images(options.folder)
+    cfg = load_config(None, options.overrides)
+    keys = {"follow_links", "component", "min_size", "value_range", "alpha"}
+    usable, bad = check_images(options.folder, in_chans=cfg.model.in_chans, **cfg.data.model_dump(include=keys))
     lines = [f"{path}: {reason}" for path, reason in sorted(bad.items())]
     _print("\n".join([*lines, f"{options.folder}: {usable} usable images, {len(bad)} bad files"]) + "\n")
     return 1 if bad else 0
@@ -267,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_data_demo)
     check = data_commands.add_parser("check", parents=[common], help="decode every image, name the bad files")
     check.add_argument("folder", metavar="DIR", help="folder of images, nested or flat, or tar shards")
+    check.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.in_chans=1, data.value_range=…")
     check.set_defaults(command=_data_check)
     index = data_commands.add_parser("index", parents=[common], help="write the index beside every tar shard")
     index.add_argument("shards", metavar="SHARDS", help="folder of .tar files, one of them, or a-{000..127}.tar")

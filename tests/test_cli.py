@@ -331,7 +331,7 @@ def test_data_workers_that_cannot_go_on_are_a_failed_run(
 ) -> None:
     from fastmim.data.worker_error import DataWorkerError
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **_options: object) -> None:
         raise DataWorkerError("2 data workers cannot be started: too many open files")
 
     monkeypatch.setattr("fastmim.data.check_images", fail)

@@ -115,6 +115,22 @@ MISTAKES = [
         ["objective.norm_target=46: must be 0 (off) or an odd window", "use 45 or 47"],
     ),
     ("objective.norm_target=1", ["objective.norm_target=1: must be 0 (off) or an odd window", "use 3"]),
+    ("data.path=[]", ["data.path=[]: expected a path or a list of paths"]),
+    ("data.path=[a, 3]", ["data.path=[a, 3]: expected a path or a list of paths"]),
+    ("data.weights=[1, 2]", ["data.weights=[1.0, 2.0]: 2 for 1 data.path; give data.path=[a, b, ...]"]),
+    ("data.weights=[0]", ["data.weights[0]=0: must be > 0"]),
+    ("data.value_range=[5, 5]", ["data.value_range=[5, 5]: must be [low, high] with low < high"]),
+    ("data.value_range=4095", ["data.value_range=4095: expected two numbers [low, high]"]),
+    ("data.alpha=pink", ["data.alpha=pink: expected one of white, black, drop"]),
+    ("data.mean=[123.675, 116.28, 103.53]", ["data.mean=[123.675, 116.28, 103.53]: ", "[0.485, 0.456, 0.406]"]),
+    ("data.mean=[123, 116, 103]", ["data.mean=[123.0, 116.0, 103.0]: ", "in [0, 1]", "[0.4824, 0.4549, 0.4039]"]),
+    ("data.std=[0.2, 57, 0.2]", ["data.std=[0.2, 57.0, 0.2]: must be of values in [0, 1]"]),
+    ("data.std=[127]", ["data.std=[127.0]: must be of values in [0, 1]"]),
+    ("data.mean=[31000]", ["data.mean=[31000.0]: must be of values in [0, 1]"]),
+    ("data.weights=[1, -1]", ["data.weights[1]=-1: must be > 0"]),
+    ("data.mean=[-0.1]", ["data.mean=[-0.1]: must be of values in [0, 1], not negative"]),
+    ("data.std=[58.395, 57.12, 57.375]", ["data.std=[58.395, 57.12, 57.375]: ", "[0.229, 0.224, 0.225]"]),
+    ("data.std=[4095]", ["data.std=[4095.0]: must be of values in [0, 1]"]),
     ("data.mean=[0.5, 0.5]", ["data.mean=[0.5, 0.5]: 2 values for model.in_chans=3"]),
     ("train.epochs=null", ["give train.steps or train.epochs"]),
     ("train={steps: 5, epochs: 5}", ["train.steps=5: train.epochs=5 is given too"]),
@@ -156,6 +172,12 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path, text: str) -> Non
 def test_a_path_may_look_like_anything(tmp_path: Path, text: str) -> None:
     cfg = load_config(None, [f"output.dir={text}", f"data.path={text}"])
     assert (cfg.output.dir, cfg.data.path) == (text, text)
+
+
+def test_data_path_may_be_a_list(tmp_path: Path) -> None:
+    cfg = load_config(None, ["data.path=[~/a, /b c]", "data.weights=[3, 1]", "data.value_range=[0, 4095]"])
+    assert cfg.data.path == (str(Path.home() / "a"), "/b c") and cfg.data.weights == (3, 1)
+    assert load_config(None, ["data.path=[/a]"]).data.path == "/a"
     save_config(cfg, tmp_path / "a.yaml")
     assert load_config(tmp_path / "a.yaml") == cfg
 
@@ -293,7 +315,9 @@ def test_parity_configs_differ_in_policy_only(path: Path) -> None:
     parity, plain = load_config(path), load_config(ROOT / "configs/simmim" / path.name)
     assert parity.optim.policy == "parity" and parity.efficiency.precision == "fp32"
     assert parity.optim.model_copy(update={"policy": "default"}) == plain.optim
-    for section in ("model", "objective", "data", "train"):
+    # The reference shows what is stored under transparent pixels.
+    assert parity.data == plain.data.model_copy(update={"alpha": "drop"})
+    for section in ("model", "objective", "train"):
         assert getattr(parity, section) == getattr(plain, section)
 
 

@@ -55,15 +55,31 @@ def default_statistics(tree: Any) -> Any:
     return {**tree, "data": {"mean": [0.5], "std": [0.5], **data}}
 
 
-def channels(in_chans: int, **statistics: Sequence[float]) -> None:
-    """One value per channel, or one for all."""
-    for name, values in statistics.items():
+def statistics(in_chans: int, **given: Sequence[float]) -> None:
+    """One value per channel, or one for all, in the unit that the objective takes."""
+    from fastmim.objectives.base import check_statistics
+
+    for name, values in given.items():
         if len(values) not in (1, in_chans):
             example = {"mean": 0.45, "std": 0.22}[name]
             raise problem(
                 f"data.{name}={show(values)}: {len(values)} values for model.in_chans={in_chans}; "
                 f"give {in_chans} or one for all, for example data.{name}=[{example}]"
             )
+        try:
+            check_statistics(name, values)
+        except ValueError as error:
+            raise said_by("data", given, error) from None
+
+
+def weights(path: str | Sequence[str] | None, given: Sequence[float] | None) -> None:
+    """One weight for each of several folders."""
+    count = len(path) if isinstance(path, tuple) else 1
+    if given is not None and (count < 2 or len(given) != count):
+        raise problem(
+            f"data.weights={show(given)}: {len(given)} for {count} data.path; give data.path=[a, b, ...] "
+            "and one weight for each, or null"
+        )
 
 
 def either(section: Any, first: str, second: str, default: Any = None) -> Any:

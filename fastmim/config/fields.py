@@ -41,6 +41,12 @@ def _ordered(value: Pair) -> Pair:
     return value
 
 
+def _rising(value: Pair) -> Pair:
+    if value[0] >= value[1]:
+        raise ValueError("must be [low, high] with low < high, for example [0, 4095]")
+    return value
+
+
 def _a_pair(value: Any) -> Any:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError("expected two numbers [low, high]")
@@ -89,6 +95,14 @@ def _path(value: str) -> str:
     return os.path.expanduser(value)
 
 
+def _path_or_paths(value: Any) -> Any:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise ValueError("expected a path or a list of paths")
+    paths = tuple(_path(part) for part in parts)
+    return paths if len(paths) > 1 else paths[0]
+
+
 Int = Annotated[int, BeforeValidator(_not_bool)]
 # Counters and kernels have 32 bits; a seed has those of torch's generators.
 Count = Annotated[Int, Field(ge=0, le=2**31 - 1)]
@@ -115,6 +129,9 @@ Path = Annotated[str, AfterValidator(_path)]
 # The validator runs before the union, which would report one error per member.
 Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
 IntOrInts = Annotated[int | tuple[int, ...], BeforeValidator(_int_or_ints)]
+PathOrPaths = Annotated[str | tuple[str, ...], BeforeValidator(_path_or_paths)]
+Weights = Annotated[tuple[AboveZero, ...], BeforeValidator(_a_list), Field(min_length=1)]
+Interval = Annotated[tuple[Number, Number], BeforeValidator(_a_pair), AfterValidator(_rising)]
 Tree = Annotated[dict[str, Any], BeforeValidator(lambda v: {} if v is None else v)]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
@@ -123,7 +140,7 @@ Fused = Annotated[Literal["auto", "apex", "cpu_adam"] | bool, BeforeValidator(_f
 
 def describe(annotation: Any) -> str:
     """The type of a field in words, for ``fastmim config keys``."""
-    words = {Size: "integer or [height, width]", IntOrInts: "integer or list"}
+    words = {Size: "integer or [height, width]", IntOrInts: "integer or list", PathOrPaths: "text or list"}
     if annotation in words:
         return words[annotation]
     arguments = getattr(annotation, "__args__", ())

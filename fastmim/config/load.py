@@ -190,8 +190,9 @@ def _parse_value(override: str, parts: list[str], text: str, sections: Sections)
     """YAML; but what a text field gets is taken as it is, unless it is quoted or null."""
     text = text.strip()
     field = fields_at(sections, parts)[parts[1]] if len(parts) == 2 else None
-    takes_text = field is not None and describe(field.annotation).startswith("text")
-    if takes_text and _is_plain(text):
+    kind = "" if field is None else describe(field.annotation)
+    is_list = kind.startswith("text or list") and text.startswith("[") and text.endswith("]")
+    if kind.startswith("text") and _is_plain(text) and not is_list:
         return text
     try:
         value = yaml_text.parse(text)

@@ -16,8 +16,10 @@ from fastmim.config.fields import (
     Count,
     Counts,
     Fused,
+    Interval,
     IntOrInts,
     Path,
+    PathOrPaths,
     Positive,
     Positives,
     Probability,
@@ -29,6 +31,7 @@ from fastmim.config.fields import (
     Spreads,
     Tree,
     UnitRange,
+    Weights,
 )
 from fastmim.config.objective import DEFAULT, AnyObjective, objective_section
 
@@ -76,11 +79,20 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where the images are and how they are read and augmented."""
 
-    path: Path | None = Field(
-        None, description="folder of images, nested or flat, or tar shards: a folder of them, a.tar, a-{000..127}.tar"
+    path: PathOrPaths | None = Field(
+        None,
+        description="folder of images, nested or flat, or tar shards: a folder of them, a.tar, a-{000..127}.tar; "
+        "or a list of these",
     )
-    val_path: Path | None = Field(None, description="held-out folder for the validation reconstruction loss")
+    weights: Weights | None = Field(
+        None, description="path=[a, b]: share of the samples from each, such as [3, 1]; null = by number of images"
+    )
+    val_path: PathOrPaths | None = Field(None, description="held-out folder for the validation reconstruction loss")
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
+    follow_links: bool = Field(False, description="follow linked folders, each once, and links that lead out of path")
+    component: str | None = Field(
+        None, description="shards: extension of the member of a sample that is the image: rgb.png, jpg;png; * = each"
+    )
     loader: Literal["auto", "dali", "torchvision", "pil", "synthetic"] = Field(
         "auto", description="auto = dali on a GPU if installed, else torchvision; synthetic = noise, reads nothing"
     )
@@ -91,9 +103,22 @@ class DataSection(Section):
     interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="resampling of the crop")
     mean: Channels = Field((0.485, 0.456, 0.406), description="per channel, of values in [0, 1]; one value fits all")
     std: Spreads = Field((0.229, 0.224, 0.225), description="per channel, of values in [0, 1]; one value fits all")
+    value_range: Interval | None = Field(
+        None,
+        description="sample values that become 0 and 255, others are clipped; null = all that the type holds "
+        "(of 16 bits the high byte), [0, 4095] for 12 bits in 16",
+    )
+    alpha: Literal["white", "black", "drop"] = Field(
+        "white", description="1 or 3 channels: what is laid under transparent pixels; drop = ignore alpha"
+    )
     max_bad_fraction: Probability = Field(0.5, description="stop when more than this share of files is unreadable")
     verify: Literal["auto", "full", "none"] = Field("auto", description="decode every file before training starts")
     min_size: Positive = Field(8, description="drop images with an edge shorter than this, in pixels")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        checks.weights(self.path, self.weights)
+        return self
 
 
 class OptimSection(Section):
@@ -240,5 +265,5 @@ class Config(Section):
         encoder = cfg.model.encoder_kwargs()
         checks.lamb(cfg.optim.name, cfg.efficiency.zero_stage)
         checks.objective(cfg.objective, encoder, value)
-        checks.channels(cfg.model.in_chans, mean=cfg.data.mean, std=cfg.data.std)
+        checks.statistics(cfg.model.in_chans, mean=cfg.data.mean, std=cfg.data.std)
         return cfg

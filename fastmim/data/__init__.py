@@ -2,11 +2,11 @@
 
 from fastmim.data.augment import View
 from fastmim.data.build import build_loader, choose_loader
+from fastmim.data.check import check_images
 from fastmim.data.demo import DemoCounts, make_demo
 from fastmim.data.loader import Batch, Loader, MultiBatch
 from fastmim.data.pack import PackReport, pack_images
 from fastmim.data.shards import index_shards
-from fastmim.data.source import check_images
 
 __all__ = [
     "Batch",

@@ -15,7 +15,9 @@ from fastmim.data.augment import View, check_views
 from fastmim.data.decode import check_decode_options
 from fastmim.data.loader import Loader
 from fastmim.data.order import EpochOrder
+from fastmim.data.several import weighted_spans
 from fastmim.data.source import find_bad_files, open_index
+from fastmim.data.survey import survey, warn
 from fastmim.data.synthetic import NUM_IMAGES, SyntheticLoader
 from fastmim.data.worker import EncodedDataset, ImageDataset
 
@@ -25,8 +27,11 @@ _LOG = logging.getLogger("fastmim")
 
 def build_loader(
     *,
-    path: str | os.PathLike[str] | None,
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
+    weights: Sequence[float] | None = None,
     file_list: str | os.PathLike[str] | None = None,
+    follow_links: bool = False,
+    component: str | None = None,
     img_size: tuple[int, int],
     in_chans: int = 3,
     micro_batch_size: int,
@@ -45,6 +50,8 @@ def build_loader(
     max_bad_fraction: float = 0.5,
     verify: str = "auto",
     min_size: int = 8,
+    value_range: Sequence[float] | None = None,
+    alpha: str = "white",
     device: torch.device | str = "cpu",
     field: str = "data.path",
 ) -> Any:
@@ -52,7 +59,10 @@ def build_loader(
 
     Args:
         path: folder of images, searched recursively, or shards (``shards.py``); with `file_list`, what its entries
-            are relative to.
+            are relative to. Several of them are one set of images, in this order.
+        weights: of several: the share of the training samples that each gives; None: by its number of images.
+        follow_links: follow linked folders and files out of `path`.
+        component: which member of a sample of a shard is the image, such as "jpg" (``shards.py``).
         img_size, in_chans: (H, W) of the batches in pixels; 1 grey, 3 RGB, 4 RGBA.
         micro_batch_size: images per rank and micro-batch.
         loader: one of :data:`LOADERS`; see :func:`choose_loader`.
@@ -65,6 +75,7 @@ def build_loader(
         max_bad_fraction: stop when more than this fraction of the files cannot be used.
         verify: "full" decodes every file first, "none" none, "auto" up to 2000 files.
         min_size: images with a shorter side below this many pixels are bad.
+        value_range, alpha: see :func:`fastmim.data.samples.to_pixels`.
         field: the config key that messages about `path` name.
 
     Returns:
@@ -86,8 +97,11 @@ def build_loader(
     if chosen == "synthetic" and not train and path is not None:
         chosen = "torchvision"  # held-out images that are there are read
     decoder = "pil" if chosen == "pil" else "auto"
-    check_decode_options(in_chans, decoder)
-    index = open_index(path, file_list, field=field) if chosen != "synthetic" else None
+    check_decode_options(in_chans, decoder, value_range, alpha)
+    index = None
+    if chosen != "synthetic":
+        index = open_index(path, file_list, follow_links=follow_links, component=component, field=field)
+    spans = weighted_spans(index, weights) if index is not None and train else None
     order = EpochOrder(
         num_images=NUM_IMAGES if index is None else len(index),
         micro_batch_size=micro_batch_size,
@@ -96,6 +110,7 @@ def build_loader(
         world_size=world_size,
         seed=seed,
         train=train,
+        spans=spans,
     )
     if index is None:
         if len(views) > 1 or views[0].count > 1:
@@ -103,10 +118,11 @@ def build_loader(
         return SyntheticLoader(order, img_size=views[0].size, in_chans=in_chans, device=device)
     if loader == "auto" and train:
         _LOG.info("data.loader=auto: %s (%s)", chosen, why)
-    bad = find_bad_files(index, verify=verify, in_chans=in_chans, loader=decoder, min_size=min_size)
-    options: dict[str, Any] = dict(
-        views=views, in_chans=in_chans, seed=seed, decoder=decoder, train=train, min_size=min_size
-    )
+    values: dict[str, Any] = dict(in_chans=in_chans, min_size=min_size, value_range=value_range, alpha=alpha)
+    bad = find_bad_files(index, verify=verify, loader=decoder, **values)
+    if rank == 0:
+        warn(survey(index, bad, loader=decoder, **values))
+    options: dict[str, Any] = dict(views=views, seed=seed, decoder=decoder, train=train, spans=spans, **values)
     shared: dict[str, Any] = dict(num_workers=num_workers, device=device, bad=bad, max_bad_fraction=max_bad_fraction)
     if chosen == "dali":
         encoded = EncodedDataset(index, frozenset(bad), **options)

@@ -1,29 +1,36 @@
 """Image bytes to uint8 (C, H, W) tensors, or one clear reason why not.
 
 JPEG and PNG go through ``torchvision.io``; everything else, and whatever torchvision refuses, through PIL. libpng only
-gets files that are written here from checked data (``png.py``).
+gets files that are written here from checked data (``png.py``). Pixels are those stored: no orientation (EXIF's or
+TIFF's) is applied. What deep samples, alpha and a fourth band become is said in ``samples.py``.
 
 A damaged file is bad when the decoder cannot give the image; what libjpeg gives with a warning is used, and the warning
 is told with the file's name (``notes.py``). Decoders differ about damaged JPEGs: torchvision's verdict, wherever it is
 asked (``data.verify``, ``fastmim data check``), binds every loader; DALI, where it is not, may use some more of them.
-
-EXIF orientation is not applied and alpha is dropped (not blended) for RGB, as in torchvision's
-``ImageFolder``.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmim.data import png
-from fastmim.data.reasons import is_signed_tiff, tiff_samples, why_unidentified
+from fastmim.data import png, tiff
+from fastmim.data.plugins import open_image
+from fastmim.data.reasons import why_unidentified
+from fastmim.data.samples import (
+    Samples,
+    UnusableError,
+    check_conversion,
+    pil_samples,
+    to_pixels,
+    transparent_where,
+)
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg, decode_png
@@ -37,7 +44,7 @@ LOADERS = ("auto", "torchvision", "pil")
 #: Images above this many pixels are refused before any memory is allocated for them (PIL's own error limit).
 MAX_PIXELS = 2 * 89_478_485
 
-_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CHANNELS = (1, 3, 4)
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_NOT_SOF = frozenset({0xC4, 0xC8, 0xCC})
 _JPEG_EOI, _TRAILER = b"\xff\xd9", 64  # some writers pad behind the end-of-image marker
@@ -61,23 +68,45 @@ def read_bytes(file: io.FileIO, size: int) -> bytearray:
     return data
 
 
-def decode_image(data: bytes | bytearray, *, in_chans: int = 3, loader: str = "auto", min_size: int = 1) -> Tensor:
+def decode_image(
+    data: bytes | bytearray,
+    *,
+    in_chans: int = 3,
+    loader: str = "auto",
+    min_size: int = 1,
+    value_range: Sequence[float] | None = None,
+    alpha: str = "white",
+) -> Tensor:
     """Decode one image.
 
     Args:
         data: the bytes of the file.
-        in_chans: 1 (grey), 3 (RGB) or 4 (RGBA; opaque where the file has no alpha).
+        in_chans: 1 (grey), 3 (RGB) or 4 (RGBA, or RGB and another band; 255 where the file has no fourth samples).
         loader: "torchvision" (JPEG and PNG only, no fall-back), "pil", or "auto" (torchvision, then PIL).
         min_size: images with a side below this many pixels are refused.
+        value_range, alpha: see :func:`fastmim.data.samples.to_pixels`.
 
     Returns:
-        uint8 tensor (in_chans, H, W). 16-bit samples keep their high byte.
+        uint8 tensor (in_chans, H, W).
 
     Raises:
         DecodeError: with a one-line reason, for any image that cannot be used in full.
-        ValueError: for an unknown `loader` or `in_chans`.
+        ValueError: for an unknown `in_chans`, `loader`, `value_range` or `alpha`.
     """
-    check_decode_options(in_chans, loader)
+    check_decode_options(in_chans, loader, value_range, alpha)
+    samples = read_samples(data, in_chans=in_chans, loader=loader, min_size=min_size)
+    try:
+        return to_pixels(samples, in_chans=in_chans, value_range=value_range, alpha=alpha)
+    except UnusableError as err:
+        raise DecodeError(str(err)) from None
+
+
+def read_samples(data: bytes | bytearray, *, in_chans: int, loader: str, min_size: int) -> Samples:
+    """The samples of one image as they are stored; a JPEG, and a PNG without alpha, in grey where `in_chans` is 1.
+
+    Raises:
+        DecodeError: as :func:`decode_image`.
+    """
     if not data:
         raise DecodeError("empty file")
     is_jpeg, is_png = data.startswith(_JPEG_MAGIC), data.startswith(png.MAGIC)
@@ -87,22 +116,25 @@ def decode_image(data: bytes | bytearray, *, in_chans: int = 3, loader: str = "a
         data = _checked_png(data)
     if loader != "pil" and _HAS_TORCHVISION and (is_jpeg or is_png):
         try:
-            image = _decode_torchvision(data, in_chans, is_jpeg)
+            samples = _decode_torchvision(data, in_chans, is_jpeg)
         except RuntimeError as err:
             # PIL would fill the missing part with grey where the process sets LOAD_TRUNCATED_IMAGES.
             if loader == "torchvision" or "truncated" in str(err):
                 raise DecodeError(_torchvision_reason(err)) from None
         else:
-            _check_size((image.shape[-2], image.shape[-1]), min_size)
-            return image
+            _check_size(samples.colour.shape[1:], min_size)
+            return samples
     elif loader == "torchvision":
         raise DecodeError(f"not a JPEG or PNG ({_head(data)}); data.loader=auto reads more formats")
-    return _decode_pil(data, in_chans, min_size)
+    return _decode_pil(data, min_size)
 
 
-def check_decode_options(in_chans: int, loader: str) -> None:
-    """Raise ValueError for an unknown number of channels or loader."""
-    if in_chans not in _PIL_MODES:
+def check_decode_options(
+    in_chans: int, loader: str, value_range: Sequence[float] | None = None, alpha: str = "white"
+) -> None:
+    """Raise ValueError for an unknown number of channels, loader, range or treatment of alpha."""
+    check_conversion(value_range, alpha)
+    if in_chans not in CHANNELS:
         raise ValueError(f"model.in_chans={in_chans}: image files give 1 (grey), 3 (RGB) or 4 (RGBA) channels")
     if loader not in LOADERS:
         raise ValueError(f"data.loader={loader!r}: unknown; use one of {', '.join(LOADERS)}")
@@ -110,49 +142,43 @@ def check_decode_options(in_chans: int, loader: str) -> None:
         raise ValueError("data.loader=torchvision: this torchvision has no image decoders; use auto or pil")
 
 
-def _decode_torchvision(data: bytes | bytearray, in_chans: int, is_jpeg: bool) -> Tensor:
+def _decode_torchvision(data: bytes | bytearray, in_chans: int, is_jpeg: bool) -> Samples:
     # frombuffer wants a writable buffer; the loader hands in bytearrays, which are not copied.
     buffer = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
     if is_jpeg:
-        image = decode_jpeg(buffer, mode=ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB)
-        return torch.cat([image, torch.full_like(image[:1], 255)]) if in_chans == 4 else image
-    modes = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
-    image = decode_png(buffer, mode=modes[in_chans])
-    if image.dtype == torch.uint16:
-        image = torch.from_numpy((image.numpy() >> 8).astype(np.uint8))
-    return image
+        mode = ImageReadMode.GRAY if in_chans == 1 else ImageReadMode.RGB
+        return Samples(decode_jpeg(buffer, mode=mode).numpy())
+    kind = png.kind_of(data)
+    modes = {
+        (True, False): ImageReadMode.GRAY,
+        (True, True): ImageReadMode.GRAY_ALPHA,
+        (False, False): ImageReadMode.RGB,
+        (False, True): ImageReadMode.RGB_ALPHA,
+    }
+    is_grey = kind.is_grey or (in_chans == 1 and not kind.has_alpha and kind.key is None)
+    planes = decode_png(buffer, mode=modes[is_grey, kind.has_alpha]).numpy()
+    if kind.has_alpha:
+        return Samples(planes[:-1], planes[-1], True)
+    if kind.key is not None:
+        return Samples(planes, transparent_where(planes, kind.key), True)
+    return Samples(planes)
 
 
-def _decode_pil(data: bytes | bytearray, in_chans: int, min_size: int) -> Tensor:
+def _decode_pil(data: bytes | bytearray, min_size: int) -> Samples:
     try:
-        image = Image.open(io.BytesIO(data))
+        data, extra = tiff.for_pil(data)
+        image = open_image(data)
         _check_size((image.height, image.width), min_size)
-        array = np.array(_to_8_bit(image, data).convert(_PIL_MODES[in_chans]))
+        return pil_samples(image, data, extra)
     except DecodeError:
         raise
     except Image.UnidentifiedImageError:
         raise DecodeError(why_unidentified(data)) from None
     except Exception as err:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
         raise DecodeError(_first_line(err)) from None
-    return torch.from_numpy(array.reshape(*array.shape[:2], in_chans)).permute(2, 0, 1)
 
 
-def _to_8_bit(image: Image.Image, data: bytes | bytearray) -> Image.Image:
-    """Bring the modes that PIL's convert() would clip or misread into reach of it."""
-    signed = image.format == "TIFF" and is_signed_tiff(data)
-    # PIL brings every PGM of more than 8 bits to 16.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F") or signed:
-        samples = (tiff_samples(data) if image.format == "TIFF" else None) or "32-bit samples"
-        raise DecodeError(f"{image.format} with {samples}: no range is defined for them; save it with 8 or 16 bits")
-    if image.mode in ("P", "PA") and "transparency" in image.info:
-        return image.convert("RGBA")
-    # PIL has no way from these to grey.
-    return image.convert("RGB") if image.mode in ("LAB", "HSV") else image
-
-
-def _check_size(size: tuple[int, int] | None, min_size: int) -> None:
+def _check_size(size: tuple[int, ...] | None, min_size: int) -> None:
     if size is None:
         return
     height, width = size

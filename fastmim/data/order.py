@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _LOG = logging.getLogger("fastmim")
 # Independent streams of one seed: without the tag, sample 0's crop and the epoch's shuffle would share a key.
-_SHUFFLE, _AUGMENT, _SUBSTITUTE = 1, 2, 3
+_SHUFFLE, _AUGMENT, _SUBSTITUTE, _SOURCE = 1, 2, 3, 4
+
+
+class Span(NamedTuple):
+    """Files that lie one behind the other in the index, and the weight of their share of the samples."""
+
+    start: int
+    files: int
+    weight: float
 
 
 def _random(stream: int, seed: int, epoch: int, number: int, attempt: int = 0) -> random.Random:
@@ -47,6 +57,9 @@ class EpochOrder:
     global batch is dropped. With fewer files than one global batch, several permutations of the same epoch
     are joined and sample_id = file index + num_images * repeat.
 
+    With `spans` an epoch has as many samples, but each span gives the share that its weight says: permutations of its
+    own files one after the other, the last one cut off, and all spans shuffled together.
+
     Not training: file order, no repeats, nothing dropped: the last micro-batch may be short, and ranks may
     have one micro-batch more or less than others.
     """
@@ -61,11 +74,12 @@ class EpochOrder:
         world_size: int = 1,
         seed: int = 0,
         train: bool = True,
+        spans: Sequence[Span] | None = None,
     ) -> None:
         _check_counts(micro_batch_size, grad_accum_steps, rank, world_size, seed)
         self.num_images, self.micro_batch_size = num_images, micro_batch_size
         self.rank, self.world_size = rank, world_size
-        self.seed, self.train = seed, train
+        self.seed, self.train, self.spans = seed, train, spans
         global_micro_batch = micro_batch_size * world_size
         if train:
             global_batch = global_micro_batch * grad_accum_steps
@@ -77,6 +91,12 @@ class EpochOrder:
                     "%d images are fewer than one global batch of %d: each is used up to %d times per epoch,"
                     " with another crop and mask each time", num_images, global_batch, self.repeats,
                 )  # fmt: skip
+            for span, share in zip(spans or (), shares(spans or (), num_images * self.repeats), strict=True):
+                if not share:
+                    _LOG.warning(
+                        "data.weights: %g of %g gives no sample an epoch: its %d images are not used",
+                        span.weight, sum(one.weight for one in spans or ()), span.files,
+                    )  # fmt: skip
         else:
             self.steps_per_epoch = -(-num_images // global_micro_batch)
             mine = num_images - rank * micro_batch_size
@@ -87,17 +107,43 @@ class EpochOrder:
         """int64 sample ids of a whole epoch over all ranks, in order, the part that is dropped included."""
         if not self.train:
             return torch.arange(self.num_images)
+        if self.spans:
+            return self._weighted(epoch, self.spans)
         parts = []
         for repeat in range(self.repeats):
             key = _random(_SHUFFLE, self.seed, epoch, repeat).getrandbits(63)
-            generator = torch.Generator().manual_seed(key)
-            parts.append(torch.randperm(self.num_images, generator=generator) + self.num_images * repeat)
+            parts.append(_permutation(self.num_images, key) + self.num_images * repeat)
         return torch.cat(parts)
+
+    def _weighted(self, epoch: int, spans: Sequence[Span]) -> Tensor:
+        parts = []
+        for number, (span, share) in enumerate(zip(spans, shares(spans, self.num_images * self.repeats), strict=True)):
+            for repeat in range(-(-share // span.files)):
+                key = _random(_SOURCE, self.seed, epoch, number, repeat).getrandbits(63)
+                taken = _permutation(span.files, key)[: share - repeat * span.files]
+                parts.append(taken + span.start + self.num_images * repeat)
+        ids = torch.cat(parts)
+        return ids[_permutation(len(ids), _random(_SHUFFLE, self.seed, epoch, 0).getrandbits(63))]
 
     def slice_of(self, micro_batch: int) -> slice:
         """Where in `sample_ids(epoch)` this rank's micro-batch lies."""
         start = (micro_batch * self.world_size + self.rank) * self.micro_batch_size
         return slice(start, start + self.micro_batch_size)
+
+
+def shares(spans: Sequence[Span], total: int) -> list[int]:
+    """How many of `total` samples each span gives: its weight's part, the rest to the largest fractions."""
+    whole = sum(span.weight for span in spans)
+    exact = [total * span.weight / whole for span in spans]
+    counts = [int(part) for part in exact]
+    by_fraction = sorted(range(len(spans)), key=lambda k: (counts[k] - exact[k], k))
+    for k in by_fraction[: total - sum(counts)]:
+        counts[k] += 1
+    return counts
+
+
+def _permutation(count: int, key: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(key))
 
 
 def _check_counts(micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int, seed: int) -> None:

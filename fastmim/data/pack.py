@@ -15,10 +15,13 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from fastmim.data.decode import DecodeError, decode_image
+from fastmim.data.decode import DecodeError, read_samples
+from fastmim.data.index import ImageIndex
 from fastmim.data.names import printable
-from fastmim.data.shards import Member, open_shards, write_index
-from fastmim.data.source import ImageIndex, open_index
+from fastmim.data.samples import to_pixels
+from fastmim.data.shards import open_shards
+from fastmim.data.source import open_index
+from fastmim.data.tar_index import Member, write_index
 
 NAMES = "names.txt"
 _IN_FLIGHT = 64  # images held in memory at once
@@ -57,7 +60,8 @@ def pack_images(
     Args:
         shard_bytes: a shard is closed when the next image would exceed this.
         short_side: images with a larger short side are resized to it (antialiased bicubic) and stored as JPEG;
-            all others, and all without this, are copied byte for byte.
+            all others, those with more than JPEG holds (samples of more than 8 bits, a fourth channel), and all
+            without this, are copied byte for byte.
         quality: of those JPEGs, 1 to 100.
         progress: called with (stage, done, total); stage is "pack" or "verify".
 
@@ -100,10 +104,12 @@ def pack_images(
 
 def _prepare(index: ImageIndex, number: int, short_side: int | None, quality: int, min_size: int) -> _Packed:
     data = index.read(number)
-    image = decode_image(data, in_chans=3, min_size=min_size)
+    samples = read_samples(data, in_chans=3, loader="auto", min_size=min_size)
     extension = os.path.splitext(index.label(number))[1].lower()
-    if short_side is None or min(image.shape[-2:]) <= short_side:
+    fits_a_jpeg = samples.colour.dtype == "uint8" and samples.fourth is None
+    if short_side is None or min(samples.colour.shape[-2:]) <= short_side or not fits_a_jpeg:
         return _Packed(data, extension)
+    image = to_pixels(samples, in_chans=3)
     height, width = image.shape[-2:]
     factor = short_side / min(height, width)
     size = [max(short_side, round(height * factor)), max(short_side, round(width * factor))]
@@ -155,7 +161,7 @@ class _Writer:
             return
         self._tar.close()
         os.replace(self._path() + ".tmp", self._path())
-        write_index(self._path(), self._members)
+        write_index(self._path(), [[member] for member in self._members])
         self.shards.append(self._path())
         self._tar, self._members = None, []
 
@@ -179,7 +185,7 @@ def _verify(out: _Writer, tell: Callable[[str, int, int], None]) -> None:
         raise ValueError(f"{printable(out.shards[0])}: holds {len(index)} images of {out.images} written")
     for number in range(len(index)):
         try:
-            decode_image(index.read(number))
+            read_samples(index.read(number), in_chans=3, loader="auto", min_size=1)
         except DecodeError as err:
             raise ValueError(f"{index.label(number)}: cannot be read back ({err}); pack again") from None
         tell("verify", number + 1, len(index))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,7 @@ _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _MAX_EDGE = 1_000_000  # libpng's own limit
 _LAST_FILTER = 4
-_PALETTE = 3
+_GREY, _PALETTE, _GREY_ALPHA, _RGB_ALPHA = 0, 3, 4, 6
 
 
 def size_of(data: bytes | bytearray) -> tuple[int, int] | None:
@@ -27,6 +28,29 @@ def size_of(data: bytes | bytearray) -> tuple[int, int] | None:
     if len(data) < 24:
         return None
     return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
+
+
+class Kind(NamedTuple):
+    """What the pixels of a checked file are."""
+
+    is_grey: bool
+    has_alpha: bool  # of every pixel, by itself or by its colour of the palette
+    key: tuple[int, ...] | None  # the one colour, as decoders give it, that is transparent: of 1 or 3 samples
+
+
+def kind_of(data: bytes | bytearray) -> Kind:
+    """By the header and the tRNS chunk of a file that :func:`checked_png` gave."""
+    bits, colour, place, alpha = data[24], data[25], 33, b""
+    while data[place + 4 : place + 8] != b"IDAT":
+        size = int.from_bytes(data[place : place + 4], "big")
+        alpha = bytes(data[place + 8 : place + 8 + size]) if data[place + 4 : place + 8] == b"tRNS" else b""
+        place += 12 + size
+    if colour == _PALETTE or not alpha:
+        return Kind(colour in (_GREY, _GREY_ALPHA), bool(alpha) or colour in (_GREY_ALPHA, _RGB_ALPHA), None)
+    values = [int.from_bytes(alpha[k : k + 2], "big") for k in range(0, len(alpha), 2)]
+    most = (1 << min(bits, 8)) - 1
+    key = tuple(values) if bits == 16 else tuple((value & most) * 255 // most for value in values)
+    return Kind(colour == _GREY, False, key)
 
 
 def checked_png(data: bytes | bytearray) -> bytearray:

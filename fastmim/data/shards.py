@@ -1,9 +1,9 @@
 """WebDataset tar shards with random access: every image is (shard, offset, size).
 
 So the order of an epoch, its split over ranks and the restart are those of a folder. Nothing is ever extracted: a
-member's name is a label, never a path, and only regular image members are listed. The index beside a shard
-(``a.tar`` -> ``a.idx``) is the plain text that DALI's ``wds2idx`` writes, version 1.2: one line a sample, four fields
-a component (extension, offset, size, name). It is checked against the shard before it is used.
+member's name is a label, never a path, and only regular members are listed. A sample is what has one key
+(``tar_index.py``), and one of its members is the image: the only one that is named like one, or the component asked
+for.
 """
 
 from __future__ import annotations
@@ -15,32 +15,25 @@ import logging
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
-from urllib.parse import quote, unquote
 
 import numpy as np
 
 from fastmim.data.decode import DecodeError, read_bytes
-from fastmim.data.names import is_image, printable, shown
+from fastmim.data.names import ARCHIVES, is_image, printable, shown
+from fastmim.data.tar_index import Member, extension_of, read_index, sample_key, write_index
 from fastmim.data.worker_error import MACHINE_ERRORS
 
-INDEX_VERSION = "v1.2"
 #: One member larger than this is refused unread: no image is, and the size field of a tar is the writer's word.
 MAX_MEMBER_BYTES = 1 << 30
+#: The component that means every image.
+EACH = "*"
 _LOG = logging.getLogger("fastmim")
-_BLOCK = 512
 _MAX_BRACES = 1_000_000
+_COMPARED = 8  # members of a shard with its index
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-
-
-class Member(NamedTuple):
-    """One image inside a shard."""
-
-    name: str
-    offset: int  # of its data, in bytes
-    size: int
 
 
 class ShardIndex:
@@ -110,6 +103,12 @@ def find_tars(path: str, field: str = "data.path") -> list[str]:
                 f"{field}={printable(path)}: holds {len(tars)} .tar shards and {len(loose)} loose images; give a"
                 f" folder with one kind, or {field}={printable(os.path.join(path, '*.tar'))}"
             )
+        beside = [one for one in entries if not one.lower().endswith(".tar") and _may_hold_images(path, one)]
+        if tars and beside:
+            _LOG.warning(
+                "%s=%s: %d .tar shards are read, and %d folders and archives beside them left out: %s; name several as"
+                " data.path=[a, b]", field, printable(path), len(tars), len(beside), shown(beside),
+            )  # fmt: skip
         return tars
     if re.search(r"\.(tar\.\w+|tgz)$", path.lower()):
         raise ValueError(f"{field}={printable(path)}: a compressed shard has no random access; give plain .tar files")
@@ -122,6 +121,10 @@ def find_tars(path: str, field: str = "data.path") -> list[str]:
     if missing or not tars:
         raise ValueError(f"{field}={printable(path)}: no such shard ({shown(missing) or 'nothing matches'})")
     return tars
+
+
+def _may_hold_images(folder: str, entry: str) -> bool:
+    return entry.lower().endswith(ARCHIVES) or os.path.isdir(os.path.join(folder, entry))
 
 
 def expand_braces(pattern: str, field: str = "data.path") -> list[str]:
@@ -146,46 +149,119 @@ def expand_braces(pattern: str, field: str = "data.path") -> list[str]:
     return ["".join(names) for names in itertools.product(*choices)]
 
 
-def open_shards(root: str, tars: list[str], field: str = "data.path") -> ShardIndex:
+def open_shards(
+    root: str, tars: list[str], field: str = "data.path", component: str | None = None
+) -> ShardIndex:
     """The images of `tars`, from the index beside each where there is one that fits, else by reading its headers.
 
+    Args:
+        component: the extension (all behind the first dot) of the member of a sample that is the image, or
+            several in order of preference ("jpg;png"); None: the only member that is named like one; "*": every
+            member that is named like one is a sample of its own.
+
     Raises:
-        ValueError: a file is not a tar archive; no shard holds an image.
+        ValueError: a file is not a tar archive; no shard holds an image; a sample holds several and no component
+            says which.
     """
-    members, scanned = [], []
+    samples: list[list[list[Member]]] = []
+    scanned = []
     for tar in tars:
         known = read_index(tar)
-        if known is None:
+        if known is None or not _lists_all(known, tar):
             scanned.append(tar)
-        members.append(scan_tar(tar, field) if known is None else known)
+            known = scan_tar(tar, field)
+        samples.append(known)
     if scanned:
         _LOG.warning(
             "%s=%s: %d of %d shards have no index that fits, their headers were read; run `fastmim data index %s`",
             field, printable(root), len(scanned), len(tars), printable(root),
         )  # fmt: skip
+    members = _chosen(samples, f"{field}={printable(root)}", component)
     if not any(members):
-        raise ValueError(f"{field}={printable(root)}: no images in {len(tars)} shards")
+        raise ValueError(f"{field}={printable(root)}: no images in {len(tars)} shards{_instead(samples)}")
     return ShardIndex(root, tars, members)
 
 
-def scan_tar(tar: str, field: str = "data.path") -> list[Member]:
-    """The regular image members, the first of every sample (names equal up to the first dot of the last part).
+def _lists_all(samples: list[list[Member]], tar: str) -> bool:
+    """Whether an index has the first members of its shard: some writers list one image of a sample and no more."""
+    listed = {member.offset for sample in samples for member in sample}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            first = [member for member in itertools.islice(archive, _COMPARED) if _holds_bytes(member)]
+    except (tarfile.TarError, OverflowError, ValueError, OSError):  # what is wrong is said when it is read
+        return True
+    return all(member.offset_data in listed for member in first)
+
+
+def _holds_bytes(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.issparse()
+
+
+def _components(sample: list[Member], component: str | None) -> list[Member]:
+    if component in (None, EACH):
+        return [member for member in sample if is_image(member.name)]
+    for wanted in component.lower().split(";"):
+        found = [member for member in sample if extension_of(member.name).lower() == wanted.strip().lstrip(".")]
+        if found:
+            return found
+    return []
+
+
+def _chosen(samples: list[list[list[Member]]], where: str, component: str | None) -> list[list[Member]]:
+    """The image of every sample that has one."""
+    left_out = 0
+    chosen: list[list[Member]] = []
+    for shard in samples:
+        chosen.append([])
+        for sample in shard:
+            found = _components(sample, component)
+            if len(found) > 1 and component != EACH:
+                choices = sorted({extension_of(member.name) for member in found}, key=len)
+                raise ValueError(
+                    f"{where}: a sample holds {len(found)} images ({shown([member.name for member in found])}); say"
+                    f" which is the one, for example data.component={choices[0]}, or data.component={EACH} to take each"
+                )
+            left_out += not found
+            chosen[-1] += found
+    if left_out and any(chosen):
+        what = "an image" if component in (None, EACH) else f"a component {component}"
+        _LOG.warning("%s: left out %d samples without %s%s", where, left_out, what, _instead(samples))
+    return chosen
+
+
+def _instead(samples: list[list[list[Member]]]) -> str:
+    kinds = Counter(extension_of(member.name) or "none" for shard in samples for one in shard for member in one)
+    listed = ", ".join(f"{printable(kind)}: {count}" for kind, count in kinds.most_common(6))
+    return f" (extensions there: {listed})" if listed else ""
+
+
+def scan_tar(tar: str, field: str = "data.path") -> list[list[Member]]:
+    """The regular members, by sample; links and sparse files that are named like images are counted in a warning.
 
     A shard cut off in the middle gives what is before the cut, with a warning.
 
     Raises:
         ValueError: not an uncompressed tar archive.
     """
-    found: dict[str, Member] = {}
+    found: dict[str, list[Member]] = {}
+    links: list[str] = []
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in _members(archive, tar):
-                if member.isreg() and not member.issparse() and is_image(member.name):
-                    found.setdefault(sample_key(member.name), Member(member.name, member.offset_data, member.size))
+                if _holds_bytes(member):
+                    one = Member(member.name, member.offset_data, member.size)
+                    found.setdefault(sample_key(member.name), []).append(one)
+                elif is_image(member.name) and not member.isdir():
+                    links.append(member.name)
     except tarfile.TarError as err:
         raise ValueError(f"{field}={printable(tar)}: not an uncompressed tar archive ({err})") from None
     except OSError as err:
         raise ValueError(f"{field}={printable(tar)}: cannot be read ({err.strerror or err})") from None
+    if links:
+        _LOG.warning(
+            "%s: left out %d members that hold no bytes of their own (links, sparse files): %s; pack the files"
+            " themselves (tar --dereference --hard-dereference)", printable(tar), len(links), shown(links),
+        )  # fmt: skip
     return list(found.values())
 
 
@@ -201,67 +277,6 @@ def _members(archive: tarfile.TarFile, tar: str) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def sample_key(name: str) -> str:
-    """WebDataset's key: the name up to the first dot of its last part."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
-
-
-def index_path(tar: str) -> str:
-    """Where the index of a shard lies."""
-    return os.path.splitext(tar)[0] + ".idx"
-
-
-def write_index(tar: str, members: list[Member]) -> str:
-    """Write the index of a shard in one move; returns its path."""
-    path = index_path(tar)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(f"{INDEX_VERSION} {len(members)}\n")
-        for member in members:
-            extension = member.name.rpartition("/")[2].partition(".")[2] or "bin"
-            fields = (quote(extension), str(member.offset), str(member.size), quote(os.fsencode(member.name)))
-            file.write(" ".join(fields) + "\n")
-    os.replace(path + ".tmp", path)
-    return path
-
-
-def read_index(tar: str) -> list[Member] | None:
-    """The members listed beside a shard; None where there is no index, or not of this shard.
-
-    Checked: newer than the shard, the number of samples, every place on a block and inside the shard. A sample of
-    ``wds2idx`` gives its first image component.
-    """
-    path = index_path(tar)
-    try:
-        stat = os.stat(tar)
-        if not os.path.isfile(path) or os.stat(path).st_mtime_ns < stat.st_mtime_ns:
-            return None
-        with open(path, encoding="utf-8") as file:
-            version, count = file.readline().split()
-            lines = file.readlines()
-        if version != INDEX_VERSION or int(count) != len(lines):
-            return None
-        found = [_first_image(line.split(), stat.st_size) for line in lines]
-        return [member for member in found if member is not None]
-    except (OSError, ValueError):
-        return None
-
-
-def _first_image(fields: list[str], tar_bytes: int) -> Member | None:
-    for place in range(0, len(fields), 4):
-        _, offset, size, name = fields[place : place + 4]
-        member = Member(os.fsdecode(_unquote(name)), int(offset), int(size))
-        if member.offset % _BLOCK or member.offset < _BLOCK or not 0 <= member.size <= tar_bytes - member.offset:
-            raise ValueError("not inside the shard")
-        if is_image(member.name):
-            return member
-    return None
-
-
-def _unquote(name: str) -> bytes:
-    return unquote(name, errors="surrogateescape").encode("utf-8", "surrogateescape")
-
-
 def index_shards(path: str) -> dict[str, int]:
     """Write the index of every shard that `path` means; returns {shard: images}.
 
@@ -273,7 +288,7 @@ def index_shards(path: str) -> dict[str, int]:
         raise ValueError(f"DIR={printable(path)}: no .tar shards; give a folder of them or a pattern")
     counts = {}
     for tar in tars:
-        members = scan_tar(tar, "DIR")
-        write_index(tar, members)
-        counts[tar] = len(members)
+        samples = scan_tar(tar, "DIR")
+        write_index(tar, samples)
+        counts[tar] = sum(any(is_image(member.name) for member in sample) for sample in samples)
     return counts

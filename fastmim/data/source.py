@@ -8,19 +8,20 @@ bad file is found changes a batch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from fastmim.data import shards
-from fastmim.data.decode import DecodeError, check_decode_options, decode_image, read_bytes
-from fastmim.data.names import EXTENSIONS, is_image, printable, shown
-from fastmim.data.notes import with_notes
-from fastmim.data.pool import WorkerPool, nothing_held
+from fastmim.data.decode import DecodeError, decode_image, read_bytes
+from fastmim.data.each_file import each_file
+from fastmim.data.index import ImageIndex
+from fastmim.data.names import printable, shown
+from fastmim.data.scan import scan_folder
+from fastmim.data.several import SeveralIndex
 from fastmim.data.worker_error import MACHINE_ERRORS
 
 VERIFY = ("auto", "full", "none")
@@ -28,29 +29,7 @@ VERIFY = ("auto", "full", "none")
 VERIFY_AUTO_LIMIT = 2000
 
 _LOG = logging.getLogger("fastmim")
-_CHUNK = 64
 _NOTES_LOGGED = 20
-
-
-class ImageIndex(Protocol):
-    """An immutable, ordered list of images, wherever they lie; all methods may be called in worker processes."""
-
-    root: str
-
-    def __len__(self) -> int: ...
-
-    def label(self, index: int) -> str:
-        """The name of image `index`, safe to print and to write as UTF-8."""
-        ...
-
-    def read(self, index: int) -> bytearray:
-        """The encoded bytes of image `index`; DecodeError when they cannot be read."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of names and order."""
-        ...
 
 
 class FileIndex:
@@ -89,60 +68,56 @@ class FileIndex:
 
 
 def open_index(
-    path: str | os.PathLike[str] | None, file_list: str | os.PathLike[str] | None = None, *, field: str = "data.path"
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
+    file_list: str | os.PathLike[str] | None = None,
+    *,
+    follow_links: bool = False,
+    component: str | None = None,
+    field: str = "data.path",
 ) -> ImageIndex:
     """List the images of a folder (recursive, sorted by name as bytes), a file list (in its own order) or shards.
 
     `path` means shards when it is a folder with .tar files, a .tar file or a pattern of them: see ``shards.py``.
+    Several paths are one set of images, in their order. What is left out of a folder: see ``scan.py``.
 
-    Hidden files and folders are skipped; so are linked folders and links that lead out of `path`, with a
-    warning. `field` is the config key that messages name.
+    Args:
+        follow_links: follow linked folders, each once, and links that lead out of `path`.
+        component: which member of a sample of a shard is the image; see :func:`fastmim.data.shards.open_shards`.
+        field: the config key that messages name.
 
     Raises:
         ValueError: folder or list missing or without images; a list entry outside `path` or not a file.
     """
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        if not path or (file_list is not None and len(path) > 1):
+            raise ValueError(f"{field}={list(path)}: give one folder or more; with data.file_list one")
+        if len(path) == 1:
+            path = path[0]
+        else:
+            _tell_of_overlaps([os.fspath(one) for one in path], field)
+            return SeveralIndex([_open_one(one, follow_links, component, field) for one in path])
     if file_list is not None:
         return _index_from_list(path, os.fspath(file_list))
     if path is None:
         raise ValueError(f"{field}=null: give a folder of images, for example {field}=/path/to/images")
+    return _open_one(path, follow_links, component, field)
+
+
+def _open_one(path: str | os.PathLike[str], follow_links: bool, component: str | None, field: str) -> ImageIndex:
     tars = shards.find_tars(os.fspath(path), field)
     if tars:
-        return shards.open_shards(os.fspath(path), tars, field)
+        return shards.open_shards(os.fspath(path), tars, field, component)
     root = _existing_folder(os.fspath(path), field)
-    links: list[str] = []
-    names = sorted(_walk(root, links), key=os.fsencode)
-    if links:
-        _LOG.warning("%s=%s: did not follow %d links: %s", field, printable(root), len(links), shown(links))
-    if not names:
-        raise ValueError(f"{field}={printable(root)}: no images here or below (looked for {' '.join(EXTENSIONS)})")
-    return FileIndex(root, names)
+    return FileIndex(root, scan_folder(root, field, follow_links))
 
 
-def _walk(root: str, links: list[str]) -> Iterator[str]:
-    inside = os.path.join(os.path.realpath(root), "")
-    stack = [""]
-    while stack:
-        folder = stack.pop()
-        try:
-            entries = list(os.scandir(os.path.join(root, folder)))
-        except OSError as err:
-            _LOG.warning("cannot list %s (%s)", printable(os.path.join(root, folder)), err.strerror)
-            continue
-        for entry in entries:
-            name = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                stack.append(name)
-            elif entry.is_symlink() and _leads_out(entry, inside):
-                links.append(name)
-            elif is_image(name) and entry.is_file():
-                yield name
-
-
-def _leads_out(entry: os.DirEntry[str], inside: str) -> bool:
-    # A linked folder may form a loop or list images twice, so none is followed, wherever it leads.
-    return entry.is_dir() or (is_image(entry.name) and not os.path.realpath(entry.path).startswith(inside))
+def _tell_of_overlaps(paths: Sequence[str], field: str) -> None:
+    real = [os.path.realpath(path) for path in paths]
+    for first, second in itertools.permutations(range(len(paths)), 2):
+        is_same = real[first] == real[second] and first > second
+        if is_same or real[first].startswith(os.path.join(real[second], "")):
+            inner, outer = printable(paths[first]), printable(paths[second])
+            _LOG.warning("%s: what is in %s is in %s too: its images are in the set twice", field, inner, outer)
 
 
 def _index_from_list(path: str | os.PathLike[str] | None, file_list: str) -> FileIndex:
@@ -197,6 +172,8 @@ def find_bad_files(
     in_chans: int = 3,
     loader: str = "auto",
     min_size: int = 8,
+    value_range: Sequence[float] | None = None,
+    alpha: str = "white",
     num_workers: int | None = None,
 ) -> dict[int, str]:
     """Decode every file in full and return {file index: reason} of those that cannot be used.
@@ -215,19 +192,20 @@ def find_bad_files(
 
     if len(index) > VERIFY_AUTO_LIMIT:
         _LOG.info("data.verify=%s: decoding %d files once", verify, len(index))
-    found: dict[int, str] = {}
-    noted_files: dict[int, str] = {}
-    workers = min(num_workers or min(8, os.cpu_count() or 1), len(index))
-    check = _Check(index, dict(in_chans=in_chans, loader=loader, min_size=min_size))
-    pool = WorkerPool(check, workers, ahead=2, label=index.label, crashed=found.__setitem__)
-    chunk = max(1, min(_CHUNK, len(index) // (4 * workers)))
-    parts = (range(start, min(start + chunk, len(index))) for start in range(0, len(index), chunk))
-    with closing(pool):
-        for bad, notes in pool.items(parts):
-            found.update(bad)
-            noted_files.update(notes)
-    log_notes({index.label(i): said for i, said in noted_files.items()})
-    return dict(sorted(found.items()))
+
+    def decode(file: int) -> None:
+        decode_image(
+            index.read(file),
+            in_chans=in_chans,
+            loader=loader,
+            min_size=min_size,
+            value_range=value_range,
+            alpha=alpha,
+        )
+
+    found = each_file(index, range(len(index)), decode, num_workers)
+    log_notes({index.label(i): said for i, said in found.notes.items()})
+    return dict(sorted(found.bad.items()))
 
 
 def log_notes(notes: dict[str, str]) -> None:
@@ -236,33 +214,6 @@ def log_notes(notes: dict[str, str]) -> None:
         _LOG.warning("image used as its decoder gives it: %s: %s", label, said)
     if len(notes) > _NOTES_LOGGED:
         _LOG.warning("%d images in all are used as their decoder gives them", len(notes))
-
-
-class _Check:
-    """Decodes some files and keeps the reasons."""
-
-    def __init__(self, index: ImageIndex, options: dict[str, Any]) -> None:
-        self.index, self.options = index, options
-        self.known_bad: frozenset[int] = frozenset()
-        self.holding: Callable[[int], None] = nothing_held
-
-    def __getitem__(self, files: range) -> tuple[dict[int, str], dict[int, str]]:
-        bad: dict[int, str] = {}
-        notes: dict[int, str] = {}
-        for i in files:
-            if i in self.known_bad:
-                continue
-            self.holding(i)
-            try:
-                _, said = with_notes(self._decode, i)
-            except DecodeError as err:
-                bad[i] = str(err)
-            else:
-                notes |= {i: "; ".join(said)} if said else {}
-        return bad, notes
-
-    def _decode(self, file: int) -> None:
-        decode_image(self.index.read(file), **self.options)
 
 
 def check_bad_fraction(bad: dict[str, str], num_images: int, max_bad_fraction: float) -> None:
@@ -275,23 +226,3 @@ def check_bad_fraction(bad: dict[str, str], num_images: int, max_bad_fraction: f
         f"data.max_bad_fraction={max_bad_fraction:g}: {len(bad)} of {num_images} files"
         f" cannot be used ({names}); {advice}"
     )
-
-
-def check_images(
-    path: str | os.PathLike[str] | None,
-    *,
-    file_list: str | os.PathLike[str] | None = None,
-    in_chans: int = 3,
-    loader: str = "auto",
-    min_size: int = 8,
-    num_workers: int | None = None,
-) -> tuple[int, dict[str, str]]:
-    """Decode every image of a folder or list; returns (number of usable files, {path: reason} of the others).
-
-    Raises:
-        ValueError: as `open_index`, or for an unknown `in_chans` or `loader`.
-    """
-    check_decode_options(in_chans, loader)
-    index = open_index(path, file_list)
-    bad = find_bad_files(index, in_chans=in_chans, loader=loader, min_size=min_size, num_workers=num_workers)
-    return len(index) - len(bad), {index.label(i): reason for i, reason in bad.items()}

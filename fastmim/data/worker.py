@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastmim.data.augment import Crop, View, apply_crop, centre_crop, draw_crops
 from fastmim.data.decode import DecodeError, decode_image, plain_jpeg
+from fastmim.data.index import ImageIndex
 from fastmim.data.notes import with_notes
-from fastmim.data.order import augment_random, substitute_file
+from fastmim.data.order import Span, augment_random, substitute_file
 from fastmim.data.pool import nothing_held
-from fastmim.data.source import ImageIndex
 
 _SUBSTITUTES = 64
 T = TypeVar("T")
@@ -69,12 +69,18 @@ class SampleDataset:
         decoder: str,
         train: bool,
         min_size: int,
+        value_range: Sequence[float] | None = None,
+        alpha: str = "white",
+        spans: Sequence[Span] | None = None,
     ) -> None:
         self.index, self.known_bad, self.seed, self.train = index, known_bad, seed, train
         self.views, self.in_chans, self.min_size = tuple(views), in_chans, min_size
         self._notes: list[tuple[int, str]] = []
         self.holding: Callable[[int], None] = nothing_held
-        self.decode_options: dict[str, Any] = {"in_chans": in_chans, "loader": decoder, "min_size": min_size}
+        self.value_range, self.spans = value_range, spans or [Span(0, len(index), 1.0)]
+        self.decode_options: dict[str, Any] = {
+            "in_chans": in_chans, "loader": decoder, "min_size": min_size, "value_range": value_range, "alpha": alpha
+        }  # fmt: skip
 
     def __getitem__(self, request: Request) -> Any:
         raise NotImplementedError
@@ -84,6 +90,8 @@ class SampleDataset:
     ) -> tuple[int, T] | None:
         """The first (file, use(file)) that raises no DecodeError; None without one."""
         file = sample_id % len(self.index)
+        # A stand-in comes out of the same span, so that bad files do not move the shares.
+        span = next(span for span in reversed(self.spans) if span.start <= file)
         for attempt in range(1, _SUBSTITUTES + 1):
             if file not in self.known_bad:
                 try:
@@ -92,7 +100,7 @@ class SampleDataset:
                     bad.append((file, str(err)))
             if not self.train:  # a stand-in would count some held-out image twice
                 return None
-            file = substitute_file(self.seed, epoch, sample_id, attempt, len(self.index))
+            file = span.start + substitute_file(self.seed, epoch, sample_id, attempt, span.files)
         return None
 
     def _noting(self, file: int, use: Callable[[int], T]) -> T:
@@ -188,7 +196,8 @@ class EncodedDataset(SampleDataset):
     def encode(self, file: int, *, as_is: bool = True) -> tuple[bytes | bytearray, int, int]:
         """(bytes, H, W) of a file; `as_is=False` decodes JPEGs here too."""
         data = self.index.read(file)
-        frame = plain_jpeg(data, self.min_size) if as_is else None
+        # A decoder elsewhere knows of no range.
+        frame = plain_jpeg(data, self.min_size) if as_is and self.value_range is None else None
         if frame is not None:
             return data, frame.height, frame.width
         image = decode_image(data, **self.decode_options)

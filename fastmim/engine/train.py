@@ -113,11 +113,14 @@ def shared_files(cfg: Config, loader: Any, val_loader: Any) -> dict[str, Any]:
 
 def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
     """Every setting that makes this another run if it changes: what is trained, not how fast or where."""
-    kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std")
+    kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std", "weights", "component", "value_range", "alpha")
     tree = cfg.model_dump(mode="json", include={"model", "objective", "optim"})
     tree["data"] = cfg.data.model_dump(mode="json", include=set(kept))
     tree["model"].pop("init_from")
     tree["model"]["policy"] = encoder_arguments(cfg).get("policy")
+    # The default is not recorded: a checkpoint without the key goes on.
+    if tree["data"]["alpha"] == "white":
+        del tree["data"]["alpha"]
     flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
     return flat | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
 
@@ -136,7 +139,7 @@ def held_out_images(cfg: Config, parts: Parts, world: World, stack: ExitStack) -
     held_out: dict[str, Any] = dict(train=False, grad_accum_steps=1)
     val_loader, batch = None, None
     if cfg.data.val_path is not None:
-        held_out |= dict(path=cfg.data.val_path, file_list=None, field="data.val_path")
+        held_out |= dict(path=cfg.data.val_path, weights=None, file_list=None, field="data.val_path")
         val_loader = make_loader(cfg, parts.objective, world, **held_out)
         stack.enter_context(closing(val_loader))
     if cfg.output.pictures and world.is_main:

@@ -164,11 +164,22 @@ def one_of(argument: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{argument}={value!r}: must be one of {', '.join(choices)}")
 
 
+def check_statistics(name: str, values: Sequence[float]) -> None:
+    """Refuse a mean or std (`name`) that is not of values in [0, 1]."""
+    if max(values) > 1:
+        scaled = ", ".join(f"{value / 255:.4g}" for value in values)
+        fix = f"; of values in 0 ... 255 these are [{scaled}]" if max(values) <= 255 else ""
+        raise ValueError(f"{name}={list(values)}: must be of values in [0, 1]{fix}")
+    if name == "std" and min(values) <= 0:
+        raise ValueError(f"std={list(values)}: must be positive")
+    if min(values) < 0:
+        raise ValueError(f"{name}={list(values)}: must be of values in [0, 1], not negative")
+
+
 def _per_channel(name: str, values: Sequence[float] | None, imagenet: Sequence[float], in_chans: int) -> Tensor:
     if values is None:
         values = imagenet if in_chans == 3 else (0.5,)
     if len(values) not in (1, in_chans):
         raise ValueError(f"{name}={tuple(values)}: must hold 1 value or one per channel ({in_chans})")
-    if name == "std" and min(values) <= 0:
-        raise ValueError(f"std={tuple(values)}: must be positive")
+    check_statistics(name, values)
     return torch.tensor(values, dtype=torch.float32, device="cpu").expand(in_chans).reshape(in_chans, 1, 1).clone()

@@ -223,6 +223,8 @@ def _images(cfg: Config, global_batch: int, images: int | None) -> tuple[int, st
 
 def _data_set(cfg: Config) -> tuple[int, str]:
     path, listed = cfg.data.path, cfg.data.file_list
-    if (path is not None and Path(path).is_dir()) or listed is not None:
-        return len(open_index(path, listed)), "data.file_list" if listed is not None else "data.path"
+    paths = [] if path is None else [path] if isinstance(path, str) else path
+    if (paths and all(Path(one).is_dir() for one in paths)) or listed is not None:
+        opened = open_index(path, listed, follow_links=cfg.data.follow_links, component=cfg.data.component)
+        return len(opened), "data.file_list" if listed is not None else "data.path"
     return IMAGENET_1K, "ImageNet-1k's; give --images or data.path for others"

@@ -112,7 +112,9 @@ def _with_images(cfg: Config) -> tuple[Config, str]:
     if cfg.data.path is None and cfg.data.file_list is None:
         data = cfg.data.model_copy(update={"loader": "synthetic"})
         return cfg.model_copy(update={"data": data}), "synthetic images"
-    return cfg, f"images of {cfg.data.path or cfg.data.file_list}"
+    path = cfg.data.path or cfg.data.file_list
+    shown = path if isinstance(path, str) else ", ".join(path or ())
+    return cfg, f"images of {shown}"
 
 
 def _facts(

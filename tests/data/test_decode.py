@@ -15,8 +15,8 @@ from fastmim.data.decode import MAX_PIXELS, DecodeError, decode_image
 LOADERS = ("auto", "torchvision", "pil")
 
 
-def pixels(data: bytes, loader: str, in_chans: int = 3) -> np.ndarray:
-    image = decode_image(data, loader=loader, in_chans=in_chans)
+def pixels(data: bytes, loader: str, in_chans: int = 3, **options: object) -> np.ndarray:
+    image = decode_image(data, loader=loader, in_chans=in_chans, **options)
     assert image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == in_chans
     return image.permute(1, 2, 0).numpy()
 
@@ -96,16 +96,16 @@ def test_grey_png_of_every_depth(make, loader, bits):
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("bits", (8, 16))
 def test_alpha(make, loader, bits):
-    # For RGB the alpha is dropped, not blended; for RGBA it is kept.
+    # For RGBA it is kept; what other channels make of it is in test_samples.py.
     samples = np.random.default_rng(0).integers(0, 2**bits, (10, 11, 4))
     truth = (samples >> (bits - 8)).astype(np.uint8)
     rgba = make["encode_png"](samples, bits=bits, colour=6)
-    assert worst(pixels(rgba, loader, 3), truth[..., :3]) == 0
+    assert worst(pixels(rgba, loader, 3, alpha="drop"), truth[..., :3]) == 0
     assert worst(pixels(rgba, loader, 4), truth) == 0
     grey_alpha = make["encode_png"](samples[..., :2], bits=bits, colour=4)
-    assert worst(pixels(grey_alpha, loader, 3), np.repeat(truth[..., :1], 3, -1)) == 0
+    assert worst(pixels(grey_alpha, loader, 3, alpha="drop"), np.repeat(truth[..., :1], 3, -1)) == 0
     assert worst(pixels(grey_alpha, loader, 4), truth[..., [0, 0, 0, 1]]) == 0
-    assert worst(pixels(grey_alpha, loader, 1), truth[..., :1]) == 0
+    assert worst(pixels(grey_alpha, loader, 1, alpha="drop"), truth[..., :1]) == 0
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -116,7 +116,7 @@ def test_palette_with_transparency(make, loader, bits):
     picks = np.random.default_rng(3).integers(0, 2**bits, (9, 13))
     trns = alpha.astype(np.uint8).tobytes()
     data = make["encode_png"](picks, bits=bits, colour=3, palette=palette, trns=trns)
-    assert worst(pixels(data, loader, 3), palette[picks]) == 0
+    assert worst(pixels(data, loader, 3, alpha="drop"), palette[picks]) == 0
     assert worst(pixels(data, loader, 4), np.concatenate([palette[picks], alpha[picks][..., None]], -1)) == 0
 
 
@@ -218,11 +218,6 @@ def tiff(samples: np.ndarray, *, planar: bool = False) -> bytes:
         ("f2", 1, False, "1 float16 sample a pixel (16-bit): not a kind"),
         ("f8", 1, False, "1 float64 sample a pixel (64-bit): not a kind"),
         ("c8", 1, False, "1 complex64 sample a pixel (64-bit): not a kind"),
-        ("i1", 1, False, "1 int8 sample a pixel (8-bit): no range"),
-        ("i2", 1, False, "1 int16 sample a pixel (16-bit): no range"),
-        ("i4", 1, False, "1 int32 sample a pixel (32-bit): no range"),
-        ("u4", 1, False, "1 uint32 sample a pixel (32-bit): no range"),
-        ("f4", 1, False, "1 float32 sample a pixel (32-bit): no range"),
     ),
 )  # fmt: skip
 def test_a_tiff_is_refused_for_what_it_holds(dtype, count, planar, reason):
@@ -230,6 +225,13 @@ def test_a_tiff_is_refused_for_what_it_holds(dtype, count, planar, reason):
     with pytest.raises(DecodeError) as caught:
         decode_image(data)
     assert str(caught.value).startswith(f"TIFF with {reason}")
+
+
+@pytest.mark.parametrize("kind", ("int8", "int16", "int32", "uint32", "float32"))
+def test_a_tiff_without_a_range_of_its_own_names_its_type_and_the_key(kind):
+    data = tiff(np.ones((9, 9, 1), np.dtype(kind).newbyteorder("<")), planar=False)
+    with pytest.raises(DecodeError, match=f"no range is defined for .*-bit samples .{kind}.; give data.value_range="):
+        decode_image(data)
 
 
 def test_a_tiff_of_one_unsigned_sample_is_read():

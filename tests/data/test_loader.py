@@ -311,3 +311,26 @@ def test_cuda_batches_are_those_of_the_cpu(photos, workers):
                 doubled = a.images.int() * 2  # read by a kernel right behind the copy
                 assert torch.equal(doubled.cpu(), b.images.int() * 2)
                 assert torch.equal(a.sample_ids.cpu(), b.sample_ids)
+
+
+def test_weighted_folders_resume_in_the_middle_and_stand_ins_keep_the_shares(photos, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(3):
+        (few / f"{i}.jpg").write_bytes((photos / f"{i:03d}.jpg").read_bytes())
+    (few / "bad.jpg").write_bytes(b"no image")
+    options = dict(path=[photos, few], weights=[1, 1], img_size=(32, 32), micro_batch_size=5, seed=3, verify="none")
+    with build_loader(num_workers=0, **options) as loader:
+        whole = list(loader.epoch(1))
+        assert loader.num_images == 41 and len(whole) == 8
+        assert set(loader.bad_files) == {str(few / "bad.jpg")}
+    ids = torch.cat([batch.sample_ids for batch in whole]) % 41
+    assert abs(int((ids >= 37).sum()) - 20) <= 1  # 41 samples, of which the last one is dropped
+    with build_loader(num_workers=2, **options) as loader:
+        tail = list(loader.epoch(1, start=3))
+    assert len(tail) == 5
+    for left, right in zip(whole[3:], tail, strict=True):
+        assert torch.equal(left.images, right.images) and torch.equal(left.sample_ids, right.sample_ids)
+    for path, weights in ((photos, [1]), ([photos, few], [1, 2, 3]), ([photos, few], [1, 0])):
+        with pytest.raises(ValueError, match="data.weights="):
+            build_loader(num_workers=0, **options | {"path": path, "weights": weights})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmim.data.order import EpochOrder, augment_random, substitute_file
+from fastmim.data.order import EpochOrder, Span, augment_random, shares, substitute_file
 
 
 def ids_of(order: EpochOrder, epoch: int) -> list[torch.Tensor]:
@@ -106,3 +106,53 @@ def test_random_keys_are_pure_and_distinct():
 def test_wrong_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         EpochOrder(**({"num_images": 10, "micro_batch_size": 1} | kwargs))
+
+
+# Several folders with weights.
+
+SPANS = [Span(0, 30, 1.0), Span(30, 6, 2.0), Span(36, 4, 1.0)]
+
+
+def test_each_folder_gives_its_share_and_its_files_evenly():
+    order = EpochOrder(num_images=40, micro_batch_size=8, spans=SPANS)
+    assert shares(SPANS, 40) == [10, 20, 10] and sum(shares(SPANS, 7)) == 7
+    epochs = [order.sample_ids(epoch) for epoch in (0, 1)]
+    for ids in epochs:
+        assert len(set(ids.tolist())) == 40  # a file that comes again comes as another sample
+        files = ids % 40
+        used = torch.bincount(files, minlength=40)
+        for span, share in zip(SPANS, (10, 20, 10), strict=True):
+            mine = used[span.start : span.start + span.files]
+            assert mine.sum() == share and mine.max() - mine.min() <= 1
+        assert files[:20].unique().tolist() != files[20:].unique().tolist() and (files[:10] >= 30).any()
+    assert epochs[0].tolist() != epochs[1].tolist()
+    # a function of seed and epoch alone
+    again = EpochOrder(num_images=40, micro_batch_size=2, rank=1, world_size=4, spans=SPANS)
+    assert again.sample_ids(1).tolist() == epochs[1].tolist()
+    other = EpochOrder(num_images=40, micro_batch_size=8, seed=1, spans=SPANS)
+    assert other.sample_ids(1).tolist() != epochs[1].tolist()
+
+
+def test_weighted_samples_are_the_same_for_every_split_of_a_global_batch():
+    def unions(world: int, accum: int, micro: int) -> list[list[int]]:
+        steps: list[list[int]] = [[] for _ in range(5)]
+        for rank in range(world):
+            order = EpochOrder(
+                num_images=40, micro_batch_size=micro, grad_accum_steps=accum, rank=rank, world_size=world, spans=SPANS
+            )
+            for i, ids in enumerate(ids_of(order, 2)):
+                steps[i // accum] += ids.tolist()
+        return [sorted(step) for step in steps]
+
+    assert unions(1, 1, 8) == unions(4, 1, 2) == unions(2, 2, 2) == unions(1, 8, 1)
+
+
+def test_a_weight_too_small_for_one_sample_is_said(caplog):
+    EpochOrder(num_images=40, micro_batch_size=8, spans=[Span(0, 30, 1.0), Span(30, 10, 1e-6)])
+    assert "data.weights: 1e-06 of 1 gives no sample an epoch: its 10 images are not used" in caplog.text
+
+
+def test_weights_with_fewer_files_than_a_batch():
+    order = EpochOrder(num_images=40, micro_batch_size=100, spans=SPANS)
+    ids = torch.cat(ids_of(order, 0))
+    assert len(ids) == len(set(ids.tolist())) == 100

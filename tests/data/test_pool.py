@@ -222,6 +222,11 @@ def test_a_run_goes_on_without_the_file_that_crashes_a_decoder(photos, tmp_path,
     with monkeypatch.context() as patch:
         crash_on(patch, deadly.read_bytes())
         with build_loader(**options) as images:
+            # met when values are looked at, before training
+            assert images.bad_files == {str(deadly): "its decoder crashed (SIGSEGV)"}
+        patch.setattr("fastmim.data.build.survey", lambda *_args, **_options: [])
+        with build_loader(**options) as images:
+            assert images.bad_files == {}
             batches = list(images.epoch(0)) + list(images.epoch(1))
         assert images.bad_files == {str(deadly): "its decoder crashed (SIGSEGV)"}
         assert check_images(root) == (36, images.bad_files)
@@ -239,6 +244,9 @@ def test_a_machine_that_is_out_of_handles_does_not_make_files_bad(photos, monkey
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr("fastmim.data.source.read_bytes", no_handles)
+    with pytest.raises(ChildProcessError, match="too many open files; raise `ulimit -n`"):
+        build_loader(path=photos, num_workers=0, **OPTIONS)  # when values are looked at
+    monkeypatch.setattr("fastmim.data.build.survey", lambda *_args, **_options: [])
     for workers in (0, 2):
         with build_loader(path=photos, num_workers=workers, **OPTIONS) as images:
             with pytest.raises(ChildProcessError, match="too many open files; raise `ulimit -n`"):

@@ -16,8 +16,11 @@ import torch
 from PIL import Image
 
 from fastmim.data import build_loader, check_images, index_shards, pack_images
-from fastmim.data.shards import expand_braces, find_tars, index_path, open_shards, read_index, scan_tar
+from fastmim.data.shards import expand_braces, find_tars, open_shards, scan_tar
 from fastmim.data.source import open_index
+from fastmim.data.tar_index import index_path, read_index, write_index
+
+KINDS = ("jpg", "mask.png", "seg.png")
 
 
 def load(path, **kwargs):
@@ -138,14 +141,83 @@ def test_patterns(tmp_path):
         find_tars(str(tmp_path))
 
 
-def test_a_sample_is_its_first_image_and_other_members_are_passed_over(tmp_path):
-    tar = write_tar(
-        tmp_path / "a.tar",
-        [("d/1.json", b"{}"), ("d/1.jpg", b"one"), ("d/1.seg.png", b"no"), ("d/2.cls", b"3"), ("d/2.JPEG", b"two")],
-    )
-    index = open_index(tmp_path)
+def test_a_sample_is_its_only_image_and_other_members_are_passed_over(tmp_path):
+    members = [("d/1.json", b"{}"), ("d/1.jpg", b"one"), ("d/2.cls", b"3"), ("d/2.JPEG", b"two"), ("d/3.txt", b"")]
+    tar = write_tar(tmp_path / "a.tar", members)
+    for _ in range(2):  # from the headers, then from the index
+        index = open_index(tmp_path)
+        assert [bytes(index.read(i)) for i in range(len(index))] == [b"one", b"two"]
+        assert index.label(1) == f"{tar}!d/2.JPEG"
+        assert index_shards(str(tmp_path)) == {str(tar): 2}
+
+
+def test_which_of_several_images_is_asked_not_guessed(tmp_path, caplog):
+    members = [("1.depth.png", b"far"), ("1.jpg", b"one"), ("2.depth.png", b"near"), ("2.jpg", b"two")]
+    write_tar(tmp_path / "a.tar", [*members, ("3.JPG", b"three"), ("4.png", b"four"), ("5.raw", b"five")])
+    for _ in range(2):  # from the headers, then from the index
+        with pytest.raises(ValueError, match=r"2 images \(1.depth.png; 1.jpg\).* data.component=jpg") as caught:
+            open_index(tmp_path)
+        assert "\n" not in str(caught.value)
+        for component, wanted in (
+            ("jpg", [b"one", b"two", b"three"]),
+            (".JPG", [b"one", b"two", b"three"]),
+            ("jpg;png", [b"one", b"two", b"three", b"four"]),
+            ("depth.png", [b"far", b"near"]),
+            ("raw", [b"five"]),
+        ):
+            index = open_index(tmp_path, component=component)
+            assert [bytes(index.read(i)) for i in range(len(index))] == wanted
+        with pytest.raises(ValueError, match=r"no images in 1 shards \(extensions there: .*depth.png: 2"):
+            open_index(tmp_path, component="webp")
+        index_shards(str(tmp_path))
+    assert "left out 2 samples without a component jpg" in caplog.text
+
+
+def test_names_with_dots_are_not_dropped_as_one_sample(tmp_path):
+    write_tar(tmp_path / "a.tar", [("shot.1.jpg", b"one"), ("shot.2.jpg", b"two"), ("b.cls", b"3")])
+    with pytest.raises(ValueError, match=r"2 images.*data.component=\* to take each"):
+        open_index(tmp_path)
+    index = open_index(tmp_path, component="*")
     assert [bytes(index.read(i)) for i in range(len(index))] == [b"one", b"two"]
-    assert index.label(1) == f"{tar}!d/2.JPEG"
+
+
+def test_a_photograph_with_masks(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", [(f"{i}.{kind}", kind.encode()) for i in range(3) for kind in KINDS])
+    with pytest.raises(ValueError, match=r"3 images \(0.jpg; 0.mask.png; 0.seg.png\).*data.component=jpg"):
+        open_index(tmp_path)
+    for kind in KINDS:
+        index = open_index(tmp_path, component=kind.upper())
+        assert [bytes(index.read(i)) for i in range(len(index))] == [kind.encode()] * 3
+
+
+def test_an_index_that_lists_one_image_of_a_sample_does_not_choose_it(tmp_path, caplog):
+    """As some writers make them, this package's earlier ones too."""
+    tar = write_tar(tmp_path / "a.tar", [(f"{i}.{kind}", kind.encode()) for i in range(3) for kind in KINDS])
+    write_index(str(tar), [sample[1:2] for sample in scan_tar(str(tar))])
+    with pytest.raises(ValueError, match="a sample holds 3 images"):
+        open_index(tmp_path)
+    index = open_index(tmp_path, component="jpg")
+    assert [bytes(index.read(i)) for i in range(len(index))] == [b"jpg"] * 3
+    assert "1 of 1 shards have no index that fits" in caplog.text
+
+
+def test_what_lies_beside_shards_is_said(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"one")])
+    (tmp_path / "more").mkdir(), (tmp_path / "b.tar.gz").touch(), (tmp_path / "notes.txt").touch()
+    assert len(open_index(tmp_path)) == 1
+    assert "2 folders and archives beside them left out: b.tar.gz; more;" in caplog.text
+
+
+def test_links_in_a_tar_are_counted_and_named(tmp_path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w:") as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
+        for name, kind in (("hard.jpg", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE), ("soft.txt", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.jpg"
+            archive.addfile(info)
+    assert len(open_index(tmp_path)) == 1
+    assert "left out 2 members" in caplog.text and "hard.jpg; soft.png" in caplog.text
+    assert "--hard-dereference" in caplog.text
 
 
 @pytest.mark.parametrize("layout", (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
@@ -179,7 +251,7 @@ def test_an_index_that_does_not_fit_is_not_used(tmp_path, caplog):
     tar = write_tar(tmp_path / "a.tar", [("1.jpg", b"one"), ("2.jpg", b"two")])
     index_shards(str(tar))
     good = Path(index_path(str(tar))).read_text()
-    assert [member.name for member in read_index(str(tar))] == ["1.jpg", "2.jpg"]
+    assert [sample[0].name for sample in read_index(str(tar))] == ["1.jpg", "2.jpg"]
     for text in (
         "",
         "v9 2\n",
@@ -240,7 +312,7 @@ def test_what_is_no_plain_tar_is_one_line(tmp_path):
 
 def test_a_shard_cut_short_loses_its_end_only(photos, packed, tmp_path, caplog):
     tar = find_tars(str(packed))[0]
-    members = scan_tar(tar)
+    members = [sample[0] for sample in scan_tar(tar)]
     cut = tmp_path / "cut.tar"
     cut.write_bytes(Path(tar).read_bytes()[: members[2].offset + members[2].size // 2])
     usable, bad = check_images(tmp_path)

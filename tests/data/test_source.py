@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import types
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from fastmim.data import check_images
+from fastmim.data import check_images, pack_images, plugins
+from fastmim.data.decode import decode_image
 from fastmim.data.source import FileIndex, check_bad_fraction, find_bad_files, open_index
 
 
@@ -53,6 +56,132 @@ def test_a_linked_root_is_followed(tmp_path):
     (tmp_path / "real" / "a.jpg").touch()
     (tmp_path / "link").symlink_to("real")
     assert names(open_index(tmp_path / "link")) == ["a.jpg"]
+
+
+def test_linked_folders_are_followed_when_asked_each_once(tmp_path):
+    (tmp_path / "real/inner").mkdir(parents=True), (tmp_path / "real/a.jpg").touch()
+    (tmp_path / "real/inner/b.jpg").touch(), (tmp_path / "real/inner/up").symlink_to(tmp_path)
+    subset = tmp_path / "subset"
+    subset.mkdir()
+    (subset / "class1").symlink_to(tmp_path / "real")
+    (subset / "again").symlink_to(tmp_path / "real" / "inner")
+    (subset / "c.jpg").symlink_to(tmp_path / "real" / "a.jpg")
+    with pytest.raises(ValueError, match="did not follow 3 links.*class1.*data.follow_links=true") as caught:
+        open_index(subset)
+    assert "\n" not in str(caught.value)
+    # "again" comes before "class1", and the link back to the top ends where it was
+    assert names(open_index(subset, follow_links=True)) == ["again/b.jpg", "c.jpg", "class1/a.jpg"]
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
+    image = Image.new("RGB", (16, 16), (10, 20, 30))
+    read = ["a.jpg", "b.gif", "c.jp2", "d.tga", "e.webp", "f.dib"]
+    for name in read:
+        image.save(tmp_path / name)
+    image.save(tmp_path / "without_extension", "JPEG")
+    image.save(tmp_path / "photo.jpg.part", "PNG")
+    (tmp_path / "dead.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "volume.npy").write_bytes(b"x"), (tmp_path / "more.tgz").write_bytes(b"x")
+    (tmp_path / "labels.txt").write_text("words")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert check_images(tmp_path) == (len(read), {})
+    for part in (
+        "1 links lead nowhere: dead.png",
+        "left out 2 files that start like images but are not named so: without_extension; photo.jpg.part",
+        "left out 1 images of formats that are not read (.npy: 1): volume.npy",
+        "left out 1 archives (.tgz: 1): more.tgz",
+        "left out 1 names of images that are no files: pipe.png",
+    ):
+        assert part in caplog.text
+    assert "labels.txt" not in caplog.text
+    (tmp_path / "list.txt").write_text("without_extension\nphoto.jpg.part")
+    assert check_images(tmp_path, file_list=tmp_path / "list.txt") == (2, {})
+
+
+def test_names_in_capitals_are_images_and_other_formats_are_found_by_their_first_bytes(tmp_path, caplog):
+    image = Image.new("RGB", (16, 16), (10, 20, 30))
+    kinds = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "QOI")
+    kinds = [kind for kind in kinds if kind in Image.SAVE]
+    for kind in kinds:
+        image.save(tmp_path / f"no_extension_{kind}", kind)
+    for name in ("A.JPG", "B.Tif", "C.GIF"):
+        image.save(tmp_path / name)
+    assert check_images(tmp_path) == (3, {})
+    assert f"left out {len(kinds)} files that start like images" in caplog.text
+    (tmp_path / "list.txt").write_text("\n".join(f"no_extension_{kind}" for kind in kinds))
+    assert check_images(tmp_path, file_list=tmp_path / "list.txt") == (len(kinds), {})
+
+
+def test_a_folder_of_other_things_says_what_is_there(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "x", "PNG")
+    (tmp_path / "scan.dcm").touch()
+    with pytest.raises(ValueError, match="no images here or below.*start like images.*: x;.*scan.dcm"):
+        open_index(tmp_path)
+
+
+def test_formats_of_plugins_that_are_missing_name_the_package(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    (tmp_path / "b.jxl").write_bytes(b"\xff\x0a" + bytes(50))
+    usable, bad = check_images(tmp_path)
+    reasons = [bad[str(tmp_path / name)] for name in ("a.heic", "b.jxl")]
+    assert usable == 0 and "pip install pillow-heif" in reasons[0] and "pip install pillow-jxl-plugin" in reasons[1]
+
+
+def test_an_installed_plugin_is_used(tmp_path, monkeypatch):
+    """A stand-in that registers as pillow_heif does and reads a PNG behind HEIC's first bytes."""
+    head = b"\0\0\0\x18ftypheic"
+    image = Image.new("RGB", (16, 16), (1, 2, 3))
+    image.save(tmp_path / "inner.png")
+    (tmp_path / "a.heic").write_bytes(head + (tmp_path / "inner.png").read_bytes())
+    plugin = types.ModuleType("pillow_heif")
+
+    def register() -> None:
+        class Heic(PngImagePlugin.PngImageFile):
+            format = "HEIF"
+
+            def _open(self) -> None:
+                self.fp = io.BytesIO(self.fp.read()[len(head) :])
+                super()._open()
+
+        Image.register_open("HEIF", Heic, lambda start: start.startswith(head))
+
+    plugin.register_heif_opener = register
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    plugins._register.cache_clear()
+    try:
+        assert decode_image((tmp_path / "a.heic").read_bytes())[:, 0, 0].tolist() == [1, 2, 3]
+    finally:
+        plugins._register.cache_clear()
+        Image.OPEN.pop("HEIF", None), Image.ID.remove("HEIF")
+
+
+def test_several_folders_are_one_set(tmp_path):
+    for folder, count in (("a", 3), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            Image.new("RGB", (16, 16)).save(tmp_path / folder / f"{i}.png")
+    pack_images(tmp_path / "a", tmp_path / "shards")
+    index = open_index([tmp_path / "b", tmp_path / "shards"])
+    assert len(index) == 5 and index.label(1) == str(tmp_path / "b/1.png") and "!" in index.label(2)
+    assert bytes(index.read(4)) == (tmp_path / "a/2.png").read_bytes()
+    assert open_index([tmp_path / "a"]).fingerprint == open_index(tmp_path / "a").fingerprint
+    orders = ([tmp_path / "a", tmp_path / "b"], [tmp_path / "b", tmp_path / "a"])
+    assert len({open_index(paths).fingerprint for paths in orders}) == 2
+    assert check_images(orders[0]) == (5, {})
+    with pytest.raises(ValueError, match="data.path="):
+        open_index([])
+
+
+def test_a_folder_that_is_named_twice_is_said(tmp_path, caplog):
+    for folder in ("a", "a/b", "ab"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.jpg").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "ab")
+    assert len(open_index([tmp_path / "a", tmp_path / "ab"])) == 3 and not caplog.text
+    for paths in (("a", "a"), ("a", "a/b"), ("a/b", "a"), ("link", "ab")):
+        caplog.clear()
+        open_index([tmp_path / one for one in paths])
+        assert caplog.text.count("its images are in the set twice") == 1
 
 
 def test_messages_for_folders(tmp_path):

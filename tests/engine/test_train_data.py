@@ -62,6 +62,7 @@ def test_a_run_that_waits_for_data_is_saved_when_it_is_to_stop(settings, tmp_pat
 
     options = dict(data__num_workers=1, data__verify="none", output__pictures=0, train__micro_batch_size=4)
     with monkeypatch.context() as patch:
+        patch.setattr("fastmim.data.build.survey", lambda *_args, **_options: [])  # it reads before training
         patch.setattr(FileIndex, "read", hanging)
         result = train(settings(tmp_path / "run", train__steps=6, train__grad_accum_steps=1, **options))
     assert result.interrupted and result.steps <= 2
