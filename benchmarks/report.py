@@ -5,7 +5,6 @@ python benchmarks/run.py report [--csv CSV …] [--out report.html]
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import harness, plots  # noqa: E402
+from benchmarks import command, harness, plots  # noqa: E402
 from benchmarks.plots import Row, faster, latest  # noqa: E402
 
 COLUMNS = {
@@ -150,14 +149,16 @@ def page(rows: list[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="run.py report", description=__doc__)
-    parser.add_argument("--csv", type=Path, nargs="+", default=[harness.RESULTS / "measurements.csv"])
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "report.html")
+    parser = command.Parser("run.py report", __doc__)
+    parser.add_argument("--csv", type=Path, nargs="+", help="measurements (default: measurements.csv beside the page)")
+    parser.add_results("report.html", "the page")
     args = parser.parse_args(argv)
-    missing = [str(path) for path in args.csv if not path.is_file()]
+    files = args.csv or [args.out.with_name("measurements.csv")]
+    missing = [str(path) for path in files if not path.is_file()]
     if missing:
-        raise SystemExit(f"--csv {missing[0]}: no such file; run `python benchmarks/run.py step` first")
-    rows = [row for path in args.csv for row in harness.read_rows(path)]
+        raise ValueError(f"--csv {missing[0]}: no such file; run `python benchmarks/run.py step` first, or give "
+                         "--record for the committed measurements")  # fmt: skip
+    rows = [row for path in files for row in harness.read_rows(path)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(rows), encoding="utf-8")
     print(f"report: {args.out}")
@@ -165,4 +166,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("run.py report", main)

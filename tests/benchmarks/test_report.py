@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import harness, plots, readme_table, report, run  # noqa: E402
+from benchmarks import command, harness, plots, readme_table, report, run  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 README = harness.ROOT / "README.md"
@@ -144,4 +144,9 @@ def test_entry(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     names = [name for name, _ in called]
     assert names == list(run.MODULES)
     options = dict(called)
-    assert options["step"][-2:] == ["--reference", "clones"] and options["report"] == []
+    scratch = command.SCRATCH / "measurements.csv"
+    assert options["step"][-4:] == ["--reference", "clones", "--out", str(scratch)]
+    assert options["report"] == ["--csv", str(scratch), "--out", str(scratch.with_name("report.html"))]
+    called.clear()
+    run.main(["all", "--quick", "--record"])
+    assert all("--record" in own and "--out" not in own for _, own in called)
