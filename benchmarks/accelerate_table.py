@@ -13,7 +13,6 @@ also show both sides' largest error against timm's own in float64.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import csv
 import sys
@@ -31,10 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 import fastmim_kernels as fk  # noqa: E402
-from benchmarks import harness, op_count  # noqa: E402
+from benchmarks import command, harness, op_count  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "accelerate.csv"
-COUNTS = ROOT / "benchmarks" / "results" / "accelerate_count.csv"
 COUNTED = ("swin_base_patch4_window7_224", "swinv2_base_window8_256")
 COLUMNS = ("name", "img_size", "params_million", "replaced", "left", "output_difference", "gradient_difference",
            "gradient_of", "output_error_timm", "output_error", "gradient_error_timm", "gradient_error",
@@ -169,6 +166,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
     """Into the table, in place of older rows of the same names."""
     old = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.exists() else []
     new = {row["name"] for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
@@ -176,24 +174,26 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--names", nargs="+", default=[], help="default: all, unless --count or --time is given")
-    parser.add_argument("--float64", type=float, default=30, metavar="MILLIONS")
-    parser.add_argument("--count", action="store_true")
-    parser.add_argument("--time", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--batch", type=int, help="of --count (128) and --time (8)")
-    parser.add_argument("--rounds", type=int, default=10, help="of --time")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = command.Parser("accelerate_table.py", __doc__)
+    parser.add_argument("--names", nargs="+", default=[], metavar="NAME",
+                        help="models of timm (default: all, unless --count or --time is given)")  # fmt: skip
+    parser.add_argument("--float64", type=float, default=30, metavar="MILLIONS",
+                        help="parameters up to which both sides are also compared with timm's in float64")  # fmt: skip
+    parser.add_argument("--count", action="store_true", help="launches and bytes instead, as on a GPU")
+    parser.add_argument("--time", nargs="+", default=[], metavar="NAME", help="time these on the CPU instead")
+    parser.add_argument("--batch", type=command.positive, help="images (default: 128 of --count, 8 of --time)")
+    parser.add_argument("--rounds", type=command.positive, default=10, help="of --time")
+    parser.add_results("accelerate.csv", "CSV whose rows of the same names are replaced; NAME_count.csv of --count")
     args = parser.parse_args(argv)
     for name in args.names or ([] if args.count or args.time else names()):
         row = compare(name, args.float64)
         print("  ".join(f"{key}={row[key]}" for key in COLUMNS[:12] if row.get(key)), flush=True)
         write([row], args.out)
     if args.count:
-        op_count.write(count(args.batch or 128), COUNTS)
+        op_count.write(count(args.batch or 128), args.out.with_name(f"{args.out.stem}_count.csv"))
     time_pairs(args.time, args.batch or 8, args.rounds)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("accelerate_table.py", main)

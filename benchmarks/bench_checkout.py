@@ -18,6 +18,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.append(str(ROOT))  # behind PYTHONPATH, which names the checkout that serves
+
+from benchmarks import command  # noqa: E402
 
 
 def serve(model: str, batch: int, threads: int) -> None:
@@ -47,11 +51,11 @@ def compare(other: Path, model: str, args: argparse.Namespace) -> None:
     """Print seconds, ratios and losses of one model."""
     workers = []
     for root in (ROOT, other):
-        command = [sys.executable, __file__, str(other), "--serve", "--model", model]
-        command += ["--batch", str(args.batch), "--threads", str(args.threads)]
+        words = [sys.executable, __file__, str(other), "--serve", "--model", model]
+        words += ["--batch", str(args.batch), "--threads", str(args.threads)]
         environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        workers.append(subprocess.Popen(command, cwd=root, env=environment, **pipes))  # type: ignore[call-overload]
+        workers.append(subprocess.Popen(words, cwd=root, env=environment, **pipes))  # type: ignore[call-overload]
     for worker in workers:
         assert worker.stdout.readline().strip() == "ready", "a checkout could not build its step"
     rounds: list[list[tuple[float, float]]] = []
@@ -76,22 +80,24 @@ def compare(other: Path, model: str, args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("other", type=Path)
-    parser.add_argument("--model", nargs="+", default=["swin_base", "swinv2_base"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = command.Parser("bench_checkout.py", __doc__)
+    parser.add_argument("other", type=Path, help="folder of the other checkout")
+    parser.add_argument("--model", nargs="+", default=["swin_base", "swinv2_base"], help="sizes")
+    parser.add_argument("--rounds", type=command.positive, default=7, help="timed steps of each")
+    parser.add_argument("--warm-up", type=command.natural, default=3, help="steps of each before them")
+    parser.add_argument("--batch", type=command.positive, default=4, help="images a step")
+    parser.add_argument("--threads", type=command.positive, default=2, help="CPU threads of torch")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(args.model[0], args.batch, args.threads)
         return 0
+    if not (args.other / "fastmim" / "__init__.py").is_file():
+        raise ValueError(f"other={args.other}: no checkout of fastmim; give the folder that holds fastmim/")
     for model in args.model:
         compare(args.other.resolve(), model, args)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("bench_checkout.py", main)

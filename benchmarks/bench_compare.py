@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import harness, measure, options  # noqa: E402
+from benchmarks import command, harness, measure, options, providers  # noqa: E402
 from benchmarks.options import describe  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from benchmarks.seat import Caller, take_seats  # noqa: E402
@@ -106,13 +106,15 @@ def show(row: dict[str, Any]) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run.py step", description=__doc__)
+    parser = command.Parser("run.py step", __doc__)
     options.add_shared(parser)
-    parser.add_argument("--baseline", default="fastmim", help="provider that ratios are against")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each provider")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps of each before them, beside the loss check's")
+    parser.add_argument("--baseline", type=command.checked(providers.check_name), default="fastmim",
+                        help="provider that ratios are against")  # fmt: skip
+    parser.add_argument("--rounds", type=command.positive, default=7, help="timed steps of each provider")
+    parser.add_argument("--warm-up", type=command.natural, default=5,
+                        help="steps of each before them, beside the loss check's")  # fmt: skip
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU seconds, of a busy machine")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="processes, data-parallel")
+    parser.add_argument("--ranks", type=command.positive, nargs="+", default=[1], help="processes, data-parallel")
     args = parser.parse_args(argv)
     if args.baseline not in args.providers:
         args.providers.append(args.baseline)
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1 and args.ranks != [1]:
-        return max(launch(ranks, argv) for ranks in args.ranks)
+        return max(launch(ranks, args.threads, argv) for ranks in args.ranks)
     if args.threads:
         torch.set_num_threads(args.threads)  # what the rows say
     wrong = 0
@@ -138,15 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(wrong > 0)
 
 
-def launch(ranks: int, argv: Sequence[str] | None) -> int:
-    """This command again as ``ranks`` data-parallel processes."""
-    own = list(sys.argv[1:] if argv is None else argv)
-    start = own.index("--ranks")
-    end = next((i for i in range(start + 1, len(own)) if not own[i].isdigit()), len(own))
-    own[start:end] = []
-    if ranks > 1 and "--threads" in own:
-        at = own.index("--threads") + 1
-        own[at] = str(max(1, int(own[at]) // ranks))  # the machine's, shared by the ranks
+def launch(ranks: int, threads: int | None, argv: Sequence[str] | None) -> int:
+    """This command again as ``ranks`` data-parallel processes, which share the ``threads`` of the machine."""
+    own = [*(sys.argv[1:] if argv is None else argv), "--ranks", "1"]  # of two, the last counts
+    own += ["--threads", str(max(1, threads // ranks))] if threads else []
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -154,4 +151,4 @@ def launch(ranks: int, argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("run.py step", main)

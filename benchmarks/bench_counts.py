@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import harness, op_count, options, providers  # noqa: E402
+from benchmarks import command, harness, op_count, options, providers  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 
@@ -103,7 +103,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="run.py counts", description=__doc__)
+    parser = command.Parser("run.py counts", __doc__)
     options.add_shared(parser)
     parser.set_defaults(providers=list(COUNTED), batch=[128], dtypes=["bf16"], cases=list(options.CASES[1:]))
     args = parser.parse_args(argv)
@@ -120,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("run.py counts", main)

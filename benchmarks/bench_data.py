@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy as np
 import torch
 from PIL import Image
@@ -30,10 +30,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from fastmim.data import build_loader, pack_images
-from fastmim.data.demo import _find_photos
-from fastmim.data.loader import PREFETCH
-from fastmim.objectives.masks import random_mask
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks import command, harness  # noqa: E402
+from fastmim.data import build_loader, pack_images  # noqa: E402
+from fastmim.data.demo import _find_photos  # noqa: E402
+from fastmim.data.loader import PREFETCH  # noqa: E402
+from fastmim.objectives.masks import random_mask  # noqa: E402
 
 SIZE, TILE, UNIT, PATCH, MASK_RATIO, BATCH = 192, (500, 375), 32, 4, 0.6, 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -225,16 +229,16 @@ def soak(name: str, folder: Path, args: argparse.Namespace) -> None:
         print(f"end against minute 2: rss {own / at_2[0]:.4f}, with workers {total / at_2[1]:.4f}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.Parser("run.py data", __doc__)
+    parser.add_argument("--images", type=command.positive, default=1024, help="tiles that are cut")
+    parser.add_argument("--workers", type=command.positive, default=2, help="loader processes")
+    parser.add_argument("--rounds", type=command.positive, default=5, help="timed rounds of each")
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS, help="loaders")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="log memory of the first of --providers instead")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="make the tiles here, or use those that are there")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "measurements.csv")
-    args = parser.parse_args()
+    parser.add_results("measurements.csv")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.keep or Path(scratch)) / "tiles"
@@ -244,13 +248,14 @@ def main() -> None:
         kb = sum(path.stat().st_size for path in folder.iterdir()) / len(list(folder.iterdir())) / 1e3
         if args.soak:
             soak(args.providers[0], folder, args)
-            return
+            return 0
         rows = measure(folder, args, kb)
     harness.append_rows(args.out, rows)
     for row in rows:
         span = f"[{row['ratio_p20']}, {row['ratio_p80']}]"
         print(f"{row['provider']:20} {row['images_per_sec']:>5} img/s  {row['ratio']}x {span}  {row['note']}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command.exit_with("run.py data", main)

@@ -25,6 +25,11 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.append(str(ROOT))  # behind PYTHONPATH, which names the checkout that is measured
+
+from benchmarks import command  # noqa: E402
+
 HEADS_OF_ONE = 32
 """Channels per head of the shipped sizes: the kernels' path depends on it."""
 
@@ -105,26 +110,28 @@ def measure(model: str, repeats: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model", default="swinv2_base")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--checkout", type=Path, help="another checkout, measured in turns with this one")
+    parser = command.Parser("bench_host.py", __doc__)
+    parser.add_argument("--model", default="swinv2_base", help="size")
+    parser.add_argument("--repeats", type=command.positive, default=20, help="passes of a round")
+    parser.add_argument("--rounds", type=command.positive, default=3, help="rounds, each in a process of its own")
+    parser.add_argument("--checkout", type=Path, metavar="DIR",
+                        help="another checkout, measured in turns with this one (default: none)")  # fmt: skip
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.alone:
         print(json.dumps(measure(args.model, args.repeats)))
         return 0
+    if args.checkout and not (args.checkout / "fastmim" / "__init__.py").is_file():
+        raise ValueError(f"--checkout {args.checkout}: no checkout of fastmim; give the folder that holds fastmim/")
     checkouts = [ROOT] + ([args.checkout.resolve()] if args.checkout else [])
     rows: dict[Path, list[dict[str, float]]] = {root: [] for root in checkouts}
     for _ in range(args.rounds):
         for root in checkouts:
-            command = [sys.executable, __file__, "--alone", "--model", args.model, "--repeats", str(args.repeats)]
+            words = [sys.executable, __file__, "--alone", "--model", args.model, "--repeats", str(args.repeats)]
             environment = {"PYTHONPATH": f"{root}:{root / 'kernels'}", "PATH": "", "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+            done = subprocess.run(words, env=environment, cwd=root, capture_output=True, text=True, check=False)
             if done.returncode:
-                print(done.stderr, file=sys.stderr)
-                return 1
+                raise RuntimeError(f"{root.name}: exit status {done.returncode}: {done.stderr[-400:]}")
             rows[root].append(json.loads(done.stdout.splitlines()[-1]))
     for root, found in rows.items():
         means = {key: statistics.median(row[key] for row in found) for key in found[0]}
@@ -134,4 +141,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("bench_host.py", main)

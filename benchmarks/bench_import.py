@@ -5,7 +5,6 @@ python benchmarks/bench_import.py [--rounds 7] [--out CSV]
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import harness  # noqa: E402
+from benchmarks import command, harness  # noqa: E402
 
 STATEMENTS = {
     "interpreter alone": "pass",
@@ -32,10 +31,10 @@ def in_fresh_interpreter(statement: str) -> Callable[[], None]:
     return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) and None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "measurements.csv")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.Parser("run.py import", __doc__)
+    parser.add_argument("--rounds", type=command.positive, default=7, help="timed starts of each")
+    parser.add_results("measurements.csv")
     args = parser.parse_args(argv)
     steps = {name: in_fresh_interpreter(statement) for name, statement in STATEMENTS.items()}
     timings = harness.interleave(steps, rounds=args.rounds)
@@ -51,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "ratio_p80": f"{ratio[2]:.3f}",
         })  # fmt: skip
     harness.append_rows(args.out, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command.exit_with("run.py import", main)

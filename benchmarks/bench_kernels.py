@@ -1,8 +1,12 @@
 """Every op by itself: provider × forward/backward × encoder size, with errors checked before anything is timed.
 
-    python benchmarks/bench_kernels.py [--sizes swinv2_base …] [--ops window_attention …] [--dtype bf16]
-                                       [--providers triton torch reference compiled] [--batch N] [--rounds N]
-                                       [--out CSV]
+    python benchmarks/run.py kernels --model swinv2_base --ops window_attention mlp --dtype bf16
+    python benchmarks/run.py kernels --model vit_base
+    python benchmarks/run.py kernels --shape grid=56,channels=96,heads=3,window=7 --batch 2
+
+A size stands for the shapes of its first stage, a ViT for those of its blocks; ``--shape`` gives one's own: ``grid``
+tokens a side (the image has 4 pixels a token), ``channels``, ``heads``, ``window`` tokens a side, and ``family``, swin
+or swinv2. Ops that a ViT does not use are left out.
 
 ``reference`` is the plain oracle, ``compiled`` is ``torch.compile`` of it, ``triton`` needs a GPU. There each time is
 ``triton.testing.do_bench_cudagraph``'s median, without what the host costs, and GB/s are the op's closed-form bytes
@@ -16,7 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import fastmim_kernels as fk  # noqa: E402
-from benchmarks import harness  # noqa: E402
-from benchmarks.kernel_works import WORKS, Work, normal, position_bias  # noqa: E402
+from benchmarks import command, harness  # noqa: E402
+from benchmarks.kernel_works import WORKS, Work, normal, ops_of, own_shape, position_bias  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
 
 # A backward pass is timed again and again on one graph: the compiler must not reuse what it keeps.
@@ -40,6 +44,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTOR, FLOOR = 2.0, 5e-7  # of the reference's own error, and what is always forgiven beside one rounding
 CHECK_BATCH = 2
 COPY_BYTES = 2**30
+USUAL = ("swin_base", "swinv2_small", "swinv2_base", "swinv2_large", "swinv2_huge", "swinv2_giant")
 
 
 def provider(op: str, name: str) -> Callable[..., Any]:
@@ -206,15 +211,15 @@ def matmul_rate(device: torch.device, rounds: int, dtype: torch.dtype) -> float:
     return 2 * edge**3 / seconds / 1e12
 
 
-def measure(op: str, size: str, names: list[str], args: argparse.Namespace, device: torch.device, copy: float
+def measure(op: str, size: str, shape: dict[str, Any], args: argparse.Namespace, device: torch.device, copy: float
             ) -> list[dict[str, Any]]:
     """CSV rows of one op at one size; of a provider with a red gate there is one row without times."""
-    dtype = DTYPES[args.dtype]
-    gates = errors(op, WORKS[op](SIZES[size], CHECK_BATCH, dtype.itemsize), names, dtype, device)
+    dtype, names = DTYPES[args.dtype], args.providers
+    gates = errors(op, WORKS[op](shape, CHECK_BATCH, dtype.itemsize), names, dtype, device)
     shared = {"benchmark": "kernels", "case": f"{op} {size}", "dtype": args.dtype, "batch": args.batch,
               "device": _device_name(device), "baseline": "reference", "rounds": args.rounds,
               **harness.environment()}  # fmt: skip
-    work = WORKS[op](SIZES[size], args.batch, dtype.itemsize)
+    work = WORKS[op](shape, args.batch, dtype.itemsize)
     low = dict.fromkeys(work.low, dtype)
     green = [n for n in names if gates[n][0] <= gates[n][1]]
     rows = [shared | _gate(n, gates[n]) for n in names if n not in green]
@@ -246,24 +251,45 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def main() -> int:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=[k for k in SIZES if k.startswith("swin")], default=[
-        "swin_base", "swinv2_small", "swinv2_base", "swinv2_large", "swinv2_huge", "swinv2_giant"])  # fmt: skip
-    parser.add_argument("--ops", nargs="+", choices=list(WORKS), default=list(WORKS))
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser = command.Parser("run.py kernels", __doc__)
+    parser.add_argument("--sizes", "--model", nargs="+", choices=list(SIZES), metavar="SIZE",
+                        help=f"encoders (default: {' '.join(USUAL)}; none with --shape)")  # fmt: skip
+    parser.add_argument("--shape", nargs="+", type=command.checked(own_shape), default=[], metavar="KEY=N,…",
+                        help="own shapes: grid=, channels=, heads=, window= and family=")  # fmt: skip
+    parser.add_argument("--ops", nargs="+", choices=list(WORKS), default=list(WORKS), help="of these, what fits")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="precision")
+    providers = ["triton"] * on_gpu + ["torch", "reference", "compiled"]
     parser.add_argument("--providers", nargs="+", choices=("triton", "torch", "reference", "compiled"),
-                        default=["triton"] * on_gpu + ["torch", "reference", "compiled"])  # fmt: skip
-    parser.add_argument("--batch", type=int, default=128 if on_gpu else 4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "measurements.csv")
-    args = parser.parse_args()
-    device = torch.device("cuda" if on_gpu else "cpu")
+                        default=providers, help="implementations; triton needs a GPU")  # fmt: skip
+    parser.add_argument("--batch", type=command.positive, default=128 if on_gpu else 4, help="images")
+    parser.add_argument("--rounds", type=command.positive, default=7, help="timed rounds on a CPU")
+    parser.add_results("measurements.csv")
+    args = parser.parse_args(argv)
+    if "triton" in args.providers and not on_gpu:
+        parser.error("--providers triton: torch sees no CUDA GPU here; use torch, reference or compiled")
+    return args
+
+
+def shapes(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """(name in the rows, shapes, ops that fit) of every size and shape that is asked for."""
+    chosen = args.sizes or ([] if args.shape else USUAL)
+    found = {name: SIZES[name] for name in chosen} | {text: own_shape(text) for text in args.shape}
+    for name, shape in found.items():
+        ops, reasons = ops_of(shape, args.ops)
+        for reason in reasons:
+            print(f"{name}: {reason}", flush=True)
+        yield name, shape, ops
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     copy, red = copy_bandwidth(device, args.rounds), 0
-    for size in args.sizes:
-        for op in args.ops:
-            rows = measure(op, size, args.providers, args, device, copy)
+    for size, shape, ops in shapes(args):
+        for op in ops:
+            rows = measure(op, size, shape, args, device, copy)
             harness.append_rows(args.out, rows)
             for r in rows:
                 red += "seconds" not in r
@@ -273,4 +299,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("run.py kernels", main)

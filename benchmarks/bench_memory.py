@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import bench_compare, harness, options  # noqa: E402
+from benchmarks import bench_compare, command, harness, options  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from benchmarks.seat import call_apart  # noqa: E402
 
@@ -48,7 +48,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> tuple[list[dict[str, A
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="run.py memory", description=__doc__)
+    parser = command.Parser("run.py memory", __doc__)
     options.add_shared(parser)
     parser.set_defaults(providers=list(PROVIDERS))
     args = parser.parse_args(argv)
@@ -70,4 +70,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("run.py memory", main)

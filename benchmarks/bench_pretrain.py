@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import fastmim  # noqa: E402
-from benchmarks import harness, measure, options  # noqa: E402
-from benchmarks.providers import CLIP, Case  # noqa: E402
+from benchmarks import command, harness, measure, options  # noqa: E402
+from benchmarks.providers import CLIP, DTYPES, Case  # noqa: E402
 from benchmarks.reference import KINDS, build_reference, case_config, find_clones, load_modules  # noqa: E402
 from fastmim.engine.metrics import read_rows  # noqa: E402
 
@@ -225,18 +225,19 @@ def measure_run(case: str, dtype: str, args: argparse.Namespace, data: str) -> l
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="run.py pretrain", description=__doc__)
-    parser.add_argument("--cases", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=1, help="whole runs of each")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--data", help="folder with JPEG files in a sub-folder; default: tiles of photographs")
-    parser.add_argument("--reference", metavar="DIR", help="clone(s) of " + ", ".join(KINDS))
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of our config")
-    parser.add_argument("--out", type=Path, default=options.RESULTS)
+    parser = command.Parser("run.py pretrain", __doc__)
+    parser.add_argument("--cases", nargs="+", default=list(RUNS), choices=list(RUNS), help="runs")
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES, help="precisions")
+    parser.add_argument("--batch", type=command.positive, default=4, help="images a step")
+    parser.add_argument("--steps", type=command.positive, default=50, help="of each run; the first 10 are warm-up")
+    parser.add_argument("--rounds", type=command.positive, default=1, help="whole runs of each")
+    parser.add_argument("--workers", type=command.positive, default=2, help="loader processes")
+    parser.add_argument("--threads", type=command.positive, help="CPU threads of torch (default: its own)")
+    parser.add_argument("--data", help="folder with JPEG files in a sub-folder (default: tiles of photographs)")
+    parser.add_argument("--reference", metavar="DIR", type=command.checked(find_clones),
+                        help="clone(s) of " + ", ".join(KINDS))  # fmt: skip
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of our config")
+    parser.add_results("measurements.csv")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
@@ -263,4 +264,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("run.py pretrain", main)

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import harness, options  # noqa: E402
+from benchmarks import command, harness, options  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from benchmarks.seat import PROFILED_STEPS as STEPS  # noqa: E402
 from benchmarks.seat import call_apart  # noqa: E402
@@ -74,10 +74,10 @@ def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="run.py profile", description=__doc__)
+    parser = command.Parser("run.py profile", __doc__)
     options.add_shared(parser)
     parser.set_defaults(providers=list(PROVIDERS))
-    parser.add_argument("--top", type=int, default=0, help="also the longest single ops")
+    parser.add_argument("--top", type=command.natural, default=0, help="so many of the longest single ops as well")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -88,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("run.py profile", main)

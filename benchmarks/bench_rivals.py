@@ -23,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import bench_kernels, harness, rivals  # noqa: E402
+from benchmarks import bench_kernels, command, harness, rivals  # noqa: E402
 from benchmarks.kernel_works import WORKS, Work  # noqa: E402
 from benchmarks.measure import GIB  # noqa: E402
 from benchmarks.rivals import Absent, Rival  # noqa: E402
@@ -111,18 +111,20 @@ def rows(args: argparse.Namespace, device: torch.device, impl: str, say: Callabl
             yield from measure(rival, size, impl, args, device)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> command.Parser:
     """The command's options."""
     on_gpu = torch.cuda.is_available()
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = command.Parser("run.py rivals", __doc__)
     found.add_argument("--sizes", nargs="+", default=["swinv2_base", "swin_base"],
-                       choices=[k for k in SIZES if k.startswith("swin")])  # fmt: skip
-    found.add_argument("--rivals", nargs="+", default=list(rivals.NAMES), choices=rivals.NAMES)
+                       choices=[k for k in SIZES if k.startswith("swin")],
+                       help="encoders whose first stage is taken")  # fmt: skip
+    found.add_argument("--rivals", nargs="+", default=list(rivals.NAMES), choices=rivals.NAMES, help="whom to ask")
     found.add_argument("--reference", type=Path, metavar="DIR", help=f"clone of {rivals.CLONE}")
-    found.add_argument("--dtype", choices=list(bench_kernels.DTYPES), default="bf16" if on_gpu else "fp32")
-    found.add_argument("--batch", type=int, default=128 if on_gpu else 1)
-    found.add_argument("--rounds", type=int, default=7)
-    found.add_argument("--out", type=Path, default=harness.RESULTS / "measurements.csv")
+    found.add_argument("--dtype", choices=list(bench_kernels.DTYPES), default="bf16" if on_gpu else "fp32",
+                       help="precision")  # fmt: skip
+    found.add_argument("--batch", type=command.positive, default=128 if on_gpu else 1, help="images")
+    found.add_argument("--rounds", type=command.positive, default=7, help="timed rounds on a CPU")
+    found.add_results("measurements.csv")
     return found
 
 
@@ -140,4 +142,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("run.py rivals", main)

@@ -7,32 +7,37 @@ CPU seconds of this process, interleaved; nothing is reported where the targets 
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import harness
 import torch
-from baseline import average_pool_target
 
-from fastmim_kernels import local_norm_target
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks import command, harness  # noqa: E402
+from benchmarks.baseline import average_pool_target  # noqa: E402
+from fastmim_kernels import local_norm_target  # noqa: E402
 
 TOLERANCE = 1e-5
 REPEATS = 20  # of ours within a measurement: one call is a few milliseconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("size", 192), ("window", 47), ("batch", 4), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "measurements.csv")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.Parser("run.py target", __doc__)
+    for name, default, text in (("size", 192, "edge of an image, pixels"), ("window", 47, "edge of a window, pixels"),
+                                ("batch", 4, "images"), ("rounds", 5, "timed rounds")):  # fmt: skip
+        parser.add_argument(f"--{name}", type=command.positive, default=default, help=text)
+    parser.add_results("measurements.csv")
+    args = parser.parse_args(argv)
     images = torch.randn(args.batch, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
     truth = average_pool_target(images.double(), args.window)
     # Both beside float64: the pools themselves are rounded in float32.
     worst = (local_norm_target(images, args.window, impl="torch") - truth).abs().max().item()
     if worst > TOLERANCE:
-        raise SystemExit(f"the targets differ by {worst:.1e}, more than {TOLERANCE:g}; no ratio is reported")
+        raise RuntimeError(f"the targets differ by {worst:.1e}, more than {TOLERANCE:g}; no ratio is reported")
     steps = {
         "average-pools": lambda: average_pool_target(images, args.window),
         "fastmim-torch": lambda: [local_norm_target(images, args.window, impl="torch") for _ in range(REPEATS)],
@@ -51,7 +56,8 @@ def main() -> None:
         print(f"{provider:14} {row['seconds']} s  {row['ratio']}x [{row['ratio_p20']}, {row['ratio_p80']}]")
     print(f"largest difference from float64 {worst:.1e}")
     harness.append_rows(args.out, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command.exit_with("run.py target", main)

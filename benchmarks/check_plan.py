@@ -9,7 +9,6 @@ too, and 0.25 GB for libraries, which is left out here. No GPU, no arithmetic: S
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
+from benchmarks import command  # noqa: E402
 from benchmarks.op_count import versions, write  # noqa: E402
 from fastmim.config import Config  # noqa: E402
 from fastmim.data import Batch  # noqa: E402
@@ -35,7 +35,6 @@ from fastmim.plan.memory import LIBRARIES, memory  # noqa: E402
 from fastmim.plan.trace import Footprint, trace  # noqa: E402
 from fastmim_kernels.common.dispatch import as_on_a_gpu  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "check_plan.csv"
 ACCUM, STEPS = 2, 2
 TOLERANCE = 0.10
 
@@ -80,11 +79,11 @@ def planned_peak(cfg: Config) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--models", nargs="+", default=["swinv2_base", "swinv2_giant"])
-    parser.add_argument("--policies", nargs="+", default=["full"], choices=POLICIES)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = command.Parser("check_plan.py", __doc__)
+    parser.add_argument("--models", nargs="+", default=["swinv2_base", "swinv2_giant"], help="sizes")
+    parser.add_argument("--policies", nargs="+", default=["full"], choices=POLICIES, help="of recomputation")
+    parser.add_argument("--batch", type=command.positive, default=64, help="micro-batch, images")
+    parser.add_results("check_plan.csv", "CSV, written anew")
     args = parser.parse_args(argv)
     rows = []
     for name in args.models:
@@ -110,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("check_plan.py", main)

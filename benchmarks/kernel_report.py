@@ -3,7 +3,7 @@
 Compiles every case of ``aot_cases()`` in ``fastmim_kernels`` ahead of time for the given architectures (those
 among them on which the case is launched; what the JIT would share is compiled once); prints registers, spills,
 shared memory, the share of global bytes in 128-bit accesses, the tensor-core instructions and what a warp issues
-outside of loops and in each; writes them as JSON and CSV to ``benchmarks/results/``. A report of everything also
+outside of loops and in each; writes them as JSON and CSV. A report of everything with ``--record`` also
 renews ``fastmim_kernels/check/issue_slots.json``, the instructions that ``op_count.py`` and ``fastmim plan`` count.
 
     python benchmarks/kernel_report.py [--arch 80 90 100] [--module NAME …] [--match REGEX] [--quick]
@@ -12,7 +12,6 @@ renews ``fastmim_kernels/check/issue_slots.json``, the instructions that ``op_co
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -24,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+# Worker processes import this file too and need the same paths.
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
+
+from benchmarks import command  # noqa: E402
+
 COLUMNS = (
     "module",
     "case",
@@ -195,30 +198,28 @@ def write(rows: list[dict[str, Any]], stem: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--module", nargs="+", help="kernel modules, such as mlp.on_triton; default all")
+    parser = command.Parser("kernel_report.py", __doc__)
+    parser.add_argument("--arch", type=command.positive, nargs="+", default=[80, 90, 100], help="architectures, sm_…")
+    parser.add_argument("--module", nargs="+", help="kernel modules, such as mlp.on_triton (default: all)")
     parser.add_argument("--match", default="", help="regular expression on module/case")
     parser.add_argument("--quick", action="store_true", help="only the subset that every test run compiles")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=command.positive, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--known", type=Path, help="earlier report (.json): only what changed since is compiled")
-    parser.add_argument("--out", type=Path, default=RESULTS / "kernel_report", help="stem of the .json and .csv")
+    parser.add_results("kernel_report", "stem of the .json and .csv")
     args = parser.parse_args(argv)
     known = read_known(args.known) if args.known else {}
     rows = report(args.arch, args.match, args.quick, args.jobs, args.module, known)
     show(rows)
     write(rows, args.out)
-    if not (args.module or args.match or args.quick) and args.out == RESULTS / "kernel_report":
+    if not (args.module or args.match or args.quick) and args.out == command.RESULTS / "kernel_report":
         from fastmim_kernels.check import issue_slots
 
         issue_slots.TABLE.write_text(issue_table(rows), encoding="utf-8")
     return 1 if any(faults(row) for row in rows) else 0
 
 
-# Worker processes import this file too and need the same paths.
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
     print("TRITON_INTERPRET ignored: the kernels are compiled", file=sys.stderr)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("kernel_report.py", main)

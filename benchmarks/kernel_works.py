@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,67 @@ def stage(size: dict[str, Any], index: int) -> dict[str, Any]:
                    "depths": size["depths"][index:], "window_size": min(size["window_size"], edge)}  # fmt: skip
 
 
+SHAPE_KEYS = ("grid", "channels", "heads", "window", "family")
+VIT_OPS = ("residual_norm", "mlp", "gelu", "mask_tokens", "masked_l1", "linear_masked_l1", "local_norm_target")
+LOSSES = ("masked_l1", "linear_masked_l1")
+
+
+def own_shape(text: str) -> dict[str, Any]:
+    """``grid=56,channels=96,heads=3,window=7[,family=swin]`` as the works see a size.
+
+    Raises:
+        ValueError: a key is missing, unknown or no whole number, or the numbers do not fit each other.
+    """
+    given = dict(part.partition("=")[::2] for part in text.split(","))
+    family = given.setdefault("family", "swin")
+    wrong = sorted(set(given) ^ set(SHAPE_KEYS))
+    if wrong:
+        raise ValueError(f"{text!r}: {wrong[0]} is {'unknown' if wrong[0] in given else 'missing'}; give "
+                         "grid=56,channels=96,heads=3,window=7, and family=swinv2 if it is one")  # fmt: skip
+    if family not in ("swin", "swinv2"):
+        raise ValueError(f"family={family}: use swin or swinv2; for a ViT --model vit_base")
+    for key in SHAPE_KEYS[:-1]:
+        if not given[key].isdecimal() or int(given[key]) < 1:
+            raise ValueError(f"{key}={given[key]}: use a whole number of at least 1")
+    grid, channels, heads, window = (int(given[key]) for key in SHAPE_KEYS[:-1])
+    if channels % heads:
+        raise ValueError(f"channels={channels}: {heads} heads do not divide it")
+    if window > grid or grid % 2:
+        raise ValueError(f"grid={grid}: use an even number of at least window={window}")
+    return {"name": family, "embed_dim": channels, "num_heads": (heads,), "depths": (2,), "window_size": window,
+            "grid": grid, "img_size": 4 * grid, "own": True}  # fmt: skip
+
+
+def ops_of(size: dict[str, Any], ops: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of ``ops`` that a size has shapes for, and why the others are left out."""
+    found, reasons = [], []
+    for op in ops:
+        if size["name"] == "vit" and op not in VIT_OPS:
+            reasons.append(f"{op} is left out: a ViT has none")
+        elif op in LOSSES and size.get("own") and size["grid"] % 8:
+            reasons.append(f"{op} is left out: three halvings of grid={size['grid']} give no whole map; use one of 8")
+        else:
+            found.append(op)
+    return found, reasons
+
+
 def _grid(size: dict[str, Any]) -> int:
-    return size.get("grid", GRID)
+    return size["img_size"] // size["patch_size"] if size["name"] == "vit" else size.get("grid", GRID)
+
+
+def _tokens(size: dict[str, Any], batch: int) -> tuple[int, ...]:
+    """Shape of a block's tokens but for the channels; a ViT has a class token more."""
+    grid = _grid(size)
+    return (batch, grid * grid + 1) if size["name"] == "vit" else (batch, grid, grid)
+
+
+def _picture(size: dict[str, Any]) -> tuple[int, int, int, int, int]:
+    """Edge of the image in pixels, of the mask in patches, of the last map in tokens; its stride and channels."""
+    if size["name"] == "vit":
+        return size["img_size"], _grid(size), _grid(size), size["patch_size"], size["embed_dim"]
+    if size.get("own"):
+        return size["img_size"], size["grid"], size["grid"] // 8, 32, 8 * size["embed_dim"]
+    return 192, GRID, 6, 32, 8 * size["embed_dim"]
 
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -74,10 +134,10 @@ def _window_attention(size: dict[str, Any], batch: int, itemsize: int) -> Work:
 
 def _residual_norm(size: dict[str, Any], batch: int, itemsize: int) -> Work:
     c, order = size["embed_dim"], "post" if size["name"] == "swinv2" else "pre"
-    shape = (batch, _grid(size), _grid(size), c)
+    shape = (*_tokens(size, batch), c)
     arguments = {"residual": normal(*shape), "branch": normal(*shape, scale=0.5), "order": order,
                  "weight": 1 + normal(c, scale=0.1), "bias": normal(c)}  # fmt: skip
-    moved = _moved(residual_norm_traffic(batch * _grid(size) ** 2, c, order, itemsize=4, branch_itemsize=itemsize,
+    moved = _moved(residual_norm_traffic(math.prod(shape[:-1]), c, order, itemsize=4, branch_itemsize=itemsize,
                                          out_itemsize=4))  # fmt: skip
     return Work(arguments, ("branch",), ("residual", "branch", "weight", "bias"), *moved)
 
@@ -89,13 +149,13 @@ def _patch_merge(size: dict[str, Any], batch: int, itemsize: int) -> Work:
 
 
 def _gelu(size: dict[str, Any], batch: int, itemsize: int) -> Work:
-    rows, c = batch * _grid(size) ** 2, 4 * size["embed_dim"]
+    rows, c = math.prod(_tokens(size, batch)), 4 * size["embed_dim"]
     return Work({"x": normal(rows, c), "bias": normal(c)}, ("x",), ("x", "bias"),
                 *_moved(gelu_traffic(rows, c, itemsize=itemsize)))  # fmt: skip
 
 
 def _mlp(size: dict[str, Any], batch: int, itemsize: int) -> Work:
-    rows, c = batch * _grid(size) ** 2, size["embed_dim"]
+    rows, c = math.prod(_tokens(size, batch)), size["embed_dim"]
     arguments = {"x": normal(rows, c), "weight1": normal(4 * c, c, scale=c**-0.5), "bias1": normal(4 * c),
                  "weight2": normal(c, 4 * c, scale=c**-0.5), "bias2": normal(c)}  # fmt: skip
     return Work(arguments, ("x",), tuple(arguments), *_moved(mlp_traffic(rows, c, 4 * c, itemsize=itemsize)))
@@ -121,8 +181,8 @@ def position_bias(impl: str, blocks: Any, rows: Tensor, order: Tensor, start: Te
 
 
 def _mask_tokens(size: dict[str, Any], batch: int, itemsize: int) -> Work:
-    c = size["embed_dim"]
-    tokens = normal(batch, GRID, GRID, c)
+    c, patches = size["embed_dim"], _picture(size)[1]
+    tokens = normal(batch, patches, patches, c)
     mask = torch.rand(tokens.shape[:3], generator=torch.Generator().manual_seed(0)) < 0.6
     moved = _moved(mask_tokens_traffic(tuple(tokens.shape), visible=1 - mask.double().mean().item(),
                                        itemsize=itemsize, out_itemsize=itemsize))  # fmt: skip
@@ -130,31 +190,36 @@ def _mask_tokens(size: dict[str, Any], batch: int, itemsize: int) -> Work:
                 *moved)  # fmt: skip
 
 
-def _random_mask(batch: int) -> tuple[Tensor, float]:
-    """(A mask of patches, share of the 6 × 6 tokens that hold a masked one)."""
-    mask = torch.rand((batch, GRID, GRID), generator=torch.Generator().manual_seed(0)) < 0.6
-    return mask, mask.view(batch, 6, GRID // 6, 6, GRID // 6).any(4).any(2).double().mean().item()
+def _random_mask(batch: int, patches: int, last: int) -> tuple[Tensor, float]:
+    """(A mask of patches, share of the last map's tokens that hold a masked one)."""
+    mask = torch.rand((batch, patches, patches), generator=torch.Generator().manual_seed(0)) < 0.6
+    each = patches // last
+    return mask, mask.view(batch, last, each, last, each).any(4).any(2).double().mean().item()
 
 
 def _masked_l1(size: dict[str, Any], batch: int, itemsize: int) -> Work:
-    mask, hit = _random_mask(batch)
-    arguments = {"prediction": normal(batch, 6, 6, 3072), "target": normal(batch, 3, 192, 192), "mask": mask,
-                 "stride": 32}  # fmt: skip
-    moved = _moved(masked_l1_traffic((batch, 6, 6), 3, 32, mask.numel(), hit=hit, itemsize=itemsize))
+    edge, patches, last, stride, _ = _picture(size)
+    mask, hit = _random_mask(batch, patches, last)
+    arguments = {"prediction": normal(batch, last, last, 3 * stride**2), "target": normal(batch, 3, edge, edge),
+                 "mask": mask, "stride": stride}  # fmt: skip
+    moved = _moved(masked_l1_traffic((batch, last, last), 3, stride, mask.numel(), hit=hit, itemsize=itemsize))
     return Work(arguments, ("prediction",), ("prediction",), *moved)
 
 
 def _linear_masked_l1(size: dict[str, Any], batch: int, itemsize: int) -> Work:
-    c = 8 * size["embed_dim"]
-    mask, hit = _random_mask(batch)
-    arguments = {"tokens": normal(batch, 6, 6, c), "weight": normal(3072, c, scale=c**-0.5), "bias": normal(3072),
-                 "target": normal(batch, 3, 192, 192), "mask": mask, "stride": 32}  # fmt: skip
-    moved = _moved(linear_traffic((batch, 6, 6, 3), c, 32, mask.numel(), masked=hit, itemsize=itemsize))
+    edge, patches, last, stride, c = _picture(size)
+    mask, hit = _random_mask(batch, patches, last)
+    pixels = 3 * stride**2
+    arguments = {"tokens": normal(batch, last, last, c), "weight": normal(pixels, c, scale=c**-0.5),
+                 "bias": normal(pixels), "target": normal(batch, 3, edge, edge), "mask": mask,
+                 "stride": stride}  # fmt: skip
+    moved = _moved(linear_traffic((batch, last, last, 3), c, stride, mask.numel(), masked=hit, itemsize=itemsize))
     return Work(arguments, ("tokens",), ("tokens", "weight", "bias"), *moved, together=True)
 
 
 def _local_norm_target(size: dict[str, Any], batch: int, itemsize: int) -> Work:
-    images = normal(batch, 3, 192, 192)
+    edge = _picture(size)[0]
+    images = normal(batch, 3, edge, edge)
     return Work({"images": images, "kernel_size": 47}, (), (), sum(local_norm_traffic(tuple(images.shape))[:2]))
 
 

@@ -12,7 +12,6 @@ once in an optimiser step: ours is counted in its second micro-batch, and the ca
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import datetime
@@ -36,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 import fastmim_kernels as fk  # noqa: E402
+from benchmarks import command  # noqa: E402
 from benchmarks.baseline import TimmSimMIM, average_pool_target  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
@@ -45,7 +45,6 @@ from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 from fastmim_kernels.common import dispatch  # noqa: E402
 from fastmim_kernels.common.roofs import HONEST  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "op_count.csv"
 MASKED = 0.6
 MASKED_TOKENS = 22 / 36
 """Of the encoder's output, whose tokens are the mask's units."""
@@ -349,13 +348,14 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--impl", default="auto", choices=fk.IMPLS, help="auto: what a CUDA device would get")
+    parser = command.Parser("op_count.py", __doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="sizes")
+    parser.add_argument("--batch", type=command.positive, default=128, help="images a step")
+    parser.add_argument("--impl", default="auto", choices=fk.IMPLS,
+                        help="of our ops; auto: what a CUDA device would get")  # fmt: skip
     parser.add_argument("--detail", action="store_true", help="the costliest ops of ours, and what is saved")
-    parser.add_argument("--top", type=int, default=40, help="lines of --detail")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--top", type=command.positive, default=40, help="lines of --detail")
+    parser.add_results("op_count.csv", "CSV, written anew, with NAME_roofs.csv beside it")
     args = parser.parse_args(argv)
     rows, roofs, missed = [], [], 0
     for name in args.models:
@@ -380,4 +380,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("op_count.py", main)

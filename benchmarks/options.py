@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import harness, providers
+from benchmarks import command, harness, providers
 from benchmarks.providers import Case
 from benchmarks.reference import commit_of, find_clones
 
@@ -17,21 +16,31 @@ PROVIDERS = (
     "fastmim", "fastmim-compiled", "timm", "timm-compiled", "microsoft-simmim", "microsoft-swin", "lightly",
     "mmpretrain",
 )  # fmt: skip
-RESULTS = harness.RESULTS / "measurements.csv"
 
 
-def add_shared(parser: argparse.ArgumentParser) -> None:
+def add_shared(parser: command.Parser) -> None:
     """Options that say which step is measured."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--cases", nargs="+", default=list(CASES), help="sizes; +47 = normalised target of 47 pixels")
-    parser.add_argument("--dtypes", nargs="+", default=list(providers.DTYPES), choices=providers.DTYPES)
-    parser.add_argument("--batch", type=int, nargs="+", default=[4 if device == "cpu" else 128], help="images a rank")
-    parser.add_argument("--img-size", type=int, nargs="+", default=[None], help="pixels; default: the size's own")
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), help="each also with -compiled")
-    parser.add_argument("--reference", metavar="DIR", help="clone(s) of microsoft/SimMIM, Swin-Transformer")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch (shared by --ranks); default: its own")
-    parser.add_argument("--device", default=device, choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    case, provider, clone = map(command.checked, (_check_case, providers.check_name, find_clones))
+    parser.add_argument("--cases", nargs="+", type=case, default=list(CASES), metavar="CASE",
+                        help="sizes; +47 = normalised target of 47 pixels")  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", default=list(providers.DTYPES), choices=providers.DTYPES,
+                        help="precisions")  # fmt: skip
+    parser.add_argument("--batch", type=command.positive, nargs="+", default=[4 if device == "cpu" else 128],
+                        help="images a rank")  # fmt: skip
+    parser.add_argument("--img-size", type=command.positive, nargs="+", default=[None], metavar="PIXELS",
+                        help="edge of an image (default: the size's own)")  # fmt: skip
+    parser.add_argument("--providers", nargs="+", type=provider, default=list(PROVIDERS), metavar="PROVIDER",
+                        help="each also with -compiled")  # fmt: skip
+    parser.add_argument("--reference", metavar="DIR", type=clone, help="clone(s) of microsoft/SimMIM, Swin-Transformer")
+    parser.add_argument("--threads", type=command.positive,
+                        help="CPU threads of torch, shared by --ranks (default: its own)")  # fmt: skip
+    parser.add_argument("--device", default=device, choices=("cpu", "cuda"), help="where the step runs")
+    parser.add_results("measurements.csv")
+
+
+def _check_case(name: str) -> None:
+    Case(name).encoder()
 
 
 def cases(args: argparse.Namespace) -> list[Case]:

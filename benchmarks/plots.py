@@ -202,7 +202,9 @@ def _finish(axes: Any, unit: str, title: str) -> None:
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=7, ncols=2)
+    if axes.get_yscale() == "linear":
+        axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def png(figure: Figure) -> bytes:

@@ -5,7 +5,6 @@ python benchmarks/run.py report [--csv CSV …] [--out report.html]
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import harness, plots  # noqa: E402
+from benchmarks import command, harness, plots  # noqa: E402
 from benchmarks.plots import Row, faster, latest  # noqa: E402
 
 COLUMNS = {
@@ -48,10 +47,16 @@ TITLES = {
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
+figure { margin: 1em 0; overflow-x: auto } figcaption { font-size: 14px } nav a { margin-right: 1em }
 table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
 th, td { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 td.text, th.text { text-align: left } tr.own { background: #eef7ee }
 img { max-width: 100%; height: auto } .scroll { overflow-x: auto } p.where { color: #555; font-size: 13px }
+.headline { font-size: 1.3em } figure img { min-width: 640px; background: #fff }
+@media (prefers-color-scheme: dark) {
+  body { background: #161616; color: #ddd } a { color: #8ab4f8 } th, td { border-color: #444 }
+  tr.own { background: #1d3323 } p.where { color: #aaa }
+}
 """
 
 
@@ -130,10 +135,30 @@ def where(rows: list[Row]) -> str:
     return "".join(f'<p class="where">{html.escape(line)}</p>' for line in lines)
 
 
+def headline(steps: list[Row]) -> str:
+    """How many times as fast as each other provider a step is, over all cases, in one sentence."""
+    found: dict[str, list[float]] = {}
+    for row in at_usual_size(steps):
+        ratio = faster(row)
+        if ratio and not row["provider"].startswith("fastmim"):
+            found.setdefault(row["provider"], []).append(ratio[0])
+    if not found:
+        return ""
+    said = ", ".join(f"{min(own):.2f} to {max(own):.2f} times as fast as {name}" for name, own in found.items())
+    return f'<p class="headline">A training step of fastmim is {html.escape(said)} (medians of the cases below).</p>'
+
+
+def contents(rows: list[Row]) -> str:
+    """Links to the sections that have rows."""
+    links = (f'<a href="#{name}">{html.escape(title)}</a>' for name, title in TITLES.items() if latest(rows, name))
+    return f"<nav>{' '.join(links)}</nav>"
+
+
 def page(rows: list[Row]) -> str:
     """The whole page."""
-    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fastmim benchmarks</title>'
-             f"<style>{STYLE}</style><body><h1>fastmim benchmarks</h1>",
+    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8">'
+             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>fastmim benchmarks</title>'
+             f"<style>{STYLE}</style><body><h1>fastmim benchmarks</h1>", headline(latest(rows, "step")), contents(rows),
              "<p>Medians with 20 % and 80 % quantiles in brackets. “fastmim faster” is a provider's time over "
              "fastmim's, round by round. benchmarks/README.md says how everything is measured.</p>"]  # fmt: skip
     drawn = pictures(rows)
@@ -141,23 +166,26 @@ def page(rows: list[Row]) -> str:
         own = latest(rows, name)
         if not own:
             continue
-        parts.append(f"<h2>{html.escape(title)}</h2>")
+        parts.append(f'<h2 id="{name}">{html.escape(title)}</h2>')
         for text, figure in drawn.get(name, []):
             data = base64.b64encode(plots.png(figure)).decode()
-            parts.append(f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,{data}"></figure>')
+            parts.append(f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+                         f"<figcaption>{html.escape(text)}.</figcaption></figure>")  # fmt: skip
         parts += [table(own, COLUMNS[name]) if name in COLUMNS else "", where(own)]
     return "\n".join(parts) + "</body></html>\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="run.py report", description=__doc__)
-    parser.add_argument("--csv", type=Path, nargs="+", default=[harness.RESULTS / "measurements.csv"])
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "report.html")
+    parser = command.Parser("run.py report", __doc__)
+    parser.add_argument("--csv", type=Path, nargs="+", help="measurements (default: measurements.csv beside the page)")
+    parser.add_results("report.html", "the page")
     args = parser.parse_args(argv)
-    missing = [str(path) for path in args.csv if not path.is_file()]
+    files = args.csv or [args.out.with_name("measurements.csv")]
+    missing = [str(path) for path in files if not path.is_file()]
     if missing:
-        raise SystemExit(f"--csv {missing[0]}: no such file; run `python benchmarks/run.py step` first")
-    rows = [row for path in args.csv for row in harness.read_rows(path)]
+        raise ValueError(f"--csv {missing[0]}: no such file; run `python benchmarks/run.py step` first, or give "
+                         "--record for the committed measurements")  # fmt: skip
+    rows = [row for path in files for row in harness.read_rows(path)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(rows), encoding="utf-8")
     print(f"report: {args.out}")
@@ -165,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("run.py report", main)

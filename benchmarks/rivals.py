@@ -111,7 +111,7 @@ def _clone(reference: Path | None, cosine: bool) -> Rival:
     if reference is None:
         raise Absent(f"{CLONE}: give a clone of github.com/emiledgl/{CLONE} with --reference DIR")
     if not (reference / PACKAGE / "__init__.py").is_file():
-        raise Absent(f"{CLONE}: --reference {reference} has no {PACKAGE}; give the folder of the clone")
+        raise ValueError(f"--reference {reference} has no {PACKAGE}; give the folder of a clone of {CLONE}")
     if not cosine:
         raise Absent(f"{CLONE}: it normalises queries and keys, and has no scaled dot product of Swin")
     sys.path.insert(0, str(reference.resolve()))

@@ -25,7 +25,7 @@ def test_peak_of_a_training_step(policy: str) -> None:
 
 def test_the_committed_figures() -> None:
     """SwinV2-G at batch 64 with full recomputation was confirmed within 10 %, and fits 80 GB."""
-    with check_plan.RESULTS.open(newline="", encoding="utf-8") as file:
+    with (check_plan.command.RESULTS / "check_plan.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     giant = [r for r in rows if (r["model"], r["recompute"], r["batch"]) == ("swinv2_giant", "full", "64")]
     assert giant and all(abs(float(row["planned_over_tracked"]) - 1) < check_plan.TOLERANCE for row in rows)

@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import harness, plots, readme_table, report, run  # noqa: E402
+from benchmarks import command, harness, plots, readme_table, report, run  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 README = harness.ROOT / "README.md"
@@ -90,7 +90,7 @@ def test_committed_csv_has_the_schema() -> None:
 def test_page_is_self_contained() -> None:
     page = report.page(ROWS)
     assert page.count("<img") == page.count('src="data:image/png;base64,') == 5
-    assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "http" not in page
     assert "2.00× [1.60, 2.50]" in page and "not measured" in page
     assert "swin&lt;" in report.page([step("fastmim", 1.0, 1.0, case="swin<")])
 
@@ -144,4 +144,9 @@ def test_entry(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     names = [name for name, _ in called]
     assert names == list(run.MODULES)
     options = dict(called)
-    assert options["step"][-2:] == ["--reference", "clones"] and options["report"] == []
+    scratch = command.SCRATCH / "measurements.csv"
+    assert options["step"][-4:] == ["--reference", "clones", "--out", str(scratch)]
+    assert options["report"] == ["--csv", str(scratch), "--out", str(scratch.with_name("report.html"))]
+    called.clear()
+    run.main(["all", "--quick", "--record"])
+    assert all("--record" in own and "--out" not in own for _, own in called)

@@ -112,5 +112,5 @@ def test_the_committed_counts_are_those_of_the_report_and_of_these_sources(modul
     for case in aot.own_cases_of(module):
         if issue_slots.ARCH in case.archs:
             row = rows[case.name]
-            assert row["key"] == case.key(issue_slots.ARCH), f"{case.name}: run benchmarks/kernel_report.py"
+            assert row["key"] == case.key(issue_slots.ARCH), f"{case.name}: run benchmarks/kernel_report.py --record"
             assert issue_slots.table()[module, case.name] == issue_slots.as_code(row)

@@ -48,7 +48,7 @@ def full_report(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], s
 @pytest.mark.timeout(1800)
 def test_every_shipped_configuration(
         module: str, full_report: tuple[list[dict], subprocess.CompletedProcess[str]]) -> None:
-    """Slow when much changed: ``python benchmarks/kernel_report.py`` renews the committed report."""
+    """Slow when much changed: ``python benchmarks/kernel_report.py --record`` renews the committed report."""
     rows, done = full_report
     mine = [row for row in rows if row["module"] == module]
     assert {row["arch"] for row in mine} == {80, 90, 100}, done.stderr

@@ -1,0 +1,162 @@
+"""What the command lines of all benchmarks share: help with defaults, where results go, and errors of one line.
+
+Nothing but the standard library is imported: a missing package is then one of those lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+"""The committed results, which only ``--record`` writes."""
+SCRATCH = ROOT / "runs" / "benchmarks"
+"""Where results go without ``--out``; git ignores it."""
+INSTALL = {"skimage": "scikit-image", "sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+"""Module → its package on PyPI, where the two have different names."""
+
+
+TAKES = {
+    "run.py kernels": "an hour; minutes for one --model or --shape",
+    "run.py rivals": "10 minutes",
+    "run.py step": "30 minutes, with clones 45",
+    "run.py data": "3 minutes",
+    "run.py profile": "15 minutes",
+    "run.py memory": "20 minutes",
+    "run.py pretrain": "25 minutes; nothing without clones",
+    "run.py target": "1 minute",
+    "run.py import": "2 minutes",
+    "run.py counts": "5 minutes",
+    "run.py report": "some seconds",
+    "run.py all": "4 hours; with --quick 20 minutes",
+}
+"""How long a command takes with its defaults on two cores without a GPU; estimates from the committed rows."""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Puts its default behind the help of every option that does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        if "default" in text or not action.option_strings or action.required or default is argparse.SUPPRESS:
+            return text
+        return f"{text} (default: {_shown(default)})".replace("%", "%%")
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, Path):
+        return str(default.relative_to(ROOT)) if default.is_relative_to(ROOT) else str(default)
+    if isinstance(default, list | tuple):
+        return " ".join(map(str, default)) or "none"
+    return {"None": "none", "False": "off"}.get(str(default), str(default))
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of one benchmark; a wrong one is one line and exit status 2.
+
+    Args:
+        name: What is typed: "run.py step", or the script's file name.
+        doc: The module's docstring.
+    """
+
+    def __init__(self, name: str, doc: str | None) -> None:
+        takes = f"Takes about {TAKES[name]} (estimated for 2 cores without a GPU)." if name in TAKES else None
+        super().__init__(prog=name, description=doc, epilog=takes, formatter_class=Help)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)} (--help shows the options)\n")
+
+    def add_results(self, file: str, what: str = "CSV that rows are appended to") -> None:
+        """``--out`` and ``--record``, which both set ``args.out``; ``file`` is the name in either folder."""
+        where = self.add_mutually_exclusive_group()
+        where.add_argument("--out", type=result_path, default=SCRATCH / file, metavar="PATH", help=what)
+        where.add_argument("--record", dest="out", action="store_const", const=RESULTS / file,
+                           help=f"write the committed results/{file} instead (default: off)")  # fmt: skip
+
+
+def result_path(text: str) -> Path:
+    """A file that can be written, found out before anything is measured.
+
+    Raises:
+        ArgumentTypeError: it is a folder, or stands in something that is none.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give a file in it")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: nothing can be written in {there}")
+    return path
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    return int(text)
+
+
+def checked(check: Callable[[str], Any]) -> Callable[[str], str]:
+    """A type of option: the text itself, where ``check`` raises no ValueError, whose words are the error otherwise."""
+
+    def text_of(text: str) -> str:
+        try:
+            check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return text_of
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks, and no longer than some lines of a terminal."""
+    return " ".join(str(message).split())[:600]
+
+
+def exit_with(name: str, main: Callable[[], int]) -> NoReturn:
+    """End the process with what ``main`` returns; 2 for a wrong request, 1 for a failed run, each with one line."""
+    try:
+        sys.exit(main())
+    except ImportError as error:
+        module = (getattr(error, "name", None) or "").partition(".")[0]
+        help_ = f"; pip install {INSTALL.get(module, module)}" if isinstance(error, ModuleNotFoundError) else ""
+        _end(name, f"{error}{help_}", 2)
+    except ValueError as error:
+        _end(name, error, 2)
+    except (RuntimeError, OSError) as error:
+        _end(name, error, 1)
+    except KeyboardInterrupt:
+        _end(name, "interrupted", 130)
+
+
+def _end(name: str, message: object, status: int) -> NoReturn:
+    print(f"{name}: {one_line(message)}", file=sys.stderr)
+    sys.exit(status)
+
+
+def absent(packages: Sequence[str]) -> list[str]:
+    """Those of some top-level modules that are not installed."""
+    from importlib.util import find_spec
+
+    return [name for name in packages if find_spec(name) is None]

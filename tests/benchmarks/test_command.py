@@ -1,0 +1,81 @@
+"""What all benchmarks' command lines share: defaults in the help, results outside the checkout, errors of one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_kernels, command, harness, kernel_works
+from fastmim.models.sizes import SIZES
+
+
+def test_results_are_committed_only_when_told() -> None:
+    parser = command.Parser("run.py x", "")
+    parser.add_results("measurements.csv")
+    assert parser.parse_args([]).out == harness.ROOT / "runs" / "benchmarks" / "measurements.csv"
+    assert parser.parse_args(["--record"]).out == harness.RESULTS / "measurements.csv"
+    ignored = (harness.ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert "/runs/" in ignored
+
+
+def test_help_says_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench_kernels.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "(default: runs/benchmarks/measurements.csv)" in text
+    for option in ("--model SIZE", "--shape", "--ops", "--dtype", "--providers", "--batch", "--rounds", "--record"):
+        own = text[text.index(f"{option} ", text.index("options:")) + 3 :].partition(" --")[0]
+        assert "(default: " in own, own
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--rounds", "0"], "no whole number of at least 1"),
+    (["--model", "vit_bas"], "invalid choice"),
+    (["--shape", "grid=8"], "channels is missing"),
+    (["--shape", "grid=8,channels=30,heads=4,window=4"], "channels=30: 4 heads do not divide it"),
+    (["--out", "/"], "/ is a folder"),
+])  # fmt: skip
+def test_a_wrong_option_is_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench_kernels.parse(options)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and said in error
+
+
+def test_a_missing_clone_is_one_line() -> None:
+    script = harness.ROOT / "benchmarks" / "bench_compare.py"
+    words = [sys.executable, str(script), "--reference", "/nowhere"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no clone of microsoft/SimMIM" in done.stderr
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (ValueError("a\nb"), 2, "x: a b"),
+    (ModuleNotFoundError("No module named 'skimage'", name="skimage"), 2, "pip install scikit-image"),
+    (RuntimeError("died"), 1, "x: died"),
+])  # fmt: skip
+def test_errors_end_in_one_line(error: Exception, status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        command.exit_with("x", main)
+    text = capsys.readouterr().err
+    assert stopped.value.code == status and text.count("\n") == 1 and said in text
+
+
+def test_shapes_of_a_vit_are_those_of_its_blocks() -> None:
+    size = SIZES["vit_base"]
+    assert kernel_works.WORKS["mlp"](size, 2, 2).arguments["x"].shape == (2 * 197, 768)
+    assert kernel_works.WORKS["masked_l1"](size, 2, 2).arguments["prediction"].shape == (2, 14, 14, 768)
+    found, reasons = kernel_works.ops_of(size, kernel_works.WORKS)
+    assert "window_attention" not in found and len(found) + len(reasons) == len(kernel_works.WORKS)
+
+
+def test_own_shapes(tmp_path: Path) -> None:
+    own = kernel_works.own_shape("grid=16,channels=32,heads=2,window=4")
+    assert kernel_works.WORKS["window_attention"](own, 2, 2).arguments["qkv"].shape == (2, 16, 16, 96)
+    assert kernel_works.WORKS["masked_l1"](own, 2, 2).arguments["target"].shape == (2, 3, 64, 64)
