@@ -28,7 +28,8 @@ def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: 
         bias: (num_heads, N, N) added to the logits, N = window area.
         num_heads: Number of heads; divides C.
         window_size: (rows, columns) of a window in tokens, or one number for both.
-        shift_size: (rows, columns) of the cyclic shift, or one number for both; pairs that only the shift brought together get −100.
+        shift_size: (rows, columns) of the cyclic shift, or one number for both; pairs that only the
+            shift brought together get −100.
         logit_scale: None for softmax(q·k/√d); else num_heads values λ in any shape, for SwinV2's
             cos(q, k)·exp(min(λ, ln 100)).
         impl: See :mod:`fastmim_kernels.common.dispatch`.
@@ -73,8 +74,8 @@ def traffic(shape: Sequence[int], num_heads: int, window_size: tuple[int, int], 
 def _check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int],
            logit_scale: Tensor | None) -> None:
     if num_heads < 1 or len(window_size) != 2 or len(shift_size) != 2 or min(window_size) < 1:
-        raise ValueError(f"window_attention: num_heads={num_heads}, window_size={window_size} and shift_size={shift_size} "
-                         "must be at least 1, two numbers of at least 1 and two numbers of at least 0")
+        raise ValueError(f"window_attention: num_heads={num_heads}, window_size={window_size} and "
+                         f"shift_size={shift_size} must be 1 or more, and pairs of numbers of 1 and 0 or more")
     if bias is None:
         raise ValueError(f"window_attention: bias must be a tensor ({num_heads}, N, N), got None; pass zeros for none")
     n = window_size[0] * window_size[1]
