@@ -31,7 +31,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     grid = tokens.shape[1:3]
     cells = token_cells(mask, target.shape[2:], grid, stride)
     patches = patchify(cover(grid, target, stride), stride).flatten(0, 2)
-    # A product of bfloat16 takes some twenty times as long where the processor has none; its sums are in float32 anyway.
+    # A product of bfloat16 takes some twenty times as long where the processor has none; its sums are in float32.
     slow = dtype == torch.bfloat16 and tokens.is_cpu and not onednn_multiplies(dtype)
     dtype, low = (torch.float32, dtype) if slow else (dtype, dtype)
     head, shift = weight.to(low).to(dtype), None if bias is None else bias.to(low).to(dtype)
