@@ -211,3 +211,12 @@ def test_messages(change, message):
     (qkv, bias, scale), _, options = make("swinv2 plain")
     with pytest.raises(ValueError, match=message):
         fk.window_attention(qkv, bias, logit_scale=scale, **(options | {"impl": "torch"} | change))
+
+
+def test_a_number_stands_for_a_square_window_and_wrong_counts_are_named() -> None:
+    qkv, bias = torch.randn(1, 8, 8, 24), torch.randn(2, 16, 16)
+    square = fk.window_attention(qkv, bias, num_heads=2, window_size=(4, 4), shift_size=(2, 2))
+    assert torch.equal(fk.window_attention(qkv, bias, num_heads=2, window_size=4, shift_size=2), square)
+    for wrong in ({"num_heads": 0}, {"window_size": 0}, {"window_size": (4, 4, 4)}, {"bias": None}, {"shift_size": -1}):
+        with pytest.raises(ValueError, match=f"window_attention: .*{next(iter(wrong))}"):
+            fk.window_attention(**{"qkv": qkv, "bias": bias, "num_heads": 2, "window_size": 4} | wrong)

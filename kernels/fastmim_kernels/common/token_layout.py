@@ -59,8 +59,11 @@ def masked_difference(prediction: Tensor, patches: Tensor, cells: Tensor) -> Ten
     n, c, s, _ = patches.shape
     diff = prediction.reshape(n, c, s, s).to(patches.dtype).sub(patches)
     rows, cols = cells.shape[1:]
-    weight = cells.to(diff.dtype).reshape(n, 1, rows, 1, cols, 1)
-    return diff.view(n, c, rows, s // rows, cols, s // cols).mul_(weight).view(n, c, s, s)
+    if rows == cols == 1 and cells.is_cpu:  # there a chunk holds no token without a masked pixel
+        return diff
+    # Of whole pixels, once for all channels: a product over cells of few pixels takes several times as long.
+    weight = cells.to(diff.dtype).view(n, rows, 1, cols, 1).expand(-1, -1, s // rows, -1, s // cols)
+    return diff.mul_(weight.reshape(n, 1, s, s))
 
 
 def loss_sum(difference: Tensor, loss: str) -> Tensor:
@@ -80,8 +83,8 @@ def loss_gradient_(difference: Tensor, loss: str) -> Tensor:
     return difference.mul_(2) if loss == "l2" else difference.clamp_(-1, 1)
 
 
-def token_chunks(cells: Tensor, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row numbers, cells) of the tokens that contain masked pixels, ``size`` tokens at a time.
+def token_chunks(cells: Tensor, size: int = 256) -> Iterator[tuple[Tensor | slice, Tensor]]:
+    """(row numbers, cells) of the tokens that contain masked pixels, ``size`` tokens at a time; slices where all do.
 
     ``cells`` is :func:`token_cells`. On other devices than the CPU the number of such tokens is unknown
     without a synchronisation: there all tokens are yielded, those with masked pixels first.
@@ -90,11 +93,15 @@ def token_chunks(cells: Tensor, size: int = 256) -> Iterator[tuple[Tensor, Tenso
     hit = flat.flatten(1).any(1)
     if cells.device.type == "cpu":
         order = hit.nonzero().squeeze(1)
+        if len(order) == len(hit):
+            for start in range(0, len(hit), size):
+                yield (rows := slice(start, start + size)), flat[rows]
+            return
     else:
         size *= 16
         order = torch.argsort(hit, descending=True, stable=True)
-    for rows in order.split(size) if len(order) else ():
-        yield rows, flat[rows]
+    for chosen in order.split(size) if len(order) else ():
+        yield chosen, flat[chosen]
 
 
 def pixel_scale(target: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.rows import statistics_dtype
+from ..common.rows import marked_sum, replaced_rows, statistics_dtype, zero_rows
 
 
 def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -19,8 +19,8 @@ def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | N
         wide = statistics_dtype(tokens.dtype)
         x, mean, rstd = torch.native_layer_norm(tokens.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
         mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
-    # The gradient of a masked token is an exact zero, never 0·inf.
-    x = torch.where(mask.unsqueeze(-1), mask_token.reshape(-1).to(out_dtype), x.to(out_dtype))
+    # Never 0·inf.
+    x = replaced_rows(x.to(out_dtype), mask, mask_token.reshape(-1).to(out_dtype))
     if pos_embed is not None:
         x += pos_embed.reshape(x.shape[1:])
     return x, mean, rstd if weight is not None else rstd.clone()
@@ -31,14 +31,13 @@ def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Ten
     """Arguments and results of the op ``fastmim::mask_tokens_backward``."""
     grad = grad.contiguous() if more is None else grad.contiguous() + more.contiguous()
     wide = statistics_dtype(grad.dtype)
-    hidden = mask.unsqueeze(-1)
     d_pos = grad.sum(0, dtype=wide) if pos else grad.new_empty(0, dtype=wide)
-    d_token = torch.where(hidden, grad, 0).sum((0, 1, 2), dtype=wide)
-    d_tokens = torch.where(hidden, 0, grad)
+    d_token = marked_sum(grad, mask)
+    d_tokens = zero_rows(grad, mask)
     if weight is None or tokens is None:
         return d_tokens.to(dtype), d_token[None], d_pos
     statistics = mean.unsqueeze(-1), rstd.unsqueeze(-1)
     d_tokens, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
         d_tokens.to(wide), tokens.contiguous().to(wide), weight.shape, *statistics, weight.to(wide), weight.to(wide),
         [True, True, True])
-    return d_tokens.masked_fill_(hidden, 0).to(dtype), torch.stack((d_token, d_weight, d_bias)), d_pos
+    return d_tokens.masked_fill_(mask.unsqueeze(-1), 0).to(dtype), torch.stack((d_token, d_weight, d_bias)), d_pos

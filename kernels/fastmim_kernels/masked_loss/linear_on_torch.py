@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.cpu import onednn_multiplies
 from ..common.token_layout import (
     cover,
     loss_gradient_,
@@ -30,19 +31,22 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     grid = tokens.shape[1:3]
     cells = token_cells(mask, target.shape[2:], grid, stride)
     patches = patchify(cover(grid, target, stride), stride).flatten(0, 2)
-    head, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
+    # A product of bfloat16 takes some twenty times as long where the processor has none; its sums are in float32.
+    slow = dtype == torch.bfloat16 and tokens.is_cpu and not onednn_multiplies(dtype)
+    dtype, low = (torch.float32, dtype) if slow else (dtype, dtype)
+    head, shift = weight.to(low).to(dtype), None if bias is None else bias.to(low).to(dtype)
     x, d_x = tokens.flatten(0, 2), d_tokens.flatten(0, 2) if grads else d_tokens
     first = True
     for rows, chosen in token_chunks(cells):
-        chunk = x[rows].to(dtype)
+        chunk = x[rows].to(low).to(dtype)
         pixels = normalised(patches[rows].unflatten(1, (-1, stride, stride)), mean, std, wide)
-        difference = masked_difference(F.linear(chunk, head, shift), pixels, chosen)
+        difference = masked_difference(F.linear(chunk, head, shift).to(low), pixels, chosen)
         total += loss_sum(difference, loss)
         if grads:
             slope = loss_gradient_(difference, loss).flatten(1)
             if bias is not None:
                 d_bias += slope.sum(0)
-            slope = slope.to(dtype)
+            slope = slope.to(low).to(dtype)
             d_x[rows] = (slope @ head).to(d_x.dtype)
             if dtype == wide:
                 # beta 0 ignores what the buffer holds.

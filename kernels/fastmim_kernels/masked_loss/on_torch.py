@@ -37,12 +37,16 @@ def backward(grad: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, mea
     out = torch.zeros_like(prediction, memory_format=torch.contiguous_format)
     flat = out.flatten(0, 2)
     for rows, difference in _differences(prediction, target, mask, mean, std, stride):
-        flat[rows] = loss_gradient_(difference, loss).mul_(grad * scale).flatten(1).to(flat.dtype)
+        slope, factor = loss_gradient_(difference, loss).flatten(1), grad * scale
+        if isinstance(rows, slice):
+            torch.mul(slope, factor, out=flat[rows])  # product, cast and store in one pass
+        else:
+            flat[rows] = slope.mul_(factor).to(flat.dtype)
     return out
 
 
 def _differences(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None,
-                 stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+                 stride: int) -> Iterator[tuple[Tensor | slice, Tensor]]:
     """Yield (row numbers of the flattened tokens, masked difference) in chunks that stay in cache."""
     grid = prediction.shape[1:3]
     cells = token_cells(mask, target.shape[2:], grid, stride)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.rows import column_sum, layer_norm, layer_norm_backward
+from ..common.rows import cast, column_sum, layer_norm, layer_norm_backward, nothing
 from ..patch_merge.on_torch import gather, scatter
 
 
@@ -26,9 +26,11 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
         if merge:
             added = gather(_add(residual, branch, factor, branch.dtype if residual is None else residual.dtype),
                            out_dtype)
+        elif residual is not None and factor is None and branch.dtype == stream_dtype:
+            added = branch.add_(residual)
         else:
             added = _add(residual, branch, factor, stream_dtype)
-        return added, added.new_empty(0) if out_dtype == stream_dtype else added.to(out_dtype), mean, rstd
+        return added, nothing(added) if out_dtype == stream_dtype else added.to(out_dtype), mean, rstd
     added = _add(residual, branch, factor, stream_dtype)
     out, mean, rstd = layer_norm(added, weight, bias, eps)
     return added, out.to(out_dtype), mean, rstd
@@ -72,22 +74,25 @@ def _add(residual: Tensor | None, branch: Tensor, factor: Tensor | None, dtype: 
 def _backward_post(grad_added: Tensor | None, grad_out: Tensor | None, branch: Tensor, mean: Tensor,
                    rstd: Tensor, weight: Tensor, branch_bias: Tensor | None, drop_scale: Tensor | None,
                    dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    d_residual = branch.new_empty(0, dtype=dtype or branch.dtype)
+    d_residual = nothing(branch, dtype)
     if grad_out is None:
         assert grad_added is not None
         grad = grad_added
     else:
-        grad = grad_out.to(dtype or grad_out.dtype) if grad_added is None else grad_added + grad_out
+        grad = cast(grad_out, dtype or grad_out.dtype)
+        if grad_added is not None:
+            # Into the copy that the cast has made, where it has.
+            grad = grad + grad_added if grad is grad_out else grad.add_(grad_added)
         d_residual = d_residual if dtype is None else grad
-    grad = grad.to(branch.dtype)
-    factor = _factor(drop_scale, None, branch.ndim, branch.dtype)
+    factor = _factor(drop_scale, None, branch.ndim, mean.dtype)
     grad = grad if factor is None else grad * factor
     x = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
     d_branch, sums = layer_norm_backward(grad, x, mean, rstd, weight)
-    d_params = [*sums]
-    if branch_bias is not None:
-        d_params.append(column_sum(d_branch))
-    return d_residual, d_branch, torch.stack([d.to(mean.dtype) for d in d_params])
+    return d_residual, d_branch, sums if branch_bias is None else _stacked(sums, column_sum(d_branch))
+
+
+def _stacked(sums: Tensor, *more: Tensor) -> Tensor:
+    return torch.cat((sums, torch.stack([cast(d, sums.dtype) for d in more]))) if more else sums
 
 
 def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Tensor, branch: Tensor | None,
@@ -96,17 +101,17 @@ def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Ten
                   branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     if grad_out is None:
         assert grad_added is not None
-        d_residual, d_params = grad_added.clone(), [mean.new_zeros(weight.shape) for _ in range(2)]
+        d_residual, sums = grad_added.clone(), mean.new_zeros((2, *weight.shape))
     else:
         d_residual, sums = layer_norm_backward(grad_out, added, mean, rstd, weight)
-        d_params = [*sums]
         if grad_added is not None:
             d_residual += grad_added
     factor = _factor(drop_scale, gamma, added.ndim, dtype)
     if branch_dtype is None or (factor is None and branch_dtype == dtype):
-        d_branch = added.new_empty(0)
+        d_branch = nothing(added)
     else:
         d_branch = (d_residual if factor is None else d_residual * factor).to(branch_dtype)
+    d_params: list[Tensor] = []
     if branch_bias is not None:
         d_params.append(column_sum(d_branch if d_branch.numel() else d_residual))
     if gamma is not None:
@@ -115,4 +120,4 @@ def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Ten
         # Summed within each sample first: then the factor of the samples is a small product.
         products = (d_residual * branch).unsqueeze(1).flatten(1, -2).sum(1, dtype=mean.dtype)
         d_params.append(products.sum(0) if drop_scale is None else drop_scale @ products)
-    return d_residual, d_branch, torch.stack([d.to(mean.dtype) for d in d_params])
+    return d_residual, d_branch, _stacked(sums, *d_params)

@@ -18,8 +18,8 @@ from ..common.rows import cast, statistics_dtype
 from . import on_torch
 
 
-def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: tuple[int, int],
-                     shift_size: tuple[int, int] = (0, 0), logit_scale: Tensor | None = None,
+def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: int | tuple[int, int],
+                     shift_size: int | tuple[int, int] = (0, 0), logit_scale: Tensor | None = None,
                      impl: str = "auto") -> Tensor:
     """Self-attention within (cyclically shifted) windows, reading and writing the image layout.
 
@@ -27,8 +27,9 @@ def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: 
         qkv: (B, H, W, 3C), channels ordered (q|k|v, head, head_dim); the window divides H and W. Autocast casts it.
         bias: (num_heads, N, N) added to the logits, N = window area.
         num_heads: Number of heads; divides C.
-        window_size: (rows, columns) of a window in tokens.
-        shift_size: (rows, columns) of the cyclic shift; pairs that only the shift brought together get −100.
+        window_size: (rows, columns) of a window in tokens, or one number for both.
+        shift_size: (rows, columns) of the cyclic shift, or one number for both; pairs that only the
+            shift brought together get −100.
         logit_scale: None for softmax(q·k/√d); else num_heads values λ in any shape, for SwinV2's
             cos(q, k)·exp(min(λ, ln 100)).
         impl: See :mod:`fastmim_kernels.common.dispatch`.
@@ -39,6 +40,8 @@ def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: 
     Raises:
         ValueError: Shapes do not belong together.
     """
+    window_size = (window_size, window_size) if isinstance(window_size, int) else window_size
+    shift_size = (shift_size, shift_size) if isinstance(shift_size, int) else shift_size
     _check(qkv, bias, num_heads, window_size, shift_size, logit_scale)
     device = qkv.device.type
     if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
@@ -70,6 +73,11 @@ def traffic(shape: Sequence[int], num_heads: int, window_size: tuple[int, int], 
 
 def _check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int],
            logit_scale: Tensor | None) -> None:
+    if num_heads < 1 or len(window_size) != 2 or len(shift_size) != 2 or min(window_size) < 1:
+        raise ValueError(f"window_attention: num_heads={num_heads}, window_size={window_size} and "
+                         f"shift_size={shift_size} must be 1 or more, and pairs of numbers of 1 and 0 or more")
+    if bias is None:
+        raise ValueError(f"window_attention: bias must be a tensor ({num_heads}, N, N), got None; pass zeros for none")
     n = window_size[0] * window_size[1]
     if qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(f"window_attention: qkv must be (B, H, W, 3C) with C divisible by num_heads={num_heads}, "
