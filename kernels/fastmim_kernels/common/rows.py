@@ -73,13 +73,15 @@ def replaced_rows(x: Tensor, hidden: Tensor, value: Tensor) -> Tensor:
 def marked_sum(x: Tensor, marked: Tensor) -> Tensor:
     """(C,) sum of the rows of (…, C) that the bool (…) ``marked`` marks, in :func:`statistics_dtype`.
 
-    A CPU reads those rows alone, 64 at a time; in low precision the sum of each 64 is rounded to that.
+    A CPU reads those rows alone, 64 at a time where their dtype is that of the sum.
     """
     wide = statistics_dtype(x.dtype)
     flat, marked = x.reshape(-1, x.shape[-1]), marked.reshape(-1)
     if not x.is_cpu:  # where the host would wait for the number of rows
         return torch.where(marked.unsqueeze(-1), flat, 0).sum(0, dtype=wide)
     rows = marked.nonzero().squeeze(1)
+    if x.dtype != wide:  # bags would be rounded to it
+        return flat.index_select(0, rows).sum(0, dtype=wide)
     bags = torch.arange(0, len(rows), 64)
     return torch.embedding_bag(flat, rows, bags, mode=0)[0].sum(0, dtype=wide)
 
