@@ -82,7 +82,9 @@ def _line(row: Row) -> str:
 
 
 def phases(rows: Sequence[Row]) -> Figure:
-    """Forward, backward and optimiser of each provider's step."""
+    """Forward, backward and optimiser of each provider's step, those of a case below each other."""
+    cases = _names(rows, label)
+    rows = sorted(rows, key=lambda row: cases.index(label(row)))
     parts = {phase: [number(row, f"{phase}_s") for row in rows] for phase in ("forward", "backward", "optimizer")}
     return _stacked([_line(row) for row in rows], parts, "Phases of a step, medians")
 

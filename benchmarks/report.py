@@ -45,6 +45,15 @@ TITLES = {
     "import": "Import",
     "counts": "Counts, and a modelled H100 (not measured)",
 }
+CAPTIONS = {
+    "speed": "Images a second of whole training steps: higher is faster; whiskers are the 20 % and 80 % quantiles",
+    "phases": "Where the seconds of a step go, the providers of a case below each other: shorter is faster",
+    "profile": "Seconds of a step by kind of op, under torch's profiler, which slows small ops down",
+    "memory": "The most memory of a step by recomputation policy: lower is better",
+    "runs": "Images a second of runs from JPEG files to checkpoints, decoding included: higher is faster",
+    "speedups": "How many times as fast as the baseline, on a logarithmic axis: right of 1 is faster",
+    "roofline": "Counted bytes and FLOPs of a step under the ceilings of an H100: modelled, no point is a measurement",
+}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
 figure { margin: 1em 0; overflow-x: auto } figcaption { font-size: 14px } nav a { margin-right: 1em }
@@ -68,26 +77,26 @@ def pictures(rows: list[Row]) -> dict[str, list[tuple[str, Any]]]:
     if step:
         usual = at_usual_size(step)
         out["step"] = [
-            ("Images per second", plots.grouped_bars(usual, "images_per_sec", "images/s", "Training steps")),
-            ("Phases", plots.phases(usual)),
+            (CAPTIONS["speed"], plots.grouped_bars(usual, "images_per_sec", "images/s", "Training steps")),
+            (CAPTIONS["phases"], plots.phases(usual)),
         ]
         for axis, name in (("batch", "batch"), ("img_size", "image size"), ("ranks", "ranks")):
-            out["step"] += [(f"Scaling over {name}", plots.scaling(step, axis, name))]
+            out["step"] += [(f"Images a second by {name}, everything else the same", plots.scaling(step, axis, name))]
     profile = latest(rows, "profile")
     if profile:
-        out["profile"] = [("Time by kind of op", plots.profile(profile))]
+        out["profile"] = [(CAPTIONS["profile"], plots.profile(profile))]
     if memory:
         bars = plots.grouped_bars(memory, "peak_memory_gib", "GiB", "Peak memory (dark: before the first step)",
                                   base="start_memory_gib")  # fmt: skip
-        out["memory"] = [("Peak memory by policy", bars)]
+        out["memory"] = [(CAPTIONS["memory"], bars)]
     if pretrain:
         title = "Whole runs from JPEG files"
-        out["pretrain"] = [("Images per second", plots.grouped_bars(pretrain, "images_per_sec", "images/s", title))]
+        out["pretrain"] = [(CAPTIONS["runs"], plots.grouped_bars(pretrain, "images_per_sec", "images/s", title))]
     for name in ("data", "kernels", "rivals"):
         bars = plots.speedups(latest(rows, name), TITLES[name])
-        out |= {name: [("Speed over the baseline", bars)]} if bars else {}
+        out |= {name: [(CAPTIONS["speedups"], bars)]} if bars else {}
     if counts:
-        out["counts"] = [("Modelled roofline", plots.roofline(counts))]
+        out["counts"] = [(CAPTIONS["roofline"], plots.roofline(counts))]
     return {name: [(text, figure) for text, figure in found if figure is not None] for name, found in out.items()}
 
 
