@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.traceback or not _speaks_for_itself(error):
             raise
         _say_error(error)
-        return RUN_FAILED
+        return USER_ERROR if _is_wrong_place(error) else RUN_FAILED
 
 
 def _pretrain(options: argparse.Namespace) -> int:
@@ -361,6 +361,12 @@ def _speaks_for_itself(error: Exception) -> bool:
     module = sys.modules.get("fastmim.engine.rank_errors")
     is_other_ranks = module is not None and isinstance(error, module.OtherRankError)
     return isinstance(error, (FloatingPointError, OSError)) or lacks_memory(error) or is_other_ranks
+
+
+def _is_wrong_place(error: Exception) -> bool:
+    """Whether a path was named that nobody may use, rather than that a place failed in use."""
+    wrong = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+    return isinstance(error, wrong) or (type(error) is OSError and error.errno is None)
 
 
 def _say(text: str) -> None:
