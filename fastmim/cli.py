@@ -364,9 +364,10 @@ def _speaks_for_itself(error: Exception) -> bool:
 
 
 def _is_wrong_place(error: Exception) -> bool:
-    """Whether a path was named that nobody may use, rather than that a place failed in use."""
+    """Whether a path was named that nobody may use; an error of a run that failed is a RuntimeError too."""
     wrong = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
-    return isinstance(error, wrong) or (type(error) is OSError and error.errno is None)
+    says_nothing = isinstance(error, OSError) and error.errno is None
+    return (isinstance(error, wrong) or says_nothing) and not isinstance(error, RuntimeError)
 
 
 def _say(text: str) -> None:

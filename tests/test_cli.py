@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastmim import __version__, cli
 from fastmim.config import load_config
+from fastmim.engine.run import LostFolderError
 
 ROOT = Path(__file__).resolve().parents[1]
 # What torch says of a tensor that no machine holds.
@@ -239,6 +240,7 @@ class TestFailures:
             ),
             (PermissionError(13, "Permission denied", "/out"), 2, "error: /out: permission denied"),
             (OSError("disk"), 2, "error: disk"),
+            (LostFolderError(2, "deleted or moved", "output.dir=/out"), 1, "error: output.dir=/out: deleted or moved"),
             (OSError(28, "No space left on device", "/out/File"), 1, "error: /out/File: no space left on device\n"),
             (OSError(27, "File too large", "/out"), 1, "error: /out: file too large; see ulimit -f"),
             (MemoryError(), 1, "error: not enough memory: the system has no more; a smaller model"),

@@ -53,6 +53,10 @@ class Intervals:
     picture: int = 0
 
 
+class LostFolderError(FileNotFoundError, RuntimeError):
+    """``output.dir`` was deleted or moved while the run wrote there: the run failed, nothing wrong was asked for."""
+
+
 class Run:
     """The outputs of a run. Every rank has one; rank 0 writes and talks.
 
@@ -169,14 +173,14 @@ class Run:
         """Write a checkpoint of the current step; every rank calls it.
 
         Raises:
-            FileNotFoundError: written, into an ``output.dir`` made anew, because the run's own was deleted or moved.
+            LostFolderError: written, into an ``output.dir`` made anew, because the run's own was deleted or moved.
         """
         self._look_for_folder()
         root = self.folder / "checkpoints"
         path = save_checkpoint(root, self.engine, self.stored, keep=self.keep, world=self.world)
         if distributed.broadcast(self.lost):
             what = f"deleted or moved during the run; made anew with {path.name}, from which the next start goes on"
-            raise FileNotFoundError(errno.ENOENT, what, f"output.dir={self.folder}")
+            raise LostFolderError(errno.ENOENT, what, f"output.dir={self.folder}")
         return path
 
     def interrupted(self) -> TrainResult:
