@@ -35,7 +35,7 @@ TAKES = {
     "run.py report": "some seconds",
     "run.py all": "4 hours; with --quick 20 minutes",
 }
-"""How long a command takes with its defaults on two cores without a GPU; estimates from the committed rows."""
+"""How long a command takes with its defaults on two cores without a GPU; estimates, but for ``target``."""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -22,6 +22,15 @@ os.environ["FASTMIM_TUNE"] = "0"
 _NO_GPU = "no CUDA GPU on this machine"
 _MAY_LACK = re.compile(r"^E +ModuleNotFoundError: (No module named '(?:pydantic|deepspeed|nvidia|hypothesis)\b.*')$",
                        re.MULTILINE)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and lose much where other programs use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
