@@ -49,7 +49,9 @@ class ModelSection(Section):
     window_size: IntOrInts | None = Field(None, description="swin: attention window in tokens")
     mlp_ratio: AboveZero | None = Field(None, description="hidden channels of the MLP over its input channels")
     qkv_bias: bool | None = Field(None, description="bias on query, key and value (swinv2, vit: query and value)")
+    key_bias: bool | None = Field(None, description="vit: keys have a bias too (timm's vit, DINO, iBOT)")
     drop_path_rate: BelowOne | None = Field(None, description="stochastic depth of the last block")
+    norm_eps: AboveZero | None = Field(None, description="swin, swinv2: of every LayerNorm (iBOT: 1e-6)")
     pretrained_window_size: IntOrInts | None = Field(None, description="swinv2: window the weights were trained with")
     extra_norm_period: Count | None = Field(None, description="swinv2 H and G: a norm after every n-th block, 0 = none")
     extra_norm_scope: Literal["stage", "global"] | None = Field(None, description="how those blocks are counted")
@@ -61,6 +63,7 @@ class ModelSection(Section):
     shared_rel_pos_bias: bool | None = Field(None, description="vit: one relative position bias for all blocks")
     rel_pos_bias: bool | None = Field(None, description="vit: a relative position bias in every block")
     abs_pos_embed: bool | None = Field(None, description="vit: learned absolute positions")
+    init: Literal["simmim", "timm"] | None = Field(None, description="vit: first weights; timm = as DINO and iBOT")
     init_from: Path | None = Field(
         None, description="weights to start from: .safetensors or .pth, timm's names or ours"
     )
@@ -127,12 +130,15 @@ class OptimSection(Section):
     name: Literal["adamw", "lamb"] = Field("adamw", description="optimiser; lamb: for huge batches, not with ZeRO")
     lr: Rate = Field(1e-4, description="peak learning rate, per lr_batch images")
     warmup_lr: Rate = Field(5e-7, description="learning rate of the first step, scaled like lr")
-    min_lr: Rate = Field(0.0, description="learning rate at the end of a cosine, scaled like lr")
+    min_lr: Rate = Field(0.0, description="learning rate at the end of a cosine, scaled like lr unless scale_min_lr")
+    scale_min_lr: bool = Field(True, description="min_lr is scaled like lr (DINO, iBOT: false)")
     lr_batch: Count | None = Field(512, description="rates are scaled by global batch / lr_batch; 0 or null: absolute")
     weight_decay: Rate = Field(0.05, description="decoupled weight decay")
+    weight_decay_end: Rate | None = Field(None, description="weight decay at the end of a cosine, null = constant")
     betas: Betas = Field((0.9, 0.999), description="decay rates of Adam's averages")
     eps: AboveZero = Field(1e-8, description="Adam's epsilon")
-    clip_grad: AboveZero | None = Field(5.0, description="largest global gradient norm, null = no clipping")
+    clip_grad: AboveZero | None = Field(5.0, description="largest gradient norm, null = no clipping")
+    clip_each: bool = Field(False, description="clip_grad is of each tensor (DINO, iBOT), else of all gradients")
     schedule: Literal["cosine", "step", "multistep", "constant"] = Field("cosine", description="after the warm-up")
     warmup_epochs: Rate | None = Field(0.0, description="linear warm-up in epochs")
     warmup_steps: Count | None = Field(None, description="linear warm-up in steps, instead of warmup_epochs")
@@ -141,6 +147,7 @@ class OptimSection(Section):
     decay_epochs: AboveZero | None = Field(None, description="step: epochs between multiplications by gamma")
     decay_steps: Positive | None = Field(None, description="step: the same in steps, instead of decay_epochs")
     gamma: AboveZero = Field(0.1, description="step, multistep: factor")
+    warmup_inclusive: bool = Field(False, description="the last warm-up step has the full rate (DINO, iBOT, BEiT)")
     cosine_after_warmup: bool = Field(True, description="cosine over the steps after warm-up (false: over all steps)")
     policy: Literal["default", "parity"] = Field(
         "default", description="which parameters decay; parity = the reference"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmim.engine import distributed
 from fastmim.engine.nonfinite import NonFiniteError, find_nonfinite
+from fastmim.objectives import Objective
 
 #: Entered around "data", "forward", "backward" and "update" of every micro-batch; "step" of a replayed one.
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -32,6 +33,13 @@ class Paced(Protocol):
 
     def set_step(self, step: int, total: int, steps_per_epoch: int) -> None: ...
     def after_step(self) -> None: ...
+
+
+def _pairs(objective: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Each parameter of a teacher with that of its student."""
+    pairs = objective.ema() if isinstance(objective, Objective) else []
+    named = [(teacher, dict(student.named_parameters())) for teacher, student in pairs]
+    return [(param, own[name]) for teacher, own in named for name, param in teacher.named_parameters()]
 
 
 class Engine(ABC):
@@ -57,6 +65,7 @@ class Engine(ABC):
         self.steps = 0
         self._micro = 0
         self._paced = objective if isinstance(objective, Paced) else None
+        self._averages = _pairs(objective)
         self._extras: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._count = 0
@@ -97,6 +106,12 @@ class Engine(ABC):
                 group["lr"].fill_(rate)  # where a captured step reads it
             else:
                 group["lr"] = rate
+
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """Weight decay of the next update, of the groups that decay."""
+        for group in self._base.param_groups:
+            if group["weight_decay"]:
+                group["weight_decay"] = weight_decay
 
     def train_on(self, images: Tensor, mask: Tensor, phase: Phase = unmarked) -> None:
         """One micro-batch: forward, backward and, with the last of an update, the update.
@@ -145,8 +160,16 @@ class Engine(ABC):
             self._after_update()
 
     def _after_update(self) -> None:
+        if self._averages:
+            self._move_averages()
         if self._paced is not None:
             self._paced.after_step()
+
+    @torch.no_grad()
+    def _move_averages(self) -> None:
+        """Every teacher's parameter becomes m·itself + (1 − m)·its student's; the weights are float32."""
+        teachers, students = zip(*self._averages, strict=True)
+        torch._foreach_lerp_(teachers, students, 1 - self.objective.ema_momentum())
 
     def read(self) -> dict[str, float]:
         """Means since the last call (over ranks too): ``loss`` and the objective's other scalars; and ``grad_norm``,

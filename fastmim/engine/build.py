@@ -51,6 +51,7 @@ class Parts:
     loader: Any
     engine: Engine
     schedule: Schedule
+    weight_decay: Schedule | None
     global_batch: int
 
 
@@ -73,7 +74,9 @@ def build(cfg: Config, world: World, stack: ExitStack) -> Parts:
     )
     loader = stack.enter_context(closing(make_loader(cfg, objective, world)))
     engine = make_engine(cfg, objective, world, deepspeed)
-    return Parts(objective, loader, engine, make_schedule(cfg, loader.steps_per_epoch, global_batch), global_batch)
+    schedule = make_schedule(cfg, loader.steps_per_epoch, global_batch)
+    weight_decay = make_weight_decay(cfg, schedule.total_steps)
+    return Parts(objective, loader, engine, schedule, weight_decay, global_batch)
 
 
 def step_sizes(cfg: Config, ranks: int) -> tuple[int, int]:
@@ -239,11 +242,18 @@ def make_engine(cfg: Config, objective: Any, world: World, deepspeed: dict[str, 
             check_nvme(deepspeed, lambda params: make_optimizer([{"params": params}]), world=world)
         return ZeroEngine(objective, optimizer, config=deepspeed, precision=precision, world=world)
     options: dict[str, Any] = {
-        "grad_accum_steps": micro_batches, "clip_grad": optim.clip_grad, "precision": precision, "world": world
+        "grad_accum_steps": micro_batches, "clip_grad": optim.clip_grad, "clip_each": optim.clip_each,
+        "precision": precision, "world": world
     }
     if graphed:
         return GraphEngine(objective, optimizer, **options)
     return LocalEngine(objective, optimizer, compile=efficiency.compile, **options)
+
+
+def make_weight_decay(cfg: Config, total: int) -> Schedule | None:
+    """The weight decay of every step, half a cosine over the run; None where it is constant."""
+    start, end = cfg.optim.weight_decay, cfg.optim.weight_decay_end
+    return None if end is None else Schedule(name="cosine", base_lr=start, min_lr=end, total_steps=total)
 
 
 def make_schedule(cfg: Config, steps_per_epoch: int, global_batch: int) -> Schedule:
@@ -255,13 +265,14 @@ def make_schedule(cfg: Config, steps_per_epoch: int, global_batch: int) -> Sched
         name=optim.schedule,
         base_lr=scale_lr(optim.lr, global_batch, optim.lr_batch),
         warmup_lr=scale_lr(optim.warmup_lr, global_batch, optim.lr_batch),
-        min_lr=scale_lr(optim.min_lr, global_batch, optim.lr_batch),
+        min_lr=scale_lr(optim.min_lr, global_batch, optim.lr_batch if optim.scale_min_lr else None),
         total_steps=total,
         warmup_steps=int((optim.warmup_epochs or 0) * steps_per_epoch) if warmup is None else warmup,
         milestones=optim.milestone_steps or [epoch * steps_per_epoch for epoch in optim.milestones],
         decay_steps=optim.decay_steps or int((optim.decay_epochs or 0) * steps_per_epoch),
         gamma=optim.gamma,
         cosine_after_warmup=optim.cosine_after_warmup,
+        warmup_inclusive=optim.warmup_inclusive,
         lag=optim.policy == "parity" if optim.schedule_lag is None else optim.schedule_lag,
     )
     if schedule.warmup_steps >= total:

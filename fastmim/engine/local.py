@@ -18,6 +18,7 @@ from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint.shards import MODEL_FILE, OPTIMIZER_FILE, STEP, WEIGHT, Shards, is_sharded
 from fastmim.engine.distributed import World
 from fastmim.engine.nonfinite import NonFiniteError
+from fastmim.objectives import Objective
 
 # torch 2.13 has renamed the argument and warns of the older name.
 _SYNC_BUFFERS = next(
@@ -25,6 +26,13 @@ _SYNC_BUFFERS = next(
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel).parameters
 )
+
+
+@torch.no_grad()
+def clip_each_(grads: list[Tensor], most: float) -> None:
+    """Scale each gradient by most/(its norm + 1e-6) where that is below 1, as DINO and iBOT do."""
+    norms = torch.stack(torch._foreach_norm(grads))
+    torch._foreach_mul_(grads, list((most / (norms + 1e-6)).clamp(max=1.0).unbind()))
 
 
 class LocalEngine(Engine):
@@ -43,7 +51,8 @@ class LocalEngine(Engine):
         optimizer: a torch optimiser over its parameters. Unless it is fused, each update is checked on the
             host.
         grad_accum_steps: micro-batches per update; the loss is their mean.
-        clip_grad: global norm that gradients are clipped to; None switches clipping off.
+        clip_grad: norm that gradients are clipped to; None switches clipping off.
+        clip_each: clip the gradient of every tensor by itself, instead of all of them together.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
         compile: compile the forward pass with ``torch.compile``.
         world: this process among all; None means alone, on the objective's device.
@@ -58,6 +67,7 @@ class LocalEngine(Engine):
         *,
         grad_accum_steps: int = 1,
         clip_grad: float | None = None,
+        clip_each: bool = False,
         precision: str = "fp32",
         compile: bool = False,
         world: World | None = None,
@@ -68,7 +78,7 @@ class LocalEngine(Engine):
         self._params = [param for param in objective.parameters() if param.requires_grad]
         device = self._params[0].device
         super().__init__(objective, optimizer, grad_accum_steps=grad_accum_steps, precision=precision, device=device)
-        self.clip_grad = clip_grad
+        self.clip_grad, self.clip_each = clip_grad, clip_each
         # Updates, counted where the guard against bad numbers needs them.
         self._now = torch.zeros((), dtype=torch.int64, device=device)
         self._fused = all(bool(group.get("fused")) for group in optimizer.param_groups)
@@ -103,7 +113,12 @@ class LocalEngine(Engine):
         # Into memory that stays: a captured step writes there.
         self._grad_norm.copy_(get_total_norm(grads))
         if self.clip_grad and not self._within_clip():
-            clip_grads_with_norm_(self._params, self.clip_grad, self._grad_norm)
+            if self.clip_each:
+                clip_each_(grads, self.clip_grad)
+            else:
+                clip_grads_with_norm_(self._params, self.clip_grad, self._grad_norm)
+        for param in self.objective.frozen() if isinstance(self.objective, Objective) else ():
+            param.grad = None
         self._now.add_(1)
         bad = ~torch.isfinite(self._grad_norm) & (self._first_bad < 0)
         self._first_bad.copy_(torch.where(bad, self._now, self._first_bad))

@@ -13,6 +13,7 @@ def train_step(
     batches: Iterator[tuple[int, Any]],
     *,
     lr: float,
+    weight_decay: float | None = None,
     seed: int,
     total: int,
     steps_per_epoch: int,
@@ -24,6 +25,7 @@ def train_step(
         engine: of an objective with ``random_mask`` and ``set_micro_batch``; its ``steps`` tells which step this is.
         batches: (epoch, micro-batch with ``images`` (B, C, H, W) and ``sample_ids`` (B,)), on the device.
         lr: learning rate of the update.
+        weight_decay: of the update, where it follows a schedule.
         seed: of the masks.
         total, steps_per_epoch: length of the run and of an epoch in updates, for the objective's schedules.
         phase: marks what the host is doing.
@@ -35,6 +37,8 @@ def train_step(
     if isinstance(objective, Paced):
         objective.set_step(engine.steps, total, steps_per_epoch)
     engine.set_lr(lr)
+    if weight_decay is not None:
+        engine.set_weight_decay(weight_decay)
     for micro in range(engine.grad_accum_steps):
         objective.set_micro_batch(micro, engine.grad_accum_steps)
         with phase("data"):

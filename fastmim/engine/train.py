@@ -70,8 +70,8 @@ def train(cfg: Config) -> TrainResult:
         lengths = {"total": total, "steps_per_epoch": loader.steps_per_epoch}
         try:
             for step in range(start, total):
-                lr = schedule(step)
-                train_step(engine, batches, lr=lr, seed=seed, phase=run.clock.phase, **lengths)
+                lr, decay = schedule(step), parts.weight_decay and parts.weight_decay(step)
+                train_step(engine, batches, lr=lr, weight_decay=decay, seed=seed, phase=run.clock.phase, **lengths)
                 run.after_step(step + 1, lr)
                 stop.requested |= run.lost
                 if stop.agreed() and step + 1 < total:

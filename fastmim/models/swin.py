@@ -138,6 +138,7 @@ class SwinTransformer(nn.Module):
             stage); 0 means ``window_size``.
         extra_norm_period: Every so many blocks a LayerNorm on the residual stream (SwinV2-H and -G: 6); 0 = none.
         extra_norm_scope: Count blocks within a "stage" (the public ports) or over the "global" depth.
+        norm_eps: Of every LayerNorm; iBOT's Swin has 1e-6.
         policy: "default"; "parity" shifts a map before it pads it, as timm does, see :class:`.WindowAttention`.
         residual_dtype: "auto", or "fp32" for the residual stream that the references have under autocast; see
             :func:`fastmim.models.stream.stream_dtype`.
@@ -163,6 +164,7 @@ class SwinTransformer(nn.Module):
         pretrained_window_size: int | tuple[int, ...] = 0,
         extra_norm_period: int = 0,
         extra_norm_scope: str = "stage",
+        norm_eps: float = 1e-5,
         policy: str = "default",
         residual_dtype: str = "auto",
         impl: str = "auto",
@@ -189,6 +191,9 @@ class SwinTransformer(nn.Module):
         coordinates = self.coordinates(windows, pretrained)
         self.shared = SharedInputs(windows, depths, num_heads, coordinates, rates, self.num_features, impl)
         self.norm = nn.LayerNorm(self.num_features)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
         self.reset_parameters()
 
     def coordinates(self, windows: list[Pair], pretrained_windows: list[int]) -> list[Tensor] | None:
@@ -216,6 +221,15 @@ class SwinTransformer(nn.Module):
             own, steps = steps[: len(layer.blocks)], steps[len(layer.blocks) :]
             x = y = layer(x, y, own, dtype, low_reduction, norm)
         return x if rows is None else put(x, rows, (len(images), *self.last_map))
+
+    def forward_tokens(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) images of any size that the patch divides → (B, D) class and (B, h, w, D) patch tokens.
+
+        The class token is the mean of the patches'. Windows stay those of ``img_size``: a smaller map is padded with
+        zeros, as any map that they do not divide.
+        """
+        x = self(images, mask)
+        return x.mean((1, 2)), x
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """See :meth:`SharedInputs.set_micro_batch`."""

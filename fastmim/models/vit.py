@@ -57,14 +57,17 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Global attention with an additive bias; queries and values have a bias, keys have none."""
+    """Global attention with an additive bias; queries and values have a bias, keys with ``key_bias`` only."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, grid: tuple[int, int] | None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool, key_bias: bool, grid: tuple[int, int] | None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and key_bias)
+        apart = qkv_bias and not key_bias
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if apart else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if apart else None
         if grid is not None:
             entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
             self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, num_heads))
@@ -86,7 +89,7 @@ class Attention(nn.Module):
 
     def _qkv_bias(self) -> Tensor | None:
         if self.q_bias is None:
-            return None
+            return self.qkv.bias
         return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
 
 
@@ -111,14 +114,16 @@ class VitBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT encoder of SimMIM and BEiT.
+    """ViT encoder of SimMIM and BEiT; with ``key_bias`` and ``abs_pos_embed`` the plain one of DINO and iBOT.
 
     Args:
         img_size: Pixels, an integer or (height, width); ``patch_size`` divides both.
+        key_bias: Keys have a bias too, in one ``qkv.bias`` as in timm's ``vit``; else in timm's ``beit``'s way.
         init_values: Start of LayerScale; None for none.
         shared_rel_pos_bias: One relative position bias for all blocks (SimMIM pretraining).
         rel_pos_bias: One per block.
-        abs_pos_embed: Learned absolute positions.
+        abs_pos_embed: Learned absolute positions; interpolated for images of another size.
+        init: Of the weights, "simmim", or "timm" as DINO and iBOT have it.
         residual_dtype: "auto" or "fp32", see :func:`fastmim.models.stream.stream_dtype`.
     """
 
@@ -136,15 +141,18 @@ class VisionTransformer(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        key_bias: bool = False,
         drop_path_rate: float = 0.0,
         init_values: float | None = None,
         shared_rel_pos_bias: bool = False,
         rel_pos_bias: bool = False,
         abs_pos_embed: bool = False,
+        init: str = "simmim",
         residual_dtype: str = "auto",
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        check_init(init)
         self.impl, self.residual_dtype = fk.check_impl(impl), check_residual_dtype(residual_dtype)
         check_heads(num_heads, embed_dim)
         self.img_size = to_pair(img_size, "img_size")
@@ -163,28 +171,54 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             VitBlock(
                 embed_dim,
-                Attention(embed_dim, num_heads, qkv_bias, self.grid if rel_pos_bias else None),
+                Attention(embed_dim, num_heads, qkv_bias, key_bias, self.grid if rel_pos_bias else None),
                 mlp_ratio,
                 init_values,
             )
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
-        self.reset_parameters()
+        self.reset_parameters(init)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """(B, C, H, W) images and (B, H/p, W/p) mask → (B, H/p, W/p, embed_dim) patch tokens (no class token).
 
         With ``rows`` only patch tokens of these numbers are meant to be read; the others are zero.
         """
+        if rows is None:
+            return self.forward_tokens(images, mask)[1]
+        x, grid = self._embed(images, mask)
+        # The class token stands before the patches of each sample.
+        count = math.prod(grid)
+        y = self._blocks(x, rows + rows.div(count, rounding_mode="floor") + 1)
+        return put(y, rows, (len(images), *grid))
+
+    def forward_tokens(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) images of any size that the patch divides → (B, D) class and (B, H/p, W/p, D) patch tokens."""
+        x, grid = self._embed(images, mask)
+        y = self._blocks(x)
+        return y[:, 0], y[:, 1:].unflatten(1, grid)
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+        """The (B, 1 + L, D) stream that begins with the class token, and the grid of its patches."""
         x = self.patch_embed(images)
+        grid = (x.shape[1], x.shape[2])
+        if grid != self.grid and self.bias_index is not None:
+            raise ValueError(
+                f"images of {grid[0]} × {grid[1]} patches: this ViT's relative positions are those of "
+                f"{self.grid[0]} × {self.grid[1]}; use absolute ones (model.abs_pos_embed=true)"
+            )
         if mask is not None:
             x = fk.mask_tokens(x, mask, self.mask_token, impl=self.impl)
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
         if self.pos_embed is not None:
-            x = x + self.pos_embed
-        x = x.to(stream_dtype(x, self.residual_dtype))
+            x = x + resize_positions(self.pos_embed, self.grid, grid)
+        return x.to(stream_dtype(x, self.residual_dtype)), grid
+
+    def _blocks(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The normed tokens after all blocks, or of the last one only these rows of all B·(1 + L)."""
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
+        tokens = x.shape[1]
         x, y = normalise(x, self.blocks[0].norm1, self.impl)
         norms = [block.norm1 for block in self.blocks[1:]] + [self.norm]
         steps = [
@@ -192,28 +226,52 @@ class VisionTransformer(nn.Module):
             for (attn, mlp), norm in zip(self.drop_paths(len(x)), norms, strict=True)
         ]
         if rows is not None:
-            # The class token stands before the patches of each sample.
-            count = math.prod(self.grid)
-            steps[-1] = steps[-1].only(rows + rows.div(count, rounding_mode="floor") + 1, count + 1)
+            steps[-1] = steps[-1].only(rows, tokens)
         for block, step in zip(self.blocks, steps, strict=True):
             x, y = block(x, y, self.bias_index, step)
-        return y[:, 1:].unflatten(1, self.grid) if rows is None else put(y, rows, (len(images), *self.grid))
+        return y
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """SimMIM's ViT: normal of std 0.02 truncated at ±std; the residual outputs of block i divided by √(2i)."""
-        std = 0.02
+    def reset_parameters(self, init: str) -> None:
+        """Normal of std 0.02, biases 0.
+
+        SimMIM: truncated at ±std, the residual outputs of block i divided by √(2i). timm's ViT: truncated at ±2, and
+        the patch projection as torch makes it.
+        """
+        std, bound = 0.02, 0.02 if init == "simmim" else 2.0
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                trunc_normal_(module.weight, std=std, bound=std)
+            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and init == "simmim"):
+                trunc_normal_(module.weight, std=std, bound=bound)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for token in (self.cls_token, self.mask_token, self.pos_embed):
             if token is not None:
-                trunc_normal_(token, std=std, bound=std)
-        for i, block in enumerate(self.blocks, start=1):
-            block.attn.proj.weight.div_(math.sqrt(2.0 * i))
-            block.mlp.fc2.weight.div_(math.sqrt(2.0 * i))
+                trunc_normal_(token, std=std, bound=bound)
+        if init == "simmim":
+            for i, block in enumerate(self.blocks, start=1):
+                block.attn.proj.weight.div_(math.sqrt(2.0 * i))
+                block.mlp.fc2.weight.div_(math.sqrt(2.0 * i))
+
+
+def check_init(init: str) -> None:
+    """Refuse an unknown initialisation."""
+    if init not in ("simmim", "timm"):
+        raise ValueError(f"init={init!r}: must be 'simmim' or 'timm'")
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """(1, 1 + L, D) positions of the class token and of a grid of patches, for another grid, as DINO and iBOT do.
+
+    Bicubic, without antialiasing, at the scale (n + 0.1)/N of each edge, which is not quite a resize to n: published
+    weights were trained so.
+    """
+    if grid == to:
+        return positions
+    inner = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2).float()
+    scale = [(new + 0.1) / old for new, old in zip(to, grid, strict=True)]
+    resized = F.interpolate(inner, scale_factor=scale, mode="bicubic", align_corners=False)
+    resized = resized.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
+    return torch.cat((positions[:, :1], resized), 1)

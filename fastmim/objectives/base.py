@@ -6,7 +6,7 @@ the methods below; nothing reads an attribute that only one objective has.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,14 @@ class Objective(nn.Module):
     def ema(self) -> list[tuple[nn.Module, nn.Module]]:
         """(teacher, student) pairs: the engine keeps each teacher at the moving average of its student."""
         return []
+
+    def ema_momentum(self) -> float:
+        """Share of the teachers that stays in the coming update."""
+        return 1.0
+
+    def frozen(self) -> Iterable[nn.Parameter]:
+        """What the coming update leaves as it is: without gradient, so that moments and decay do not touch it."""
+        return ()
 
     def groups(self, weight_decay: float, policy: str) -> list[dict[str, Any]]:
         """Optimiser groups of the trainable parameters, see :func:`~fastmim.objectives.groups.split_parameters`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,17 +43,36 @@ def split_parameters(obj: nn.Module, weight_decay: float, policy: str = "parity"
         raise ValueError(f"optim.policy={policy!r}: unknown; use one of {', '.join(POLICIES)}")
     if weight_decay < 0:
         raise ValueError(f"optim.weight_decay={weight_decay}: negative; use 0 to switch weight decay off")
-    named = [(name, param) for name, param in obj.named_parameters() if param.requires_grad]
+    named = _trainable(obj)
     # Of the published encoders only the ViT has a class token; its list does not hold the mask token.
     is_vit = any(_last(name) == "cls_token" for name, _ in named)
+    spares = _spared if policy == "default" else lambda name, param: _spared_by_parity(name, param, is_vit)
+    return _grouped(named, weight_decay, spares)
+
+
+def split_by_rank(obj: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """As DINO, iBOT and MoCo v3 split: every tensor of two or more dimensions decays, unless it is called a bias.
+
+    Arguments and groups are those of :func:`split_parameters`.
+    """
+    return _grouped(_trainable(obj), weight_decay, lambda name, param: _ndim(param) <= 1 or _last(name) == "bias")
+
+
+def _trainable(obj: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, param) for name, param in obj.named_parameters() if param.requires_grad]
+
+
+def _grouped(
+    named: list[tuple[str, Tensor]], weight_decay: float, spares: Callable[[str, Tensor], bool]
+) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = [
         {"name": "decay", "params": [], "param_names": [], "weight_decay": float(weight_decay)},
         {"name": "no_decay", "params": [], "param_names": [], "weight_decay": 0.0},
     ]
     for name, param in named:
-        spared = _spared_by_parity(name, param, is_vit) if policy == "parity" else _spared(name, param)
-        groups[spared]["params"].append(param)
-        groups[spared]["param_names"].append(name)
+        group = groups[spares(name, param)]
+        group["params"].append(param)
+        group["param_names"].append(name)
     return [group for group in groups if group["params"]]
 
 

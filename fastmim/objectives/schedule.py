@@ -55,6 +55,8 @@ class Schedule:
     - ``step``: times ``gamma`` every ``decay_steps``;
     - ``constant``.
 
+    With ``warmup_inclusive`` the last warm-up step has ``base_lr`` already (DINO, iBOT, BEiT).
+
     ``lag=True`` reproduces the references, whose scheduler runs after the optimiser: step k uses the value of
     step max(k - 1, 0).
     """
@@ -69,6 +71,7 @@ class Schedule:
     decay_steps: int = 0
     gamma: float = 0.1
     cosine_after_warmup: bool = True
+    warmup_inclusive: bool = False
     lag: bool = False
 
     def __post_init__(self) -> None:
@@ -88,7 +91,8 @@ class Schedule:
     def value(self, step: int) -> float:
         """The formula at ``step``, without the lag."""
         if step < self.warmup_steps:
-            return self.warmup_lr + step * (self.base_lr - self.warmup_lr) / self.warmup_steps
+            length = max(self.warmup_steps - self.warmup_inclusive, 1)
+            return self.warmup_lr + step * (self.base_lr - self.warmup_lr) / length
         if self.name == "cosine":
             return self._cosine(step)
         if self.name == "multistep":
