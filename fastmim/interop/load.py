@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(name[:80] for name in names[:most]) + (", …" if len(names) > most else "")
 
 
-def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
+def load_simmim(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
     """Load a SimMIM checkpoint of microsoft/SimMIM or microsoft/Swin-Transformer.
 
     Args:
@@ -76,7 +76,7 @@ def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadR
     tensors = find_state_dict(state_dict).tensors
     report = LoadReport(skipped=[k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS])
     report.names = {k: _own_name(k) for k in tensors if k not in set(report.skipped)}
-    _copy(objective, tensors, report, optional=())
+    copy_strictly(objective, tensors, report, optional=())
     return report
 
 
@@ -97,7 +97,7 @@ def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
             report.names[key] = "encoder." + (_shift_downsample(key) if old else key)
     own = [name for name, _ in objective.named_parameters()]
     optional = [n for n in own if n == "encoder.mask_token" or not n.startswith("encoder.")]
-    _copy(objective, tensors, report, optional)
+    copy_strictly(objective, tensors, report, optional)
     return report
 
 
@@ -143,10 +143,10 @@ def _under_prefix(objective: nn.Module, tensors: dict[str, Tensor]) -> tuple[dic
 def _load_kind(objective: nn.Module, tensors: dict[str, Tensor]) -> LoadReport:
     if {name for name, _ in objective.named_parameters()} <= tensors.keys():
         report = LoadReport(names={k: k for k in tensors})
-        _copy(objective, tensors, report, optional=())
+        copy_strictly(objective, tensors, report, optional=())
         return report
     if "decoder.0.weight" in tensors:
-        return load_reference(objective, tensors)
+        return load_simmim(objective, tensors)
     if "patch_embed.proj.weight" in tensors:
         return load_timm(objective, tensors)
     raise ValueError(
@@ -186,7 +186,14 @@ def _shift_downsample(name: str) -> str:
     return re.sub(r"\blayers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name)
 
 
-def _copy(objective: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, optional: list[str] | tuple) -> None:
+def copy_strictly(
+    objective: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, optional: Sequence[str] = ()
+) -> None:
+    """Copy what ``report.names`` says; every parameter that is not ``optional`` must be there, in its shape.
+
+    Raises:
+        ValueError: A tensor is unknown, missing or of another shape; all are named.
+    """
     own = dict(objective.named_parameters())
     _check_numbers({key: tensors[key] for key in report.names})
     unknown = [k for k, v in report.names.items() if v not in own]

@@ -50,7 +50,7 @@ def find_state_dict(content: Any) -> Found:
     strange = {k: v for k, v in content.items() if not isinstance(k, str) or not isinstance(v, Tensor)}
     if strange:
         raise ValueError(f"state_dict: expected tensors by name, got {_entries(strange)}{_inside(path)}")
-    return Found(_without_wrappers(content), ".".join(path), passed_over)
+    return Found(without_wrappers(content), ".".join(path), passed_over)
 
 
 def split_prefix(names: Collection[str]) -> str:
@@ -70,7 +70,7 @@ def split_prefix(names: Collection[str]) -> str:
     return ""
 
 
-def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names without what DistributedDataParallel and torch.compile put before, or between, the parts of a name."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+class Teacher(nn.Module):
+    """The moving average of encoder and head; no gradient reaches it."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder: Any = encoder
+        self.head: Any = head
+        self.encoder.register_parameter("mask_token", None)  # it sees everything
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, encoder: nn.Module, head: nn.Module) -> None:
+        """Become equal to these."""
+        for own, student in ((self.encoder, encoder), (self.head, head)):
+            named = dict(student.named_parameters())
+            for name, param in own.named_parameters():
+                param.copy_(named[name])
 
 
 class Centre(nn.Module):
@@ -65,6 +85,27 @@ def sharpened(logits: Tensor, centre: Tensor, temperature: Tensor) -> Tensor:
 def cross_entropy(student: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Of each row: −Σ target · log softmax(s/τ); of ``target`` rows that sum to 1, or to a number of targets."""
     return -(target * torch.log_softmax(_full(student) / temperature, dim=-1)).sum(-1)
+
+
+def class_loss(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Mean over images and over pairs of a global crop (teacher) and another crop (student).
+
+    Args:
+        student: ((2 + n)·B, K) logits of two global and n local crops, crop after crop.
+        target: (2·B, K) distributions of the global crops.
+    """
+    first, second = target.chunk(2)
+    count = len(student) // len(first)
+    # The targets of a crop are summed: its log-softmax is then read once.
+    targets = torch.stack((second, first, *[first + second] * (count - 2)))
+    losses = cross_entropy(student.unflatten(0, (count, -1)), targets, temperature)
+    return losses.mean(1).sum() / (2 * (count - 1))
+
+
+def hidden_weights(mask: Tensor) -> Tensor:
+    """(N, L) bool → (N, L) float32 weights of the hidden tokens: 1/N of a crop's mean over them; a crop without any: 0."""
+    weight = 1 / (mask.sum(1, keepdim=True).clamp(min=1) * len(mask))
+    return mask * weight
 
 
 def _full(logits: Tensor) -> Tensor:

@@ -1,0 +1,25 @@
+"""Checkpoints of the published implementations, by objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fastmim.objectives.dino import DINO
+
+from .load import LoadReport, load_simmim
+from .self_distilled import load_self_distilled
+
+
+def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
+    """Load a checkpoint of the objective's published implementation.
+
+    SimMIM: microsoft/SimMIM and microsoft/Swin-Transformer, see :func:`.load_simmim`. iBOT and DINO: bytedance/ibot
+    and facebookresearch/dino, see :func:`.load_self_distilled`.
+
+    Raises:
+        ValueError: A tensor is unknown, missing or of another shape; all are named.
+    """
+    return (load_self_distilled if isinstance(objective, DINO) else load_simmim)(objective, state_dict)
