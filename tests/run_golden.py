@@ -2,14 +2,15 @@
 
     python tests/run_golden.py FILE…
 
-Weights, inputs, masks, schedules and optimiser are what a file's metadata say. One line a file: the worst relative error
-of each kind of result; exit status 1 where one passes its limit, or a file is of a kind that fastmim cannot run yet.
+Weights, inputs, masks, schedules and optimiser are what a file's metadata say. One line a file: the worst relative
+error of each kind of result; exit status 1 where one passes its limit, or a file is of a kind that fastmim cannot run.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -24,13 +25,18 @@ from fastmim import create_objective, load_config
 from fastmim.config import Config
 from fastmim.engine.build import make_engine, make_schedule, make_weight_decay
 from fastmim.engine.distributed import World
+from fastmim.engine.local import LocalEngine
 from fastmim.engine.loop import train_step
 from fastmim.engine.optim import build_optimizer, param_groups
-from fastmim.engine.local import LocalEngine
 from fastmim.interop import load_reference
 from fastmim.objectives.schedule import Schedule
 from fastmim.objectives.self_distillation import (
-    Centre, class_loss, cross_entropy, hidden_weights, sharpened, warm_temperature,
+    Centre,
+    class_loss,
+    cross_entropy,
+    hidden_weights,
+    sharpened,
+    warm_temperature,
 )  # fmt: skip
 
 Errors = dict[str, tuple[float, float]]
@@ -136,7 +142,8 @@ class Batches:
         objective.random_mask = lambda ids, seed, epoch: masks[self.step]
 
     def __iter__(self) -> Any:
-        for self.step, images in enumerate(self.images):
+        for step, images in enumerate(self.images):
+            self.step = step
             yield 0, _Batch(images)
 
 
@@ -168,7 +175,8 @@ def ibot_config(meta: Mapping[str, Any], dino: bool) -> Config:
         weight_decay=meta["weight_decay"], weight_decay_end=meta["weight_decay_end"], policy="parity",
     )  # fmt: skip
     model = encoder_of(meta) | dict(policy="default") if meta["arch"] != "vit" else encoder_of(meta)
-    own = dict(norm_eps=meta["ln_eps"]) if meta["arch"] != "vit" else dict(key_bias=True, abs_pos_embed=True, init="timm")
+    plain_vit = dict(key_bias=True, abs_pos_embed=True, init="timm")
+    own = plain_vit if meta["arch"] == "vit" else dict(norm_eps=meta["ln_eps"])
     train = dict(epochs=meta["epochs"], micro_batch_size=meta["batch"])
     return load_config(None, _overrides(model=model | own, objective=task, optim=optim, train=train))
 
@@ -235,13 +243,12 @@ def ends(objective: Any, tensors: Mapping[str, torch.Tensor], kind: str, inside:
 def ibot_loss(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl: str) -> Errors:
     """Loss, its gradients and the centres, of logits that are given."""
     rng, batch, edge = np.random.default_rng(meta["seed"]), meta["batch"], math.isqrt(meta["num_patches"])
-    words = meta["temps"].replace(",", "").split()
-    temps = {name: float(value) for name, value in zip(words[::2], words[1::2], strict=False) if name != "center"}
-    warm_up, momentum = int(temps["warmup_epochs"]), float(words[-4])
+    temps = {name: float(value) for name, value in re.findall(r"(\w+) (\d[\d.]*)", meta["temps"])}
+    warm_up, momentum = int(temps["warmup_epochs"]), temps["momentum"]
     centre, patch_centre = Centre((1, meta["out_dim"]), momentum), Centre((1, 1, meta["patch_out_dim"]), momentum)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
 
     rows = []
     for epoch in range(meta["steps"]):
@@ -263,7 +270,9 @@ def ibot_loss(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl
         patch = (losses * hidden_weights(mask).flatten()).sum()
         loss = meta["lambda1"] * cls + meta["lambda2"] * patch
         loss.backward()
-        rows.append([cls.item(), patch.item(), loss.item(), student.grad.norm().item(), student_patch.grad.norm().item()])
+        rows.append(
+            [cls.item(), patch.item(), loss.item(), student.grad.norm().item(), student_patch.grad.norm().item()]
+        )
         centre.add(teacher.sum(0), len(teacher))
         patch_centre.add(teacher_patch.sum((0, 1)), teacher_patch[..., 0].numel())
         centre.move()

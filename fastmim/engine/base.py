@@ -169,7 +169,8 @@ class Engine(ABC):
     def _move_averages(self) -> None:
         """Every teacher's parameter becomes m·itself + (1 − m)·its student's; the weights are float32."""
         teachers, students = zip(*self._averages, strict=True)
-        torch._foreach_lerp_(teachers, students, 1 - self.objective.ema_momentum())
+        objective: Any = self.objective
+        torch._foreach_lerp_(teachers, students, 1 - objective.ema_momentum())
 
     def read(self) -> dict[str, float]:
         """Means since the last call (over ranks too): ``loss`` and the objective's other scalars; and ``grad_norm``,

@@ -70,7 +70,7 @@ def train(cfg: Config) -> TrainResult:
         lengths = {"total": total, "steps_per_epoch": loader.steps_per_epoch}
         try:
             for step in range(start, total):
-                lr, decay = schedule(step), parts.weight_decay and parts.weight_decay(step)
+                lr, decay = schedule(step), None if parts.weight_decay is None else parts.weight_decay(step)
                 train_step(engine, batches, lr=lr, weight_decay=decay, seed=seed, phase=run.clock.phase, **lengths)
                 run.after_step(step + 1, lr)
                 stop.requested |= run.lost

@@ -22,4 +22,6 @@ def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadR
     Raises:
         ValueError: A tensor is unknown, missing or of another shape; all are named.
     """
-    return (load_self_distilled if isinstance(objective, DINO) else load_simmim)(objective, state_dict)
+    if isinstance(objective, DINO):
+        return load_self_distilled(objective, state_dict)
+    return load_simmim(objective, state_dict)

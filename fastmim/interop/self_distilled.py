@@ -100,5 +100,7 @@ def _second_heads(tensors: Mapping[str, Tensor]) -> list[str]:
     for name in second:
         first = tensors.get(name.replace("last_layer2", "last_layer"))
         if first is None or not torch.equal(first, tensors[name]):
-            raise ValueError(f"{name}: patches have a head of their own; only a shared head (shared_head=true) is known")
+            raise ValueError(
+                f"{name}: patches have a head of their own; only a shared head (shared_head=true) is known"
+            )
     return second

@@ -24,8 +24,8 @@ GLOBALS = 2
 class DINO(Objective):
     """Student and teacher, each an encoder and a head, on two global crops of an image and some local ones.
 
-    The teacher sees the global crops. From the class token of every crop the student predicts the teacher's distribution
-    over prototypes of each *other* global crop.
+    The teacher sees the global crops. From the class token of every crop the student predicts the teacher's
+    distribution over prototypes of each *other* global crop.
 
     Args:
         out_dim: prototypes
@@ -45,6 +45,8 @@ class DINO(Objective):
         freeze_last_layer: epochs in which the student's prototypes stay as they are
         common: of every :class:`Objective`
     """
+
+    teacher_temp: Tensor
 
     def __init__(
         self,
@@ -72,10 +74,11 @@ class DINO(Objective):
         super().__init__(encoder=encoder, **common)
         self.local_crops, self.local_size = local_crops, to_pair(local_size, "local_size")
         self.global_scale, self.local_scale, self.student_temp = global_scale, local_scale, student_temp
-        self._temperature = dict(start=warmup_teacher_temp, end=teacher_temp, warm_up=warmup_teacher_temp_epochs)
+        warm_up = warmup_teacher_temp_epochs
+        self._temperature: dict[str, Any] = dict(start=warmup_teacher_temp, end=teacher_temp, warm_up=warm_up)
         self._last_momentum, self._freeze, self._centre_momentum = momentum_teacher, freeze_last_layer, centre_momentum
-        head = dict(hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, learn_length=not norm_last_layer)
-        width = self.encoder.num_features
+        width, learnt = self.encoder.num_features, not norm_last_layer
+        head: dict[str, Any] = dict(hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, learn_length=learnt)
         self.head = ProjectionHead(width, out_dim, **head)
         self._mask_token()
         still = create_encoder({**encoder, "drop_path_rate": 0.0}, impl=self.impl)

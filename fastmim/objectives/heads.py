@@ -52,9 +52,7 @@ class ProjectionHead(nn.Module):
         learn_length: See :class:`Prototypes`.
     """
 
-    def __init__(
-        self, in_dim: int, out_dim: int, *, hidden_dim: int, bottleneck_dim: int, learn_length: bool
-    ) -> None:
+    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int, bottleneck_dim: int, learn_length: bool) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim),

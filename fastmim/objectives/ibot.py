@@ -16,7 +16,7 @@ from .views import Images
 
 
 class IBOT(DINO):
-    """:class:`.DINO` whose student sees global crops with patches hidden, and predicts the teacher's distribution there.
+    """:class:`.DINO` whose student sees global crops with patches hidden, and predicts what the teacher says there.
 
     Args:
         out_dim: prototypes, of class tokens and patches alike
@@ -34,6 +34,8 @@ class IBOT(DINO):
         mask_start_epoch: epochs without hidden patches
         common: of :class:`.DINO`
     """
+
+    teacher_patch_temp: Tensor
 
     def __init__(
         self,
@@ -54,13 +56,20 @@ class IBOT(DINO):
         mask_start_epoch: int = 0,
         **common: Any,
     ) -> None:
-        shared = dict(out_dim=out_dim, local_crops=local_crops, global_scale=global_scale, local_scale=local_scale)
-        warm_up = dict(teacher_temp=teacher_temp, warmup_teacher_temp_epochs=warmup_teacher_temp_epochs)
-        super().__init__(encoder=encoder, **shared, **warm_up, **common)
+        super().__init__(
+            encoder=encoder,
+            out_dim=out_dim,
+            local_crops=local_crops,
+            global_scale=global_scale,
+            local_scale=local_scale,
+            teacher_temp=teacher_temp,
+            warmup_teacher_temp_epochs=warmup_teacher_temp_epochs,
+            **common,
+        )
         self.class_weight, self.patch_weight = class_weight, patch_weight
         self.mask_prob, self.mask_ratio, self.mask_start_epoch = mask_prob, mask_ratio, mask_start_epoch
-        patches = dict(start=warmup_teacher_patch_temp, end=teacher_patch_temp, delay=mask_start_epoch)
-        self._patch_temperature = dict(patches, warm_up=warmup_teacher_temp_epochs)
+        patches: dict[str, Any] = dict(start=warmup_teacher_patch_temp, end=teacher_patch_temp, delay=mask_start_epoch)
+        self._patch_temperature: dict[str, Any] = dict(patches, warm_up=warmup_teacher_temp_epochs)
         self.patch_centre = Centre((1, 1, out_dim), self._centre_momentum)
         self.register_buffer("teacher_patch_temp", torch.tensor(teacher_patch_temp), persistent=False)
 

@@ -103,7 +103,7 @@ def class_loss(student: Tensor, target: Tensor, temperature: float) -> Tensor:
 
 
 def hidden_weights(mask: Tensor) -> Tensor:
-    """(N, L) bool → (N, L) float32 weights of the hidden tokens: 1/N of a crop's mean over them; a crop without any: 0."""
+    """(N, L) bool → (N, L) float32 weights of hidden tokens, 1/N of a crop's mean; all 0 of a crop without any."""
     weight = 1 / (mask.sum(1, keepdim=True).clamp(min=1) * len(mask))
     return mask * weight
 
