@@ -57,6 +57,8 @@ def ibot_mask(
     Raises:
         ValueError: Ids or crops that are no integers, a range outside [0, 1), a grid without place for blocks.
     """
+    if not ratios:
+        raise ValueError("ratios=(): give at least one range (low, high)")
     _check(grid, ratios, shape)
     cells = grid[0] * grid[1]
     count = BLOCKS * TRIES if shape == "block" else cells
@@ -101,6 +103,8 @@ def beit_mask(
     _check(grid, (), "block")
     if not 0 < count < grid[0] * grid[1]:
         raise ValueError(f"count={count}: must lie between 1 and {grid[0] * grid[1] - 1}, the grid has one cell more")
+    if smallest < 0:
+        raise ValueError(f"smallest={smallest}: must be at least 0")
     keys = crop_keys(sample_ids, BLOCKS * TRIES, seed=seed, epoch=epoch, crop=crop, purpose=BLOCK_MASKS)
     target = torch.full(sample_ids.shape, float(count), dtype=torch.float64, device=sample_ids.device)
     return _grow(keys, grid, target, smallest)
@@ -175,36 +179,45 @@ def _exp(x: Tensor) -> Tensor:
 
 def _grow(keys: Tensor, grid: tuple[int, int], target: Tensor, smallest: int) -> Tensor:
     """(B, *grid) masks of up to ``target`` (B,) float64 cells from (B, BLOCKS · TRIES) hashes."""
-    keys = keys.reshape(-1, BLOCKS, TRIES).transpose(0, 1).contiguous()
-    low, high = map(math.log, ASPECT)
-    aspect, area = _exp(_units(_bits(keys, 16)).mul_(high - low).add_(low)), _units(_bits(keys, 0))
-    place = torch.stack((_bits(keys, 32), _bits(keys, 48)), -1).double().mul_(2.0**-16)
-    edges = [torch.arange(edge, dtype=torch.float32, device=keys.device) for edge in grid]
+    shapes, areas, places = _draws(keys)
     target = target[:, None]
-    mask = torch.zeros(len(target), *grid, device=keys.device)
+    edge = max(grid)
+    numbers = torch.arange(edge, dtype=torch.float32, device=keys.device)
+    # Both axes in one tensor, and so a square mask: half as many operations.
+    edges = grid[0] + (grid[1] - grid[0]) * torch.arange(2, device=keys.device)[:, None, None]
+    mask = torch.zeros(len(target), edge, edge, device=keys.device)
     count, left = torch.zeros_like(target), target
-    for block in range(BLOCKS):
-        size = smallest + (left - smallest) * area[block]
-        height, width = (size * aspect[block]).sqrt_().round_(), (size / aspect[block]).sqrt_().round_()
-        top = ((grid[0] + 1 - height) * place[block, ..., 0]).floor_()
-        start = ((grid[1] + 1 - width) * place[block, ..., 1]).floor_()
-        rows, columns = _span(edges[0], top, height), _span(edges[1], start, width)
-        gain = height * width - (rows @ mask).mul_(columns).sum(-1)
-        fits = (height < grid[0]) & (width < grid[1]) & (gain > 0) & (gain <= left)
-        found, first = fits.max(1, keepdim=True)
-        rows, columns = _pick(rows, first), _pick(columns, first)
-        mask = torch.where(found[..., None], torch.maximum(mask, rows.mT * columns), mask)
-        count = torch.where(found, count + gain.gather(1, first), count)
+    for shape, area, place in zip(shapes, areas, places, strict=True):
+        extent = ((smallest + (left - smallest) * area) * shape).sqrt_().round_()
+        first = ((edges + 1 - extent) * place).floor_()
+        rows, columns = _span(numbers, first.float(), extent.float())
+        gain = extent[0] * extent[1] - (rows @ mask).mul_(columns).sum(-1)
+        fits = (extent < edges).all(0) & (gain > 0) & (gain <= left)
+        found, taken = fits.max(1, keepdim=True)
+        rows, columns = _pick(rows, taken), _pick(columns, taken)
+        mask = torch.maximum(mask, rows.mT * (columns * found[..., None]))
+        count = torch.where(found, count + gain.gather(1, taken), count)
         left = torch.where(found, target - count, 0.0)  # nothing fits in nothing: the mask has stopped
         if fk.shape_may_follow(left) and not left.any():
             break
-    return mask != 0
+    return (mask != 0)[:, : grid[0], : grid[1]]
+
+
+def _draws(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the tries of each block drew: the squared height and width of a block of area 1 (BLOCKS, 2, B, TRIES); the
+    share of the range of areas (BLOCKS, B, TRIES); the shares of the ranges of the first row and column, as the first.
+    """
+    keys = keys.reshape(-1, BLOCKS, TRIES).transpose(0, 1).contiguous()
+    low, high = map(math.log, ASPECT)
+    aspect = _exp(_units(_bits(keys, 16)).mul_(high - low).add_(low))
+    places = torch.stack((_bits(keys, 32), _bits(keys, 48)), 1).double().mul_(2.0**-16)
+    return torch.stack((aspect, 1 / aspect), 1), _units(_bits(keys, 0)), places
 
 
 def _span(numbers: Tensor, first: Tensor, length: Tensor) -> Tensor:
-    """(..., n) float32: one for ``numbers`` (n,) from ``first`` (...) on for ``length``, else zero."""
-    first, behind = first.float()[..., None], (first + length).float()[..., None]
-    return torch.minimum(numbers - first + 1, behind - numbers).clamp_(0, 1)
+    """(..., n): one for ``numbers`` (n,) from ``first`` (...) on for ``length`` (...), else zero."""
+    inside = numbers - first[..., None]
+    return torch.minimum(inside + 1, length[..., None] - inside).clamp_(0, 1)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -185,6 +185,6 @@ def _possible(how: Photometric, taps: int) -> Steps:
 def _check_images(images: Tensor, sample_ids: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         got = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"images must be uint8 (B, 3, H, W), or of 1 channel, got {got}; other channels have no colours")
+        raise ValueError(f"images must be uint8 (B, C, H, W) with C 3 (colours) or 1 (grey), got {got}")
     if len(images) != len(sample_ids):
         raise ValueError(f"sample_ids must have one id per image: {len(sample_ids)} for {len(images)}")

@@ -124,8 +124,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, work: Work, index: int, steps: Steps) -> None:
-    column = slice(index, index + 1), None, None
-    scale, luma, mean = (weights[:, *column] for weights in (work.scale, work.luma, work.mean))
+    scale, luma, mean = (weights[:, index, None, None, None] for weights in (work.scale, work.luma, work.mean))
     added: Tensor | None = None
     if steps.mean[index]:
         added = _luma(_mean(x)).mul_(mean)
