@@ -10,10 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-_WORD = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX1 = 0xBF58476D1CE4E5B9
-_MIX2 = 0x94D049BB133111EB
+from .keys import check_ids, random_keys
 
 
 def masked_units(mask_ratio: float, units: int) -> int:
@@ -80,8 +77,7 @@ def random_mask(
     Raises:
         ValueError: ``sample_ids`` is not a vector of integers, or the ratio masks everything or nothing.
     """
-    if sample_ids.ndim != 1 or sample_ids.dtype.is_floating_point:
-        raise ValueError(f"sample_ids must be a vector of integers, got {sample_ids.dtype} {tuple(sample_ids.shape)}")
+    check_ids(sample_ids)
     rows, cols = math.ceil(grid[0] / repeat), math.ceil(grid[1] / repeat)
     count = masked_units(mask_ratio, rows * cols)
     keys = random_keys(sample_ids, rows * cols, seed, epoch)
@@ -89,34 +85,3 @@ def random_mask(
     mask = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device).scatter(1, chosen, True)
     mask = mask.view(-1, rows, 1, cols, 1).expand(-1, rows, repeat, cols, repeat)
     return mask.reshape(-1, rows * repeat, cols * repeat)[:, : grid[0], : grid[1]]
-
-
-def random_keys(sample_ids: Tensor, count: int, seed: int, epoch: int) -> Tensor:
-    """(B, count) int64 hashes: SplitMix64 (Steele et al. 2014) seeded by (seed, epoch, sample id)."""
-    base = _mix_int(_mix_int(seed) ^ _mix_int(epoch + _GAMMA))
-    state = _mix(sample_ids.long()[:, None] * _signed(_GAMMA) ^ _signed(base))
-    steps = torch.arange(1, count + 1, device=sample_ids.device) * _signed(_GAMMA)
-    return _mix(state + steps)
-
-
-def _signed(value: int) -> int:
-    value &= _WORD
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _mix_int(z: int) -> int:
-    z &= _WORD
-    z = ((z ^ (z >> 30)) * _MIX1) & _WORD
-    z = ((z ^ (z >> 27)) * _MIX2) & _WORD
-    return z ^ (z >> 31)
-
-
-def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift_right(z, 30)) * _signed(_MIX1)
-    z = (z ^ _shift_right(z, 27)) * _signed(_MIX2)
-    return z ^ _shift_right(z, 31)
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    # int64 has only the arithmetic shift: clear the copies of the sign bit.
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
