@@ -34,8 +34,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "fastmim_kernels": (
         ("reference",),
         ("common",),
-        ("linear", "low_copies", "local_norm", "mask_tokens", "masked_loss", "patch_merge", "position_bias",
-         "window_attention", "fusion"),
+        ("distillation", "linear", "low_copies", "local_norm", "mask_tokens", "masked_loss", "patch_merge",
+         "position_bias", "window_attention", "fusion"),
         ("mlp", "residual_norm"),
         ("nn", "check", "triton"),
     ),

@@ -164,3 +164,23 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
 def patch_merge_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the 4C channels of :func:`patch_merge`."""
     return F.layer_norm(patch_merge(x), weight.shape, weight, bias, eps)
+
+
+def distillation(
+    student: Tensor,
+    teacher: Tensor,
+    centre: Tensor,
+    weight: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+    pairs: list[tuple[int, int]],
+) -> tuple[Tensor, Tensor]:
+    """(Σ w·CE, Σ w·H) of student views (V, B, K) and teacher views (U, B, K) over ``pairs`` (v, u); w is (V, B)."""
+    log_student = F.log_softmax(student / student_temp, -1)
+    log_teacher = F.log_softmax((teacher - centre) / teacher_temp, -1)
+    target = log_teacher.exp()
+    loss = entropy = student.new_zeros(())
+    for v, u in pairs:
+        loss = loss - (weight[v] * (target[u] * log_student[v]).sum(-1)).sum()
+        entropy = entropy - (weight[v] * (target[u] * log_teacher[u]).sum(-1)).sum()
+    return loss, entropy

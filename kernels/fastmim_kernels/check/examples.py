@@ -8,6 +8,7 @@ for a split product. ``tests/kernels/test_launches.py`` holds them against the l
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -114,6 +115,14 @@ def _low_copies(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, 
     return {"tensors": [normal(*shape) for shape in shapes], "dtype": dtype}
 
 
+def _distillation(student: tuple[int, ...], teacher: tuple[int, ...], pairs: str, weighted: bool) -> dict[str, Any]:
+    given = {"student": normal(*student, scale=2.0), "teacher": normal(*reversed(teacher)).reshape(teacher),
+             "centre": normal(student[-1], scale=0.5), "student_temp": 0.1, "teacher_temp": 0.05, "pairs": pairs}
+    if weighted:  # of some rows 0, together about 1
+        given["weight"] = _hidden(*student[:-1]).float() / math.prod(student[:-1])
+    return given
+
+
 def _tensor(name: str, *shape: int, **more: Any) -> dict[str, Any]:
     return {name: normal(*shape), **more}
 
@@ -124,6 +133,7 @@ _MLP = ("x", "weight1", "bias1", "weight2", "bias2")
 _LINEAR = ("x", "weight", "bias")
 _HEAD = ("tokens", "weight", "bias")
 _COSINE = ("qkv", "bias", "logit_scale")
+_LOGITS = ("student", "teacher")
 # More than one piece of a program, a remainder of a vector, and less than one.
 _PIECES: list[tuple[int, ...]] = [(130, 129), (37,), (1,)]
 
@@ -148,6 +158,9 @@ SMALL = (
     Case("cpb_bias", "", partial(_cpb_bias, 3, 2, 2), (), ("weight1", "bias1", "weight2"), torch.float32),
     Case("masked_l1", "", partial(_masked_l1, 3, 2), ("prediction",), ("prediction",)),
     Case("linear_masked_l1", "", partial(_linear_masked_l1, 3, 2, 40), ("tokens",), _HEAD),
+    Case("distillation", "rows", partial(_distillation, (37, 300), (37, 300), "rows", True), _LOGITS, ("student",)),
+    Case("distillation", "views", partial(_distillation, (5, 3, 300), (2, 3, 300), "views", False), _LOGITS,
+         ("student",)),
     Case("local_norm_target", "", partial(_tensor, "images", 2, 3, 33, 50, kernel_size=13), (), (), torch.float32),
     Case("low_copies", "bfloat16", partial(_low_copies, _PIECES, torch.bfloat16), (), (), torch.bfloat16),
     Case("low_copies", "float16", partial(_low_copies, _PIECES, torch.float16), (), (), torch.float16))
@@ -223,6 +236,13 @@ SHIPPED: tuple[Case, ...] = (
     Case("linear_masked_l1", "4,352 tokens of 32 px", partial(_linear_masked_l1, 68, 8, 64), ("tokens",), _HEAD),
     Case("linear_masked_l1", "22,176 tokens of 16 px", partial(_linear_masked_l1, 154, 12, 64, 16, 16), ("tokens",),
          _HEAD),
+    # Several groups of a program; more codes than one program has, and as many chunks as DINO's.
+    Case("distillation", "800 rows of 8,192", partial(_distillation, (800, 8192), (800, 8192), "rows", True), _LOGITS,
+         ("student",)),
+    Case("distillation", "12 views of 8,192", partial(_distillation, (12, 40, 8192), (2, 40, 8192), "views", False),
+         _LOGITS, ("student",)),
+    Case("distillation", "10 views of 65,536", partial(_distillation, (10, 4, 65536), (2, 4, 65536), "views", False),
+         _LOGITS, ("student",)),
     Case("local_norm_target", "192 px", partial(_tensor, "images", 2, 3, 192, 192, kernel_size=47), (), (),
          torch.float32))
 
@@ -246,6 +266,8 @@ TIMED: dict[tuple[str, str], Build] = {
     ("cpb_bias", ""): partial(_cpb_bias, 12, 16, 18),
     ("masked_l1", ""): partial(_masked_l1, _B, 6),
     ("linear_masked_l1", ""): partial(_linear_masked_l1, _B, 6, 1024),
+    ("distillation", "rows"): partial(_distillation, (2048, 8192), (2048, 8192), "rows", True),
+    ("distillation", "views"): partial(_distillation, (12, _B, 8192), (2, _B, 8192), "views", False),
     ("local_norm_target", ""): partial(_tensor, "images", _B, 3, 192, 192, kernel_size=47),
     ("low_copies", "bfloat16"): partial(_low_copies, [(4096, 1024), (1024,)] * 24, torch.bfloat16),
     ("low_copies", "float16"): partial(_low_copies, [(4096, 1024), (1024,)] * 24, torch.float16)}

@@ -127,6 +127,16 @@ def _attention(window: tuple[int, int], shape: tuple[int, int, int], heads: int,
     return given | ({"logit_scale": positive(heads, 1, 1)} if cosine else {})
 
 
+# Of 5 images all views are hidden in one, some in others; 300 codes are one chunk that is not full.
+def _distillation(pairs: str, codes: int, dtype: torch.dtype = F32) -> dict[str, Any]:
+    student, teacher = ((3, 5, codes), (2, 5, codes)) if pairs == "views" else ((9, codes), (9, codes))
+    weight = positive(*student[:-1]) * ~hidden(*student[:-1])
+    weight[..., 1] = 0
+    return {"student": normal(*student, dtype=dtype), "teacher": normal(*teacher, dtype=dtype, seed=2),
+            "centre": normal(1, codes), "student_temp": torch.tensor(0.1), "teacher_temp": torch.tensor(0.5),
+            "pairs": pairs, "weight": weight}
+
+
 _ATTENTION = (
     Example("window_attention", "float32", lambda: _attention((3, 4), (1, 6, 8), 1, False), ("qkv", "bias")),
     Example("window_attention", "bfloat16, cosine", lambda: _attention((3, 4), (1, 6, 8), 2, True, BF16),
@@ -170,6 +180,8 @@ EXAMPLES = (
     Example("masked_l1", "uint8", lambda: _loss(torch.uint8, False, loss="smooth_l1"), ("prediction",)),
     Example("linear_masked_l1", "float32", lambda: _loss(F32, True), _HEAD),
     Example("linear_masked_l1", "uint8", lambda: _loss(torch.uint8, True, loss="l2"), _HEAD),
+    Example("distillation", "rows, bfloat16", lambda: _distillation("rows", 300, BF16), ("student",)),
+    Example("distillation", "views", lambda: _distillation("views", 300), ("student",)),
     Example("local_norm_target", "", lambda: {"images": normal(2, 3, 9, 13), "kernel_size": 5}),
     Example("position_bias", "MLP", lambda: _bias(True), ("params",)),
     Example("position_bias", "tables", lambda: _bias(False), ("params",)),

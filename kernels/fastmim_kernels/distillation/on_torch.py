@@ -1,0 +1,99 @@
+"""``distillation`` in torch: as many rows at a time as stay in cache, softmax computed again for the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .layout import mean_weight, teachers_of
+
+VALUES = 1 << 19
+"""Logits of one view that are worked on at a time."""
+
+
+def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,
+            teacher_temp: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::distillation``; nothing is kept for backward but the inputs."""
+    weight = _weights(student, teacher, centre, weight, own)
+    loss, entropies = centre.new_zeros(()), centre.new_zeros(())
+    for groups in _chunks(weight, student.shape[2]):
+        logits = _centred(teacher[:, groups], centre, teacher_temp)
+        logits -= logits.amax(-1, keepdim=True)
+        target = torch.softmax(logits, -1)
+        # Of the largest, e⁰ / Σ: without exponentials of their own, which subnormal numbers make slow on a CPU.
+        each = -target.amax(-1).log() - torch.linalg.vecdot(target, logits)
+        for view, w in enumerate(weight[:, groups]):
+            others = teachers_of(view, len(target), own)
+            if others:
+                logarithm = torch.log_softmax(_scaled(student[view, groups], student_temp), -1)
+                loss -= _weighted(torch.linalg.vecdot(_sum(target, others), logarithm), w)
+                entropies += _weighted(each[others].sum(0), w)
+    return loss, entropies, centre.new_empty(0), centre.new_empty(0)
+
+
+def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None,
+             student_temp: Tensor, teacher_temp: Tensor, student_rows: Tensor, teacher_rows: Tensor, own: bool
+             ) -> Tensor:
+    """Arguments and result of the op ``fastmim::distillation_backward``: ``w / τ_s · (n·softmax(s / τ_s) − Σ target)``."""
+    given = weight is not None
+    weight = _weights(student, teacher, centre, weight, own)
+    factor = weight * (grad / student_temp)
+    # Rows that no chunk visits have weight 0.
+    out = torch.zeros_like(student, memory_format=torch.contiguous_format) if given else torch.empty_like(
+        student, memory_format=torch.contiguous_format)
+    for groups in _chunks(weight, student.shape[2]):
+        target = torch.softmax(_centred(teacher[:, groups], centre, teacher_temp), -1)
+        for view in range(len(student)):
+            others = teachers_of(view, len(target), own)
+            if not others:
+                out[view, groups] = 0
+                continue
+            slope = torch.softmax(_scaled(student[view, groups], student_temp), -1)
+            slope = slope.mul_(len(others)) if len(others) > 1 else slope
+            slope = slope.sub_(_sum(target, others)).mul_(factor[view, groups].unsqueeze(-1))
+            out[view, groups] = slope.masked_fill_((weight[view, groups] == 0).unsqueeze(-1), 0) if given else slope
+    return out
+
+
+def _weights(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, own: bool) -> Tensor:
+    views, groups = student.shape[:2]
+    return centre.new_full((views, groups), mean_weight(views, len(teacher), groups, own)) if weight is None else weight
+
+
+def _chunks(weight: Tensor, codes: int) -> Iterator[Tensor | slice]:
+    """Groups that are worked on together; on a CPU without those in which every weight is 0, elsewhere the host would wait."""
+    size = max(1, VALUES // codes)
+    groups = weight.shape[1]
+    if weight.is_cpu:
+        shown = weight.ne(0).any(0)
+        if not shown.all():
+            yield from (rows for rows in shown.nonzero().squeeze(1).split(size) if len(rows))
+            return
+    else:
+        size *= 16
+    for start in range(0, groups, size):
+        yield slice(start, start + size)
+
+
+def _centred(teacher: Tensor, centre: Tensor, temp: Tensor) -> Tensor:
+    return (teacher - centre).div_(temp)
+
+
+def _scaled(student: Tensor, temp: Tensor) -> Tensor:
+    # A tensor of one value would be rounded to the dtype of the logits: widen first.
+    return student / temp if student.dtype == temp.dtype else student.to(temp.dtype).div_(temp)
+
+
+def _sum(target: Tensor, others: list[int]) -> Tensor:
+    """(n, K) of the rows of (U, n, K) that ``others`` names."""
+    found = target[others[0]]
+    for other in others[1:]:
+        found = found + target[other]
+    return found
+
+
+def _weighted(rows: Tensor, weight: Tensor) -> Tensor:
+    # Never 0·NaN.
+    return torch.where(weight == 0, 0, rows * weight).sum()

@@ -1,0 +1,370 @@
+"""Self-distillation's loss from logits in one read, and its gradient from one more.
+
+A program owns a chunk of the codes and walks through a share of the groups (rows, or images with their views): its
+piece of the centre is read once, a teacher's chunk once for all student views. What it writes of a row are the maximum
+and sums relative to it; the last program of a share puts the chunks together, the last of all adds the shares up, both
+in a fixed order. Exponentials are powers of two, of logits times log2(e) / temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import arrival
+from ..common.aot_case import AotCase
+from ..common.arrival import arrive
+from ..common.device import on_own_device, processors
+from ..common.sizes import cdiv, next_power_of_2
+from .layout import mean_weight
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NOTHING = tl.constexpr(-1e30)
+"""Maximum of a chunk that is not there: finite, so that nothing times zero is zero."""
+
+
+@triton.jit
+def is_read(p_weight, i_g, groups, V: tl.constexpr, V_PAD: tl.constexpr):
+    """Whether a student row of group ``i_g`` has a weight other than 0."""
+    o_v = tl.arange(0, V_PAD).to(tl.int64)
+    b_w = tl.load(p_weight + o_v * groups + i_g, mask=o_v < V, other=0)
+    return tl.max((b_w != 0).to(tl.int32), 0) != 0
+
+
+@triton.jit
+def inside(o_k, codes, EVEN: tl.constexpr):
+    """Whether there are codes at these places; ``EVEN``: chunks divide them, so that no place need be asked."""
+    return tl.full(o_k.shape, 1, tl.int1) if EVEN else o_k < codes
+
+
+@triton.jit
+def where_inside(m_k, b_x, other, EVEN: tl.constexpr):
+    return b_x if EVEN else tl.where(m_k, b_x, other)
+
+
+@triton.jit
+def student_sums(p_student, p_weight, p_part, b_e, i_v, i_g, m_group, groups, codes, o_k, m_k, k_s,
+                 V: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, EVEN: tl.constexpr):
+    """Store of one student row's chunk: its maximum, Σ e^x, and Σ e·x with each teacher's e."""
+    i_row = (i_v * groups + i_g).to(tl.int64)
+    if p_weight is not None:
+        m_group = m_group & (tl.load(p_weight + i_row) != 0)
+    b_s = tl.load(p_student + i_row * codes + o_k, mask=m_k & m_group, other=0).to(tl.float32)
+    b_max = tl.max(where_inside(m_k, b_s, NOTHING, EVEN), 1, keep_dims=True)
+    b_x = (b_s - b_max) * k_s
+    b_sum = tl.sum(where_inside(m_k, tl.exp2(b_x), 0.0, EVEN), 1, keep_dims=True)
+    rows, splits, i_split = tl.cast(groups, tl.int64) * V, tl.num_programs(1), tl.program_id(1)
+    o_u = tl.arange(0, U_PAD)
+    p_row = p_part + i_split * rows + i_row + tl.zeros((1, 1), tl.int64)
+    tl.store(p_row, b_max)
+    tl.store(p_row + splits * rows, b_sum)
+    p_pair = p_part + (2 * splits + o_u * splits + i_split) * rows + i_row
+    tl.store(p_pair, tl.sum(b_e * b_x, 1), mask=o_u < U)
+
+
+@triton.jit(do_not_specialize=["groups", "per_program"])
+def distillation_forward(
+    p_student,  # (V, G, K) logits
+    p_teacher,  # (U, G, K) logits
+    p_centre,  # (K,) float32
+    p_weight,  # (V, G) float32 or None
+    p_student_temp,  # scalar float32
+    p_teacher_temp,  # scalar float32
+    p_part,  # (2 + U, chunks, V·G) float32, scratch: maximum, Σ e^x, Σ e·x of each student row
+    p_target,  # (3, chunks, U·G) float32, scratch: maximum, Σ e^y, Σ e^y·y of each teacher row
+    p_sums,  # (2, shares) float32, scratch: of loss and entropy
+    p_counter,  # (1 + shares,) int32, see .arrival
+    p_student_rows,  # (2, V·G) float32, out: maximum, log2 of the sum
+    p_teacher_rows,  # (2, U·G) float32, out
+    p_loss,  # scalar float32, out
+    p_entropy,  # scalar float32, out
+    groups, per_program, codes, share,
+    V: tl.constexpr, V_PAD: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, OWN: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
+):
+    i_split = tl.program_id(1)
+    o_u = tl.arange(0, U_PAD)[:, None]
+    o_k = i_split * BLOCK + tl.arange(0, BLOCK)[None, :]
+    m_k = inside(o_k, codes, EVEN)
+    b_c = tl.load(p_centre + o_k, mask=m_k, other=0)
+    k_s = LOG2E / tl.load(p_student_temp)
+    k_t = LOG2E / tl.load(p_teacher_temp)
+    first = tl.program_id(0) * per_program
+    last = tl.minimum(first + per_program, groups)
+    targets = tl.cast(groups, tl.int64) * U
+    splits = tl.num_programs(1)
+    for i_g in tl.range(first, last, num_stages=OUTER):
+        m_group = i_g < last
+        if p_weight is not None:
+            m_group = is_read(p_weight, i_g, groups, V, V_PAD)
+        m_t = (o_u < U) & m_k & m_group
+        i_target = (o_u * groups + i_g).to(tl.int64)
+        b_t = tl.load(p_teacher + i_target * codes + o_k, mask=m_t, other=0).to(tl.float32) - b_c
+        # What is computed of rows that are not read is never looked at.
+        b_max = tl.max(where_inside(m_k, b_t, NOTHING, EVEN), 1, keep_dims=True)
+        b_y = (b_t - b_max) * k_t
+        b_e = where_inside(m_k, tl.exp2(b_y), 0.0, EVEN)
+        p_row = p_target + i_split * targets + i_target
+        tl.store(p_row, b_max, mask=o_u < U)
+        tl.store(p_row + splits * targets, tl.sum(b_e, 1, keep_dims=True), mask=o_u < U)
+        tl.store(p_row + 2 * splits * targets, tl.sum(b_e * b_y, 1, keep_dims=True), mask=o_u < U)
+        if V == 1:
+            student_sums(p_student, p_weight, p_part, b_e, 0, i_g, m_group, groups, codes, o_k, m_k, k_s, V, U,
+                         U_PAD, EVEN)
+        else:
+            for i_v in tl.range(0, V, num_stages=INNER):
+                student_sums(p_student, p_weight, p_part, b_e, i_v, i_g, m_group, groups, codes, o_k, m_k, k_s, V, U,
+                             U_PAD, EVEN)
+    if arrive(p_counter + 1 + tl.program_id(0), splits):
+        put_together(p_weight, p_part, p_target, p_sums, p_student_rows, p_teacher_rows, first, last, groups, splits,
+                     share, k_s, k_t, V, U, OWN, CHUNKS, ROWS)
+        if arrive(p_counter, tl.num_programs(0)):
+            add_shares(p_sums, p_loss, p_entropy, tl.num_programs(0), MOST)
+
+
+@triton.jit
+def put_together(p_weight, p_part, p_target, p_sums, p_student_rows, p_teacher_rows, first, last, groups, splits,
+                 share, k_s, k_t, V: tl.constexpr, U: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr,
+                 ROWS: tl.constexpr):
+    """The rows of the groups ``first`` to ``last`` from their chunks; the sums of their losses and entropies."""
+    rows, targets = tl.cast(groups, tl.int64) * V, tl.cast(groups, tl.int64) * U
+    o_split = tl.arange(0, CHUNKS)[None, :]
+    a_loss = tl.zeros((ROWS,), tl.float32)
+    a_entropy = tl.zeros((ROWS,), tl.float32)
+    for i in range(0, (last - first) * V, ROWS):
+        o_r = i + tl.arange(0, ROWS)
+        m_r = o_r < (last - first) * V
+        i_v = o_r % V
+        i_g = first + o_r // V
+        i_row = (i_v * groups + i_g).to(tl.int64)
+        b_w = tl.zeros((ROWS,), tl.float32) + share
+        if p_weight is not None:
+            b_w = tl.load(p_weight + i_row, mask=m_r, other=0)
+            m_r = m_r & (b_w != 0)
+        m = m_r[:, None] & (o_split < splits)
+        # Other processors wrote these: past the cache of this one.
+        p_own = p_part + i_row[:, None] + o_split * rows
+        b_part = tl.load(p_own, mask=m, other=NOTHING, cache_modifier=".cg")
+        b_max = tl.max(b_part, 1)
+        b_x = (b_part - b_max[:, None]) * k_s
+        b_sum = tl.load(p_own + splits * rows, mask=m, other=0, cache_modifier=".cg")
+        b_log = tl.log2(tl.where(m_r, tl.sum(b_sum * tl.exp2(b_x), 1), 1.0))
+        tl.store(p_student_rows + i_row, b_max, mask=m_r)
+        tl.store(p_student_rows + rows + i_row, b_log, mask=m_r)
+        for u in tl.static_range(U):
+            i_target = tl.cast(groups, tl.int64) * u + i_g
+            p_row = p_target + i_target[:, None] + o_split * targets
+            b_part = tl.load(p_row, mask=m, other=NOTHING, cache_modifier=".cg")
+            b_max = tl.max(b_part, 1)
+            b_y = (b_part - b_max[:, None]) * k_t
+            b_f = tl.exp2(b_y)
+            b_sum = tl.load(p_row + splits * targets, mask=m, other=0, cache_modifier=".cg")
+            b_all = tl.where(m_r, tl.sum(b_sum * b_f, 1), 1.0)
+            # Student views of one group write the same values.
+            tl.store(p_teacher_rows + i_target, b_max, mask=m_r)
+            tl.store(p_teacher_rows + targets + i_target, tl.log2(b_all), mask=m_r)
+            b_ey = tl.load(p_row + 2 * splits * targets, mask=m, other=0, cache_modifier=".cg")
+            b_ex = tl.load(p_own + (2 + u) * splits * rows, mask=m, other=0, cache_modifier=".cg")
+            b_entropy = tl.log2(b_all) - tl.sum(b_f * (b_ey + b_y * b_sum), 1) / b_all
+            b_loss = b_log - tl.sum(b_f * (b_ex + b_x * b_sum), 1) / b_all
+            m_pair = m_r if OWN else m_r & (i_v != u)
+            a_loss += tl.where(m_pair, b_w * b_loss, 0.0)
+            a_entropy += tl.where(m_pair, b_w * b_entropy, 0.0)
+    tl.store(p_sums + tl.program_id(0), tl.sum(a_loss, 0))
+    tl.store(p_sums + tl.num_programs(0) + tl.program_id(0), tl.sum(a_entropy, 0))
+
+
+@triton.jit
+def add_shares(p_sums, p_loss, p_entropy, shares, MOST: tl.constexpr):
+    o = tl.arange(0, MOST)
+    b_loss = tl.load(p_sums + o, mask=o < shares, other=0, cache_modifier=".cg")
+    b_entropy = tl.load(p_sums + shares + o, mask=o < shares, other=0, cache_modifier=".cg")
+    tl.store(p_loss, tl.sum(b_loss, 0) * LN2)
+    tl.store(p_entropy, tl.sum(b_entropy, 0) * LN2)
+
+
+@triton.jit
+def student_slope(p_student, p_weight, p_rows, p_out, b_p, b_factor, i_v, i_g, m_group, groups, codes, o_k, m_k, k_s,
+                  share, V: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, OWN: tl.constexpr):
+    """Store of one student row's chunk of the gradient, w / τ · grad · (n·q − Σ p)."""
+    i_row = (i_v * groups + i_g).to(tl.int64)
+    if p_weight is not None:
+        b_w = tl.load(p_weight + i_row)
+        m_group = m_group & (b_w != 0)
+    b_s = tl.load(p_student + i_row * codes + o_k, mask=m_k & m_group, other=0).to(tl.float32)
+    b_max = tl.load(p_rows + i_row, mask=m_group, other=0)
+    b_log = tl.load(p_rows + tl.cast(groups, tl.int64) * V + i_row, mask=m_group, other=0)
+    b_q = tl.exp2((b_s - b_max) * k_s - b_log)
+    b_n = 1.0 * U
+    b_target = b_p
+    if not OWN:
+        o_u = tl.arange(0, U_PAD)[:, None]
+        b_target = tl.where(o_u != i_v, b_p, 0.0)
+        b_n = tl.where(i_v < U, U - 1.0, 1.0 * U)
+    if U_PAD > 1:
+        b_target = tl.sum(b_target, 0, keep_dims=True)
+    if p_weight is None:
+        b_d = (b_n * b_q - b_target) * (b_factor * share)
+    else:
+        b_d = tl.where(b_w != 0, (b_n * b_q - b_target) * (b_factor * b_w), 0.0)
+    tl.store(p_out + i_row * codes + o_k, b_d.to(p_out.dtype.element_ty), mask=m_k)
+
+
+@triton.jit(do_not_specialize=["groups", "per_program"])
+def distillation_backward(
+    p_grad,  # scalar: gradient of the loss
+    p_student,  # (V, G, K) logits
+    p_teacher,  # (U, G, K) logits
+    p_centre,  # (K,) float32
+    p_weight,  # (V, G) float32 or None
+    p_student_temp,  # scalar float32
+    p_teacher_temp,  # scalar float32
+    p_student_rows,  # (2, V·G) float32: maximum, log2 of the sum
+    p_teacher_rows,  # (2, U·G) float32
+    p_out,  # (V, G, K), out: gradient of the student
+    groups, per_program, codes, share,
+    V: tl.constexpr, V_PAD: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, OWN: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):
+    o_u = tl.arange(0, U_PAD)[:, None]
+    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    m_k = inside(o_k, codes, EVEN)
+    b_c = tl.load(p_centre + o_k, mask=m_k, other=0)
+    k_s = LOG2E / tl.load(p_student_temp)
+    k_t = LOG2E / tl.load(p_teacher_temp)
+    b_factor = tl.load(p_grad).to(tl.float32) / tl.load(p_student_temp)
+    first = tl.program_id(0) * per_program
+    last = tl.minimum(first + per_program, groups)
+    for i_g in tl.range(first, last, num_stages=OUTER):
+        m_group = i_g < last
+        if p_weight is not None:
+            m_group = is_read(p_weight, i_g, groups, V, V_PAD)
+        m_t = (o_u < U) & m_k & m_group
+        i_target = (o_u * groups + i_g).to(tl.int64)
+        b_t = tl.load(p_teacher + i_target * codes + o_k, mask=m_t, other=0).to(tl.float32) - b_c
+        m_row = (o_u < U) & m_group
+        b_max = tl.load(p_teacher_rows + i_target, mask=m_row, other=0)
+        b_log = tl.load(p_teacher_rows + tl.cast(groups, tl.int64) * U + i_target, mask=m_row, other=0)
+        b_p = tl.exp2((b_t - b_max) * k_t - b_log)
+        if U < U_PAD:
+            b_p = tl.where(o_u < U, b_p, 0.0)
+        if V == 1:
+            student_slope(p_student, p_weight, p_student_rows, p_out, b_p, b_factor, 0, i_g, m_group, groups, codes,
+                          o_k, m_k, k_s, share, V, U, U_PAD, OWN)
+        else:
+            for i_v in tl.range(0, V, num_stages=INNER):
+                student_slope(p_student, p_weight, p_student_rows, p_out, b_p, b_factor, i_v, i_g, m_group, groups,
+                              codes, o_k, m_k, k_s, share, V, U, U_PAD, OWN)
+
+
+BLOCKS = 4
+"""Programs that a multiprocessor is to hold at once."""
+CHUNK = 4096
+"""Codes of a program, for all teacher views together; 32 values a thread."""
+MOST = 1024
+"""Shares of the groups, at most."""
+
+
+def config(views: int, teachers: int, codes: int) -> dict[str, int]:
+    """Tile and pipelines: the loop over groups loads ahead where each is two rows, else the loop over student views."""
+    padded = next_power_of_2(teachers)
+    block = max(64, min(CHUNK // padded, next_power_of_2(codes)))
+    ahead = {"OUTER": 3, "INNER": 1} if views == 1 else {"OUTER": 1, "INNER": 3}
+    return {"V": views, "V_PAD": next_power_of_2(views), "U": teachers, "U_PAD": padded, "EVEN": codes % block == 0,
+            "BLOCK": block, **ahead, "num_warps": max(1, min(4, block * padded // 1024))}
+
+
+def finish(chunks: int) -> dict[str, int]:
+    """Tile of what the last program of a share puts together, and how many shares the last of all adds up."""
+    wide = next_power_of_2(chunks)
+    return {"CHUNKS": wide, "ROWS": max(1, min(16, 1024 // wide)), "MOST": MOST}
+
+
+def each_of(groups: int, chunks: int, device: torch.device) -> int:
+    """Groups of a program: so many that all programs run at once."""
+    return cdiv(groups, min(groups, MOST, cdiv(BLOCKS * processors(device), chunks)))
+
+
+@on_own_device
+def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,
+            teacher_temp: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernel; arguments and results as the op ``fastmim::distillation``."""
+    views, groups, codes = student.shape
+    device, teachers = student.device, teacher.shape[0]
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    found = make(2, views, groups), make(2, teachers, groups)
+    if not groups:
+        zero = torch.zeros(2, dtype=torch.float32, device=device)
+        return zero[0].clone(), zero[1].clone(), *found
+    cfg = config(views, teachers, codes)
+    chunks = cdiv(codes, cfg["BLOCK"])
+    each = each_of(groups, chunks, device)
+    shares = cdiv(groups, each)
+    loss, entropy = make(), make()
+    distillation_forward[(shares, chunks)](
+        *_plain(student, teacher, centre, weight, student_temp, teacher_temp),
+        make(2 + teachers, chunks, views * groups), make(3, chunks, teachers * groups), make(2, shares),
+        arrival.counters(1 + shares, device), *found, loss, entropy, groups, each, codes,
+        mean_weight(views, teachers, groups, own), OWN=own, **finish(chunks), **cfg)
+    return loss, entropy, *found
+
+
+@on_own_device
+def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None,
+             student_temp: Tensor, teacher_temp: Tensor, student_rows: Tensor, teacher_rows: Tensor, own: bool
+             ) -> Tensor:
+    """Launch the kernel; arguments and result as the op ``fastmim::distillation_backward``."""
+    views, groups, codes = student.shape
+    out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    if groups:
+        cfg = config(views, len(teacher), codes)
+        chunks = cdiv(codes, cfg["BLOCK"])
+        each = each_of(groups, chunks, student.device)
+        distillation_backward[(cdiv(groups, each), chunks)](
+            grad, *_plain(student, teacher, centre, weight, student_temp, teacher_temp), student_rows, teacher_rows,
+            out, groups, each, codes, mean_weight(views, len(teacher), groups, own), OWN=own, **cfg)
+    return out
+
+
+def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def aot_cases() -> list[AotCase]:
+    """iBOT's patches (8,192 codes, weights) and class tokens (12 crops), DINO's class tokens (65,536 codes, 10 crops)."""
+    cases = []
+    types = {"p_student": "*bf16", "p_teacher": "*bf16", "p_out": "*bf16", "p_counter": "*i32", "groups": "i32",
+             "per_program": "i32", "codes": "i32", "share": "fp32"}
+    for name, views, teachers, codes, weighted in (("ibot_patches", 1, 1, 8192, True), ("ibot_views", 12, 2, 8192, False),
+                                                   ("dino_views", 10, 2, 65536, False)):
+        cfg = config(views, teachers, codes)
+        warps, put = cfg.pop("num_warps"), finish(cdiv(codes, cfg["BLOCK"]))
+        for direction, kernel in (("forward", distillation_forward), ("backward", distillation_backward)):
+            constexprs = {"OWN": teachers == 1, **cfg, **(put if direction == "forward" else {}),
+                          **({} if weighted else {"p_weight": None})}
+            signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constexprs}
+            divisible = tuple(n for n, kind in signature.items() if kind[0] == "*" or n == "codes")
+            cases.append(AotCase(f"{direction}/{name}", kernel, signature, constexprs, warps, 2, divisible,
+                                 wide_target=0.9 if name == "ibot_patches" else 0.95, quick=name != "dino_views",
+                                 trips=_forward_trips if direction == "forward" else _trips))
+    return cases
+
+
+def _trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """Groups of a program, and student views of each group."""
+    return (a["per_program"],) if a["V"] == 1 else (a["per_program"], a["V"])
+
+
+def _forward_trips(a: Mapping[str, Any]) -> tuple[float, ...]:
+    """The same, and what the last of a share does with its rows."""
+    return (*_trips(a), a["per_program"] * a["V"] / a["ROWS"] / a["grid"][1])

@@ -1,0 +1,187 @@
+"""Cross-entropy between a teacher's centred, sharpened softmax and a student's (DINO, section 3.1; iBOT, section 3).
+
+One pass over the logits forward and one backward: no probability is ever in memory. Both temperatures and the centre
+are tensors, so that a schedule changes them without a new kernel and without the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..common.define_op import Kept, define_op
+from . import on_torch
+from .layout import mean_weight, teachers_of
+
+PAIRS = ("rows", "views")
+
+
+def distillation(student: Tensor, teacher: Tensor, centre: Tensor, *, student_temp: float | Tensor,
+                 teacher_temp: float | Tensor, pairs: str = "rows", weight: Tensor | None = None,
+                 impl: str = "auto") -> Tensor:
+    """``Σ w_i · Σ_j CE(softmax((t_j − c) / τ_t), softmax(s_i / τ_s))`` over student rows i and their teacher rows j.
+
+    The gradient is the student's alone: teacher, centre, weights and temperatures are constants.
+
+    Args:
+        student: Logits over K codes; with ``pairs="rows"`` (…, K), with "views" (V, B, K), views outermost.
+        teacher: "rows": as many rows as the student has; "views": (U, B, K).
+        centre: K values in any shape, subtracted from every teacher row.
+        student_temp, teacher_temp: τ_s and τ_t, positive; a number, or a tensor of one value on the device of the
+            logits where it changes from step to step: ``torch.compile`` and CUDA graphs keep numbers as they are.
+        pairs: "rows": row i of the student with row i of the teacher (iBOT's patches, of which those that are masked
+            are given). "views": row (v, b) with the rows (u, b) of all u ≠ v (class tokens: global crops first, in
+            the teacher's order, then the local ones).
+        weight: w_i for every student row, in the shape of ``student`` but for K. Rows of weight 0 are not read, their
+            gradient is an exact zero: a fixed number of rows holds any number of masked patches. Default: 1 over the
+            number of pairs, which makes the mean.
+        impl: See :mod:`fastmim_kernels.common.dispatch`.
+
+    Returns:
+        Scalar, float32 (float64 if one of the logits is). 0 for no rows.
+
+    Raises:
+        ValueError: Unknown ``pairs``, a temperature that is not positive, shapes that do not belong together.
+    """
+    return OP(*_prepared(student, teacher, centre, student_temp, teacher_temp, pairs, weight), impl=impl)
+
+
+def distillation_and_entropy(student: Tensor, teacher: Tensor, centre: Tensor, *, student_temp: float | Tensor,
+                             teacher_temp: float | Tensor, pairs: str = "rows", weight: Tensor | None = None,
+                             impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """:func:`distillation` and the teacher's entropy, the same weighted sum over the same pairs, from the same pass.
+
+    Their difference is the divergence KL(teacher ‖ student). A collapse shows in the entropy of the mean of rows (DINO,
+    section 5.3): towards 0 it is to one code, towards log K to the uniform distribution. No gradient flows through it.
+    """
+    prepared = _prepared(student, teacher, centre, student_temp, teacher_temp, pairs, weight)
+    loss, entropy = OP.hand_on(*prepared, impl=impl)
+    return loss, entropy.detach()
+
+
+def traffic(views: int, teachers: int, groups: int, codes: int, *, weighted: bool = True, shown: float = 1.0,
+            itemsize: int = 2, teacher_itemsize: int = 2) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Least (bytes read, bytes written, FLOPs of products) of forward and of backward.
+
+    Args:
+        views, teachers, groups: V, U and B of ``pairs="views"``; 1, 1 and the number of rows of "rows".
+        codes: K.
+        weighted: Weights are given.
+        shown: Share of the rows whose weight is not 0; only those are read.
+        itemsize, teacher_itemsize: Bytes of a logit of the student and of the teacher.
+    """
+    rows, seen, targets = views * groups, round(views * groups * shown), round(teachers * groups * shown)
+    logits = codes * (seen * itemsize + targets * teacher_itemsize)
+    constants = 4 * codes + 8 + (4 * rows if weighted else 0)
+    # Of each row maximum and logarithm of the sum are kept.
+    kept = 8 * (seen + targets)
+    return (logits + constants, kept + 8, 0), (logits + constants + kept + 4, rows * codes * itemsize, 0)
+
+
+def _prepared(student: Tensor, teacher: Tensor, centre: Tensor, student_temp: float | Tensor,
+              teacher_temp: float | Tensor, pairs: str, weight: Tensor | None) -> tuple[Any, ...]:
+    """Arguments of the op: logits (V, B, K) and (U, B, K), constants without gradients in the dtype of the loss."""
+    _check(student, teacher, centre, pairs, weight)
+    wide, codes = wide_dtype(student.dtype, teacher.dtype), student.shape[-1]
+    temps = (_temperature(name, value, student.device, wide)
+             for name, value in (("student_temp", student_temp), ("teacher_temp", teacher_temp)))
+    if pairs == "rows":
+        rows = math.prod(student.shape[:-1])
+        student, teacher = student.reshape(1, rows, codes), teacher.reshape(1, rows, codes)
+    weight = None if weight is None else weight.detach().reshape(student.shape[:2]).to(wide)
+    return (student, teacher.detach(), centre.detach().reshape(-1).to(wide), weight, *temps, pairs == "rows")
+
+
+def _check(student: Tensor, teacher: Tensor, centre: Tensor, pairs: str, weight: Tensor | None) -> None:
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs={pairs!r}: must be one of {', '.join(PAIRS)}")
+    shapes = f"got student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+    if not student.ndim or not student.shape[-1] or student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(f"distillation: student and teacher must have the same number of codes, 1 at least; {shapes}")
+    if pairs == "rows" and student.shape != teacher.shape:
+        raise ValueError(f"distillation: pairs='rows' wants a teacher row for every student row; {shapes}")
+    if pairs == "views" and (student.ndim != 3 or teacher.ndim != 3 or student.shape[1] != teacher.shape[1]
+                             or not student.shape[0] or not teacher.shape[0]):
+        raise ValueError(f"distillation: pairs='views' wants (V, B, K) and (U, B, K); {shapes}")
+    if pairs == "views" and student.shape[0] == teacher.shape[0] == 1:
+        raise ValueError("distillation: pairs='views' wants two different views; one of each is no pair; use "
+                         "pairs='rows'")
+    if centre.numel() != student.shape[-1]:
+        raise ValueError(f"distillation: centre must hold {student.shape[-1]} values, got {tuple(centre.shape)}")
+    if weight is not None and weight.shape != student.shape[:-1]:
+        raise ValueError(f"distillation: weight must be {tuple(student.shape[:-1])}, got {tuple(weight.shape)}")
+
+
+def _temperature(name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if not isinstance(value, Tensor):
+        if not value > 0:
+            raise ValueError(f"{name}={value}: must be positive")
+        return torch.full((), value, dtype=dtype, device=device)
+    if value.numel() != 1 or value.device != device:
+        raise ValueError(f"{name}: a tensor must hold one value on {device}, got {tuple(value.shape)} on "
+                         f"{value.device}")
+    return value.detach().reshape(()).to(dtype)
+
+
+def wide_dtype(student: torch.dtype, teacher: torch.dtype) -> torch.dtype:
+    """Of softmax and sums: float64 where one of the two is, else float32."""
+    return torch.float64 if torch.float64 in (student, teacher) else torch.float32
+
+
+def _fake(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,
+          teacher_temp: Tensor, own: bool, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, entropy, maximum and log-sum of each student row and of each teacher row, which torch does not keep)."""
+    scalar = centre.new_empty(())
+    shapes = [(2, *t.shape[:2]) if impl == "triton" else (0,) for t in (student, teacher)]
+    return scalar, torch.empty_like(scalar), centre.new_empty(shapes[0]), centre.new_empty(shapes[1])
+
+
+def _backward_fake(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None,
+                   student_temp: Tensor, teacher_temp: Tensor, student_rows: Tensor, teacher_rows: Tensor, own: bool,
+                   impl: str) -> Tensor:
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+def _save(inputs: Any, outputs: Any) -> Any:
+    *tensors, own, impl = inputs
+    return (*tensors, *outputs[2:]), (own, impl)
+
+
+def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, _: Tensor | None = None
+               ) -> tuple[Tensor | None, ...]:
+    return (None if grad is None else backward(grad, *kept.tensors, *kept.settings),)
+
+
+def _moved(args: Sequence[Any], shown: float) -> tuple[int, int]:
+    student, teacher, _, weight, *_ = args
+    return traffic(*_sizes(student, teacher), weighted=weight is not None, shown=shown,
+                   itemsize=student.element_size(), teacher_itemsize=teacher.element_size())[0][:2]
+
+
+def _backward_moved(args: Sequence[Any], shown: float) -> tuple[int, int]:
+    _, student, teacher, _, weight, *_ = args
+    return traffic(*_sizes(student, teacher), weighted=weight is not None, shown=shown,
+                   itemsize=student.element_size(), teacher_itemsize=teacher.element_size())[1][:2]
+
+
+def _sizes(student: Tensor, teacher: Tensor) -> tuple[int, int, int, int]:
+    return student.shape[0], teacher.shape[0], student.shape[1], student.shape[2]
+
+
+def _reference(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,
+               teacher_temp: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    (views, groups), teachers, wide = student.shape[:2], teacher.shape[0], centre.dtype
+    if weight is None:
+        weight = centre.new_full((views, groups), mean_weight(views, teachers, groups, own))
+    pairs = [(v, u) for v in range(views) for u in teachers_of(v, teachers, own)]
+    return reference.distillation(student.to(wide), teacher.to(wide), centre, weight, student_temp, teacher_temp, pairs)
+
+
+OP = define_op("distillation", on_torch, ".on_triton", reference=_reference, fake=_fake, backward_fake=_backward_fake,
+               save=_save, gradients=_gradients, readers=lambda inputs, outputs: outputs[:2], moved=_moved,
+               backward_moved=_backward_moved)
