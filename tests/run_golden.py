@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+import fastmim_kernels as fk
 from fastmim import create_objective, load_config
 from fastmim.config import Config
 from fastmim.engine.build import make_engine, make_schedule, make_weight_decay
@@ -30,14 +31,7 @@ from fastmim.engine.loop import train_step
 from fastmim.engine.optim import build_optimizer, param_groups
 from fastmim.interop import load_reference
 from fastmim.objectives.schedule import Schedule
-from fastmim.objectives.self_distillation import (
-    Centre,
-    class_loss,
-    cross_entropy,
-    hidden_weights,
-    sharpened,
-    warm_temperature,
-)  # fmt: skip
+from fastmim.objectives.self_distillation import Centre, hidden_weights, warm_temperature
 
 Errors = dict[str, tuple[float, float]]
 """Of each kind of result the worst relative error and its limit."""
@@ -159,7 +153,10 @@ def ibot_config(meta: Mapping[str, Any], dino: bool) -> Config:
     keys = ("out_dim", "hidden_dim", "bottleneck_dim", "norm_last_layer", "local_size", "student_temp", "teacher_temp",
             "warmup_teacher_temp", "warmup_teacher_temp_epochs", "momentum_teacher", "freeze_last_layer")  # fmt: skip
     task = {key: meta[key] for key in keys} | dict(
-        name="dino" if dino else "ibot", local_crops=meta["n_local"], centre_momentum=meta["center_momentum"]
+        name="dino" if dino else "ibot",
+        local_crops=meta["n_local"],
+        augment=False,
+        centre_momentum=meta["center_momentum"],
     )
     if not dino:
         task |= dict(
@@ -263,18 +260,18 @@ def ibot_loss(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl
                              delay=delay) for name, delay in (("teacher_temp", 0),
                                                               ("teacher_patch_temp", meta["mim_start_epoch"]))
         ]  # fmt: skip
-        target = sharpened(teacher, centre.value, torch.tensor(heat[0]))
-        cls = class_loss(torch.cat((student, local)), target, temps["student_temp"])
-        target = sharpened(teacher_patch.flatten(0, 1), patch_centre.value, torch.tensor(heat[1]))
-        losses = cross_entropy(student_patch.flatten(0, 1), target, temps["student_temp"])
-        patch = (losses * hidden_weights(mask).flatten()).sum()
+        crops = torch.cat((student, local)).unflatten(0, (-1, batch)), teacher.unflatten(0, (2, batch))
+        how = [dict(student_temp=temps["student_temp"], teacher_temp=value, impl=impl) for value in heat]
+        cls = fk.distillation(*crops, centre.value, pairs="views", **how[0])
+        weight = hidden_weights(mask)
+        patch = fk.distillation(student_patch, teacher_patch, patch_centre.value, weight=weight, **how[1])
         loss = meta["lambda1"] * cls + meta["lambda2"] * patch
         loss.backward()
         rows.append(
             [cls.item(), patch.item(), loss.item(), student.grad.norm().item(), student_patch.grad.norm().item()]
         )
-        centre.add(teacher.sum(0), len(teacher))
-        patch_centre.add(teacher_patch.sum((0, 1)), teacher_patch[..., 0].numel())
+        centre.add(teacher)
+        patch_centre.add(teacher_patch)
         centre.move()
         patch_centre.move()
     return {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastmim.engine import distributed
 from fastmim.engine.nonfinite import NonFiniteError, find_nonfinite
 from fastmim.objectives import Objective
+from fastmim.objectives.views import Images
 
 #: Entered around "data", "forward", "backward" and "update" of every micro-batch; "step" of a replayed one.
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -113,7 +114,7 @@ class Engine(ABC):
             if group["weight_decay"]:
                 group["weight_decay"] = weight_decay
 
-    def train_on(self, images: Tensor, mask: Tensor, phase: Phase = unmarked) -> None:
+    def train_on(self, images: Images, mask: Tensor, phase: Phase = unmarked) -> None:
         """One micro-batch: forward, backward and, with the last of an update, the update.
 
         Args:
@@ -130,7 +131,7 @@ class Engine(ABC):
         with phase("update"):
             self.step()
 
-    def __call__(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Images, mask: Tensor) -> dict[str, Tensor]:
         """Forward of one micro-batch: images (B, C, H, W), mask (B, H/p, W/p) bool -> {"loss": scalar, …}."""
         with self._around_forward():
             out = self._module(images, mask)

@@ -8,17 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastmim_kernels as fk
+
 from ..models import create_encoder, encoder_settings
 from ..models.layers import to_pair
 from ..models.rules import patch_grid
 from .base import Objective
 from .groups import split_by_rank
 from .heads import ProjectionHead
+from .photometric import Photometric
 from .schedule import Schedule
-from .self_distillation import Centre, Teacher, class_loss, sharpened, warm_temperature
+from .self_distillation import Centre, Teacher, warm_temperature
 from .views import Images, View
 
 GLOBALS = 2
+MONITORED = 64
+"""Images of a micro-batch from which :meth:`DINO.class_loss` tells of a collapse."""
 
 
 class DINO(Objective):
@@ -36,6 +41,7 @@ class DINO(Objective):
         local_size: pixels of their edge
         global_scale: area of a global crop as a share of the image
         local_scale: area of a local crop
+        augment: change the colours of crops (jitter, grey, blur, solarise); false where colours have a meaning
         student_temp: temperature of the student's softmax
         teacher_temp: temperature of the teacher's softmax, at the end of its warm-up
         warmup_teacher_temp: temperature of the teacher in the first epoch
@@ -60,6 +66,7 @@ class DINO(Objective):
         local_size: int = 96,
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
+        augment: bool = True,
         student_temp: float = 0.1,
         teacher_temp: float = 0.04,
         warmup_teacher_temp: float = 0.04,
@@ -74,6 +81,9 @@ class DINO(Objective):
         super().__init__(encoder=encoder, **common)
         self.local_crops, self.local_size = local_crops, to_pair(local_size, "local_size")
         self.global_scale, self.local_scale, self.student_temp = global_scale, local_scale, student_temp
+        self.augment = augment
+        if augment and self.in_chans not in (1, 3):
+            raise ValueError(f"augment=true: changes colours of 1 or 3 channels, not of {self.in_chans}; use false")
         warm_up = warmup_teacher_temp_epochs
         self._temperature: dict[str, Any] = dict(start=warmup_teacher_temp, end=teacher_temp, warm_up=warm_up)
         self._last_momentum, self._freeze, self._centre_momentum = momentum_teacher, freeze_last_layer, centre_momentum
@@ -85,7 +95,7 @@ class DINO(Objective):
         self.teacher = Teacher(still, ProjectionHead(width, out_dim, **head))
         self.teacher.follow(self.encoder, self.head)
         self.centre = Centre((1, out_dim), centre_momentum)
-        self.register_buffer("teacher_temp", torch.tensor(teacher_temp), persistent=False)
+        self.register_buffer("teacher_temp", torch.tensor(teacher_temp, device="cpu"), persistent=False)
         self._epoch, self._momentum = 0, momentum_teacher
 
     def _mask_token(self) -> None:
@@ -133,22 +143,42 @@ class DINO(Objective):
             mask: Not read.
 
         Returns:
-            ``loss`` float32, also as ``cls``.
+            ``loss`` float32, also as ``cls``, and the monitors of :meth:`class_loss`.
         """
         crops, local = self.crops(images)
         teacher, _ = self.teach(crops)
         student, _ = self.learn(crops, local)
-        loss = class_loss(student, sharpened(teacher, self.centre.value, self.teacher_temp), self.student_temp)
-        return {"loss": loss, "cls": loss.detach()}
+        loss, monitors = self.class_loss(student, teacher)
+        return {"loss": loss, "cls": loss.detach(), **monitors}
 
     def crops(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Global crops (2B, C, H, W), view after view, and local ones (nB, C, h, w), normalised."""
-        views = (images.expand(GLOBALS, *images.shape),) if isinstance(images, Tensor) else images
-        crops, *local = (self.normalise(view.flatten(0, 1)) for view in views)
-        if tuple(crops.shape[1:]) != (self.in_chans, *self.img_size):
+        views = [images.expand(GLOBALS, *images.shape)] if isinstance(images, Tensor) else list(images)
+        if len(views[0]) < GLOBALS:  # two views, whose colours are changed in different ways
+            views = [torch.cat(views[:GLOBALS]), *views[GLOBALS:]]
+        if tuple(views[0].shape[2:]) != (self.in_chans, *self.img_size):
             expected = ", ".join(map(str, (self.in_chans, *self.img_size)))
             raise ValueError(f"global crops must have shape (2, B, {expected}), got {tuple(views[0].shape)}")
+        crops, *local = (self.normalise(view.flatten(0, 1)) for view in views)
         return crops, local[0] if local else None
+
+    def class_loss(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over images and over pairs of a global crop and another crop, and what tells of a collapse.
+
+        ``teacher_entropy``: of the teacher's distributions, in nats. ``mean_entropy``: of their mean over images; it
+        falls to the other where every image gets the same distribution. ``agreement``: share of the images of whose
+        one global crop the student says the code that the teacher says of the other. The last two from a few images.
+        """
+        student, teacher = student.unflatten(0, (-1, len(teacher) // GLOBALS)), teacher.unflatten(0, (GLOBALS, -1))
+        centre, heat = self.centre.value, self.teacher_temp
+        temps: dict[str, Any] = dict(student_temp=self.student_temp, teacher_temp=heat)
+        loss, entropy = fk.distillation_and_entropy(student, teacher, centre, **temps, pairs="views", impl=self.impl)
+        few = teacher[:, :MONITORED]
+        return loss, {
+            "teacher_entropy": entropy,
+            "mean_entropy": fk.mean_target_entropy(few, centre, heat),
+            "agreement": fk.view_agreement(student[:GLOBALS, :MONITORED].detach(), few.flip(0)),
+        }
 
     @torch.no_grad()
     def teach(self, crops: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -167,7 +197,7 @@ class DINO(Objective):
             read = torch.cat((own, rest.mean(0, keepdim=True), rest[rows]))
         logits = head.last_layer(read)
         if self.training:
-            self.centre.add(logits[:count].sum(0), count)
+            self.centre.add(logits[:count])
         return logits[:count], logits[count:]
 
     def learn(
@@ -181,10 +211,16 @@ class DINO(Objective):
         return logits[:count], logits[count:]
 
     def views(self) -> tuple[View, ...]:
-        """Two global crops, and the local ones."""
-        wide = View(self.img_size, count=GLOBALS, scale=self.global_scale, interpolation="bicubic")
-        small = View(self.local_size, count=self.local_crops, scale=self.local_scale, interpolation="bicubic")
-        return (wide, small) if self.local_crops else (wide,)
+        """Two global crops, and the local ones; the second global crop is seldom blurred but may be solarised."""
+        wide: dict[str, Any] = dict(size=self.img_size, scale=self.global_scale, interpolation="bicubic")
+        small: dict[str, Any] = dict(size=self.local_size, scale=self.local_scale, interpolation="bicubic")
+        if not self.augment:
+            views = [View(**wide, count=GLOBALS)]
+        else:
+            colours = Photometric(blur_p=1.0), Photometric(blur_p=0.1, solarize_p=0.2)
+            views = [View(**wide, photometric=how) for how in colours]
+            small["photometric"] = Photometric(blur_p=0.5)
+        return (*views, View(**small, count=self.local_crops)) if self.local_crops else tuple(views)
 
     def set_step(self, step: int, total: int, steps_per_epoch: int) -> None:
         """The temperature follows the epoch, the teacher's momentum the step."""
@@ -200,6 +236,10 @@ class DINO(Objective):
         """The centre moves."""
         self.centre.move()
 
+    def skip_step(self) -> None:
+        """It stays."""
+        self.centre.forget()
+
     def ema(self) -> list[tuple[nn.Module, nn.Module]]:
         """The teacher follows encoder and head."""
         return [(self.teacher.encoder, self.encoder), (self.teacher.head, self.head)]
@@ -211,6 +251,10 @@ class DINO(Objective):
     def frozen(self) -> Iterable[nn.Parameter]:
         """The student's prototypes, in the first epochs."""
         return self.head.last_layer.parameters() if self._epoch < self._freeze else ()
+
+    def freezable(self) -> Iterable[nn.Parameter]:
+        """The student's prototypes, if ever."""
+        return self.head.last_layer.parameters() if self._freeze else ()
 
     def groups(self, weight_decay: float, policy: str) -> list[dict[str, Any]]:
         """With "parity" every matrix decays, tokens and position tables too, as in the reference."""

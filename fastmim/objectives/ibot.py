@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
+from .block_masks import IBOT_RATIOS, ibot_mask, masked_rows, most_masked
 from .dino import DINO, GLOBALS
-from .self_distillation import Centre, class_loss, cross_entropy, hidden_weights, sharpened, warm_temperature
+from .self_distillation import Centre, hidden_weights, warm_temperature
 from .views import Images
 
 
@@ -29,8 +30,8 @@ class IBOT(DINO):
         teacher_patch_temp: the same of patches
         warmup_teacher_patch_temp: temperature of patches until masking starts
         warmup_teacher_temp_epochs: epochs until the teacher's temperatures are reached
-        mask_prob: share of global crops with hidden patches
-        mask_ratio: share of their patches that is hidden, [low, high]
+        mask_ratios: ranges of the share of hidden patches, of which each global crop takes one
+        mask_shape: hide blocks, or single patches at random
         mask_start_epoch: epochs without hidden patches
         common: of :class:`.DINO`
     """
@@ -51,8 +52,8 @@ class IBOT(DINO):
         teacher_patch_temp: float = 0.07,
         warmup_teacher_patch_temp: float = 0.04,
         warmup_teacher_temp_epochs: int = 30,
-        mask_prob: float = 0.5,
-        mask_ratio: tuple[float, float] = (0.1, 0.5),
+        mask_ratios: tuple[tuple[float, float], ...] = IBOT_RATIOS,
+        mask_shape: Literal["block", "random"] = "block",
         mask_start_epoch: int = 0,
         **common: Any,
     ) -> None:
@@ -67,11 +68,11 @@ class IBOT(DINO):
             **common,
         )
         self.class_weight, self.patch_weight = class_weight, patch_weight
-        self.mask_prob, self.mask_ratio, self.mask_start_epoch = mask_prob, mask_ratio, mask_start_epoch
+        self.mask_ratios, self.mask_shape, self.mask_start_epoch = mask_ratios, mask_shape, mask_start_epoch
         patches: dict[str, Any] = dict(start=warmup_teacher_patch_temp, end=teacher_patch_temp, delay=mask_start_epoch)
         self._patch_temperature: dict[str, Any] = dict(patches, warm_up=warmup_teacher_temp_epochs)
         self.patch_centre = Centre((1, 1, out_dim), self._centre_momentum)
-        self.register_buffer("teacher_patch_temp", torch.tensor(teacher_patch_temp), persistent=False)
+        self.register_buffer("teacher_patch_temp", torch.tensor(teacher_patch_temp, device="cpu"), persistent=False)
 
     def _mask_token(self) -> None:
         """It starts at 0."""
@@ -91,41 +92,53 @@ class IBOT(DINO):
             mask: (2, B, rows, columns) bool of hidden tokens of :attr:`token_grid`, for each global crop.
 
         Returns:
-            ``loss`` = class_weight · ``cls`` + patch_weight · ``patch``, float32, and the last two.
+            ``loss`` = class_weight · ``cls`` + patch_weight · ``patch``, float32; these two, and the monitors of
+            :meth:`.DINO.class_loss`.
         """
         crops, local = self.crops(images)
         rows, weights = self._hidden(mask, len(crops))
-        teacher_class, (teacher_mean, teacher_rows) = self._teach_patches(crops, rows)
+        teacher_class, teacher_rows = self.teach(crops, rows)
         student_class, student_rows = self.learn(crops, local, self._patch_mask(mask), rows)
-        target = sharpened(teacher_class, self.centre.value, self.teacher_temp)
-        cls = class_loss(student_class, target, self.student_temp)
-        target = sharpened(teacher_rows, self.patch_centre.value, self.teacher_patch_temp)
-        patch = (cross_entropy(student_rows, target, self.student_temp) * weights).sum()
+        cls, monitors = self.class_loss(student_class, teacher_class)
+        temps: dict[str, Any] = dict(student_temp=self.student_temp, teacher_temp=self.teacher_patch_temp)
+        mean, teacher_rows = teacher_rows.tensor_split([1])
+        patch = fk.distillation(
+            student_rows, teacher_rows, self.patch_centre.value, **temps, weight=weights, impl=self.impl
+        )
         if self.training:
-            self.patch_centre.add(teacher_mean, 1)
+            self.patch_centre.add(mean)
         loss = self.class_weight * cls + self.patch_weight * patch
-        return {"loss": loss, "cls": cls.detach(), "patch": patch.detach()}
-
-    def _teach_patches(self, crops: Tensor, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        classes, patches = self.teach(crops, rows)
-        return classes, (patches[0], patches[1:])
+        return {"loss": loss, "cls": cls.detach(), "patch": patch.detach(), **monitors}
 
     def _hidden(self, mask: Tensor, crops: int) -> tuple[Tensor, Tensor]:
         """Numbers (R,) of the hidden tokens among those of all global crops, and the weight of each in the loss."""
         expected = (GLOBALS, crops // GLOBALS, *self.token_grid)
         if tuple(mask.shape) != expected:
             raise ValueError(f"mask must have shape {expected}, got {tuple(mask.shape)}")
-        weights = hidden_weights(mask.flatten(0, 1).flatten(1).bool()).flatten()
-        if not fk.shape_may_follow(mask):
-            return torch.arange(len(weights), device=weights.device), weights
-        rows = weights.nonzero().squeeze(1)
-        return rows, weights[rows]
+        flat = mask.flatten(0, 1).flatten(1)
+        if fk.shape_may_follow(mask):
+            weights = hidden_weights(flat.bool()).flatten()
+            rows = weights.nonzero().squeeze(1)
+            return rows, weights[rows]
+        rows, weights = masked_rows(flat, len(flat) * most_masked(self.token_grid, self.mask_ratios))
+        return rows, weights / len(flat)
 
     def _patch_mask(self, mask: Tensor) -> Tensor:
         """(2B, H/p, W/p): each hidden token over the patches that it is made of."""
         repeat = self.encoder.stride // self.encoder.patch_size
         wide = mask.flatten(0, 1).repeat_interleave(repeat, 1).repeat_interleave(repeat, 2)
         return wide[:, : self.encoder.grid[0], : self.encoder.grid[1]]
+
+    def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
+        """(2, B, rows, columns) bool, the masks of both global crops, keyed by (seed, epoch, sample id, crop)."""
+        ids, crops = sample_ids.repeat(GLOBALS), torch.arange(GLOBALS, device=sample_ids.device)
+        if epoch < self.mask_start_epoch:
+            mask = torch.zeros(len(ids), *self.token_grid, dtype=torch.bool, device=ids.device)
+        else:
+            how: dict[str, Any] = dict(grid=self.token_grid, ratios=self.mask_ratios, shape=self.mask_shape)
+            crop = crops.repeat_interleave(len(sample_ids))
+            mask = ibot_mask(ids, **how, seed=seed, epoch=epoch, crop=crop)
+        return mask.unflatten(0, (GLOBALS, -1))
 
     def set_step(self, step: int, total: int, steps_per_epoch: int) -> None:
         """Temperatures follow the epoch, the teacher's momentum the step."""
@@ -136,3 +149,8 @@ class IBOT(DINO):
         """Both centres move."""
         super().after_step()
         self.patch_centre.move()
+
+    def skip_step(self) -> None:
+        """Neither moves."""
+        super().skip_step()
+        self.patch_centre.forget()

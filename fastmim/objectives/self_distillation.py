@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import fastmim_kernels as fk
+
 
 class Teacher(nn.Module):
     """The moving average of encoder and head; no gradient reaches it."""
@@ -47,13 +49,14 @@ class Centre(nn.Module):
     def __init__(self, shape: tuple[int, ...], momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("value", torch.zeros(shape))
-        self.register_buffer("total", torch.zeros(math.prod(shape)), persistent=False)
-        self.register_buffer("count", torch.zeros(()), persistent=False)
+        self.register_buffer("value", torch.zeros(shape, device="cpu"))
+        self.register_buffer("total", torch.zeros(math.prod(shape), device="cpu"), persistent=False)
+        self.register_buffer("count", torch.zeros((), device="cpu"), persistent=False)
 
     @torch.no_grad()
-    def add(self, total: Tensor, count: int) -> None:
-        """Count a (K,) sum of ``count`` rows of logits."""
+    def add(self, logits: Tensor) -> None:
+        """Count the rows of (…, K)."""
+        total, count = fk.centre_sum(logits)
         self.total.add_(total)
         self.count.add_(count)
 
@@ -65,8 +68,11 @@ class Centre(nn.Module):
             dist.all_reduce(both)
             self.total.copy_(both[:-1])
             self.count.copy_(both[-1])
-        mean = (self.total / self.count).view_as(self.value).to(self.value.dtype)
-        self.value.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+        self.value.copy_(fk.moved_centre(self.value, self.total, self.count, self.momentum))
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was added since the last move."""
         self.total.zero_()
         self.count.zero_()
 
@@ -77,36 +83,7 @@ def warm_temperature(epoch: int, *, start: float, end: float, warm_up: int, dela
     return end if epoch - delay >= warm_up else start + (end - start) * reached / max(warm_up - 1, 1)
 
 
-def sharpened(logits: Tensor, centre: Tensor, temperature: Tensor) -> Tensor:
-    """The teacher's distribution, softmax((t − c)/τ) in float32 (or float64)."""
-    return torch.softmax((_full(logits) - centre.flatten()) / temperature, dim=-1)
-
-
-def cross_entropy(student: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Of each row: −Σ target · log softmax(s/τ); of ``target`` rows that sum to 1, or to a number of targets."""
-    return -(target * torch.log_softmax(_full(student) / temperature, dim=-1)).sum(-1)
-
-
-def class_loss(student: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Mean over images and over pairs of a global crop (teacher) and another crop (student).
-
-    Args:
-        student: ((2 + n)·B, K) logits of two global and n local crops, crop after crop.
-        target: (2·B, K) distributions of the global crops.
-    """
-    first, second = target.chunk(2)
-    count = len(student) // len(first)
-    # The targets of a crop are summed: its log-softmax is then read once.
-    targets = torch.stack((second, first, *[first + second] * (count - 2)))
-    losses = cross_entropy(student.unflatten(0, (count, -1)), targets, temperature)
-    return losses.mean(1).sum() / (2 * (count - 1))
-
-
 def hidden_weights(mask: Tensor) -> Tensor:
     """(N, L) bool → (N, L) float32 weights of hidden tokens, 1/N of a crop's mean; all 0 of a crop without any."""
     weight = 1 / (mask.sum(1, keepdim=True).clamp(min=1) * len(mask))
     return mask * weight
-
-
-def _full(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
