@@ -97,7 +97,7 @@ class IBOT(Objective):
         self.teacher.follow(self.encoder, self.head)
         self.centre, self.patch_centre = (Centre(s, centre_momentum) for s in ((1, out_dim), (1, 1, out_dim)))
         for name, value in (("teacher_temp", teacher_temp), ("teacher_patch_temp", teacher_patch_temp)):
-            self.register_buffer(name, torch.tensor(value), persistent=False)
+            self.register_buffer(name, torch.tensor(value, device="cpu"), persistent=False)
         self._epoch, self._momentum = 0, momentum_teacher
 
     @property
@@ -214,6 +214,11 @@ class IBOT(Objective):
         self.centre.move()
         self.patch_centre.move()
 
+    def skip_step(self) -> None:
+        """Neither centre moves."""
+        self.centre.forget()
+        self.patch_centre.forget()
+
     def ema(self) -> list[tuple[nn.Module, nn.Module]]:
         """The teacher follows encoder and head."""
         return [(self.teacher.encoder, self.encoder), (self.teacher.head, self.head)]
@@ -221,6 +226,10 @@ class IBOT(Objective):
     def ema_momentum(self) -> float:
         """Of the step that :meth:`set_step` named."""
         return self._momentum
+
+    def freezable(self) -> Iterable[nn.Parameter]:
+        """The student's prototypes, if ever."""
+        return self.head.last_layer.parameters() if self.freeze_last_layer else ()
 
     def frozen(self) -> Iterable[nn.Parameter]:
         """The student's prototypes, in the first epochs."""

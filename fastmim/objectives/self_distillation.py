@@ -27,9 +27,9 @@ class Centre(nn.Module):
     def __init__(self, shape: tuple[int, ...], momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("value", torch.zeros(shape))
-        self.register_buffer("total", torch.zeros(math.prod(shape)), persistent=False)
-        self.register_buffer("count", torch.zeros(()), persistent=False)
+        self.register_buffer("value", torch.zeros(shape, device="cpu"))
+        self.register_buffer("total", torch.zeros(math.prod(shape), device="cpu"), persistent=False)
+        self.register_buffer("count", torch.zeros((), device="cpu"), persistent=False)
 
     @torch.no_grad()
     def add(self, total: Tensor, count: int) -> None:
@@ -47,6 +47,10 @@ class Centre(nn.Module):
             self.count.copy_(both[-1])
         mean = (self.total / self.count).view_as(self.value).to(self.value.dtype)
         self.value.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was added since the last move."""
         self.total.zero_()
         self.count.zero_()
 
