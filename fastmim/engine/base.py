@@ -159,6 +159,8 @@ class Engine(ABC):
         self.steps += update
         if self._step(update):
             self._after_update()
+        elif update and isinstance(self.objective, Objective):
+            self.objective.skip_step()
 
     def _after_update(self) -> None:
         if self._averages:

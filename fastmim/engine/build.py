@@ -108,7 +108,7 @@ def make_deepspeed_config(cfg: Config, world: World) -> dict[str, Any] | None:
         micro_batch_size=cfg.train.micro_batch_size,
         grad_accum_steps=step_sizes(cfg, world.size)[0],
         world_size=world.size,
-        clip_grad=cfg.optim.clip_grad,
+        clip_grad=None if cfg.optim.clip_each else cfg.optim.clip_grad,
         precision=precision_on(cfg, world),
         offload_optimizer=efficiency.offload_optimizer,
         offload_param=efficiency.offload_param,
@@ -240,7 +240,10 @@ def make_engine(cfg: Config, objective: Any, world: World, deepspeed: dict[str, 
     if deepspeed is not None:
         if "nvme" in (efficiency.offload_optimizer, efficiency.offload_param):
             check_nvme(deepspeed, lambda params: make_optimizer([{"params": params}]), world=world)
-        return ZeroEngine(objective, optimizer, config=deepspeed, precision=precision, world=world)
+        clip_each = optim.clip_grad if optim.clip_each else None
+        return ZeroEngine(
+            objective, optimizer, config=deepspeed, precision=precision, world=world, clip_each=clip_each
+        )
     options: dict[str, Any] = {
         "grad_accum_steps": micro_batches, "clip_grad": optim.clip_grad, "clip_each": optim.clip_each,
         "precision": precision, "world": world

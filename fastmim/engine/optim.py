@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from fastmim.objectives import Objective
-from fastmim.objectives.groups import split_parameters
+from fastmim.objectives.groups import split_freezable, split_parameters
 
 
 def param_groups(obj: nn.Module, weight_decay: float, policy: str = "parity") -> list[dict[str, Any]]:
-    """The groups that an objective asks for, or those of any other module's trainable parameters.
+    """The groups that an objective asks for, freezable parameters apart, or those of any other module's parameters.
 
     Arguments, groups and errors are those of :func:`fastmim.objectives.groups.split_parameters`.
     """
     if isinstance(obj, Objective):
-        return obj.groups(weight_decay, policy)
+        return split_freezable(obj.groups(weight_decay, policy), obj.freezable())
     return split_parameters(obj, weight_decay, policy)
 
 

@@ -101,6 +101,9 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """After each update that was applied, on every rank: reduce what forward has summed up, and use it."""
 
+    def skip_step(self) -> None:
+        """After each update that was not applied (fp16 overflowed), on every rank: forget what forward has summed up."""
+
     def ema(self) -> list[tuple[nn.Module, nn.Module]]:
         """(teacher, student) pairs: the engine keeps each teacher at the moving average of its student."""
         return []
@@ -108,6 +111,10 @@ class Objective(nn.Module):
     def ema_momentum(self) -> float:
         """Share of the teachers that stays in the coming update."""
         return 1.0
+
+    def freezable(self) -> Iterable[nn.Parameter]:
+        """All that :meth:`frozen` may ever name; it gets optimiser groups of its own, frozen or not as a whole."""
+        return ()
 
     def frozen(self) -> Iterable[nn.Parameter]:
         """What the coming update leaves as it is: without gradient, so that moments and decay do not touch it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,6 +56,28 @@ def split_by_rank(obj: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Arguments and groups are those of :func:`split_parameters`.
     """
     return _grouped(_trainable(obj), weight_decay, lambda name, param: _ndim(param) <= 1 or _last(name) == "bias")
+
+
+def split_freezable(groups: list[dict[str, Any]], freezable: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Groups of which each is frozen as a whole or never: ZeRO flattens a group, and cannot leave a part of it out.
+
+    Args:
+        groups: of :func:`split_parameters`.
+        freezable: see :meth:`~fastmim.objectives.Objective.freezable`.
+
+    Returns:
+        The groups without these parameters, and behind each one, ``name:freezable``, of those that were in it.
+    """
+    chosen = {id(param) for param in freezable}
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        named = list(zip(group["params"], group["param_names"], strict=True))
+        for suffix, inside in (("", False), (":freezable", True)):
+            part = [(param, name) for param, name in named if (id(param) in chosen) == inside]
+            if part:
+                params, names = (list(column) for column in zip(*part, strict=True))
+                result.append({**group, "name": group["name"] + suffix, "params": params, "param_names": names})
+    return result
 
 
 def _trainable(obj: nn.Module) -> list[tuple[str, Tensor]]:

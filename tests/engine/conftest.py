@@ -137,7 +137,7 @@ def launch(tmp_path_factory):
     """Trains a list of runs on some ranks: ``launch(runs, ranks)``; returns what the first launcher wrote as errors.
 
     ``fails`` expects that the launch does; ``kill_in`` lets the last rank die in that step; ``nodes`` starts as
-    many launchers, with ``ranks`` each, that find each other on the loopback device.
+    many launchers, with ``ranks`` each, that find each other on the loopback device; ``worker`` is the program.
     """
     pytest.importorskip("deepspeed")
     root = Path(__file__).resolve().parents[2]
@@ -147,7 +147,7 @@ def launch(tmp_path_factory):
         "PYTHONWARNINGS": "ignore",
     }
 
-    def run(runs, ranks, *, fails=False, kill_in=None, nodes=1):
+    def run(runs, ranks, *, fails=False, kill_in=None, nodes=1, worker="zero_worker.py"):
         file = tmp_path_factory.mktemp("launch") / "runs.json"
         file.write_text(json.dumps(runs))
         launcher = []
@@ -156,7 +156,7 @@ def launch(tmp_path_factory):
             launcher = ["-m", "torch.distributed.run", *where, "--nproc_per_node", str(ranks)]
         elif ranks > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        command = [sys.executable, *launcher, str(Path(__file__).with_name("zero_worker.py")), str(file)]
+        command = [sys.executable, *launcher, str(Path(__file__).with_name(worker)), str(file)]
         command += [] if kill_in is None else [str(kill_in)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         started = [subprocess.Popen(command, **pipes) for _ in range(nodes)]

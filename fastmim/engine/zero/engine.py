@@ -15,8 +15,11 @@ from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint.shards import STEP, WEIGHT, Piece, Shards, write_shard
 from fastmim.engine.distributed import World
 from fastmim.engine.nonfinite import NonFiniteError
-from fastmim.engine.zero import fragments
+from fastmim.engine.zero import averages, fragments
+from fastmim.engine.zero.averages import Averages
 from fastmim.engine.zero.config import import_deepspeed
+from fastmim.engine.zero.update import UpdateHooks
+from fastmim.objectives import Objective
 
 
 class ZeroEngine(Engine):
@@ -36,9 +39,11 @@ class ZeroEngine(Engine):
         config: from :func:`fastmim.engine.zero.config.deepspeed_config`.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         world: this process among all.
+        clip_each: norm that the gradient of every tensor is clipped to by itself; DeepSpeed must not clip then.
 
     Raises:
-        ValueError: DeepSpeed is not installed, or refuses the configuration.
+        ValueError: DeepSpeed is not installed, or refuses the configuration; or the objective has a teacher that the
+            configuration puts out of reach.
     """
 
     sharded = True
@@ -53,6 +58,7 @@ class ZeroEngine(Engine):
         config: dict[str, Any],
         precision: str = "fp32",
         world: World,
+        clip_each: float | None = None,
     ) -> None:
         if precision == "fp16" and world.device.type == "cpu":
             raise ValueError("efficiency.precision=fp16: not on a CPU; use bf16 or fp32")
@@ -61,6 +67,9 @@ class ZeroEngine(Engine):
         super().__init__(objective, optimizer, grad_accum_steps=accum, precision=precision, device=world.device)
         self.world = world
         self.stage: int = config["zero_optimization"]["stage"]
+        if self._averages and self.stage:
+            averages.refuse(config["zero_optimization"])
+        groups = [[param for param in group["params"] if param.requires_grad] for group in optimizer.param_groups]
         if precision != "fp32":
             # Inside DeepSpeed's engine, which would switch off an autocast around it.
             objective.forward = _in_autocast(objective.forward, self.autocast)
@@ -70,6 +79,40 @@ class ZeroEngine(Engine):
             )
         except (AssertionError, NotImplementedError) as error:
             raise ValueError(f"efficiency.zero_stage={self.stage}: DeepSpeed: {' '.join(str(error).split())}") from None
+        self._teachers = self._make_teachers(groups) if self.stage else None
+        self._hooks = self._make_hooks(groups, clip_each)
+
+    def _make_hooks(self, groups: list[list[nn.Parameter]], clip_each: float | None) -> UpdateHooks | None:
+        freezable = list(self.objective.freezable()) if isinstance(self.objective, Objective) else []
+        if not (clip_each or freezable):
+            return None
+        whole = self.stage == 0
+        return UpdateHooks(
+            self._base,
+            groups,
+            self._fragments(rank=0, world_size=1) if whole else self._fragments(),
+            [name for name, param in self.objective.named_parameters() if param.requires_grad],
+            clip_each=clip_each,
+            frozen=self.objective.frozen if freezable else tuple,
+            whole=whole,
+            device=self.device,
+        )
+
+    def _make_teachers(self, groups: list[list[nn.Parameter]]) -> Averages | None:
+        """Of the students that are trained; the teacher of another one is that one's equal, and stays so."""
+        names = {id(param): name for name, param in self.objective.named_parameters()}
+        pairs = [(names[id(own)], own, student) for own, student in self._averages if student.requires_grad]
+        if not pairs:
+            return None
+        keys: Any = [None] * len(groups) if self.stage == 3 else fragments.flat_groups(self.optimizer)
+        flattened = list(zip(groups, keys, strict=True))
+        return Averages(pairs, self._fragments(), flattened, stage=self.stage, world=self.world)
+
+    def _move_averages(self) -> None:
+        if self._teachers is None:
+            super()._move_averages()
+        else:
+            self._teachers.move(self.objective.ema_momentum())
 
     @property
     def collective(self) -> bool:
@@ -90,8 +133,12 @@ class ZeroEngine(Engine):
                 self._base.zero_grad(set_to_none=True)
                 raise NonFiniteError(self.steps)
         self._module.step()
-        if not update or self.stage == 0:
-            return update
+        applied = update and (self.stage == 0 or self._was_applied())
+        if applied and self._hooks is not None:
+            self._hooks.check()
+        return applied
+
+    def _was_applied(self) -> bool:
         norm = self._module.get_global_grad_norm()
         self._grad_norm = torch.as_tensor(math.nan if norm is None else norm).detach()
         overflow = bool(self.optimizer.overflow)
@@ -100,10 +147,13 @@ class ZeroEngine(Engine):
         return not overflow
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of ``weights``, ``master`` weights, ``moments`` and ``gradients`` on this rank."""
-        return fragments.held_bytes(
+        """Bytes of ``weights``, ``master`` weights, ``moments`` (and averages) and ``gradients`` on this rank."""
+        held = fragments.held_bytes(
             self.objective, self.optimizer, stage=self.stage, rank=self.world.rank, world_size=self.world.size
         )
+        if self._teachers is not None:
+            held["moments"] += self._teachers.held_bytes()
+        return held
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Engine.state`."""
@@ -116,17 +166,23 @@ class ZeroEngine(Engine):
         if self.precision == "fp16" and "loss_scale" in state:
             self.optimizer.loss_scaler.cur_scale = state["loss_scale"]
 
-    def _fragments(self) -> list[fragments.Fragment]:
+    def _fragments(self, rank: int | None = None, world_size: int | None = None) -> list[fragments.Fragment]:
+        rank, world_size = self.world.rank if rank is None else rank, world_size or self.world.size
         return list(
-            fragments.fragments(
-                self.objective, self.optimizer, stage=self.stage, rank=self.world.rank, world_size=self.world.size
-            )
+            fragments.fragments(self.objective, self.optimizer, stage=self.stage, rank=rank, world_size=world_size)
         )
 
     def _whole(self) -> dict[str, Tensor]:
-        """Frozen parameters and persistent buffers: never cut by the optimiser, so rank 0 stores them."""
-        trainable = {name for name, param in self.objective.named_parameters() if param.requires_grad}
-        return {name: tensor for name, tensor in self.objective.state_dict().items() if name not in trainable}
+        """Persistent buffers, and untrained parameters that every rank has whole: rank 0 stores them."""
+        cut = {name for name, param in self.objective.named_parameters() if param.requires_grad or self.stage == 3}
+        cut |= self._teachers.names if self._teachers is not None else set()
+        return {name: tensor for name, tensor in self.objective.state_dict().items() if name not in cut}
+
+    def _untrained(self) -> dict[str, nn.Parameter]:
+        """Parameters that stage 3 has cut, but for those of :class:`Averages`."""
+        averages = self._teachers.names if self._teachers is not None else set()
+        named = self.objective.named_parameters() if self.stage == 3 else ()
+        return {name: param for name, param in named if not param.requires_grad and name not in averages}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {name: fragments.full_shape(param) for name, param in self.objective.named_parameters()}
@@ -141,6 +197,11 @@ class ZeroEngine(Engine):
                 pieces.append(Piece(one.name, slot, one.start, self._get(one, slot)))
             count = fragments.step_count(self._base, one)
             pieces.append(Piece(one.name, STEP, one.start, torch.tensor([count])))
+        if self._teachers is not None:
+            pieces += [Piece(name, WEIGHT, start, values) for name, start, values in self._teachers.own()]
+        for name, param in self._untrained().items():
+            start, values = fragments.own_part(param, self.world.rank)
+            pieces += [Piece(name, WEIGHT, start, values)] if len(values) else []
         if self.world.is_main:
             pieces += [Piece(name, WEIGHT, 0, value.reshape(-1)) for name, value in self._whole().items()]
         write_shard(folder, self.world.rank, pieces, self._shapes())
@@ -166,6 +227,18 @@ class ZeroEngine(Engine):
             for name, tensor in self._whole().items():
                 tensor.copy_(shards.tensor(name))
         fragments.publish(self.optimizer, stage=self.stage)
+        self._load_untrained(shards)
+
+    def _load_untrained(self, shards: Shards) -> None:
+        parts = []
+        for name, param in self._untrained().items():
+            start, own = fragments.own_part(param, self.world.rank)
+            parts += [(own, shards.read(name, WEIGHT, start, start + len(own)).to(own))] if len(own) else []
+        fragments.set_own_parts(list(self._untrained().values()), parts)
+        if self._teachers is not None:
+            for name, start, values in self._teachers.own():
+                values.copy_(shards.read(name, WEIGHT, start, start + len(values)))
+            self._teachers.publish()
 
     def _get(self, one: fragments.Fragment, slot: str | None) -> Tensor:
         return one.of(one.key if slot is None else self._base.state[one.key][slot]).detach()

@@ -64,17 +64,42 @@ def fragments(objective: nn.Module, optimizer: Any, *, stage: int, rank: int, wo
                 yield Fragment(name, start, count, param, optimizer.fp32_partitioned_groups_flat[group], offset)
         elif param._hp_mapping is not None:  # type: ignore[attr-defined]
             mapping: Any = param._hp_mapping  # type: ignore[attr-defined]
-            key = _flat_groups(optimizer)[mapping.param_group_index]
+            key = flat_groups(optimizer)[mapping.param_group_index]
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             yield Fragment(name, here.start, here.numel, param, key, there.start)
 
 
-def _flat_groups(optimizer: Any) -> Any:
+def flat_groups(optimizer: Any) -> Any:
     """Stages 1 and 2: this rank's part of each flattened group of parameters, in fp32."""
     # DeepSpeed takes another optimiser class for stage 1 in bf16 with fp32 accumulation.
     if hasattr(optimizer, "fp32_groups_flat_partition"):
         return optimizer.fp32_groups_flat_partition
     return optimizer.single_partition_of_fp32_groups
+
+
+def own_part(param: nn.Parameter, rank: int) -> tuple[int, Tensor]:
+    """Stage 3: (start, the elements (a view) of a parameter's forward copy that lie on this rank), without padding."""
+    part: Tensor = param.ds_tensor  # type: ignore[attr-defined]
+    start = rank * part.numel()
+    count = max(min(part.numel(), param.ds_numel - start), 0)  # type: ignore[attr-defined]
+    return start, part.narrow(0, 0, count)
+
+
+@torch.no_grad()
+def set_own_parts(params: list[nn.Parameter], parts: list[tuple[Tensor, Tensor]]) -> None:
+    """Stage 3: write (part of :func:`own_part`, values) pairs of parameters that are not trained.
+
+    Every rank calls it with the same ``params``: one that is gathered would stay as it was, and those that always are
+    (DeepSpeed's persistence threshold) are gathered anew.
+    """
+    gathered: Any = [param for param in params if param.ds_status.name != "NOT_AVAILABLE"]  # type: ignore[attr-defined]
+    if gathered:
+        gathered[0].partition(gathered)
+    if parts:
+        torch._foreach_copy_([own for own, _ in parts], [values for _, values in parts])
+    persistent: Any = [param for param in params if param.ds_persist]  # type: ignore[attr-defined]
+    if persistent:
+        persistent[0].all_gather(persistent)
 
 
 def moments(optimizer: torch.optim.Optimizer, fragment: Fragment) -> dict[str, Tensor]:
