@@ -44,7 +44,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def new_objective(recompute: str = "none", momentum: float = MOMENTUM) -> Any:
     """With 32 prototypes that are still in the first epoch, and class and patch temperatures that warm up."""
     torch.manual_seed(0)
-    own = {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_size": 16}
+    own = {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_size": 16, "augment": False}
     schedules = {"warmup_teacher_temp_epochs": 2, "momentum_teacher": momentum, "freeze_last_layer": 1}
     objective = create_objective("ibot", encoder=ENCODER, impl="torch", **own, **schedules)
     apply_recompute(objective, recompute)
