@@ -54,7 +54,9 @@ def new_objective(recompute: str = "none", momentum: float = MOMENTUM) -> Any:
 def batch_of(step: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """uint8 global crops (2, B, 3, 32, 32) and local ones, and the mask (2, B, 4, 4), of the whole global batch."""
     generator = torch.Generator().manual_seed(step)
-    crops = [torch.randint(0, 256, (2, BATCH, 3, edge, edge), generator=generator, dtype=torch.uint8) for edge in (32, 16)]
+    crops = [
+        torch.randint(0, 256, (2, BATCH, 3, edge, edge), generator=generator, dtype=torch.uint8) for edge in (32, 16)
+    ]
     return (crops[0], crops[1]), torch.rand(2, BATCH, 4, 4, generator=generator) < 0.4
 
 
@@ -86,7 +88,13 @@ def new_engine(
     optimizer = torch.optim.AdamW(param_groups(objective, 0.04), lr=LR, eps=1e-3)
     if config is None:
         return LocalEngine(
-            objective, optimizer, grad_accum_steps=accum, clip_grad=CLIP, clip_each=True, precision=precision, world=world
+            objective,
+            optimizer,
+            grad_accum_steps=accum,
+            clip_grad=CLIP,
+            clip_each=True,
+            precision=precision,
+            world=world,
         )
     return ZeroEngine(objective, optimizer, config=config, precision=precision, world=world, clip_each=CLIP)
 
@@ -105,7 +113,7 @@ def train(
     overflow_in: int | None = None,
     kill_in: int | None = None,
     **options: Any,
-) -> Any:
+) -> None:
     """A run with scalars in ``out/metrics.jsonl``, checkpoints, and the teacher of the forward pass in ``out``."""
     torch.set_num_threads(1)
     engine = new_engine(world, stage, precision, accum, persistent, offload, **options)
@@ -133,7 +141,8 @@ def train(
             extra = {"run": {}, "total": STEPS, "images": ""}
             save_checkpoint(folder / "checkpoints", engine, extra, keep=99, world=world)
     publish(engine, folder, world, stage)
-    return engine
+    if stage is not None:
+        (folder / f"held-{world.rank}.json").write_text(json.dumps(engine.held_bytes()))
 
 
 def publish(engine: Any, folder: Path, world: World, stage: int | None) -> None:

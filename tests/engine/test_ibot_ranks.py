@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-
 from fastmim.engine.checkpoint import check_whole
 from fastmim.engine.checkpoint.shards import STEP, WEIGHT, Shards
+from fastmim.objectives.schedule import Schedule
 from tests.engine import ibot_worker
 
 pytest.importorskip("deepspeed")
@@ -22,19 +22,16 @@ RUNS = {
     "ddp": {},
     "ddp in 4": dict(accum=4),
     "stage0": dict(stage=0),
-    "stage0 in 4": dict(stage=0, accum=4),
     "stage1": dict(stage=1),
     "stage2": dict(stage=2),
     "stage2 in 4": dict(stage=2, accum=4),
     "stage2 offload": dict(stage=2, offload=True),
     "stage3": dict(stage=3),
-    "stage3 in 4": dict(stage=3, accum=4),
-    "stage3 persistent": dict(stage=3, persistent=True),
+    "stage3 in 4": dict(stage=3, accum=4, persistent=True),
     "stage3 full": dict(stage=3, recompute="full"),
-    "stage3 fc1": dict(stage=3, recompute="fc1"),
     "stage3 offload": dict(stage=3, offload=True),
 }
-OVERFLOWS = {f"stage{stage} overflow": dict(stage=stage, overflow_in=2) for stage in (1, 2, 3)}
+OVERFLOWS = {f"stage{stage} overflow": dict(stage=stage, overflow_in=2) for stage in (2, 3)}
 SLOW = dict(precision="bf16", momentum=0.996, save_at=tuple(range(1, STEPS + 1)))
 BF16 = {f"stage{stage} bf16": dict(stage=stage, **SLOW) for stage in (1, 2, 3)}
 
@@ -43,22 +40,27 @@ BF16 = {f"stage{stage} bf16": dict(stage=stage, **SLOW) for stage in (1, 2, 3)}
 def alone(tmp_path_factory):
     """One process without DeepSpeed."""
     folder = tmp_path_factory.mktemp("alone")
-    for name, changes in {"plain": {}, "overflow": dict(overflow_in=2)}.items():
+    for name, changes in {"plain": {}, "overflow": dict(overflow_in=2, save_at=(2, 3, STEPS))}.items():
         ibot_worker.train(folder / name, **changes)
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(alone, launch, tmp_path_factory):
-    """All runs on two ranks; and some that go on from one process or from two ranks, in the frozen epoch or after it."""
+def killed(launch, tmp_path_factory):
+    """A run of which a rank dies in step 5, when the student has moved and the teacher has not."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    launch([dict(out=str(run), stage=3)], 2, kill_in=5, worker="ibot_worker.py")
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(alone, killed, launch, tmp_path_factory):
+    """All runs on two ranks, and some that go on from one process or from two, in the frozen epoch or after it."""
     folder = tmp_path_factory.mktemp("two")
     resumed = {
         "stage3 from one": dict(stage=3, resume=str(checkpoint(alone / "plain", 1))),
-        "stage2 from one": dict(stage=2, resume=str(checkpoint(alone / "plain", 3))),
         "stage1 from stage3": dict(stage=1, resume=str(checkpoint(folder / "stage3", 1))),
-        "ddp from stage2": dict(resume=str(checkpoint(folder / "stage2", 3))),
-        "stage3 again": dict(stage=3, resume=str(checkpoint(folder / "stage3", 1))),
-        "stage2 again": dict(stage=2, resume=str(checkpoint(folder / "stage2", 1))),
+        "stage3 again": dict(stage=3, resume=str(checkpoint(killed, 3))),
         "stage3 bf16 again": dict(stage=3, **SLOW, resume=str(checkpoint(folder / "stage3 bf16", 1))),
     }
     runs = RUNS | OVERFLOWS | BF16 | resumed
@@ -80,60 +82,51 @@ def stored(run, step=STEPS):
     found = {}
     for name, shape in shards.shapes.items():
         for slot in shards.slots(name):
-            whole = slot == STEP
-            found[f"{name}|{slot}"] = (
-                torch.tensor(shards.scalar(name, slot)) if whole else shards.read(name, slot, 0, math.prod(shape))
-            )
+            one = slot == STEP
+            value = torch.tensor(shards.scalar(name, slot)) if one else shards.read(name, slot, 0, math.prod(shape))
+            found[f"{name}|{slot}"] = value.float()
     return found
 
 
-def same_run(run, other, rtol, atol, steps=STEPS):
+def same_run(run, other, tolerance, steps=STEPS):
+    """Losses relative to themselves, norms of gradients ten times as far, and everything stored in absolute terms."""
     found, expected = rows(run), rows(other)[-steps:]
-    for key in ("loss", "cls", "patch", "grad_norm"):
+    assert len(found) == steps
+    for key, factor in {"loss": 1, "cls": 1, "patch": 1, "grad_norm": 10}.items():
         pair = (torch.tensor([row[key] for row in part]) for part in (found, expected))
-        torch.testing.assert_close(*pair, rtol=rtol, atol=0)
-    torch.testing.assert_close(stored(run), stored(other), rtol=0, atol=atol)
+        torch.testing.assert_close(*pair, rtol=factor * tolerance, atol=0)
+    torch.testing.assert_close(stored(run), stored(other), rtol=0, atol=tolerance)
 
 
-# Only the order of sums differs. Measured: losses 5e-7, weights, teacher and moments 1e-6.
+# Only the order of sums differs. Measured: losses 2e-7, norms 2e-6, weights and centres 1e-7, teacher 1e-8.
 @pytest.mark.parametrize("name", RUNS)
 def test_equals_one_process(name, two, alone):
-    same_run(two / name, alone / "plain", rtol=1e-5, atol=1e-5)
+    same_run(two / name, alone / "plain", 1e-6)
 
 
 def test_recomputation_changes_no_bit(two):
-    for name in ("stage3 full", "stage3 fc1"):
-        same_run(two / name, two / "stage3", rtol=0, atol=0)
+    same_run(two / "stage3 full", two / "stage3", 0)
 
 
-@pytest.mark.parametrize(
-    "name, steps", [("stage3 from one", 5), ("stage2 from one", 3), ("stage1 from stage3", 5), ("ddp from stage2", 3)]
-)
-def test_goes_on_from_other_ranks_and_engines(name, steps, two, alone):
-    same_run(two / name, alone / "plain", rtol=1e-5, atol=1e-5, steps=steps)
+@pytest.mark.parametrize("name", ["stage3 from one", "stage1 from stage3"])
+def test_goes_on_from_other_ranks_and_stages(name, two, alone):
+    same_run(two / name, alone / "plain", 1e-6, steps=5)
 
 
 def test_one_process_goes_on_from_two_ranks(two, alone, tmp_path):
     for stage, step in ((3, 1), (2, 3), (0, 3)):
         run = tmp_path / str(stage)
         ibot_worker.train(run, resume=checkpoint(two / f"stage{stage}", step))
-        same_run(run, alone / "plain", rtol=1e-5, atol=1e-5, steps=STEPS - step)
+        same_run(run, alone / "plain", 1e-6, steps=STEPS - step)
 
 
-@pytest.mark.parametrize("name", ["stage2", "stage3", "stage3 bf16"])
-def test_going_on_on_the_same_ranks_changes_no_bit(name, two):
-    same_run(two / f"{name} again", two / name, rtol=0, atol=0, steps=5)
+def test_goes_on_after_a_kill_with_the_same_bits(two, killed):
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
+    same_run(two / "stage3 again", two / "stage3", 0, steps=3)
 
 
-def test_a_rank_killed_inside_an_update(launch, two, tmp_path):
-    """When the student has moved and the teacher has not."""
-    run = dict(out=str(tmp_path / "run"), stage=3)
-    launch([run], 2, kill_in=5, worker="ibot_worker.py")
-    kept = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
-    assert sorted(kept) == ["step-00000001", "step-00000003"]
-    last = str(checkpoint(tmp_path / "run", 3))
-    launch([dict(out=str(tmp_path / "again"), stage=3, resume=last)], 2, worker="ibot_worker.py")
-    same_run(tmp_path / "again", two / "stage3", rtol=0, atol=0, steps=3)
+def test_goes_on_in_bf16_in_the_frozen_epoch_with_the_same_bits(two):
+    same_run(two / "stage3 bf16 again", two / "stage3 bf16", 0, steps=5)
 
 
 @pytest.mark.parametrize("name", [*RUNS, *BF16])
@@ -162,9 +155,56 @@ def test_a_frozen_layer_is_left_out(name, two):
 
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_an_overflow_skips_weights_teacher_and_centres(name, two, alone):
-    same = {key: value for key, value in stored(two / name).items()}
-    torch.testing.assert_close(same, stored(alone / "overflow"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(stored(two / name), stored(alone / "overflow"), rtol=0, atol=1e-6)
     losses = (torch.tensor([row["loss"] for row in rows(run)]) for run in (two / name, alone / "overflow"))
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-    # Step 3, which was skipped, is not one of the optimiser's; and it left nothing behind.
-    assert stored(two / name)[f"encoder.norm.weight|{STEP}"] == STEPS - 1
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+def test_a_skipped_update_leaves_nothing_behind(alone, tmp_path):
+    """Not in what is stored, and not in the sums for the centres: a run from that checkpoint begins without any."""
+    before, after = stored(alone / "overflow", 2), stored(alone / "overflow", 3)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    ibot_worker.train(tmp_path / "run", resume=checkpoint(alone / "overflow", 3))
+    same_run(tmp_path / "run", alone / "overflow", 0, steps=3)
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_an_average_of_bf16_weights_moves(name, two):
+    """With m = 0.996 it follows the fp32 weights in double precision; kept in bf16 it stands still."""
+    momentum = Schedule(name="cosine", base_lr=0.996, min_lr=1.0, total_steps=STEPS)
+    key = "encoder.blocks.0.attn.qkv.weight"
+    exact = ibot_worker.new_objective().get_parameter(key).flatten().detach().bfloat16().double()
+    start, low = exact.clone(), exact.bfloat16()
+    for step in range(STEPS):
+        student = stored(two / name, step + 1)[f"{key}|{WEIGHT}"]
+        exact = momentum(step) * exact + (1 - momentum(step)) * student.double()
+        low.lerp_(student.bfloat16(), 1 - momentum(step))
+    found = stored(two / name)[f"teacher.{key}|{WEIGHT}"].double()
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-8)
+    way = (exact - start).norm()
+    assert (found - exact).norm() < 1e-2 * way
+    assert (low.double() - exact).norm() > 0.5 * way
+
+
+def test_bf16_of_every_stage(two, alone):
+    """The first loss is that of the same weights with 8 bits; afterwards the three stages go the same way."""
+    for name in BF16:
+        assert rows(two / name)[0]["loss"] == pytest.approx(rows(alone / "plain")[0]["loss"], rel=1e-2)
+        same_run(two / name, two / "stage1 bf16", 1e-5)
+
+
+def test_groups_of_their_own_change_no_bit(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(ibot_worker, "param_groups", lambda objective, decay: objective.groups(decay, "parity"))
+    ibot_worker.train(tmp_path / "run")
+    same_run(tmp_path / "run", alone / "plain", 0)
+
+
+def test_what_a_rank_holds(two):
+    """Three fp32 values a trained one (the moments and the average), half of them on each of two ranks."""
+    objective = ibot_worker.new_objective()
+    trained = [param.numel() for param in objective.parameters() if param.requires_grad]
+    for name in ("stage1", "stage2", "stage3"):
+        for rank in range(2):
+            held = json.loads((two / name / f"held-{rank}.json").read_text())
+            half = 3 * 4 * sum(trained) / 2
+            assert half <= held["moments"] <= half + 3 * 4 * 4 * len(trained)  # padding

@@ -59,14 +59,31 @@ class _Replay:
         self.operations, self.names = operations, names
         self.most_held = 0
         self._real: dict[int, Tensor] = {}
-        self._last = {self._key(leaf): i for i, op in enumerate(operations) for leaf in self._tensors(op)}
-        self._last |= {op.target: max(i, self._last.get(op.target, 0)) for i, op in enumerate(operations)}
         # What is overwritten later need not be kept until then: it only moves the random generator on.
-        self._useless = self._overwritten()
+        useless = self._overwritten()
+        order = self._copies_first(useless)
+        self.operations = [operations[i] for i in order]
+        self._useless = {place for place, i in enumerate(order) if i in useless}
+        self._last = {
+            key: i for i, op in enumerate(self.operations) if i not in self._useless for key in self._touched(op)
+        }
 
-    @staticmethod
-    def _key(leaf: Tensor) -> int:
-        return _storage(leaf)
+    def _copies_first(self, useless: set[int]) -> list[int]:
+        """The operations in an order with each copy of a whole tensor right behind the last change of its source.
+
+        A teacher copies its student when all of both is there; so they need not wait for each other.
+        """
+        last: dict[int, int] = {}
+        places = []
+        for i, op in enumerate(self.operations):
+            copies = op.function._schema.name == "aten::copy_" and self._overwrites(op)
+            places.append((max(last.get(key, -1) for key in self._touched(op)), 1) if copies else (i, 0))
+            if i not in useless:
+                last |= dict.fromkeys(self._touched(op), i)
+        return sorted(range(len(places)), key=places.__getitem__)
+
+    def _touched(self, op: _Operation) -> set[int]:
+        return {op.target, *map(_storage, self._tensors(op))}
 
     @staticmethod
     def _tensors(op: _Operation) -> list[Tensor]:
@@ -94,15 +111,15 @@ class _Replay:
         whole = isinstance(op.args[0], Tensor) and op.args[0].numel() * op.args[0].element_size() == (
             op.args[0].untyped_storage().nbytes()
         )
-        return whole and name in ("uniform_", "normal_", "zero_", "fill_", "random_")
+        return whole and name in ("uniform_", "normal_", "zero_", "fill_", "random_", "copy_")
 
     def run(self, complete: Callable[[str, Tensor], None]) -> None:
         """Call ``complete(name, tensor)`` for every named tensor, in the order in which they become complete."""
         with torch.no_grad():
             for i, op in enumerate(self.operations):
                 self._one(i, op)
-                for target in {op.target, *map(_storage, self._tensors(op))}:
-                    if self._last[target] == i and target in self._real:
+                for target in self._touched(op):
+                    if self._last.get(target) == i and target in self._real:
                         tensor = self._real.pop(target)
                         if target in self.names:
                             complete(self.names[target], tensor)
