@@ -235,6 +235,8 @@ def make_engine(cfg: Config, objective: Any, world: World, deepspeed: dict[str, 
         zero_stage=efficiency.zero_stage,
         grad_accum_steps=micro_batches,
         recompute=efficiency.recompute,
+        crops=sum(view.count for view in objective.views()),
+        decay_varies=optim.weight_decay_end is not None,
     )
     graphed = use_graph(efficiency.cuda_graph, reason, world.device)
     if deepspeed is not None:

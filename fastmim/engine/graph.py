@@ -142,6 +142,8 @@ def why_not(
     zero_stage: int | None,
     grad_accum_steps: int,
     recompute: str,
+    crops: int = 1,
+    decay_varies: bool = False,
 ) -> str:
     """Why a step cannot be one CUDA graph; empty where it can."""
     if world.device.type != "cuda":
@@ -154,6 +156,10 @@ def why_not(
         return "efficiency.compile=true captures by itself"
     if grad_accum_steps > 1:
         return f"a step has {grad_accum_steps} micro-batches, and the graph is of one"
+    if crops > 1:
+        return f"the objective takes {crops} crops of an image"
+    if decay_varies:
+        return "optim.weight_decay_end changes a number that the graph would keep"
     if recompute not in ("none", "fc1"):
         return f"efficiency.recompute={recompute} asks the generator for its state; use none or fc1"
     if not isinstance(optimizer, torch.optim.AdamW) or not all(g.get("fused") for g in optimizer.param_groups):

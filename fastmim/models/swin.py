@@ -231,6 +231,15 @@ class SwinTransformer(nn.Module):
         x = self(images, mask)
         return x.mean((1, 2)), x
 
+    @torch.no_grad()
+    def attention(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, 1, h, w) float32: cosine of each token and their mean, from which 0 is cut.
+
+        Swin has no class token whose attention could be shown.
+        """
+        mean, tokens = self.forward_tokens(images)
+        return torch.cosine_similarity(tokens.float(), mean.float()[:, None, None], dim=-1).clamp(min=0)[:, None]
+
     def set_micro_batch(self, index: int, count: int) -> None:
         """See :meth:`SharedInputs.set_micro_batch`."""
         self.shared.set_micro_batch(index, count)

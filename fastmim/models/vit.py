@@ -87,6 +87,14 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
         return self.proj(step.take(out.transpose(1, 2).reshape(b, n, c)))
 
+    def class_weights(self, y: Tensor) -> Tensor:
+        """(B, N, C) → (B, heads, N − 1): how much the class token, which is the first, attends to each other one."""
+        b, n, _ = y.shape
+        qkv = F.linear(y, self.qkv.weight, self._qkv_bias())
+        q, k, _ = qkv.reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).float().unbind(0)
+        logits = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.mT
+        return logits.softmax(-1)[:, :, 0, 1:]
+
     def _qkv_bias(self) -> Tensor | None:
         if self.q_bias is None:
             return self.qkv.bias
@@ -198,6 +206,19 @@ class VisionTransformer(nn.Module):
         x, grid = self._embed(images, mask)
         y = self._blocks(x)
         return y[:, 0], y[:, 1:].unflatten(1, grid)
+
+    @torch.no_grad()
+    def attention(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, heads, H/p, W/p) float32: what the class token attends to in the last block.
+
+        Without relative positions, which no pretraining with a class token has.
+        """
+        x, grid = self._embed(images, None)
+        x, y = normalise(x, self.blocks[0].norm1, self.impl)
+        for block, after in zip(self.blocks[:-1], self.blocks[1:], strict=True):
+            x, y = block(x, y, self.bias_index, Step(self.impl, next_norm=after.norm1))
+        last: Any = self.blocks[-1]
+        return last.attn.class_weights(y).unflatten(2, grid)
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         """The (B, 1 + L, D) stream that begins with the class token, and the grid of its patches."""

@@ -17,6 +17,7 @@ from .base import Objective
 from .groups import split_by_rank
 from .heads import ProjectionHead
 from .photometric import Photometric
+from .pictures import Picture, attention
 from .schedule import Schedule
 from .self_distillation import Centre, Teacher, warm_temperature
 from .views import Images, View
@@ -221,6 +222,11 @@ class DINO(Objective):
             views = [View(**wide, photometric=how) for how in colours]
             small["photometric"] = Photometric(blur_p=0.5)
         return (*views, View(**small, count=self.local_crops)) if self.local_crops else tuple(views)
+
+    def picture(self, images: Tensor, mask: Tensor) -> Picture:
+        """See :func:`~fastmim.objectives.pictures.attention`; the teacher's."""
+        images = self.normalise(images)
+        return attention(self.denormalise(images), self.teacher.encoder.attention(images))
 
     def set_step(self, step: int, total: int, steps_per_epoch: int) -> None:
         """The temperature follows the epoch, the teacher's momentum the step."""

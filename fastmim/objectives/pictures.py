@@ -42,3 +42,25 @@ def reconstruction(truth: Tensor, guess: Tensor, mask: Tensor) -> Picture:
     hidden = pixel_mask(mask, (truth.shape[-2], truth.shape[-1])).to(truth.device)
     pictures = [truth, truth.masked_fill(hidden, GREY), guess, torch.where(hidden, guess, truth)]
     return Picture(RECONSTRUCTION, [to_rgb(picture).cpu() for picture in pictures])
+
+
+HEADS = 4
+"""Heads that :func:`attention` shows each by itself."""
+
+
+def attention(images: Tensor, weights: Tensor) -> Picture:
+    """The image, dimmed where the mean over heads is small, and the same for the first heads by themselves.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        weights: (B, heads, h, w), not negative; each map's largest value is shown in full.
+    """
+    shown, size = to_rgb(images), (images.shape[-2], images.shape[-1])
+    maps = [weights.mean(1, keepdim=True)]
+    maps += list(weights[:, :HEADS].split(1, 1)) if weights.shape[1] > 1 else []
+    names = ["mean"] + [f"head {i}" for i in range(len(maps) - 1)]
+    columns = [shown]
+    for one in maps:
+        scaled = one / one.amax((2, 3), keepdim=True).clamp(min=1e-12)
+        columns.append(shown * F.interpolate(scaled, size=size, mode="nearest"))
+    return Picture(("image", *names), [column.float().cpu() for column in columns])
