@@ -125,7 +125,7 @@ def test_a_run_leaves_everything(settings, pictures, tmp_path, capsys):
     ]
     assert sorted(os.listdir(tmp_path / "reconstructions")) == ["step-00000003.png", "step-00000006.png"]
     with Image.open(result.picture_path) as picture:
-        assert picture.height == 20 + 2 * 100
+        assert picture.height == 24 + 2 * 196
     assert load_file(result.encoder_path)
     last = rows(tmp_path)[-1]
     assert (result.steps, result.loss, result.val_loss) == (6, last["loss"], last["val_loss"])
