@@ -16,7 +16,7 @@ from fastmim.engine.checkpoint.save import clean_unfinished
 
 LOCK_FILE = ".owner.json"
 _FOLDERS = ("checkpoints", "reconstructions", "tensorboard")
-_FILES = ("config.yaml", "metrics.jsonl", "bad_files.json", "encoder.safetensors", "loss.png")
+_FILES = ("config.yaml", "metrics.jsonl", "bad_files.json", "encoder.safetensors", "config.json", "loss.png")
 
 
 def make_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
-from fastmim.engine.checkpoint import consolidate, save_checkpoint
+from fastmim.engine.checkpoint import export, save_checkpoint
 from fastmim.engine.distributed import World
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
 from fastmim.engine.progress import Progress
@@ -74,8 +74,8 @@ class Run:
         val_batches: micro-batches of a validation; None: all.
         picture_batch: (images, sample_ids) to draw, or None.
         tensorboard: also write event files.
-        encoder: keyword arguments that built the encoder, noted in the exported file.
-        statistics: mean and std that normalised the images, noted there too.
+        encoder: keyword arguments that built the encoder, noted in the exported files.
+        statistics: mean and std that normalised the images, and the interpolation of crops, noted there too.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Run:
         val_batches: int | None = None,
         picture_batch: tuple[Tensor, Tensor] | None = None,
         tensorboard: bool = False,
-        encoder: dict[str, Any] | None = None,
-        statistics: dict[str, Any] | None = None,
+        encoder: dict[str, Any],
+        statistics: dict[str, Any],
     ) -> None:
         self.folder, self.engine, self.world, self.total = folder, engine, world, total
         self.global_batch_size, self.every, self.keep, self.stored = global_batch_size, every, keep, stored
@@ -201,7 +201,7 @@ class Run:
         if not distributed.broadcast(picture.exists()):
             self._picture(self.total)  # resumed at the very end
         if self.world.is_main:
-            consolidate(checkpoint, encoder, encoder=self.encoder, statistics=self.statistics)
+            export(checkpoint, encoder, encoder=self.encoder, statistics=self.statistics)
             curve = save_curve(read_rows(self.folder / "metrics.jsonl"), self.folder / "loss.png")
         distributed.barrier()
         result = self._result(

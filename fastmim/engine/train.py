@@ -228,6 +228,6 @@ def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], st
         val_batches=train.val_batches,
         tensorboard=cfg.output.tensorboard,
         encoder=encoder_arguments(cfg),
-        statistics={"mean": list(cfg.data.mean), "std": list(cfg.data.std)},
+        statistics=cfg.data.model_dump(mode="json", include={"mean", "std", "interpolation"}),
         **images,
     )

@@ -144,7 +144,7 @@ def test_a_folder_that_vanishes_costs_no_step(settings, tmp_path, monkeypatch, m
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "reconstructions", "tensorboard", "encoder.safetensors", "loss.png",
-                                  "metrics.jsonl", "config.yaml", "bad_files.json"])
+                                  "config.json", "metrics.jsonl", "config.yaml", "bad_files.json"])
 def test_names_that_are_taken_are_said_before_the_first_step(settings, tmp_path, monkeypatch, name):
     monkeypatch.setattr("fastmim.engine.train.train_step", None)
     tmp_path.joinpath(name).mkdir() if "." in name else tmp_path.joinpath(name).touch()

@@ -112,6 +112,7 @@ def test_a_run_leaves_everything(settings, pictures, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "bad_files.json",
         "checkpoints",
+        "config.json",
         "config.yaml",
         "encoder.safetensors",
         "loss.png",
