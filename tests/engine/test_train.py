@@ -100,7 +100,7 @@ def test_a_run_leaves_everything(settings, pictures, tmp_path, capsys):
         "train__save_every": 2,
         "data__val_path": pictures,
         "output__pictures": 2,
-        "output__tensorboard": True,
+        "output__loggers": ["tensorboard"],
     }
     result = train(settings(tmp_path, **changes))
     assert [row["step"] for row in rows(tmp_path)] == [2, 3, 4, 6]
