@@ -299,9 +299,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--out", metavar="DIR", help="where the trace goes (default: profile in output.dir)")
     profile.set_defaults(command=_profile)
 
-    convert = commands.add_parser("convert", parents=[common], help="write the encoder of any checkpoint as one file")
+    convert = commands.add_parser("convert", parents=[common], help="write the encoder of any checkpoint")
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-... folder, or a run's output folder")
-    convert.add_argument("out", metavar="OUT", help="file to write, for example encoder.safetensors")
+    convert.add_argument("out", metavar="OUT", help="encoder.safetensors, or a folder for timm and transformers")
     convert.add_argument("--whole", action="store_true", help="the whole objective under its own names")
     convert.set_defaults(command=_convert)
 

@@ -199,7 +199,7 @@ TINY = {
     "train.steps": 1,
     "train.micro_batch_size": 1,
     "output.pictures": 0,
-    "output.tensorboard": "false",
+    "output.loggers": "[]",
 }
 
 

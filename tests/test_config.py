@@ -70,6 +70,10 @@ MISTAKES = [
     ("efficiency.kernels=tritn", ["did you mean 'triton'"]),
     ("data.path=''", ["data.path='': expected a path"]),
     ("output.dir=null", ["output.dir=null: expected text"]),
+    ("output.loggers=csv", ["output.loggers=csv: expected a list in brackets"]),
+    ("output.loggers=[csv, wand]", ["output.loggers[1]=wand: expected one of tensorboard", "did you mean 'wandb'"]),
+    ("output.loggers=[csv, csv]", ["output.loggers=[csv, csv]: each at most once; use [csv]"]),
+    ("output.tensorboard=maybe", ["output.tensorboard=maybe: no key any more; use output.loggers=[tensorboard]"]),
     # ranges
     ("optim.lr=-1e-4", ["optim.lr=-0.0001: must be >= 0"]),
     ("optim.lr=.nan", ["optim.lr=nan: expected a finite number"]),
@@ -172,6 +176,16 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path, text: str) -> Non
 def test_a_path_may_look_like_anything(tmp_path: Path, text: str) -> None:
     cfg = load_config(None, [f"output.dir={text}", f"data.path={text}"])
     assert (cfg.output.dir, cfg.data.path) == (text, text)
+
+
+def test_configs_of_versions_with_output_tensorboard_mean_the_same(tmp_path: Path) -> None:
+    old = write(tmp_path / "config.yaml", "output:\n  dir: a\n  tensorboard: false\n  pictures: 2\n")
+    assert load_config(old).output.model_dump() == {"dir": "a", "loggers": (), "pictures": 2}
+    assert load_config(old, ["output.loggers=[csv]"]).output.loggers == ("csv",)
+    assert load_config(old, ["output.tensorboard=true"]).output.loggers == ("tensorboard",)
+    assert load_config().output.loggers == ("tensorboard",)
+    assert load_config(None, ["output.loggers=null"]).output.loggers == ()
+    assert "use output.loggers=" in refused("output.tensorboard=false", "output.loggers=[csv]")
 
 
 def test_data_path_may_be_a_list(tmp_path: Path) -> None:

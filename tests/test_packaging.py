@@ -19,6 +19,7 @@ import fastmim
 ROOT = Path(__file__).resolve().parents[1]
 # Everything that is not torch, torchvision, timm, pydantic, safetensors or pulled in by them.
 BLOCKED = ["rich", "matplotlib", "tensorboard", "triton", "deepspeed", "nvidia.dali", "pynvml"]
+BLOCKED += ["wandb", "mlflow", "sqlalchemy", "alembic", "transformers"]
 BLOCKED += ["skimage", "sklearn", "scipy", "hypothesis", "pytest"]
 
 # The blocked packages look as if they were not installed: also to a find_spec(), which torch uses to ask.
@@ -124,7 +125,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     info = f"fastmim-{fastmim.__version__}.dist-info"
     meta = email.message_from_string(archive.read(f"{info}/METADATA").decode())
     assert meta["Version"] == fastmim.__version__ and meta["License-Expression"] == "Apache-2.0"
-    extras = {"triton", "zero", "dali", "plots", "demo", "profile", "bench", "dev", "all"}
+    extras = {"triton", "zero", "dali", "plots", "loggers", "demo", "profile", "bench", "dev", "all"}
     assert set(meta.get_all("Provides-Extra")) == extras
     required = meta.get_all("Requires-Dist")
     # PyPI's apex is another project; a requirement on it would install that.
@@ -183,9 +184,9 @@ def test_constraints_pin_what_is_declared() -> None:
         if line and not line.startswith("#")
     }
     text = (ROOT / "pyproject.toml").read_text()
-    lists = re.findall(r"^(?:dependencies|plots|demo|dev) = \[(.*?)\]$", text, flags=re.S | re.M)
+    lists = re.findall(r"^(?:dependencies|plots|loggers|demo|dev) = \[(.*?)\]$", text, flags=re.S | re.M)
     declared = {
         re.split(r"[<>=\[]", name)[0].lower() for group in lists for name in re.findall(r'"([^"]+)"', group)
     }
-    assert len(lists) == 4 and {"torch", "matplotlib", "pytest"} <= declared
+    assert len(lists) == 5 and {"torch", "matplotlib", "pytest"} <= declared
     assert declared - {"fastmim"} <= {name.replace("_", "-") for name in pinned}

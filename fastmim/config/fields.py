@@ -35,6 +35,12 @@ def _a_list(value: Any) -> Any:
     return value
 
 
+def _once(value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(value)) < len(value):
+        raise ValueError(f"each at most once; use [{', '.join(dict.fromkeys(value))}]")
+    return value
+
+
 def _ordered(value: Pair) -> Pair:
     if value[0] > value[1]:
         raise ValueError(f"must be in order; use [{value[1]:g}, {value[0]:g}]")
@@ -132,6 +138,11 @@ IntOrInts = Annotated[int | tuple[int, ...], BeforeValidator(_int_or_ints)]
 PathOrPaths = Annotated[str | tuple[str, ...], BeforeValidator(_path_or_paths)]
 Weights = Annotated[tuple[AboveZero, ...], BeforeValidator(_a_list), Field(min_length=1)]
 Interval = Annotated[tuple[Number, Number], BeforeValidator(_a_pair), AfterValidator(_rising)]
+Loggers = Annotated[
+    tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...],
+    BeforeValidator(lambda v: () if v is None else _a_list(v)),
+    AfterValidator(_once),
+]
 Tree = Annotated[dict[str, Any], BeforeValidator(lambda v: {} if v is None else v)]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from fastmim.config import yaml_text
 from fastmim.config.fields import describe
+from fastmim.config.former import FORMER, translated
 from fastmim.config.messages import Sections, fields_at, names_at, nearest, one_line, show, unknown_key
 from fastmim.config.objective import DEFAULT, objective_section
 from fastmim.config.sections import Config
@@ -85,7 +86,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> Tree:
     if here in including:
         chain = " -> ".join(p.name for p in (*including[including.index(here) :], here))
         raise ValueError(f"{path}: the file includes itself through base: {chain}; remove one of them")
-    tree = _parse_file(path, including[-1] if including else None)
+    tree = translated(_parse_file(path, including[-1] if including else None))
     bases = tree.pop("base", None) or []
     merged: Tree = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -164,11 +165,13 @@ def _parse_overrides(overrides: Sequence[str], sections: Sections) -> Tree:
         for part in reversed(parts):
             value = {part: value}
         tree = _overlay(tree, value)
-    return tree
+    return translated(tree)
 
 
 def _check_key(override: str, parts: list[str], sections: Sections) -> None:
     """The key exists, one level deep (but below a field that holds a tree); checked before the value is read."""
+    if tuple(parts) in FORMER:
+        return
     if parts[0] == "base":
         raise ValueError(f"override '{show(override)}': base is a key of files only; name another file instead")
     for depth, part in enumerate(parts, start=1):
@@ -189,7 +192,7 @@ def _is_plain(text: str) -> bool:
 def _parse_value(override: str, parts: list[str], text: str, sections: Sections) -> Any:
     """YAML; but what a text field gets is taken as it is, unless it is quoted or null."""
     text = text.strip()
-    field = fields_at(sections, parts)[parts[1]] if len(parts) == 2 else None
+    field = fields_at(sections, parts).get(parts[1]) if len(parts) == 2 else None
     kind = "" if field is None else describe(field.annotation)
     is_list = kind.startswith("text or list") and text.startswith("[") and text.endswith("]")
     if kind.startswith("text") and _is_plain(text) and not is_list:

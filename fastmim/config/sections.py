@@ -18,6 +18,7 @@ from fastmim.config.fields import (
     Fused,
     Interval,
     IntOrInts,
+    Loggers,
     Path,
     PathOrPaths,
     Positive,
@@ -245,7 +246,10 @@ class OutputSection(Section):
     """What a run leaves behind."""
 
     dir: Path = Field("runs/default", description="folder of the run: config, metrics, checkpoints, pictures, encoder")
-    tensorboard: bool = Field(True, description="write TensorBoard scalars and pictures")
+    loggers: Loggers = Field(
+        ("tensorboard",),
+        description="where numbers and pictures go beside metrics.jsonl: tensorboard, csv, wandb, mlflow; [] = nowhere",
+    )
     pictures: Count = Field(4, description="images in a reconstruction picture, 0 = no pictures")
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a run: ``metrics.jsonl``, TensorBoard, and the clock behind images per second."""
+"""Numbers of a run: ``metrics.jsonl``, the loggers, and the clock behind images per second."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastmim.engine.loggers import Loggers, RunFacts
 from fastmim.files import naming, write_text
 
 log = logging.getLogger("fastmim")
@@ -81,68 +82,47 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Writes logged steps to ``metrics.jsonl`` and TensorBoard; does nothing on ranks other than 0.
+    """Writes logged steps to ``metrics.jsonl`` and to the loggers; does nothing on ranks other than 0.
 
     Args:
         folder: the run's output folder.
         start: steps already done; later rows of an earlier process are removed, so that no step appears
             twice.
-        tensorboard: also write event files, if the tensorboard package is installed.
+        loggers: of :data:`fastmim.engine.loggers.LOGGERS`.
+        settings: every key of the config, for the loggers.
         enabled: False on ranks that write nothing.
     """
 
-    def __init__(self, folder: Path, *, start: int, tensorboard: bool, enabled: bool) -> None:
+    def __init__(
+        self, folder: Path, *, start: int, loggers: Sequence[str], settings: Mapping[str, Any], enabled: bool
+    ) -> None:
         self._file: Any = None
-        self._board: Any = None
         if not enabled:
             return
         path = folder / "metrics.jsonl"
         rows = [row for row in read_rows(path) if row["step"] <= start]
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
-        self._events = folder / "tensorboard"
-        if tensorboard:
-            with naming(self._events):
-                self._board = _tensorboard(self._events, start)
+        self._loggers = Loggers(loggers, RunFacts(folder, start, settings, rows))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row; numbers other than ``step`` become TensorBoard scalars."""
+        """Append one row; numbers other than ``step`` become scalars of the loggers."""
         if self._file is None:
             return
         with naming(self._file.name):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        if self._board is not None:
-            with naming(self._events):
-                for name, value in row.items():
-                    if name != "step" and isinstance(value, (int, float)):
-                        self._board.add_scalar(name, value, row["step"])
+        self._loggers.scalars(row)
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """Show a picture file in TensorBoard."""
-        if self._board is None:
-            return
-        import numpy as np
-        from PIL import Image
-
-        with Image.open(path) as image, naming(self._events):
-            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+    def picture(self, title: str, path: Path, step: int) -> None:
+        """Show a picture file in the loggers."""
+        if self._file is not None:
+            self._loggers.picture(title, path, step)
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._board is not None:
-            with naming(self._events):
-                self._board.close()
-        if self._file is not None:
-            with naming(self._file.name):
-                self._file.close()
-
-
-def _tensorboard(folder: Path, start: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.warning("TensorBoard is not installed: no event files; install it with: pip install tensorboard")
-        return None
-    # Also from the start: without it, events of an earlier run in the same folder stay in the curves.
-    return SummaryWriter(str(folder), purge_step=start + 1)
+        if self._file is None:
+            return
+        self._loggers.close()
+        with naming(self._file.name):
+            self._file.close()

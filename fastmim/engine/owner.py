@@ -15,8 +15,11 @@ from typing import Any
 from fastmim.engine.checkpoint.save import clean_unfinished
 
 LOCK_FILE = ".owner.json"
-_FOLDERS = ("checkpoints", "reconstructions", "tensorboard")
-_FILES = ("config.yaml", "metrics.jsonl", "bad_files.json", "encoder.safetensors", "loss.png")
+_FOLDERS = ("checkpoints", "reconstructions", "tensorboard", "wandb", "mlflow")
+_FILES = (
+    "config.yaml", "metrics.jsonl", "metrics.csv", "loggers.json", "bad_files.json", "encoder.safetensors",
+    "config.json", "loss.png",
+)  # fmt: skip
 
 
 def make_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
-from fastmim.engine.checkpoint import consolidate, save_checkpoint
+from fastmim.engine.checkpoint import export, save_checkpoint
 from fastmim.engine.distributed import World
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
 from fastmim.engine.progress import Progress
@@ -73,9 +73,10 @@ class Run:
         val_loader: held-out images, or None.
         val_batches: micro-batches of a validation; None: all.
         picture_batch: (images, sample_ids) to draw, or None.
-        tensorboard: also write event files.
-        encoder: keyword arguments that built the encoder, noted in the exported file.
-        statistics: mean and std that normalised the images, noted there too.
+        loggers: where numbers and pictures go beside ``metrics.jsonl``, by name.
+        settings: every key of the config, for them.
+        encoder: keyword arguments that built the encoder, noted in the exported files.
+        statistics: mean and std that normalised the images, and the interpolation of crops, noted there too.
     """
 
     def __init__(
@@ -94,17 +95,19 @@ class Run:
         val_loader: Any = None,
         val_batches: int | None = None,
         picture_batch: tuple[Tensor, Tensor] | None = None,
-        tensorboard: bool = False,
-        encoder: dict[str, Any] | None = None,
-        statistics: dict[str, Any] | None = None,
+        loggers: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+        encoder: dict[str, Any],
+        statistics: dict[str, Any],
     ) -> None:
         self.folder, self.engine, self.world, self.total = folder, engine, world, total
         self.global_batch_size, self.every, self.keep, self.stored = global_batch_size, every, keep, stored
         self.loader, self.val_loader, self.val_batches = loader, val_loader, val_batches
         self.picture_batch, self.encoder, self.statistics = picture_batch, encoder, statistics
-        self.clock = StepClock()
         self.progress = Progress(total_steps=total, start=start, enabled=world.is_main)
-        self.metrics = Metrics(folder, start=start, tensorboard=tensorboard, enabled=world.is_main)
+        enabled = world.is_main
+        self.metrics = Metrics(folder, start=start, loggers=loggers, settings=settings or {}, enabled=enabled)
+        self.clock = StepClock()  # opening a logger is no training
         self._logged = start
         self.lost = False
         self._home = os.open(folder, os.O_RDONLY) if world.is_main else None
@@ -141,7 +144,8 @@ class Run:
             with self.clock.paused():
                 row["val_loss"] = self._validate()
         self._look_for_folder()
-        self.metrics.write(row)
+        with self.clock.paused():
+            self.metrics.write(row)
         self.progress.row(row)
         self._logged, self._last = step, row
 
@@ -201,7 +205,7 @@ class Run:
         if not distributed.broadcast(picture.exists()):
             self._picture(self.total)  # resumed at the very end
         if self.world.is_main:
-            consolidate(checkpoint, encoder, encoder=self.encoder, statistics=self.statistics)
+            export(checkpoint, encoder, encoder=self.encoder, statistics=self.statistics)
             curve = save_curve(read_rows(self.folder / "metrics.jsonl"), self.folder / "loss.png")
         distributed.barrier()
         result = self._result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fastmim.engine.checkpoint import (
 )
 from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
+from fastmim.engine.loggers import check_loggers
 from fastmim.engine.loop import train_step
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
 from fastmim.engine.owner import own_folder
@@ -53,6 +55,7 @@ def train(cfg: Config) -> TrainResult:
     zero = cfg.efficiency.zero_stage is not None
     with distributed.distributed(always=zero) as world, ExitStack() as stack:
         distributed.check_same(shared_settings(cfg))
+        distributed.on_main(lambda: check_loggers(cfg.output.loggers))
         parts = build(cfg, world, stack)
         engine, loader, schedule, seed = parts.engine, parts.loader, parts.schedule, cfg.train.seed
         total = schedule.total_steps
@@ -100,8 +103,12 @@ def shared_settings(cfg: Config) -> dict[str, Any]:
     tree = cfg.model_dump(mode="json")
     for section, key in (("data", "path"), ("data", "file_list"), ("data", "val_path"), ("efficiency", "nvme_path")):
         tree[section].pop(key)
-    flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
-    return {"version of fastmim": __version__, "version of torch": torch.__version__, **flat}
+    return {"version of fastmim": __version__, "version of torch": torch.__version__, **flat(tree)}
+
+
+def flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Sections of keys as ``section.key``."""
+    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
 
 
 def shared_files(cfg: Config, loader: Any, val_loader: Any) -> dict[str, Any]:
@@ -121,8 +128,7 @@ def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
     # The default is not recorded: a checkpoint without the key goes on.
     if tree["data"]["alpha"] == "white":
         del tree["data"]["alpha"]
-    flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
-    return flat | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
+    return flat(tree) | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
 
 
 def with_policy(written: dict[str, Any], cfg: Config) -> dict[str, Any]:
@@ -226,8 +232,9 @@ def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], st
         stored=stored,
         loader=parts.loader,
         val_batches=train.val_batches,
-        tensorboard=cfg.output.tensorboard,
+        loggers=cfg.output.loggers,
+        settings=flat(cfg.model_dump(mode="json")),
         encoder=encoder_arguments(cfg),
-        statistics={"mean": list(cfg.data.mean), "std": list(cfg.data.std)},
+        statistics=cfg.data.model_dump(mode="json", include={"mean", "std", "interpolation"}),
         **images,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
 from fastmim.evaluate.validation import MASK_SEED, evaluating
@@ -15,7 +15,11 @@ from fastmim.files import replacing
 from fastmim.objectives.pictures import Picture
 
 _GAP = 4
-_MIN_CELL = 96
+_HEADING = 24
+_FONT_SIZE = 16
+# Pixels of the longer edge of an image, and of its width, whose heading it must hold.
+_MIN_CELL = 192
+_MIN_WIDTH = 96
 
 
 def draw_grid(picture: Picture) -> Image.Image:
@@ -23,20 +27,20 @@ def draw_grid(picture: Picture) -> Image.Image:
     headings, columns = picture
     count, _, height, width = columns[0].shape
     # Small images are enlarged by whole factors: masked squares stay square and headings fit.
-    zoom = max(1, -(-_MIN_CELL // width))
+    zoom = max(1, -(-_MIN_CELL // max(height, width)), -(-_MIN_WIDTH // width))
     cell = (width * zoom, height * zoom)
-    font = ImageFont.load_default()
-    top = 20
-    size = (len(columns) * (cell[0] + _GAP) + _GAP, top + count * (cell[1] + _GAP))
+    # Pillow without FreeType has one small font only.
+    font = ImageFont.load_default(_FONT_SIZE if features.check("freetype2") else None)
+    size = (len(columns) * (cell[0] + _GAP) + _GAP, _HEADING + count * (cell[1] + _GAP))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for i, (heading, column) in enumerate(zip(headings, columns, strict=True)):
         left = _GAP + i * (cell[0] + _GAP)
-        draw.text((left, _GAP), heading, fill="black", font=font)
+        draw.text((left, _GAP // 2), heading, fill="black", font=font)
         for row, image in enumerate(column):
             array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
             tile = Image.fromarray(array).resize(cell, Image.Resampling.NEAREST)
-            canvas.paste(tile, (left, top + row * (cell[1] + _GAP)))
+            canvas.paste(tile, (left, _HEADING + row * (cell[1] + _GAP)))
     return canvas
 
 

@@ -13,6 +13,10 @@ from .masks import pixel_mask
 
 RECONSTRUCTION = ("image", "masked", "prediction", "composite")
 GREY = 0.5
+CHECKS = (1.0, 0.75)
+"""The two greys of the board that shows through transparent pixels."""
+CHECK_EDGE = 8
+"""Edge of one of its squares in pixels of the image."""
 
 
 class Picture(NamedTuple):
@@ -23,25 +27,45 @@ class Picture(NamedTuple):
 
 
 def to_rgb(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 3, H, W): grey is repeated, two channels get an empty third, more are cut."""
+    """(B, C, H, W) in [0, 1] -> (B, 3, H, W).
+
+    One channel is shown as grey, four as colours and alpha over a checkerboard; two get an empty third, and of five
+    and more the first three are shown.
+    """
     channels = images.shape[1]
     if channels == 1:
         return images.expand(-1, 3, -1, -1)
     if channels == 2:
         return F.pad(images, (0, 0, 0, 0, 0, 1))
+    if channels == 4:
+        colours, alpha = images.split((3, 1), dim=1)
+        return colours * alpha + checkerboard(images) * (1 - alpha)
     return images[:, :3]
 
 
-def reconstruction(truth: Tensor, guess: Tensor, mask: Tensor) -> Picture:
-    """The image, what the encoder sees of it, the prediction everywhere, and the image completed by it.
+def checkerboard(images: Tensor) -> Tensor:
+    """(H, W) board under ``images``, (…, H, W): squares of :data:`CHECK_EDGE` pixels, the first of them light."""
+    rows, columns = (torch.arange(edge, device=images.device) // CHECK_EDGE for edge in images.shape[-2:])
+    light, dark = CHECKS
+    return torch.where((rows[:, None] + columns) % 2 == 0, light, dark)
+
+
+def reconstruction(truth: Tensor, guess: Tensor, mask: Tensor, scored: Tensor | None = None) -> Picture:
+    """The image, what the encoder sees of it, the prediction where it is scored, and the image completed by it.
 
     Args:
         truth, guess: (B, C, H, W) in [0, 1].
         mask: (B, H/p, W/p), true = masked; these squares are grey, and are what the composite takes from ``guess``.
+        scored: (B, H/p, W/p), true where the loss counts; elsewhere nobody has trained the prediction, and it is
+            grey. Default: ``mask``.
     """
-    hidden = pixel_mask(mask, (truth.shape[-2], truth.shape[-1])).to(truth.device)
-    pictures = [truth, truth.masked_fill(hidden, GREY), guess, torch.where(hidden, guess, truth)]
-    return Picture(RECONSTRUCTION, [to_rgb(picture).cpu() for picture in pictures])
+    size = (truth.shape[-2], truth.shape[-1])
+    hidden, unscored = pixel_mask(mask, size), ~pixel_mask(mask if scored is None else scored, size)
+    hidden, unscored = hidden.to(truth.device), unscored.to(truth.device)
+    composite = to_rgb(torch.where(hidden, guess, truth))
+    truth, guess = to_rgb(truth), to_rgb(guess)
+    columns = [truth, truth.masked_fill(hidden, GREY), guess.masked_fill(unscored, GREY), composite]
+    return Picture(RECONSTRUCTION, [column.cpu() for column in columns])
 
 
 HEADS = 4

@@ -92,9 +92,12 @@ class SimMIM(Objective):
         if self.loss_on == "masked":
             rows = masked_tokens(mask, self.img_size, self._token_grid(), self.stride)
         tokens = self.encoder(images, mask, rows)
-        scored = torch.ones_like(mask) if self.loss_on == "all" else mask
+        scored = self._scored(mask)
         loss = PIXEL_LOSSES[self.loss](tokens, self.head, target, scored, stride=self.stride, impl=self.impl)
         return {"loss": loss}
+
+    def _scored(self, mask: Tensor) -> Tensor:
+        return torch.ones_like(mask) if self.loss_on == "all" else mask
 
     def _token_grid(self) -> tuple[int, int]:
         return -(-self.img_size[0] // self.stride), -(-self.img_size[1] // self.stride)
@@ -113,7 +116,7 @@ class SimMIM(Objective):
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
         """See :func:`~fastmim.objectives.pictures.reconstruction`."""
         guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
-        return reconstruction(self.denormalise(self.normalise(images)), guess, mask)
+        return reconstruction(self.denormalise(self.normalise(images)), guess, mask, self._scored(mask))
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B, H/p, W/p) bool masks keyed by (seed, epoch, sample id), on the device of ``sample_ids``."""

@@ -82,7 +82,7 @@ def overrides(pictures):
             "train.micro_batch_size": 4,
             "train.log_every": 1,
             "output.dir": out,
-            "output.tensorboard": False,
+            "output.loggers": [],
             "output.pictures": 0,
         }
         keys |= {key.replace("__", "."): value for key, value in changes.items()}
@@ -123,7 +123,7 @@ def zero_run(pictures):
             "train.global_batch_size": 8,
             "train.log_every": 1,
             "output.dir": out,
-            "output.tensorboard": "false",
+            "output.loggers": "[]",
             "output.pictures": 0,
         }
         keys |= {key.replace("__", "."): value for key, value in changes.items()}

@@ -39,9 +39,9 @@ def test_pixel_mask_covers_patches_of_a_rectangle():
     assert hidden[0, 0, 8:16, 16:24].all()
 
 
-@pytest.mark.parametrize("norm_target", [0, 15])
-def test_columns(norm_target):
-    objective = build(norm_target=norm_target)
+@pytest.mark.parametrize(("norm_target", "loss_on"), [(0, "masked"), (15, "masked"), (0, "all")])
+def test_columns(norm_target, loss_on):
+    objective = build(norm_target=norm_target, loss_on=loss_on)
     images = sample()
     mask = objective.random_mask(torch.arange(2))
     headings, (truth, masked, prediction, composite) = objective.picture(images, mask)
@@ -52,6 +52,11 @@ def test_columns(norm_target):
     assert torch.equal(masked[~hidden], truth[~hidden])
     assert torch.equal(composite[~hidden], truth[~hidden])
     assert torch.equal(composite[hidden], prediction[hidden])
+    # What is visible trains nothing unless the loss is on all pixels, where the prediction is shown as it is.
+    whole = objective.denormalise(objective.reconstruct_pixels(images, mask))
+    expected = whole if loss_on == "all" else torch.where(hidden, whole, torch.tensor(0.5))
+    torch.testing.assert_close(prediction, expected, atol=1e-6, rtol=0)
+    assert not torch.equal(whole[~hidden], torch.full_like(whole[~hidden], GREY))
 
 
 @pytest.mark.parametrize("norm_target", [0, 15])
@@ -65,12 +70,53 @@ def test_a_perfect_prediction_shows_the_image(norm_target, monkeypatch):
     if norm_target:
         target = fk.local_norm_target(target, norm_target)
     monkeypatch.setattr(objective, "reconstruct", lambda images, mask: target)
-    _, (truth, _, prediction, composite) = objective.picture(images, objective.random_mask(torch.arange(2)))
-    torch.testing.assert_close(prediction, truth, atol=1e-3, rtol=0)
+    mask = objective.random_mask(torch.arange(2))
+    _, (truth, masked, prediction, composite) = objective.picture(images, mask)
     torch.testing.assert_close(composite, truth, atol=1e-3, rtol=0)
+    # Each pixel is in one of the two middle columns and grey in the other: together they are the image.
+    torch.testing.assert_close(masked + prediction - GREY, truth, atol=1e-3, rtol=0)
+    shown = [[(p != GREY).any() for p in image.unfold(1, 8, 8).unfold(2, 8, 8).transpose(0, 2).flatten(0, 1)]
+             for image in prediction]  # fmt: skip
+    assert torch.equal(torch.tensor(shown), mask.transpose(1, 2).flatten(1))
 
 
-@pytest.mark.parametrize("in_chans", [1, 2, 3, 5])
+def test_a_unit_that_does_not_divide_the_image_is_cut():
+    """Units of 20 pixels on 32 × 48: those at the far edges are 12 and 8 pixels wide, in every column alike."""
+    objective = create_objective("simmim", encoder=VIT | {"patch_size": 4}, unit=20)
+    mask = torch.zeros(1, 8, 12, dtype=torch.bool)
+    mask[0, 5:, 10:] = True  # the unit at the lower right end
+    _, (truth, masked, prediction, composite) = objective.picture(sample(count=1), mask)
+    corner = torch.zeros(32, 48, dtype=torch.bool)
+    corner[20:, 40:] = True
+    assert torch.equal((masked[0] == GREY).all(0), corner) and torch.equal((prediction[0] != GREY).any(0), corner)
+    assert torch.equal((composite[0] != truth[0]).any(0), corner)
+
+
+@pytest.mark.parametrize("alpha", [0, 255, 51])
+def test_alpha_lies_over_a_checkerboard(alpha):
+    """Pixel by pixel, by the formula of Porter and Duff's "over"."""
+    objective = build(in_chans=4, mean=(0.5,), std=(0.5,))
+    images = sample(4)
+    images[:, 3] = alpha
+    mask = torch.zeros(2, 4, 6, dtype=torch.bool)
+    mask[:, 0, 0] = True
+    _, (truth, masked, *_) = objective.picture(images, mask)
+    for row, column in ((0, 0), (7, 8), (8, 7), (31, 47), (20, 16)):
+        board = (1.0, 0.75)[(row // 8 + column // 8) % 2]
+        over = images[:, :3, row, column] / 255 * alpha / 255 + board * (1 - alpha / 255)
+        torch.testing.assert_close(truth[:, :, row, column], over, atol=1e-5, rtol=0)
+    assert (masked[:, :, :8, :8] == GREY).all()
+    assert torch.equal(masked[:, :, 8:], truth[:, :, 8:])
+
+
+def test_grey_images_are_shown_as_grey():
+    images = sample(1)
+    objective = build(in_chans=1, mean=(0.5,), std=(0.5,))
+    _, (truth, *_) = objective.picture(images, objective.random_mask(torch.arange(2)))
+    torch.testing.assert_close(truth, (images / 255).expand(-1, 3, -1, -1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 3, 4, 5])
 def test_picture_of_any_channels(in_chans, tmp_path):
     objective = build(in_chans=in_chans, mean=(0.5,) * in_chans, std=(0.5,) * in_chans)
     path = tmp_path / "a" / "step.png"
@@ -78,19 +124,26 @@ def test_picture_of_any_channels(in_chans, tmp_path):
     assert save_picture(objective, sample(in_chans), torch.arange(2), path)
     assert objective.training
     with Image.open(path) as picture:
-        # 48 px wide cells are doubled so that headings fit: 4 columns of 96 and 2 rows of 64, with gaps of 4
-        assert picture.size == (4 * 100 + 4, 20 + 2 * 68)
+        # 48 × 32 px become four times as large: 4 columns of 192 and 2 rows of 128, with gaps of 4
+        assert picture.size == (4 * 196 + 4, 24 + 2 * 132)
         assert picture.mode == "RGB"
     assert [p.name for p in path.parent.iterdir()] == ["step.png"]
 
 
-def test_grid_places_pixels():
-    red = torch.zeros(1, 3, 100, 120)
+@pytest.mark.parametrize(
+    ("size", "cell"),
+    [((100, 120), (200, 240)), ((96, 96), (192, 192)), ((192, 192), (192, 192)), ((256, 384), (256, 384)),
+     ((384, 32), (1152, 96))],
+)  # fmt: skip
+def test_grid_places_pixels(size, cell):
+    red = torch.zeros(1, 3, *size)
     red[:, 0] = 1
     picture = draw_grid(Picture(["image", "masked"], [red, red * 0]))
-    assert picture.getpixel((4, 20)) == picture.getpixel((123, 119)) == (255, 0, 0)
-    assert picture.getpixel((128, 20)) == (0, 0, 0)
-    heading = picture.crop((0, 0, picture.width, 20)).convert("L")
+    height, width = cell
+    assert picture.size == (2 * (width + 4) + 4, 24 + height + 4)
+    assert picture.getpixel((4, 24)) == picture.getpixel((3 + width, 23 + height)) == (255, 0, 0)
+    assert picture.getpixel((8 + width, 24)) == picture.getpixel((7 + 2 * width, 23 + height)) == (0, 0, 0)
+    heading = picture.crop((0, 0, picture.width, 24)).convert("L")
     assert (
         min(heading.get_flattened_data() if hasattr(heading, "get_flattened_data") else heading.getdata())
         < 100

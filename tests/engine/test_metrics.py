@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 
+from fastmim.engine.loggers import LOGGERS
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
 from fastmim.engine.progress import Progress, format_duration
 
@@ -13,7 +13,7 @@ ROW = {"epoch": 0.5, "loss": 1.25, "lr": 1e-4, "grad_norm": 2.0, "images_per_sec
 
 
 def write(folder, start, steps, **options):
-    metrics = Metrics(folder, start=start, tensorboard=False, enabled=True, **options)
+    metrics = Metrics(folder, start=start, **{"loggers": (), "settings": {}, "enabled": True} | options)
     for step in steps:
         metrics.write({"step": step} | ROW)
     metrics.close()
@@ -34,35 +34,8 @@ def test_resuming_cuts_rows_after_the_checkpoint(tmp_path):
 
 
 def test_silent_ranks_write_nothing(tmp_path):
-    metrics = Metrics(tmp_path, start=0, tensorboard=True, enabled=False)
-    metrics.write({"step": 1} | ROW)
-    metrics.close()
+    write(tmp_path, 0, [1], loggers=list(LOGGERS), enabled=False)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_tensorboard_has_every_number(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    metrics = Metrics(tmp_path, start=0, tensorboard=True, enabled=True)
-    metrics.write({"step": 7, "memory_kind": "rss"} | ROW)
-    metrics.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == set(ROW)
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 1.25)]
-
-
-def test_missing_tensorboard_is_one_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    metrics = Metrics(tmp_path, start=0, tensorboard=True, enabled=True)
-    metrics.write({"step": 1} | ROW)
-    metrics.write({"step": 2} | ROW)
-    metrics.close()
-    assert [
-        record.getMessage() for record in caplog.records if "pip install tensorboard" in record.getMessage()
-    ]
-    assert len(caplog.records) == 1
-    assert steps_of(tmp_path) == [1, 2]
 
 
 def test_clock_counts_training_only(monkeypatch):

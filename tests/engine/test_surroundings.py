@@ -93,7 +93,6 @@ def test_a_save_may_fail_at_its_end(engine, tmp_path, monkeypatch, number, where
     [
         ("PIL.Image:Image.save", "reconstructions/step-00000002.png"),
         ("matplotlib.figure:Figure.savefig", "loss.png"),
-        ("torch.utils.tensorboard:SummaryWriter.add_scalar", "tensorboard"),
         ("fastmim.engine.local:save_file", "checkpoints/.partial-step-00000002"),
         ("fastmim.engine.checkpoint.convert:write_safetensors", "encoder.safetensors"),
     ],
@@ -101,13 +100,13 @@ def test_a_save_may_fail_at_its_end(engine, tmp_path, monkeypatch, number, where
 def test_a_run_without_room_ends_in_one_line(overrides, tmp_path, monkeypatch, capsys, where, named):
     module, names = where.split(":")
     owner, name = ([None, *names.split(".")])[-2:]
-    home = pytest.importorskip(module) if module.startswith(("matplotlib", "torch.utils")) else import_module(module)
+    home = pytest.importorskip(module) if module.startswith("matplotlib") else import_module(module)
     monkeypatch.setattr(getattr(home, owner) if owner else home, name, fail(errno.ENOSPC))
     # The command configures the logger; other tests want it as it was.
     monkeypatch.setattr(logging.getLogger("fastmim"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("fastmim"), "level", logging.INFO)
     out = tmp_path / "run"
-    changes = dict(train__steps=2, data__num_workers=0, output__tensorboard=True, output__pictures=2)
+    changes = dict(train__steps=2, data__num_workers=0, output__pictures=2)
     config = tmp_path / "empty.yaml"
     config.touch()
     assert cli.main(["pretrain", str(config), *overrides(out, **changes)]) == 1
@@ -117,7 +116,7 @@ def test_a_run_without_room_ends_in_one_line(overrides, tmp_path, monkeypatch, c
 
 
 def test_rows_without_room_name_the_file(tmp_path):
-    metrics = Metrics(tmp_path, start=0, tensorboard=False, enabled=True)
+    metrics = Metrics(tmp_path, start=0, loggers=(), settings={}, enabled=True)
     metrics._file = open("/dev/full", "w")  # noqa: SIM115
     with pytest.raises(OSError, match="No space left") as caught:
         metrics.write({"step": 1})
@@ -144,7 +143,8 @@ def test_a_folder_that_vanishes_costs_no_step(settings, tmp_path, monkeypatch, m
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "reconstructions", "tensorboard", "encoder.safetensors", "loss.png",
-                                  "metrics.jsonl", "config.yaml", "bad_files.json"])
+                                  "config.json", "metrics.jsonl", "config.yaml", "bad_files.json", "wandb",
+                                  "metrics.csv"])
 def test_names_that_are_taken_are_said_before_the_first_step(settings, tmp_path, monkeypatch, name):
     monkeypatch.setattr("fastmim.engine.train.train_step", None)
     tmp_path.joinpath(name).mkdir() if "." in name else tmp_path.joinpath(name).touch()

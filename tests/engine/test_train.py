@@ -100,7 +100,7 @@ def test_a_run_leaves_everything(settings, pictures, tmp_path, capsys):
         "train__save_every": 2,
         "data__val_path": pictures,
         "output__pictures": 2,
-        "output__tensorboard": True,
+        "output__loggers": ["tensorboard"],
     }
     result = train(settings(tmp_path, **changes))
     assert [row["step"] for row in rows(tmp_path)] == [2, 3, 4, 6]
@@ -112,6 +112,7 @@ def test_a_run_leaves_everything(settings, pictures, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "bad_files.json",
         "checkpoints",
+        "config.json",
         "config.yaml",
         "encoder.safetensors",
         "loss.png",
@@ -125,7 +126,7 @@ def test_a_run_leaves_everything(settings, pictures, tmp_path, capsys):
     ]
     assert sorted(os.listdir(tmp_path / "reconstructions")) == ["step-00000003.png", "step-00000006.png"]
     with Image.open(result.picture_path) as picture:
-        assert picture.height == 20 + 2 * 100
+        assert picture.height == 24 + 2 * 196
     assert load_file(result.encoder_path)
     last = rows(tmp_path)[-1]
     assert (result.steps, result.loss, result.val_loss) == (6, last["loss"], last["val_loss"])

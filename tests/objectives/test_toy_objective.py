@@ -41,7 +41,7 @@ TINY = {
     "train.steps": 4,
     "train.micro_batch_size": 4,
     "train.log_every": 1,
-    "output.tensorboard": "false",
+    "output.loggers": "[]",
     "output.pictures": 2,
 }
 

@@ -1,8 +1,9 @@
-"""One file of weights from any checkpoint, sharded or not, a tensor at a time."""
+"""Weights for other programs from any checkpoint, sharded or not: one file, a tensor at a time, and its config.json."""
 
 from __future__ import annotations
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,30 +16,42 @@ from fastmim._version import __version__
 from fastmim.engine.checkpoint.save import find_resume
 from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
 from fastmim.engine.checkpoint.whole import check_whole, instead_of
-from fastmim.files import replacing
+from fastmim.files import replacing, write_text
+from fastmim.interop.timm_config import WEIGHTS_FILE, timm_config, why_not_timm
+from fastmim.models import encoder_settings
 
-_ENCODER = "encoder."
+log = logging.getLogger("fastmim")
+
+CONFIG_FILE = "config.json"
+_ENCODER, _TEACHER = "encoder.", "teacher.encoder."
+_OTHER_FORMATS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pth")
 
 
-def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False) -> Path:
+def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False, student: bool = False) -> Path:
     """Write the encoder of a checkpoint under timm's names, as ``encoder.safetensors`` of a finished run is.
+
+    Of an objective with a teacher it is the teacher's.
 
     Whatever the number of ranks and the ZeRO stage that wrote it, one tensor is in memory at a time.
 
     Args:
         checkpoint: a ``step-…`` folder, a ``checkpoints`` folder or a run's output folder (its last checkpoint).
-        out: the .safetensors file to write; it appears complete or not at all.
-        whole: all weights of the objective, under its own names, instead.
+        out: the .safetensors file to write; it appears complete or not at all. Any other name is that of a folder,
+            which gets ``model.safetensors`` and ``config.json``, as the Hugging Face hub, timm and transformers expect
+            them.
+        whole: all weights of the objective, under its own names, instead; into a file.
+        student: the student's encoder, where there is a teacher.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: no checkpoint there, one that ``train.resume`` would refuse as damaged, or a name that does not end
-            in .safetensors.
+        ValueError: no checkpoint there, one that ``train.resume`` would refuse as damaged, a name that ends as that of
+            another format, or a folder for what timm has no model for.
     """
     out = Path(out)
-    if out.suffix != ".safetensors":
+    file = out.suffix == ".safetensors"
+    if not file and (whole or out.is_file() or out.suffix in _OTHER_FORMATS):
         raise ValueError(f"{out}: must end in .safetensors, for example encoder.safetensors")
     try:
         folder = find_resume(str(checkpoint), Path())
@@ -52,8 +65,31 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False) -> 
         raise ValueError(f"{error}; {instead_of(folder, 'convert {path}')}") from None
     keys = {key.removeprefix("model."): value for key, value in run.items() if key.startswith("model.")}
     encoder = {key: value for key, value in keys.items() if value is not None}
-    statistics = {key: run.get(f"data.{key}") for key in ("mean", "std")}
-    return consolidate(folder, out, encoder=encoder, statistics=statistics, whole=whole)
+    statistics = {key: run.get(f"data.{key}") for key in ("mean", "std", "interpolation")}
+    if file:
+        return consolidate(folder, out, encoder=encoder, statistics=statistics, whole=whole, student=student)
+    if reason := why_not_timm(encoder):
+        raise ValueError(f"{out}: {reason}; write a .safetensors file")
+    export(folder, out / WEIGHTS_FILE, encoder=encoder, statistics=statistics, student=student)
+    return out
+
+
+def export(
+    folder: Path, out: Path, *, encoder: dict[str, Any], statistics: dict[str, Any], student: bool = False
+) -> Path:
+    """:func:`consolidate`, and beside the weights ``config.json`` for timm and transformers, if timm has such a model.
+
+    An earlier ``config.json`` is removed first: it belongs to other weights.
+    """
+    config = out.with_name(CONFIG_FILE)
+    config.unlink(missing_ok=True)
+    consolidate(folder, out, encoder=encoder, statistics=statistics, student=student)
+    if reason := why_not_timm(encoder):
+        log.info("%s: no %s beside it: %s", out, CONFIG_FILE, reason)
+    else:
+        content = timm_config(encoder, **statistics, weights=out.name)
+        write_text(config, json.dumps(content, indent=2) + "\n")
+    return out
 
 
 def consolidate(
@@ -63,12 +99,17 @@ def consolidate(
     encoder: dict[str, Any] | None = None,
     statistics: dict[str, Any] | None = None,
     whole: bool = False,
+    student: bool = False,
 ) -> Path:
-    """:func:`convert` for a checkpoint folder; ``encoder`` and ``statistics`` (mean, std of the images) are noted in
-    the file's metadata."""
+    """:func:`convert` for a checkpoint folder into a file.
+
+    The file's metadata say the version, ``encoder``, with what it leaves to the size or to a default (image size,
+    channels, window, …), and ``statistics``: mean and std of the images, and the interpolation of their crops.
+    """
     try:
         shards = Shards(folder)
-        prefix = "" if whole else _ENCODER
+        taught = not student and any(name.startswith(_TEACHER) for name in shards.shapes)
+        prefix = "" if whole else _TEACHER if taught else _ENCODER
         names = [name for name in shards.shapes if name.startswith(prefix)]
         # The mask token belongs to pretraining: timm's models have none.
         names = [name for name in names if whole or name != f"{_ENCODER}mask_token"]
@@ -76,7 +117,8 @@ def consolidate(
             Entry(name.removeprefix(prefix), torch.float32, shards.shapes[name], partial(_weight, shards, name))
             for name in names
         ]
-        metadata = {"format": "pt", "source": "fastmim", "version": __version__, "encoder": json.dumps(encoder or {})}
+        metadata = {"format": "pt", "source": "fastmim", "version": __version__}
+        metadata["encoder"] = json.dumps(_said_in_full(encoder) if encoder else {})
         metadata |= {"statistics": json.dumps(statistics)} if statistics else {}
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as unfinished:
@@ -84,6 +126,10 @@ def consolidate(
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from None
     return out
+
+
+def _said_in_full(encoder: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in encoder_settings(encoder).items() if key != "residual_dtype"}
 
 
 def _weight(shards: Shards, name: str) -> Tensor:
