@@ -107,9 +107,9 @@ class DINO(Objective):
     def check(cls, *, encoder: Mapping[str, Any], **given: Any) -> None:
         """Sizes, temperatures and shares are possible, and local crops fit the encoder; see :meth:`Objective.check`."""
         for name in ("out_dim", "hidden_dim", "bottleneck_dim"):
-            _at_least(name, given[name], 1)
+            at_least(name, given[name], 1)
         for name in ("local_crops", "warmup_teacher_temp_epochs", "freeze_last_layer"):
-            _at_least(name, given[name], 0)
+            at_least(name, given[name], 0)
         for name in (name for name in given if name.endswith("_temp")):
             if not given[name] > 0:
                 raise ValueError(f"{name}={given[name]}: must be > 0, for example 0.04 (teacher) or 0.1 (student)")
@@ -267,6 +267,6 @@ class DINO(Objective):
         return split_by_rank(self, weight_decay) if policy == "parity" else super().groups(weight_decay, policy)
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name}={value}: must be at least {least}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastmim_kernels as fk
 
 from .block_masks import IBOT_RATIOS, ibot_mask, masked_rows, most_masked
-from .dino import DINO, GLOBALS
+from .dino import DINO, GLOBALS, at_least
 from .self_distillation import Centre, hidden_weights, warm_temperature
 from .views import Images
 
@@ -57,6 +57,8 @@ class IBOT(DINO):
         mask_start_epoch: int = 0,
         **common: Any,
     ) -> None:
+        _check_own(mask_ratios=mask_ratios, class_weight=class_weight, patch_weight=patch_weight,
+                   mask_start_epoch=mask_start_epoch)  # fmt: skip
         super().__init__(
             encoder=encoder,
             out_dim=out_dim,
@@ -73,6 +75,12 @@ class IBOT(DINO):
         self._patch_temperature: dict[str, Any] = dict(patches, warm_up=warmup_teacher_temp_epochs)
         self.patch_centre = Centre((1, 1, out_dim), self._centre_momentum)
         self.register_buffer("teacher_patch_temp", torch.tensor(teacher_patch_temp, device="cpu"), persistent=False)
+
+    @classmethod
+    def check(cls, *, encoder: Mapping[str, Any], **given: Any) -> None:
+        """As :meth:`.DINO.check`; masks leave some patches visible, weights are not negative."""
+        super().check(encoder=encoder, **given)
+        _check_own(**given)
 
     def _mask_token(self) -> None:
         """It starts at 0."""
@@ -154,3 +162,11 @@ class IBOT(DINO):
         """Neither moves."""
         super().skip_step()
         self.patch_centre.forget()
+
+
+def _check_own(mask_ratios: Sequence[tuple[float, float]] = IBOT_RATIOS, **given: Any) -> None:
+    if not mask_ratios or not all(0 <= low <= high < 1 for low, high in mask_ratios):
+        shown = [list(pair) for pair in mask_ratios]
+        raise ValueError(f"mask_ratios={shown}: ranges [low, high], each must satisfy 0 <= low <= high < 1")
+    for name in ("class_weight", "patch_weight", "mask_start_epoch"):
+        at_least(name, given.get(name, 0), 0)

@@ -1,0 +1,150 @@
+"""iBOT and DINO beside the published runs of ``tests/test_golden.py``: what no golden file shows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fastmim_kernels as fk
+from fastmim.engine.local import LocalEngine, clip_each_
+from fastmim.interop import load_reference
+from fastmim.interop.self_distilled import save_self_distilled
+from fastmim.objectives import create_objective
+from fastmim.objectives.self_distillation import Centre
+
+VIT = dict(name="vit", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2,
+           key_bias=True, abs_pos_embed=True, init="timm")  # fmt: skip
+SWIN = dict(name="swin", img_size=32, patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4)
+SMALL = dict(out_dim=24, hidden_dim=20, bottleneck_dim=6, local_crops=2, local_size=16)
+
+
+def build(name="ibot", encoder=VIT, **own):
+    torch.manual_seed(0)
+    return create_objective(name, encoder=encoder, impl="torch", **(SMALL | own))
+
+
+def crops(objective, batch=3):
+    images, mask = objective.example(batch)
+    return images, mask
+
+
+@pytest.mark.parametrize("encoder", [VIT, SWIN], ids=["vit", "swin"])
+def test_a_fixed_number_of_rows_gives_the_loss_of_the_hidden_ones_alone(encoder, monkeypatch):
+    objective = build(encoder=encoder)
+    images, mask = crops(objective, 4)
+    assert 0 < mask.sum() < mask.numel() / 2
+    found = []
+    for follows in (True, False):
+        monkeypatch.setattr(fk, "shape_may_follow", lambda *_, follows=follows: follows)
+        objective.zero_grad()
+        loss = objective(images, mask)["loss"]
+        loss.backward()
+        found.append([loss, *(p.grad for p in objective.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_the_centre_of_patches_is_the_mean_over_all_of_them():
+    objective = build()
+    images, mask = crops(objective)
+    objective(images, mask)
+    globals_ = torch.cat([objective.normalise(view.flatten(0, 1)) for view in images[:2]])
+    with torch.no_grad():
+        _, patches = objective.teacher.encoder.forward_tokens(globals_)
+        logits = objective.teacher.head(patches.flatten(0, 2))
+    torch.testing.assert_close(objective.patch_centre.total / objective.patch_centre.count, logits.mean(0))
+
+
+def test_micro_batches_and_the_whole_batch_move_a_centre_alike():
+    logits, whole, parts = torch.randn(12, 5), Centre((1, 5), 0.9), Centre((1, 5), 0.9)
+    whole.add(logits)
+    for part in logits.split(3):
+        parts.add(part)
+    whole.move()
+    parts.move()
+    torch.testing.assert_close(parts.value, whole.value)
+    torch.testing.assert_close(whole.value, 0.1 * logits.mean(0, keepdim=True))
+
+
+def test_no_gradient_reaches_the_teacher_and_every_trained_parameter_has_one():
+    objective = build(norm_last_layer=False)
+    objective(*crops(objective))["loss"].backward()
+    teacher = {name for name, param in objective.named_parameters() if name.startswith("teacher.")}
+    assert teacher and all(dict(objective.named_parameters())[name].grad is None for name in teacher)
+    missing = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+
+
+def test_only_the_teacher_of_the_other_crop_is_asked():
+    """With one global crop's teacher made constant, the same crop of the student has a loss that does not see it."""
+    objective = build("dino", local_crops=0)
+    student, teacher = torch.randn(2, 1, 24), torch.randn(2, 1, 24)
+    loss, _ = objective.class_loss(student.flatten(0, 1), teacher.flatten(0, 1))
+    target = torch.softmax((teacher - objective.centre.value) / objective.teacher_temp, -1)
+    pairs = [-(target[1 - v] * torch.log_softmax(student[v] / 0.1, -1)).sum() for v in range(2)]
+    torch.testing.assert_close(loss, (pairs[0] + pairs[1]) / 2)
+
+
+def test_masks_are_of_a_sample_and_a_crop_and_start_in_their_epoch():
+    objective = build(mask_start_epoch=1, mask_ratios=((0.3, 0.5),))
+    ids = torch.arange(8)
+    mask = objective.random_mask(ids, seed=1, epoch=1)
+    assert mask.shape == (2, 8, 4, 4) and not objective.random_mask(ids, seed=1, epoch=0).any()
+    assert torch.equal(objective.random_mask(ids.flip(0), seed=1, epoch=1), mask.flip(1))
+    assert not torch.equal(mask[0], mask[1])
+
+
+@pytest.mark.parametrize("encoder", [VIT, SWIN], ids=["vit", "swin"])
+def test_a_checkpoint_in_official_names_goes_out_and_in(encoder):
+    objective, other = build(encoder=encoder), build(encoder=encoder)
+    with torch.no_grad():
+        for tensor in [*objective.parameters(), objective.centre.value, objective.patch_centre.value]:
+            tensor.add_(torch.randn_like(tensor))
+    saved = save_self_distilled(objective)
+    assert {"module.backbone.masked_embed", "module.head.last_layer2.weight_v"} <= saved["student"].keys()
+    assert "backbone.masked_embed" not in saved["teacher"]
+    load_reference(other, saved)
+    for name, tensor in objective.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    saved["student"]["module.head.last_layer2.weight_v"] = torch.zeros(24, 6)
+    with pytest.raises(ValueError, match="a head of their own"):
+        load_reference(other, saved)
+
+
+def test_gradients_are_clipped_tensor_by_tensor():
+    grads = [torch.full((4,), 3.0), torch.full((4,), 0.1)]
+    clip_each_(grads, 1.0)
+    torch.testing.assert_close(grads[0], torch.full((4,), 3 / 6))
+    torch.testing.assert_close(grads[1], torch.full((4,), 0.1))
+
+
+def test_frozen_prototypes_have_no_moments_and_do_not_decay():
+    objective = build()
+    optimiser = torch.optim.AdamW(objective.groups(0.5, "parity"), lr=1e-2)
+    engine, before = LocalEngine(objective, optimiser), copy.deepcopy(objective.head.last_layer.weight_v)
+    for step in range(2):
+        objective.set_step(step, 4, 1)
+        engine.train_on(*crops(objective))
+        assert (objective.head.last_layer.weight_v in optimiser.state) == bool(step)
+        assert torch.equal(objective.head.last_layer.weight_v, before) == (step == 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(local_size=20), "local_size=20: not divisible by patch_size 8; use 16 or 24"),
+        (dict(out_dim=0), "out_dim=0: must be at least 1"),
+        (dict(teacher_temp=0.0), "teacher_temp=0.0: must be > 0"),
+        (dict(momentum_teacher=1.5), r"momentum_teacher=1.5: must lie in \[0, 1\]"),
+        (dict(local_scale=(0.5, 0.1)), r"local_scale=\[0.5, 0.1\]: must satisfy 0 < low <= high <= 1"),
+        (dict(encoder=VIT | dict(shared_rel_pos_bias=True)), "use abs_pos_embed"),
+        (dict(encoder=VIT | dict(abs_pos_embed=False)), "abs_pos_embed=false"),
+        (dict(encoder=VIT | dict(in_chans=4)), "use false"),
+        (dict(mask_ratios=((0.5, 0.2),)), r"mask_ratios"),
+    ],
+)
+def test_arguments_that_cannot_be(given, message):
+    with pytest.raises(ValueError, match=message):
+        build(**given)
