@@ -57,10 +57,17 @@ class ShardIndex:
         """The path of the shard that holds image `index`."""
         return self._tars[int(np.searchsorted(self._first, index, side="right")) - 1]
 
+    def _member(self, index: int) -> bytes:
+        start = int(self._ends[index - 1]) if index else 0
+        return self._blob[start : int(self._ends[index])]
+
+    def name(self, index: int) -> bytes:
+        """``shard.tar!member`` without the shard's folder, as bytes."""
+        return os.fsencode(os.path.basename(self.shard(index))) + b"!" + self._member(index)
+
     def label(self, index: int) -> str:
         """``shard.tar!member``, safe to print."""
-        start = int(self._ends[index - 1]) if index else 0
-        return printable(f"{self.shard(index)}!{os.fsdecode(self._blob[start : int(self._ends[index])])}")
+        return printable(f"{self.shard(index)}!{os.fsdecode(self._member(index))}")
 
     def read(self, index: int) -> bytearray:
         """The bytes of image `index`; DecodeError when the shard does not hold them in full."""

@@ -107,7 +107,8 @@ def shared_settings(cfg: Config) -> dict[str, Any]:
 def shared_files(cfg: Config, loader: Any, val_loader: Any) -> dict[str, Any]:
     """The images that every rank must find, as counts and fingerprints of their names and order."""
     found = {"data.path" if cfg.data.path else "data.file_list" if cfg.data.file_list else "data.loader": loader}
-    found |= {"data.val_path": val_loader} if val_loader is not None else {}
+    held_out = "data.val_path" if cfg.data.val_path is not None else "data.val_fraction"
+    found |= {held_out: val_loader} if val_loader is not None else {}
     return {key: f"{one.num_images} images (names {one.fingerprint[:12]})" for key, one in found.items()}
 
 
@@ -121,6 +122,8 @@ def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
     # The default is not recorded: a checkpoint without the key goes on.
     if tree["data"]["alpha"] == "white":
         del tree["data"]["alpha"]
+    if cfg.data.val_fraction is not None:
+        tree["data"]["val_fraction"] = cfg.data.val_fraction
     flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
     return flat | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
 
@@ -140,6 +143,7 @@ def held_out_images(cfg: Config, parts: Parts, world: World, stack: ExitStack) -
     val_loader, batch = None, None
     if cfg.data.val_path is not None:
         held_out |= dict(path=cfg.data.val_path, weights=None, file_list=None, field="data.val_path")
+    if cfg.data.val_path is not None or cfg.data.val_fraction is not None:
         val_loader = make_loader(cfg, parts.objective, world, **held_out)
         stack.enter_context(closing(val_loader))
     if cfg.output.pictures and world.is_main:
