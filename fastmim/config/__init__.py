@@ -3,7 +3,7 @@
 Only the cli, ``fastmim.engine.train`` and the package root read it; everything below takes keyword arguments.
 """
 
-from fastmim.config.explain import explain
+from fastmim.config.explain import differences, explain
 from fastmim.config.load import dump_config, load_config, save_config
 from fastmim.config.objective import ObjectiveSection
 from fastmim.config.sections import (
@@ -25,6 +25,7 @@ __all__ = [
     "OptimSection",
     "OutputSection",
     "TrainSection",
+    "differences",
     "dump_config",
     "explain",
     "load_config",

@@ -21,6 +21,7 @@ from fastmim.data.source import find_bad_files, open_index, overlaps
 from fastmim.data.survey import survey, warn
 from fastmim.data.synthetic import NUM_IMAGES, SyntheticLoader
 from fastmim.data.worker import EncodedDataset, ImageDataset
+from fastmim.wording import install_extra
 
 LOADERS = ("auto", "dali", "torchvision", "pil", "synthetic")
 _LOG = logging.getLogger("fastmim")
@@ -161,7 +162,7 @@ def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train
         raise ValueError(f"data.loader={loader!r}: unknown; use one of {', '.join(LOADERS)}")
     if loader == "dali":
         if not dali.have_dali():
-            raise ValueError(f"data.loader=dali: DALI is not installed: {dali.INSTALL}; or use torchvision")
+            raise ValueError(f"data.loader=dali: DALI is not installed: {install_extra('dali')}; or use torchvision")
         if in_chans not in (1, 3):
             raise ValueError(f"data.loader=dali: model.in_chans={in_chans}: DALI gives 1 or 3; use torchvision")
     why = "as given"
@@ -178,5 +179,5 @@ def _fastest(device: torch.device, in_chans: int) -> tuple[str, str]:
     if in_chans not in (1, 3):
         return "torchvision", f"DALI does not give {in_chans} channels"
     if not dali.have_dali():
-        return "torchvision", f"DALI is not installed: {dali.INSTALL}"
+        return "torchvision", f"DALI is not installed: {install_extra('dali')}"
     return "dali", "decodes on the GPU"

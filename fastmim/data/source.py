@@ -23,6 +23,7 @@ from fastmim.data.names import printable, shown
 from fastmim.data.scan import scan_folder
 from fastmim.data.several import SeveralIndex
 from fastmim.data.worker_error import MACHINE_ERRORS
+from fastmim.wording import plural
 
 VERIFY = ("auto", "full", "none")
 #: `verify="auto"` decodes every file up front when there are at most this many.
@@ -139,8 +140,9 @@ def _index_from_list(path: str | os.PathLike[str] | None, file_list: str) -> Fil
         raise ValueError(f"data.file_list={printable(file_list)}: the list is empty; write one path a line")
     missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
     if missing:
+        entries = plural(len(names), "entry", "entries")
         raise ValueError(
-            f"data.file_list={printable(file_list)}: {len(missing)} of {len(names)} entries are not files"
+            f"data.file_list={printable(file_list)}: {len(missing)} of {entries} not a file"
             f" under {printable(root)} ({shown(missing)})"
         )
     return FileIndex(root, names)

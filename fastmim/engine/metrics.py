@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastmim.files import naming, write_text
+from fastmim.wording import install_packages
 
 log = logging.getLogger("fastmim")
 
@@ -142,7 +143,7 @@ def _tensorboard(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        log.warning("TensorBoard is not installed: no event files; install it with: pip install tensorboard")
+        log.warning("TensorBoard is not installed: no event files; %s", install_packages("tensorboard"))
         return None
     # Also from the start: without it, events of an earlier run in the same folder stay in the curves.
     return SummaryWriter(str(folder), purge_step=start + 1)
