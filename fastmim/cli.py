@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastmim._version import __version__
-from fastmim.commands import configs, images, machine
+from fastmim.commands import configs, images, machine, own
 from fastmim.commands.console import let_go_of_stdout, log_to_stderr, own_rank, say, to_stderr
+from fastmim.commands.own import own_images, sort_words
 from fastmim.engine.launcher import rank_or_none
 from fastmim.errors import is_our_fault, lacks_memory, one_line
 
@@ -26,6 +27,7 @@ _EXAMPLES = """\
 examples:
   fastmim data demo demo/data
   fastmim data pack /path/to/images /path/to/shards --short-side 256
+  fastmim pretrain --images /path/to/images
   fastmim pretrain configs/demo.yaml train.steps=50 output.dir=runs/short
   fastmim pretrain configs/simmim/swinv2_base.yaml data.path=/path/to/images
   fastmim config show configs/simmim/swinv2_base.yaml optim.lr=2e-4
@@ -60,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
-    options, unknown = _parser().parse_known_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    sort_words(options, parser)
     log_to_stderr()
     try:
         unknown = _late_overrides(options, unknown)
@@ -97,7 +101,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 def _pretrain_here(options: argparse.Namespace) -> int:
     from fastmim.config import load_config
 
-    cfg = load_config(options.config, options.overrides)
+    cfg = load_config(options.config, options.overrides) if options.images is None else own_images(options)
     if cfg.data.path is None and cfg.data.file_list is None and cfg.data.loader != "synthetic":
         raise ValueError("data.path=null: give a folder of images, for example data.path=/path/to/images")
     from fastmim.engine.train import train
@@ -118,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastmim {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     pretrain = commands.add_parser("pretrain", parents=[common], help="pretrain an encoder")
-    configs.takes_config(pretrain)
+    own.takes_images(pretrain, "DIR", "choose for the images in this folder, and for this machine, what CONFIG (if "
+                     "given) and key=value do not say; print it as a config with reasons, and train")
     pretrain.set_defaults(command=_pretrain)
     for group in (configs, images, machine):
         group.add(commands, common)

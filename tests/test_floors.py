@@ -73,6 +73,8 @@ CONFIG_READERS = {
     "fastmim.engine.build",
     "fastmim.engine.train",
     "fastmim.plan.command",
+    "fastmim.plan.own_command",
+    "fastmim.plan.own_text",
     "fastmim.profiling.command",
 }
 NOBODY_IMPORTS = {"benchmarks", "tests", "configs"}

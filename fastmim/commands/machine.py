@@ -9,16 +9,19 @@ from typing import Any
 
 from .configs import takes_config
 from .console import own_rank, write
+from .own import is_number, show_own, takes_images
+
+_GPU = "h100-80g"
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add these commands to the command line."""
     plan = commands.add_parser("plan", parents=[common], help="memory and modelled speed on a machine, before launch")
-    takes_config(plan)
+    takes_images(plan, "N|DIR", "size of the data set (default: data.path, ImageNet-1k); or a folder: print what "
+                 "pretrain --images DIR would choose here (with --gpu: on a machine with that), and train nothing")
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default 1)")
     custom = "name=mine,memory=48,tflops=180,bandwidth=900,link=50,network=25 (GiB, TFLOP/s, GB/s)"
-    plan.add_argument("--gpu", default="h100-80g", help=f"a known GPU, or {custom}; network: between machines")
-    plan.add_argument("--images", type=int, metavar="N", help="size of the data set (default: data.path, ImageNet-1k)")
+    plan.add_argument("--gpu", help=f"a known GPU (default h100-80g), or {custom}; network: between machines")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--picture", metavar="FILE", help="draw the memory of every stage and policy")
     plan.set_defaults(command=show_plan)
@@ -42,9 +45,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def show_plan(options: argparse.Namespace) -> int:
     """Print what fits on a machine, and how fast it is."""
+    if options.images is not None and not is_number(options.images):
+        return show_own(options)
     from fastmim.config import load_config
 
     cfg = load_config(options.config, options.overrides)
+    count = None if options.images is None else int(options.images)
     from fastmim.engine.progress import counted
     from fastmim.plan.command import make_plan
     from fastmim.plan.hardware import find_gpu
@@ -52,7 +58,7 @@ def show_plan(options: argparse.Namespace) -> int:
     from fastmim.plan.terminal import show
 
     with counted("tracing the model", enabled=own_rank() == 0 and sys.stderr.isatty(), stderr=True) as told:
-        plan = make_plan(cfg, gpu=find_gpu(options.gpu), gpus=options.gpus, images=options.images, told=told)
+        plan = make_plan(cfg, gpu=find_gpu(options.gpu or _GPU), gpus=options.gpus, images=count, told=told)
     if options.picture:
         save_picture(plan, options.picture)
     if sys.stdout.isatty() and not options.json and own_rank() == 0:

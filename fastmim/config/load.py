@@ -46,13 +46,34 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         ValueError: one line that names the field, its value and what to do: an unknown key, a wrong type,
             values that do not fit together, a file that is missing, is not YAML or includes itself.
     """
+    return config_of(read_tree(path, overrides))
+
+
+def read_tree(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Tree:
+    """What a file, its bases and the overrides say: sections of keys and values, without any default.
+
+    Raises:
+        ValueError: as :func:`load_config`, but for values that are wrong.
+    """
     tree = _read(Path(path), ()) if path is not None else {}
-    sections = _sections(tree, overrides)
-    tree = _merge(tree, _parse_overrides(overrides, sections))
+    return _merge(tree, _parse_overrides(overrides, _sections(tree, overrides)))
+
+
+def merge_trees(lower: Tree, upper: Tree) -> Tree:
+    """The tree `upper` over the tree `lower`, as an override stands over a file."""
+    return _merge(lower, upper)
+
+
+def config_of(tree: Tree) -> Config:
+    """The checked config of a tree of :func:`read_tree`.
+
+    Raises:
+        ValueError: one line that names the field, its value and what to do.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(one_line(error, sections)) from None
+        raise ValueError(one_line(error, _sections(tree, ()))) from None
 
 
 def _sections(tree: Tree, overrides: Sequence[str]) -> Sections:

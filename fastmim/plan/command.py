@@ -140,6 +140,11 @@ def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
     return found
 
 
+def footprint_of(cfg: Config, policy: str = "none") -> Footprint:
+    """The footprint of a config under a policy with float32 weights: that of an earlier plan, or traced here."""
+    return kept.look_up(_name_of(cfg, policy, False)) or trace_config(cfg, policy, False)
+
+
 def _with(cfg: Config, **efficiency: Any) -> Config:
     """The config with other values in its section ``efficiency``."""
     return cfg.model_copy(update={"efficiency": cfg.efficiency.model_copy(update=efficiency)})
