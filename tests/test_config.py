@@ -353,6 +353,17 @@ def test_parity_configs_differ_in_policy_only(path: Path) -> None:
         assert getattr(parity, section) == getattr(plain, section)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/small").glob("[!_]*.yaml")), ids=lambda p: p.stem)
+def test_recipes_for_small_data(path: Path) -> None:
+    cfg = load_config(path)
+    assert cfg.model.name == path.stem in SIZES and path.stem.endswith(("tiny", "small"))
+    assert cfg.data.path is None and cfg.data.val_fraction == 0.1 and cfg.output.dir == f"runs/small/{path.stem}"
+    assert (cfg.optim.lr_batch, cfg.train.epochs, cfg.train.log_every) == (None, 200, 5)
+    size = SIZES[path.stem] | cfg.model.encoder_kwargs()
+    if "window_size" in size:  # no map of the first stages is padded
+        assert size["img_size"] // 4 % size["window_size"] == size["img_size"] // 8 % size["window_size"] == 0
+
+
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_every_size_is_accepted_by_name(name: str) -> None:
     assert load_config(None, [f"model.name={name}"]).model.encoder_kwargs() == {"name": name, "in_chans": 3}

@@ -70,6 +70,7 @@ CONFIG_READERS = {
     "fastmim.commands.configs",
     "fastmim.commands.images",
     "fastmim.commands.machine",
+    "fastmim.commands.own",
     "fastmim.engine.build",
     "fastmim.engine.train",
     "fastmim.plan.command",

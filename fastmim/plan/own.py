@@ -7,82 +7,26 @@ Nothing here looks at a file or a device: ``fastmim pretrain --images`` and ``fa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .hardware import GIB
+from .own_length import length, modelled_speed, rates, with_reading
+from .own_terms import (
+    BATCH,
+    HELD_OUT,
+    HOLD_OUT_FROM,
+    LADDER,
+    MINUTES,
+    SEEN,
+    SIDES,
+    WORKER,
+    WORKERS,
+    Choice,
+    Cost,
+    Facts,
+    Given,
+)
 from .recommend import HEADROOM
-
-LADDER = (("vit_tiny", 0), ("swinv2_tiny", 1_000), ("swinv2_small", 20_000), ("swinv2_base", 200_000))
-"""Encoders from small to large, and the images that each should have at least."""
-SIDES = (32, 64, 96, 128, 192)
-"""Edges of a crop, pixels: what every encoder here takes, up to SimMIM's."""
-SEEN = 10_000
-"""Images that an encoder should see in the time there is, counted anew in each epoch; else a smaller one is taken."""
-EPOCHS = 1_600
-"""No run is longer: twice the published ones."""
-MINUTES = {"cpu": 15, "gpu": 60}
-BATCH = {"cpu": 16, "gpu": 128}
-HOLD_OUT_FROM = 20
-"""Images of which some are held out, and how many at least."""
-HELD_OUT = 2
-CORE_FLOPS = 25e9
-"""FLOP/s of a core in float32 training, where no step was measured: 25 to 60 were seen on cores of servers."""
-GPU_SHARE = 0.3
-"""Of a GPU's peak that small encoders reach, where no step was measured: a guess, and said to be modelled."""
-DECODED = 80e6
-"""Pixels a second that a core decodes and resizes (libjpeg, ``benchmarks/bench_data.py``)."""
-WORKERS = {"cpu": 2, "gpu": 8}
-WORKER = 0.4 * GIB
-"""Memory of a reader process."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What there is. Memory is what a process of the run can still take, in bytes."""
-
-    images: int
-    short_sides: tuple[int, ...]  # of the images looked at, rising, pixels
-    pixels: int  # of the middle one of them
-    grey: bool = False  # all of those looked at
-    transparent: int = 0  # how many of those have alpha
-    places: tuple[float, ...] = ()  # fastmim.data.held_out.places of all, rising; empty: there are many
-    cores: int = 4
-    memory: float = 8 * GIB
-    gpu: str = ""  # its name; empty: the CPU trains
-    gpu_memory: float = 0.0
-    gpu_flops: float = 0.0
-    ranks: int = 1  # processes of the run; cores and memory are the share of one
-
-    @property
-    def kind(self) -> str:
-        """"cpu" or "gpu"."""
-        return "gpu" if self.gpu else "cpu"
-
-    @property
-    def short_side(self) -> int:
-        """The middle one."""
-        return self.short_sides[len(self.short_sides) // 2]
-
-
-class Cost(NamedTuple):
-    """Of an encoder at a size, by the planner: parameters, bytes of a step of n images, FLOPs an image."""
-
-    parameters: int
-    memory: Callable[[int], float]
-    flops: float
-
-
-class Choice(NamedTuple):
-    """A key of the config, its value and the reason."""
-
-    key: str
-    value: Any
-    reason: str
-
-
-Given = Mapping[str, Any]
-"""``section.key`` -> value of what the user has said: never chosen, and taken into account."""
 
 
 class Taken(NamedTuple):
@@ -119,11 +63,11 @@ def choose(
     taken = _encoder(facts, values, batch, cost)
     chosen += _model(facts, taken) + _steps_of(facts, given, taken, batch, trained)
     values |= taken.keys
-    modelled = _speed(facts, taken.cost, facts.ranks)
+    modelled = modelled_speed(facts, taken.cost)
     measured = measure(values, taken.micro) if measure is not None else None
-    rate = modelled if measured is None else _with_reading(facts, measured)
+    rate = modelled if measured is None else with_reading(facts, measured)
     how = "modelled" if measured is None else "measured in a step here"
-    chosen += _length(facts, given, taken, trained, rate, how) + _rates(facts)
+    chosen += length(facts, given, batch, trained, rate, how) + rates()
     return sorted((one for one in chosen if one.key not in given), key=_section)
 
 
@@ -165,7 +109,7 @@ def _batch(facts: Facts, given: Given, trained: int) -> int:
 
 def _encoder(facts: Facts, given: Given, batch: int, cost: Callable[[Mapping[str, Any]], Cost]) -> Taken:
     """The largest encoder that has enough images, fits, and sees enough of them in time; then the largest crop."""
-    name, why = given.get("model.name"), {}
+    name, why = given.get("model.name"), dict[str, str]()
     known = [one for one, least in LADDER if facts.images >= least] if name is None else [str(name)]
     sides = [side for side in SIDES if side <= facts.short_side] or [SIDES[0]]
     smallest: tuple[dict[str, Any], Cost] | None = None
@@ -176,7 +120,7 @@ def _encoder(facts: Facts, given: Given, batch: int, cost: Callable[[Mapping[str
             found = cost({**given, **keys})
             smallest = keys, found
             micro = _largest_that_fits(facts, given, found, batch)
-            late = _speed(facts, found, facts.ranks) * 60 * MINUTES[facts.kind] < SEEN
+            late = modelled_speed(facts, found) * 60 * MINUTES[facts.kind] < SEEN
             if micro is not None and not (late and name is None and (one, side) != (known[0], sides[0])):
                 return Taken(keys, found, micro, batch // facts.ranks // micro, {"model.name": _enough(facts)} | why)
             what = "does not fit" if micro is None else f"would see under {SEEN:,} images in {MINUTES[facts.kind]} min"
@@ -236,18 +180,6 @@ def _no_room(facts: Facts, keys: Mapping[str, Any], cost: Cost) -> str:
     )
 
 
-def _speed(facts: Facts, cost: Cost, ranks: int) -> float:
-    """Modelled images a second over all ranks, reading included."""
-    flops = facts.gpu_flops * GPU_SHARE if facts.gpu else facts.cores * CORE_FLOPS
-    return ranks * _with_reading(facts, flops / cost.flops)
-
-
-def _with_reading(facts: Facts, rate: float) -> float:
-    """On a CPU reading takes the cores from the step; on a GPU it goes on beside."""
-    reading = facts.pixels / DECODED / max(1, facts.cores)
-    return min(rate, 1 / reading) if facts.gpu else 1 / (1 / rate + reading)
-
-
 def _model(facts: Facts, taken: Taken) -> list[Choice]:
     side = taken.keys.get("model.img_size")
     shorter = sum(one < side for one in facts.short_sides) if isinstance(side, int) else 0
@@ -276,57 +208,9 @@ def _steps_of(facts: Facts, given: Given, taken: Taken, batch: int, trained: int
     return [*found, Choice("data.num_workers", _workers(facts), f"readers {where}, of {facts.cores} cores")]
 
 
-def _length(
-    facts: Facts, given: Given, taken: Taken, trained: int, rate: float, how: str
-) -> list[Choice]:
-    batch = taken.micro * taken.accum * facts.ranks
-    per_epoch = max(1, trained // batch)
-    if given.get("train.steps") is not None or given.get("train.epochs") is not None:
-        steps = int(given.get("train.steps") or given["train.epochs"] * per_epoch)
-        chosen = []
-    else:
-        seen = min(rate * 60 * MINUTES[facts.kind], EPOCHS * trained)
-        steps = max(20, _two_digits(seen / batch))
-        minutes = steps * batch / rate / 60
-        about = f"about {minutes:.0f} min" if minutes >= 1.5 else "about a minute"
-        passes = f"{steps / per_epoch:.0f} passes over {trained:,} images"
-        chosen = [Choice("train.steps", steps, f"{about} at {rate:.3g} images/s ({how}); {passes}")]
-    every = max(1, steps // 5)
-    log = max(1, min(_one_digit(2 * rate / batch), _one_digit(steps / 20)))
-    chosen.append(Choice("train.log_every", log, "a line every few seconds"))
-    chosen.append(Choice("train.save_every", every, "5 checkpoints, of which the newest 2 stay"))
-    chosen.append(Choice("train.picture_every", every, "5 reconstructions"))
-    if trained < facts.images or given.get("data.val_path") is not None:
-        chosen.append(Choice("train.val_every", max(1, steps // 10), "10 validations"))
-        chosen.append(Choice("train.val_batches", 8, "at most so many micro-batches each"))
-    if "optim.warmup_epochs" not in given:
-        chosen.append(Choice("optim.warmup_steps", max(1, steps // 20), "a twentieth of the run"))
-    return chosen
-
-
-def _rates(facts: Facts) -> list[Choice]:
-    return [
-        Choice("optim.lr", 1e-3, "absolute: usual for small encoders and batches"),
-        Choice("optim.lr_batch", None, "so that lr is not scaled by the batch"),
-        Choice("optim.warmup_lr", 1e-5, "of the first step"),
-        Choice("optim.min_lr", 1e-5, "at the end of the cosine"),
-    ]
-
-
 def _section(choice: Choice) -> int:
     return ("model", "objective", "data", "optim", "train").index(choice.key.partition(".")[0])
 
 
 def _power_of_2(number: int) -> int:
     return 1 << max(0, int(number).bit_length() - 1)
-
-
-def _two_digits(number: float) -> int:
-    """Rounded down to two significant digits, so that a second look at the clock gives the same more often."""
-    scale = 10 ** max(0, len(str(int(number))) - 2)
-    return int(number) // scale * scale
-
-
-def _one_digit(number: float) -> int:
-    """1, 2, 5, 10, 20 or 50, the largest that is not above."""
-    return max((one for one in (1, 2, 5, 10, 20, 50) if one <= number), default=1)

@@ -19,7 +19,7 @@ from fastmim.data.plugins import open_image
 from fastmim.data.survey import LOOKED_AT
 
 from .hardware import GIB, GPUS, MEASURED, Gpu
-from .own import Facts
+from .own_terms import Facts
 
 HASHED = 100_000
 """Up to so many images every name is hashed to know how many a share holds out."""

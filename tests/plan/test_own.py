@@ -17,9 +17,10 @@ from fastmim.config import load_config
 from fastmim.plan import own_command
 from fastmim.plan.hardware import GIB
 from fastmim.plan.memory import memory
-from fastmim.plan.own import CORE_FLOPS, LADDER, SEEN, Cost, Facts, choose
+from fastmim.plan.own import choose
 from fastmim.plan.own_command import name_of, own_config
 from fastmim.plan.own_facts import available_memory, gather
+from fastmim.plan.own_terms import CORE_FLOPS, LADDER, SEEN, Cost, Facts
 
 RANK = {name: rank for rank, (name, _) in enumerate(LADDER)}
 # Of a step of one image at 192 px: parameters, GiB that do not depend on the batch, GiB an image, GFLOPs an image.
