@@ -157,7 +157,7 @@ def _costs(given: Tree, facts: Facts, gpu: Gpu | None) -> Any:
 
 
 def _measure(given: Tree) -> Any:
-    """For :func:`.own.choose`: images a second of forward and backward on this CPU: the better of two, after one to warm up."""
+    """For :func:`.own.choose`: images a second of forward and backward on this CPU, the better of two after a first."""
 
     def measure(keys: Mapping[str, Any], micro_batch: int) -> float:
         cfg = config_of(merge_trees(given, _nested(_of_the_model(keys))))
