@@ -5,18 +5,17 @@ from __future__ import annotations
 import errno
 import re
 
-_INSTALL = {"fastmim_kernels": "pip install -e .", "yaml": "pip install pyyaml", "PIL": "pip install pillow"}
-_INSTALL |= {
-    name: f"pip install {name}"
-    for name in ("numpy", "pydantic", "rich", "safetensors", "timm", "torch", "torchvision")
-}
+from fastmim.wording import install_packages
+
+_PACKAGES = {"fastmim_kernels": "fastmim", "yaml": "pyyaml", "PIL": "pillow"}
+_PACKAGES |= {name: name for name in ("numpy", "pydantic", "rich", "safetensors", "timm", "torch", "torchvision")}
 """What brings a module that everything needs. (What only some things need says so where it is used.)"""
 _LIMITS = {errno.EFBIG: "; see ulimit -f", errno.EMFILE: "; see ulimit -n", errno.EDQUOT: "; see quota"}
 
 
 def is_our_fault(error: Exception) -> bool:
     """Whether a traceback is more use than one line."""
-    return isinstance(error, ModuleNotFoundError) and error.name not in _INSTALL
+    return isinstance(error, ModuleNotFoundError) and error.name not in _PACKAGES
 
 
 def one_line(error: Exception) -> str:
@@ -24,7 +23,7 @@ def one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == "fastmim_kernels":
         return "fastmim_kernels is not on the path; pip install -e . or, in a checkout, PYTHONPATH=.:kernels"
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed; {_INSTALL[str(error.name)]}"
+        return f"{error.name} is not installed; {install_packages(_PACKAGES[str(error.name)])}"
     if isinstance(error, OSError) and error.filename is not None:
         reason = error.strerror or " ".join(map(str, error.args)) or type(error).__name__
         return _printable(f"{error.filename}: {reason[:1].lower()}{reason[1:]}{_LIMITS.get(error.errno or 0, '')}")

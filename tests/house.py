@@ -22,12 +22,14 @@ Graph = dict[str, set[str]]
 # this names them.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "fastmim": (
-        ("_version", "files", "errors"),
+        ("_version", "files", "wording"),
+        ("errors",),
         ("models", "data"),
         ("objectives",),
         ("config", "evaluate", "interop", "doctor"),
         ("engine",),
         ("plan", "profiling"),
+        ("commands",),
         ("cli",),
         ("__main__",),
     ),

@@ -152,9 +152,9 @@ def test_the_process_exits_with_2_and_no_traceback() -> None:
 
 def test_data_folders_that_cannot_be_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = f"output.dir={tmp_path / 'out'}"
-    assert "missing" in refused(capsys, "pretrain", DEMO, out, f"data.path={tmp_path / 'missing'}")
+    assert "missing" in refused_last_line(capsys, "pretrain", DEMO, out, f"data.path={tmp_path / 'missing'}")
     (tmp_path / "empty").mkdir()
-    assert "empty" in refused(capsys, "pretrain", DEMO, out, f"data.path={tmp_path / 'empty'}")
+    assert "empty" in refused_last_line(capsys, "pretrain", DEMO, out, f"data.path={tmp_path / 'empty'}")
 
 
 def test_an_output_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_data_demo_and_check(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert status == 0 and tiles > 100 and f"{tiles} photographs in train" in out
     (folder / "val" / "broken.jpg").write_bytes(b"not a photograph")
     status, out, _ = run(capsys, "data", "check", str(folder / "val"))
-    assert status == 1 and "broken.jpg: " in out and "1 bad files" in out
+    assert status == 1 and "broken.jpg: " in out and "1 bad file\n" in out
     (folder / "val" / "broken.jpg").unlink()
     status, out, _ = run(capsys, "data", "check", str(folder / "val"))
     assert status == 0 and out.endswith("usable images, 0 bad files\n")
@@ -216,7 +216,7 @@ def test_a_rank_without_a_world_is_said(monkeypatch: pytest.MonkeyPatch, capsys:
     assert run(capsys, "config", "show", DEMO)[1] != ""
     status, _, err = run(capsys, "config", "show", DEMO, "optim.lr=-1")
     assert status == 2 and err.startswith("fastmim: error: optim.lr=-1")
-    status, _, err = run(capsys, "pretrain", DEMO, "data.path=.")
+    status, _, err = run(capsys, "pretrain", DEMO, "data.path=.", "data.val_path=null")
     assert status == 2 and err.startswith("fastmim: error: RANK=1 but WORLD_SIZE is not set")
 
 
@@ -228,7 +228,7 @@ class TestFailures:
         def command(options: object) -> int:
             raise error
 
-        monkeypatch.setattr(cli, "_config_keys", command)
+        monkeypatch.setattr("fastmim.commands.configs.config_keys", command)
 
     @pytest.mark.parametrize(
         "error, status, line",
@@ -256,8 +256,8 @@ class TestFailures:
                 2,
                 "error: fastmim_kernels is not on the path",
             ),
-            (ModuleNotFoundError("no", name="pydantic"), 2, "error: pydantic is not installed; pip install pydantic"),
-            (ModuleNotFoundError("no", name="yaml"), 2, "error: yaml is not installed; pip install pyyaml"),
+            (ModuleNotFoundError("no", name="pydantic"), 2, "error: pydantic is not installed; PIP install pydantic"),
+            (ModuleNotFoundError("no", name="yaml"), 2, "error: yaml is not installed; PIP install pyyaml"),
             (KeyboardInterrupt(), 130, "interrupted"),
         ],
     )
@@ -270,6 +270,7 @@ class TestFailures:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         self.fail_with(monkeypatch, error)
+        monkeypatch.setattr("fastmim.wording._pip", lambda: "PIP")
         got, out, err = run(capsys, "config", "keys")
         assert got == status and out == "" and err.startswith(f"fastmim: {line}") and err.count("\n") == 1
 
@@ -315,11 +316,11 @@ def test_data_pack_index_and_check(capsys: pytest.CaptureFixture[str], tmp_path:
         Image.new("RGB", (60, 40), (i, 0, 0)).save(source / f"{i}.png")
     (source / "bad.jpg").write_text("no image")
     status, out, err = run(capsys, "data", "pack", str(source), str(target), "--short-side", "32")
-    assert status == 0 and "3 images in 1 shards" in out and "every one read back; 1 bad files" in out
+    assert status == 0 and "3 images in 1 shard," in out and "every one read back; 1 bad file\n" in out
     assert f"left out {source / 'bad.jpg'}: not an image" in out and "verify" in err
     (target / "shard-000000.idx").unlink()
     status, out, _ = run(capsys, "data", "index", str(target))
-    assert status == 0 and "3 images in 1 shards" in out and (target / "shard-000000.idx").is_file()
+    assert status == 0 and "3 images in 1 shard," in out and (target / "shard-000000.idx").is_file()
     status, out, _ = run(capsys, "data", "check", str(target))
     assert status == 0 and "3 usable images, 0 bad files" in out
     assert "--quality 0: must lie in 1" in refused_last_line(
@@ -340,3 +341,26 @@ def test_data_workers_that_cannot_go_on_are_a_failed_run(
     status, out, err = run(capsys, "data", "check", str(tmp_path))
     assert (status, out) == (1, "")
     assert err == "fastmim: error: 2 data workers cannot be started: too many open files\n"
+
+
+def test_keys_of_a_section_or_one_key(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "config", "keys", "optim")
+    assert status == 0 and list(yaml.safe_load(out)) == ["optim"] and len(yaml.safe_load(out)["optim"]) > 10
+    status, out, _ = run(capsys, "config", "keys", "optim.lr", "train.steps")
+    assert list(yaml.safe_load(out)) == ["optim", "train"] and list(yaml.safe_load(out)["optim"]) == ["lr"]
+    assert "# peak learning rate" in out
+    assert "unknown key; did you mean 'optim'?" in refused(capsys, "config", "keys", "optm")
+    assert "optim.lrr: unknown key; did you mean 'lr'?" in refused(capsys, "config", "keys", "optim.lrr")
+    assert "optim.lr is a value, not a section" in refused(capsys, "config", "keys", "optim.lr.x")
+
+
+def test_config_diff(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("train: {steps: 5}\nmodel: {name: swin, depths: [2, 2], num_heads: [3, 6]}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("base: ../one.yaml\ntrain: {steps: 7}\noutput: {dir: there}")
+    one, other = str(tmp_path / "one.yaml"), str(tmp_path / "run")
+    status, out, err = run(capsys, "config", "diff", one, other)
+    assert (status, err) == (1, "") and out == "train.steps: 5 -> 7\noutput.dir: runs/default -> there\n"
+    status, out, err = run(capsys, "config", "diff", one, one)
+    assert (status, out) == (0, "") and "the same in every key" in err
+    assert f"{tmp_path}: no config.yaml in this folder" in refused(capsys, "config", "diff", one, str(tmp_path))

@@ -137,6 +137,9 @@ MISTAKES = [
     ("data.std=[4095]", ["data.std=[4095.0]: must be of values in [0, 1]"]),
     ("data.mean=[0.5, 0.5]", ["data.mean=[0.5, 0.5]: 2 values for model.in_chans=3"]),
     ("train.epochs=null", ["give train.steps or train.epochs"]),
+    ("data={val_path: /v, val_fraction: 0.1}", ["data.val_fraction=0.1: data.val_path=/v is given too; keep one"]),
+    ("data.val_fraction=0", ["data.val_fraction=0: must be > 0"]),
+    ("data.val_fraction=1", ["data.val_fraction=1: must be < 1"]),
     ("train={steps: 5, epochs: 5}", ["train.steps=5: train.epochs=5 is given too"]),
     ("train.global_batch_size=100", ["train.global_batch_size=100: not a multiple", "64; use 64 or 128"]),
     ("optim.schedule=multistep", ["optim.milestones=[]", "at least one epoch"]),
@@ -218,6 +221,35 @@ def test_override_values() -> None:
     assert (cfg.train.steps, cfg.train.epochs) == (1000, None)
     assert cfg.data.path == str(Path.home() / "images") and cfg.data.val_path is None
     assert cfg.efficiency.fused_optimizer is False and cfg.efficiency.compile is True
+
+
+@pytest.mark.parametrize(
+    "given, kept, said",
+    [
+        (["data.path=mine"], None, "data.val_path=held is left out: it belongs to data.path=own, and data.path=mine"),
+        (["data.path=mine", "data.val_path=held"], "held", ""),
+        (["data.path=mine", "data.val_path=null"], None, ""),
+        (["data.path=mine", "data.val_fraction=0.1"], None, ""),
+        (["data.path=own"], "held", ""),
+        (["data.path=null"], "held", ""),
+        (["data.hflip=0"], "held", ""),
+    ],
+)
+def test_held_out_images_go_with_those_that_they_stand_beside(
+    given: list[str], kept: str | None, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "pair.yaml", "data: {path: own, val_path: held}")
+    assert load_config(path, given).data.val_path == kept
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+def test_held_out_images_without_a_pair_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file with data.val_path alone is made for any images; a file above a pair replaces it as an override does."""
+    alone = write(tmp_path / "alone.yaml", "data: {val_path: held}")
+    assert load_config(alone, ["data.path=mine"]).data.val_path == "held" and not caplog.text
+    write(tmp_path / "pair.yaml", "data: {path: own, val_path: held}")
+    above = write(tmp_path / "above.yaml", "base: pair.yaml\ndata: {path: mine}")
+    assert load_config(above).data.val_path is None and "data.val_path=held is left out" in caplog.text
 
 
 def test_bases_merge_deeply_and_later_wins(tmp_path: Path) -> None:
@@ -333,6 +365,17 @@ def test_parity_configs_differ_in_policy_only(path: Path) -> None:
     assert parity.data == plain.data.model_copy(update={"alpha": "drop"})
     for section in ("model", "objective", "train"):
         assert getattr(parity, section) == getattr(plain, section)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/small").glob("[!_]*.yaml")), ids=lambda p: p.stem)
+def test_recipes_for_small_data(path: Path) -> None:
+    cfg = load_config(path)
+    assert cfg.model.name == path.stem in SIZES and path.stem.endswith(("tiny", "small"))
+    assert cfg.data.path is None and cfg.data.val_fraction == 0.1 and cfg.output.dir == f"runs/small/{path.stem}"
+    assert (cfg.optim.lr_batch, cfg.train.epochs, cfg.train.log_every) == (None, 200, 5)
+    size = SIZES[path.stem] | cfg.model.encoder_kwargs()
+    if "window_size" in size:  # no map of the first stages is padded
+        assert size["img_size"] // 4 % size["window_size"] == size["img_size"] // 8 % size["window_size"] == 0
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))

@@ -3,8 +3,8 @@
 Only the cli, ``fastmim.engine.train`` and the package root read it; everything below takes keyword arguments.
 """
 
-from fastmim.config.explain import explain
-from fastmim.config.load import dump_config, load_config, save_config
+from fastmim.config.explain import differences, explain
+from fastmim.config.load import config_of, dump_config, load_config, merge_trees, read_tree, save_config
 from fastmim.config.objective import ObjectiveSection
 from fastmim.config.sections import (
     Config,
@@ -25,8 +25,12 @@ __all__ = [
     "OptimSection",
     "OutputSection",
     "TrainSection",
+    "config_of",
+    "differences",
     "dump_config",
     "explain",
     "load_config",
+    "merge_trees",
+    "read_tree",
     "save_config",
 ]

@@ -82,6 +82,13 @@ def weights(path: str | Sequence[str] | None, given: Sequence[float] | None) -> 
         )
 
 
+def held_out(path: str | Sequence[str] | None, fraction: float | None) -> None:
+    """Held-out images come from one place."""
+    if path is not None and fraction is not None:
+        given = f"data.val_path={show(path)} is given too"
+        raise problem(f"data.val_fraction={fraction:g}: {given}; keep one and set the other to null")
+
+
 def either(section: Any, first: str, second: str, default: Any = None) -> Any:
     """Let a given `first` replace the default of `second`; where neither is given as null, use `default`."""
     if not isinstance(section, dict):

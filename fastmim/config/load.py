@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,10 +21,12 @@ from fastmim.config.sections import Config
 from fastmim.files import write_text
 
 Tree = dict[str, Any]
+_LOG = logging.getLogger("fastmim")
 _LARGEST = 1_000_000
 
 # Two ways to say the same thing: a layer that uses one replaces what a lower layer said with the other.
 _ALTERNATIVES = (
+    ("data", "val_path", "val_fraction"),
     ("train", "steps", "epochs"),
     ("optim", "warmup_steps", "warmup_epochs"),
     ("optim", "milestone_steps", "milestones"),
@@ -36,20 +39,42 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
 
     Args:
         path: YAML file, or None for the defaults. Its top-level key ``base`` names one file or a list of
-            files, relative to itself, that it builds on: sections merge deeply, lists and values replace.
+            files, relative to itself, that it builds on: sections merge deeply, lists and values replace. Where
+            other images replace a layer's, its ``data.val_path`` goes with them, with a warning.
         overrides: ``"section.key=value"``, the value in YAML, applied in order on top.
 
     Raises:
         ValueError: one line that names the field, its value and what to do: an unknown key, a wrong type,
             values that do not fit together, a file that is missing, is not YAML or includes itself.
     """
+    return config_of(read_tree(path, overrides))
+
+
+def read_tree(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Tree:
+    """What a file, its bases and the overrides say: sections of keys and values, without any default.
+
+    Raises:
+        ValueError: as :func:`load_config`, but for values that are wrong.
+    """
     tree = _read(Path(path), ()) if path is not None else {}
-    sections = _sections(tree, overrides)
-    tree = _merge(tree, _parse_overrides(overrides, sections))
+    return _merge(tree, _parse_overrides(overrides, _sections(tree, overrides)))
+
+
+def merge_trees(lower: Tree, upper: Tree) -> Tree:
+    """The tree `upper` over the tree `lower`, as an override stands over a file."""
+    return _merge(lower, upper)
+
+
+def config_of(tree: Tree) -> Config:
+    """The checked config of a tree of :func:`read_tree`.
+
+    Raises:
+        ValueError: one line that names the field, its value and what to do.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(one_line(error, sections)) from None
+        raise ValueError(one_line(error, _sections(tree, ()))) from None
 
 
 def _sections(tree: Tree, overrides: Sequence[str]) -> Sections:
@@ -136,7 +161,27 @@ def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
                 if given.get(chosen) is not None and other not in given:
                     below = {key: value for key, value in below.items() if key != other}
             merged[section] = below
-    return _overlay(merged, upper)
+    return _overlay(_without_their_held_out(merged, upper), upper)
+
+
+def _without_their_held_out(lower: Tree, upper: Mapping[str, Any]) -> Tree:
+    """A layer whose `data` names images and held-out ones: the second go where a layer above names other images.
+
+    They were kept apart from the images that they stood beside, and may be among the new ones, or of another kind.
+    """
+    below, given = lower.get("data"), upper.get("data")
+    if not isinstance(below, dict) or not isinstance(given, dict) or {"val_path", "val_fraction"} & set(given):
+        return lower
+    for key in ("path", "file_list"):
+        old, new = below.get(key), given.get(key)
+        if old is not None and new is not None and new != old and below.get("val_path") is not None:
+            kept = f"data.val_path={show(below['val_path'])}"
+            _LOG.warning(
+                "%s is left out: it belongs to data.%s=%s, and data.%s=%s is given; give %s too to keep it, or "
+                "data.val_fraction=0.1 to hold out a tenth of the images", kept, key, show(old), key, show(new), kept
+            )  # fmt: skip
+            return {**lower, "data": {name: value for name, value in below.items() if name != "val_path"}}
+    return lower
 
 
 def _overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:

@@ -15,6 +15,7 @@ from fastmim.config.fields import (
     Channels,
     Count,
     Counts,
+    Fraction,
     Fused,
     Interval,
     IntOrInts,
@@ -92,6 +93,9 @@ class DataSection(Section):
         None, description="path=[a, b]: share of the samples from each, such as [3, 1]; null = by number of images"
     )
     val_path: PathOrPaths | None = Field(None, description="held-out folder for the validation reconstruction loss")
+    val_fraction: Fraction | None = Field(
+        None, description="instead of val_path: share of path's images held out, by a hash of each name; null = none"
+    )
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
     follow_links: bool = Field(False, description="follow linked folders, each once, and links that lead out of path")
     component: str | None = Field(
@@ -122,6 +126,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _check(self) -> DataSection:
         checks.weights(self.path, self.weights)
+        checks.held_out(self.val_path, self.val_fraction)
         return self
 
 
@@ -182,7 +187,7 @@ class TrainSection(Section):
     save_every: Count = Field(0, description="steps between checkpoints, 0 = at the end only")
     keep: Positive = Field(2, description="checkpoints kept, the newest")
     val_every: Count = Field(0, description="steps between validations, 0 = at the end only")
-    val_batches: Positive | None = Field(None, description="micro-batches per validation, null = all of val_path")
+    val_batches: Positive | None = Field(None, description="micro-batches per validation, null = all held-out images")
     picture_every: Count = Field(0, description="steps between reconstruction pictures, 0 = at the end only")
     resume: Path = Field(
         "auto", description="auto: newest checkpoint in output.dir; last_whole: newest undamaged one; none; or a path"

@@ -13,13 +13,15 @@ import torch
 from fastmim.data import dali
 from fastmim.data.augment import View, check_views
 from fastmim.data.decode import check_decode_options
+from fastmim.data.held_out import split
 from fastmim.data.loader import Loader
 from fastmim.data.order import EpochOrder
 from fastmim.data.several import weighted_spans
-from fastmim.data.source import find_bad_files, open_index
+from fastmim.data.source import find_bad_files, open_index, overlaps
 from fastmim.data.survey import survey, warn
 from fastmim.data.synthetic import NUM_IMAGES, SyntheticLoader
 from fastmim.data.worker import EncodedDataset, ImageDataset
+from fastmim.wording import install_extra
 
 LOADERS = ("auto", "dali", "torchvision", "pil", "synthetic")
 _LOG = logging.getLogger("fastmim")
@@ -30,6 +32,7 @@ def build_loader(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
     weights: Sequence[float] | None = None,
     file_list: str | os.PathLike[str] | None = None,
+    val_fraction: float | None = None,
     follow_links: bool = False,
     component: str | None = None,
     img_size: tuple[int, int],
@@ -61,6 +64,8 @@ def build_loader(
         path: folder of images, searched recursively, or shards (``shards.py``); with `file_list`, what its entries
             are relative to. Several of them are one set of images, in this order.
         weights: of several: the share of the training samples that each gives; None: by its number of images.
+        val_fraction: the share of the images that train=False reads and train=True leaves out (``held_out.py``);
+            None: each reads all.
         follow_links: follow linked folders and files out of `path`.
         component: which member of a sample of a shard is the image, such as "jpg" (``shards.py``).
         img_size, in_chans: (H, W) of the batches in pixels; 1 grey, 3 RGB, 4 RGBA.
@@ -94,13 +99,16 @@ def build_loader(
     if num_workers < 0:
         raise ValueError(f"data.num_workers={num_workers}: must not be negative")
     chosen, why = choose_loader(loader, device=device, in_chans=in_chans, train=train)
-    if chosen == "synthetic" and not train and path is not None:
+    if chosen == "synthetic" and not train and (path is not None or val_fraction is not None):
         chosen = "torchvision"  # held-out images that are there are read
     decoder = "pil" if chosen == "pil" else "auto"
     check_decode_options(in_chans, decoder, value_range, alpha)
     index = None
     if chosen != "synthetic":
         index = open_index(path, file_list, follow_links=follow_links, component=component, field=field)
+        if val_fraction is not None:
+            _refuse_overlaps(path, val_fraction)
+            index = split(index, val_fraction, held_out=not train)
     spans = weighted_spans(index, weights) if index is not None and train else None
     order = EpochOrder(
         num_images=NUM_IMAGES if index is None else len(index),
@@ -130,6 +138,16 @@ def build_loader(
     return Loader(ImageDataset(index, frozenset(bad), **options), order, **shared)
 
 
+def _refuse_overlaps(path: Any, val_fraction: float) -> None:
+    """An image that is reached by two names could be held out by one and trained on by the other."""
+    paths = [] if path is None or isinstance(path, (str, os.PathLike)) else [os.fspath(one) for one in path]
+    for inner, outer in overlaps(paths):
+        raise ValueError(
+            f"data.val_fraction={val_fraction:g}: what is in {inner} is in {outer} too, and could be held out of one"
+            " alone; take one of them out of data.path, or give data.val_path instead"
+        )
+
+
 def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train: bool = True) -> tuple[str, str]:
     """The loader that `loader` means on this machine, and why.
 
@@ -144,7 +162,7 @@ def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train
         raise ValueError(f"data.loader={loader!r}: unknown; use one of {', '.join(LOADERS)}")
     if loader == "dali":
         if not dali.have_dali():
-            raise ValueError(f"data.loader=dali: DALI is not installed: {dali.INSTALL}; or use torchvision")
+            raise ValueError(f"data.loader=dali: DALI is not installed: {install_extra('dali')}; or use torchvision")
         if in_chans not in (1, 3):
             raise ValueError(f"data.loader=dali: model.in_chans={in_chans}: DALI gives 1 or 3; use torchvision")
     why = "as given"
@@ -161,5 +179,5 @@ def _fastest(device: torch.device, in_chans: int) -> tuple[str, str]:
     if in_chans not in (1, 3):
         return "torchvision", f"DALI does not give {in_chans} channels"
     if not dali.have_dali():
-        return "torchvision", f"DALI is not installed: {dali.INSTALL}"
+        return "torchvision", f"DALI is not installed: {install_extra('dali')}"
     return "dali", "decodes on the GPU"

@@ -21,7 +21,6 @@ from fastmim.data.decode import DecodeError
 from fastmim.data.loader import Loader
 from fastmim.data.worker import Encoded, EncodedDataset, Request, Result
 
-INSTALL = 'pip install "fastmim[dali]"'
 #: Micro-batches inside DALI: one that is handed out and one that is being made behind it.
 DEPTH = 2
 _LOG = logging.getLogger("fastmim")

@@ -17,9 +17,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from fastmim.files import naming, write_text
+from fastmim.wording import install_packages
 
 _MARKER = "demo.json"
-_INSTALL = "pip install scikit-image scikit-learn"
+_PACKAGES = ("scikit-image", "scikit-learn")
 _JPEG_QUALITY = 90
 _MAX_TILES_PER_AXIS = 6  # keeps one large photograph from crowding out the others
 
@@ -99,12 +100,14 @@ def _find_photos() -> list[tuple[str, int]]:
     for package in {package for package, _, _ in _PHOTOS}:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"the demo's photographs come with scikit-image and scikit-learn: {_INSTALL}")
+            how = install_packages(*_PACKAGES)
+            raise ValueError(f"the demo's photographs come with scikit-image and scikit-learn: {how}")
         roots[package] = next(iter(spec.submodule_search_locations))
     paths = [(os.path.join(roots[package], *name.split("/")), reduce) for package, name, reduce in _PHOTOS]
     present = [(path, reduce) for path, reduce in paths if os.path.isfile(path)]
     if len(present) < _MIN_PHOTOS:
-        raise ValueError(f"the installed packages hold {len(present)} of {len(paths)} demo photographs: {_INSTALL} -U")
+        how = install_packages("-U", *_PACKAGES)
+        raise ValueError(f"the installed packages hold {len(present)} of {len(paths)} demo photographs: {how}")
     return present
 
 

@@ -12,6 +12,10 @@ class ImageIndex(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, index: int) -> bytes:
+        """The name of image `index` below its root, as bytes: the same wherever the root lies."""
+        ...
+
     def label(self, index: int) -> str:
         """The name of image `index`, safe to print and to write as UTF-8."""
         ...

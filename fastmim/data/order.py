@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmim.wording import plural
+
 _LOG = logging.getLogger("fastmim")
 # Independent streams of one seed: without the tag, sample 0's crop and the epoch's shuffle would share a key.
 _SHUFFLE, _AUGMENT, _SUBSTITUTE, _SOURCE = 1, 2, 3, 4
@@ -88,8 +90,8 @@ class EpochOrder:
             self.repeats = -(-self.steps_per_epoch * global_batch // num_images)
             if self.repeats > 1:
                 _LOG.warning(
-                    "%d images are fewer than one global batch of %d: each is used up to %d times per epoch,"
-                    " with another crop and mask each time", num_images, global_batch, self.repeats,
+                    "%s, fewer than one global batch of %d: each is used up to %d times per epoch,"
+                    " with another crop and mask each time", plural(num_images, "image"), global_batch, self.repeats,
                 )  # fmt: skip
             for span, share in zip(spans or (), shares(spans or (), num_images * self.repeats), strict=True):
                 if not share:

@@ -8,6 +8,8 @@ import io
 
 from PIL import Image
 
+from fastmim.wording import install_packages
+
 #: What a file of the format holds in its first bytes, its name, and the package that teaches Pillow to read it.
 _FORMATS = (
     ((b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc", b"ftypheim"), "HEIC", "pillow-heif"),
@@ -35,7 +37,8 @@ def open_image(data: bytes | bytearray) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError:
         name, package = named
-        raise OSError(f"{name} cannot be read here: pip install {package}, or convert it; or it is damaged") from None
+        how = install_packages(package)
+        raise OSError(f"{name} cannot be read here: {how}, or convert it; or it is damaged") from None
 
 
 def _needs(head: bytes) -> tuple[str, str] | None:

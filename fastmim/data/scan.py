@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from fastmim.data.names import ARCHIVES, EXTENSIONS, OTHER_IMAGES, is_image, printable, shown, starts_like_an_image
+from fastmim.wording import plural
 
 _LOG = logging.getLogger("fastmim")
 #: Files without an image's name of which the first bytes are read.
@@ -49,23 +50,27 @@ def scan_folder(root: str, field: str, follow_links: bool = False) -> list[str]:
 def _left_out(root: str, found: Found) -> list[str]:
     notes = []
     if found.links:
-        what = f"did not follow {len(found.links)} links: {shown(found.links)}"
+        what = f"did not follow {plural(len(found.links), 'link')}: {shown(found.links)}"
         notes.append(f"{what}; data.follow_links=true follows them, a data.file_list may name linked files")
     if found.dead:
-        notes.append(f"{len(found.dead)} links lead nowhere: {shown(found.dead)}")
+        lead = "leads" if len(found.dead) == 1 else "lead"
+        notes.append(f"{plural(len(found.dead), 'link')} {lead} nowhere: {shown(found.dead)}")
     if found.special:
-        notes.append(f"left out {len(found.special)} names of images that are no files: {shown(found.special)}")
+        count = plural(len(found.special), "name")
+        notes.append(f"left out {count} like an image's behind which there is no file: {shown(found.special)}")
     unnamed, unread, archives = _sorted_out(root, found.others)
     if unnamed:
         most = f" of the {_SNIFFED} looked into" if len(found.others) > _SNIFFED else ""
-        what = f"left out {len(unnamed)} files{most} that start like images but are not named so: {shown(unnamed)}"
-        notes.append(f"{what}; give them an extension, or a data.file_list, which takes any name")
+        count = f"{plural(len(unnamed), 'file')}{most}"
+        what = f"left out {count} starting like an image but not named so: {shown(unnamed)}"
+        notes.append(f"{what}; give an extension, or a data.file_list, which takes any name")
     if unread:
-        what = f"left out {len(unread)} images of formats that are not read ({_kinds(unread)}): {shown(unread)}"
-        notes.append(f"{what}; convert them to PNG or TIFF")
+        count = plural(len(unread), "image")
+        what = f"left out {count} in a format that is not read ({_kinds(unread)}): {shown(unread)}"
+        notes.append(f"{what}; convert to PNG or TIFF")
     if archives:
-        what = f"left out {len(archives)} archives ({_kinds(archives)}): {shown(archives)}"
-        notes.append(f"{what}; unpack them, or give a folder of tar shards alone")
+        what = f"left out {plural(len(archives), 'archive')} ({_kinds(archives)}): {shown(archives)}"
+        notes.append(f"{what}; unpack, or give a folder of tar shards alone")
     return notes
 
 

@@ -26,6 +26,11 @@ class SeveralIndex:
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         return self.parts[part], index - int(self._first[part])
 
+    def name(self, index: int) -> bytes:
+        """The name of image `index` below the root of its part, as bytes."""
+        part, inside = self._at(index)
+        return part.name(inside)
+
     def label(self, index: int) -> str:
         """The name of image `index`, safe to print and to write as UTF-8."""
         part, inside = self._at(index)

@@ -24,6 +24,7 @@ from fastmim.data.decode import DecodeError, read_bytes
 from fastmim.data.names import ARCHIVES, is_image, printable, shown
 from fastmim.data.tar_index import Member, extension_of, read_index, sample_key, write_index
 from fastmim.data.worker_error import MACHINE_ERRORS
+from fastmim.wording import plural
 
 #: One member larger than this is refused unread: no image is, and the size field of a tar is the writer's word.
 MAX_MEMBER_BYTES = 1 << 30
@@ -57,10 +58,17 @@ class ShardIndex:
         """The path of the shard that holds image `index`."""
         return self._tars[int(np.searchsorted(self._first, index, side="right")) - 1]
 
+    def _member(self, index: int) -> bytes:
+        start = int(self._ends[index - 1]) if index else 0
+        return self._blob[start : int(self._ends[index])]
+
+    def name(self, index: int) -> bytes:
+        """``shard.tar!member`` without the shard's folder, as bytes."""
+        return os.fsencode(os.path.basename(self.shard(index))) + b"!" + self._member(index)
+
     def label(self, index: int) -> str:
         """``shard.tar!member``, safe to print."""
-        start = int(self._ends[index - 1]) if index else 0
-        return printable(f"{self.shard(index)}!{os.fsdecode(self._blob[start : int(self._ends[index])])}")
+        return printable(f"{self.shard(index)}!{os.fsdecode(self._member(index))}")
 
     def read(self, index: int) -> bytearray:
         """The bytes of image `index`; DecodeError when the shard does not hold them in full."""
@@ -99,8 +107,9 @@ def find_tars(path: str, field: str = "data.path") -> list[str]:
         tars = [os.path.join(path, entry) for entry in entries if entry.lower().endswith(".tar")]
         loose = [entry for entry in entries if is_image(entry)]
         if tars and loose:
+            kinds = f"{plural(len(tars), '.tar shard')} and {plural(len(loose), 'loose image')}"
             raise ValueError(
-                f"{field}={printable(path)}: holds {len(tars)} .tar shards and {len(loose)} loose images; give a"
+                f"{field}={printable(path)}: holds {kinds}; give a"
                 f" folder with one kind, or {field}={printable(os.path.join(path, '*.tar'))}"
             )
         beside = [one for one in entries if not one.lower().endswith(".tar") and _may_hold_images(path, one)]
@@ -173,12 +182,12 @@ def open_shards(
         samples.append(known)
     if scanned:
         _LOG.warning(
-            "%s=%s: %d of %d shards have no index that fits, their headers were read; run `fastmim data index %s`",
-            field, printable(root), len(scanned), len(tars), printable(root),
+            "%s=%s: %d of %s without an index that fits, headers were read; run `fastmim data index %s`",
+            field, printable(root), len(scanned), plural(len(tars), "shard"), printable(root),
         )  # fmt: skip
     members = _chosen(samples, f"{field}={printable(root)}", component)
     if not any(members):
-        raise ValueError(f"{field}={printable(root)}: no images in {len(tars)} shards{_instead(samples)}")
+        raise ValueError(f"{field}={printable(root)}: no images in {plural(len(tars), 'shard')}{_instead(samples)}")
     return ShardIndex(root, tars, members)
 
 
@@ -225,7 +234,7 @@ def _chosen(samples: list[list[list[Member]]], where: str, component: str | None
             chosen[-1] += found
     if left_out and any(chosen):
         what = "an image" if component in (None, EACH) else f"a component {component}"
-        _LOG.warning("%s: left out %d samples without %s%s", where, left_out, what, _instead(samples))
+        _LOG.warning("%s: left out %s without %s%s", where, plural(left_out, "sample"), what, _instead(samples))
     return chosen
 
 
@@ -259,8 +268,9 @@ def scan_tar(tar: str, field: str = "data.path") -> list[list[Member]]:
         raise ValueError(f"{field}={printable(tar)}: cannot be read ({err.strerror or err})") from None
     if links:
         _LOG.warning(
-            "%s: left out %d members that hold no bytes of their own (links, sparse files): %s; pack the files"
-            " themselves (tar --dereference --hard-dereference)", printable(tar), len(links), shown(links),
+            "%s: left out %s without bytes of its own (a link, a sparse file): %s; pack the files"
+            " themselves (tar --dereference --hard-dereference)",
+            printable(tar), plural(len(links), "member"), shown(links),
         )  # fmt: skip
     return list(found.values())
 

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from fastmim.data.names import printable, shown
 from fastmim.data.scan import scan_folder
 from fastmim.data.several import SeveralIndex
 from fastmim.data.worker_error import MACHINE_ERRORS
+from fastmim.wording import plural
 
 VERIFY = ("auto", "full", "none")
 #: `verify="auto"` decodes every file up front when there are at most this many.
@@ -48,10 +49,14 @@ class FileIndex:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def name(self, index: int) -> bytes:
+        """The name of file `index` below the root, as bytes."""
+        start = int(self._ends[index - 1]) if index else 0
+        return self._blob[start : int(self._ends[index])]
+
     def path(self, index: int) -> str:
         """The path of file `index`, for open()."""
-        start = int(self._ends[index - 1]) if index else 0
-        return os.path.join(self.root, os.fsdecode(self._blob[start : int(self._ends[index])]))
+        return os.path.join(self.root, os.fsdecode(self.name(index)))
 
     def label(self, index: int) -> str:
         """The path of file `index`, safe to print and to write as UTF-8 whatever bytes the name holds."""
@@ -111,13 +116,18 @@ def _open_one(path: str | os.PathLike[str], follow_links: bool, component: str |
     return FileIndex(root, scan_folder(root, field, follow_links))
 
 
-def _tell_of_overlaps(paths: Sequence[str], field: str) -> None:
+def overlaps(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(inner, outer), printable, for every two of the folders of which one lies in the other, or is the other."""
     real = [os.path.realpath(path) for path in paths]
     for first, second in itertools.permutations(range(len(paths)), 2):
         is_same = real[first] == real[second] and first > second
         if is_same or real[first].startswith(os.path.join(real[second], "")):
-            inner, outer = printable(paths[first]), printable(paths[second])
-            _LOG.warning("%s: what is in %s is in %s too: its images are in the set twice", field, inner, outer)
+            yield printable(paths[first]), printable(paths[second])
+
+
+def _tell_of_overlaps(paths: Sequence[str], field: str) -> None:
+    for inner, outer in overlaps(paths):
+        _LOG.warning("%s: what is in %s is in %s too: its images are in the set twice", field, inner, outer)
 
 
 def _index_from_list(path: str | os.PathLike[str] | None, file_list: str) -> FileIndex:
@@ -130,8 +140,9 @@ def _index_from_list(path: str | os.PathLike[str] | None, file_list: str) -> Fil
         raise ValueError(f"data.file_list={printable(file_list)}: the list is empty; write one path a line")
     missing = [name for name in names if not os.path.isfile(os.path.join(root, name))]
     if missing:
+        entries = plural(len(names), "entry", "entries")
         raise ValueError(
-            f"data.file_list={printable(file_list)}: {len(missing)} of {len(names)} entries are not files"
+            f"data.file_list={printable(file_list)}: {len(missing)} of {entries} not a file"
             f" under {printable(root)} ({shown(missing)})"
         )
     return FileIndex(root, names)

@@ -142,16 +142,17 @@ def _on_channels(seen: Sequence[Look], in_chans: int, alpha: str) -> list[str]:
 
     def say(found: Sequence[Look], what: str) -> None:
         if found:
-            lines.append(f"{len(found)} of the images looked at {what} ({_names(found)})")
+            have = "has" if len(found) == 1 else "have"
+            lines.append(f"{len(found)} of the images looked at {have} {what} ({_names(found)})")
 
     if in_chans == 4:
-        say([one for one in seen if not one.has_fourth], "have no fourth channel: it is 255 in every pixel")
+        say([one for one in seen if not one.has_fourth], "no fourth channel: it is 255 in every pixel")
     else:
         done = "dropped: what is under transparent pixels shows" if alpha == "drop" else f"laid over {alpha}"
-        say([one for one in seen if one.transparent], f"have transparent pixels, {done} (data.alpha={alpha})")
-        band = "have a band behind their colours, which is left out; model.in_chans=4 keeps it"
+        say([one for one in seen if one.transparent], f"transparent pixels, {done} (data.alpha={alpha})")
+        band = "a band behind the colours, which is left out; model.in_chans=4 keeps it"
         say([one for one in seen if one.has_band], band)
-    say([one for one in seen if one.frames > 1], "have several frames or pages, of which only the first is used")
+    say([one for one in seen if one.frames > 1], "several frames or pages, of which only the first is used")
     return lines
 
 

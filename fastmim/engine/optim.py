@@ -12,6 +12,7 @@ from torch import nn
 
 from fastmim.objectives import Objective
 from fastmim.objectives.groups import split_freezable, split_parameters
+from fastmim.wording import install_extra
 
 
 def param_groups(obj: nn.Module, weight_decay: float, policy: str = "parity") -> list[dict[str, Any]]:
@@ -92,5 +93,6 @@ def _cpu_adam() -> Any:
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
     except ImportError:
-        raise ValueError("efficiency.fused_optimizer=cpu_adam: needs DeepSpeed; pip install 'fastmim[zero]'") from None
+        how = install_extra("zero")
+        raise ValueError(f"efficiency.fused_optimizer=cpu_adam: needs DeepSpeed; {how}") from None
     return DeepSpeedCPUAdam

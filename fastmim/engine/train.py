@@ -114,7 +114,8 @@ def flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def shared_files(cfg: Config, loader: Any, val_loader: Any) -> dict[str, Any]:
     """The images that every rank must find, as counts and fingerprints of their names and order."""
     found = {"data.path" if cfg.data.path else "data.file_list" if cfg.data.file_list else "data.loader": loader}
-    found |= {"data.val_path": val_loader} if val_loader is not None else {}
+    held_out = "data.val_path" if cfg.data.val_path is not None else "data.val_fraction"
+    found |= {held_out: val_loader} if val_loader is not None else {}
     return {key: f"{one.num_images} images (names {one.fingerprint[:12]})" for key, one in found.items()}
 
 
@@ -128,6 +129,8 @@ def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
     # The default is not recorded: a checkpoint without the key goes on.
     if tree["data"]["alpha"] == "white":
         del tree["data"]["alpha"]
+    if cfg.data.val_fraction is not None:
+        tree["data"]["val_fraction"] = cfg.data.val_fraction
     return flat(tree) | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
 
 
@@ -146,6 +149,7 @@ def held_out_images(cfg: Config, parts: Parts, world: World, stack: ExitStack) -
     val_loader, batch = None, None
     if cfg.data.val_path is not None:
         held_out |= dict(path=cfg.data.val_path, weights=None, file_list=None, field="data.val_path")
+    if cfg.data.val_path is not None or cfg.data.val_fraction is not None:
         val_loader = make_loader(cfg, parts.objective, world, **held_out)
         stack.enter_context(closing(val_loader))
     if cfg.output.pictures and world.is_main:

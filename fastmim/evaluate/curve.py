@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmim.files import replacing
+from fastmim.wording import install_packages
 
 log = logging.getLogger("fastmim")
 
@@ -26,7 +27,7 @@ def save_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path | No
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        log.warning("matplotlib is not installed: no loss curve; install it with: pip install matplotlib")
+        log.warning("matplotlib is not installed: no loss curve; %s", install_packages("matplotlib"))
         return None
     if not rows:
         return None

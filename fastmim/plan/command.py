@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmim.config import Config
+from fastmim.data.held_out import split
 from fastmim.data.source import open_index
 from fastmim.engine.build import recomputed_objective, step_sizes
 from fastmim.engine.precision import auto_is_fp32, precision_of
@@ -139,6 +140,11 @@ def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
     return found
 
 
+def footprint_of(cfg: Config, policy: str = "none") -> Footprint:
+    """The footprint of a config under a policy with float32 weights: that of an earlier plan, or traced here."""
+    return kept.look_up(_name_of(cfg, policy, False)) or trace_config(cfg, policy, False)
+
+
 def _with(cfg: Config, **efficiency: Any) -> Config:
     """The config with other values in its section ``efficiency``."""
     return cfg.model_copy(update={"efficiency": cfg.efficiency.model_copy(update=efficiency)})
@@ -226,5 +232,7 @@ def _data_set(cfg: Config) -> tuple[int, str]:
     paths = [] if path is None else [path] if isinstance(path, str) else path
     if (paths and all(Path(one).is_dir() for one in paths)) or listed is not None:
         opened = open_index(path, listed, follow_links=cfg.data.follow_links, component=cfg.data.component)
+        if cfg.data.val_fraction is not None:
+            opened = split(opened, cfg.data.val_fraction, held_out=False)
         return len(opened), "data.file_list" if listed is not None else "data.path"
     return IMAGENET_1K, "ImageNet-1k's; give --images or data.path for others"

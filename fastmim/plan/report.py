@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmim.files import naming
+from fastmim.wording import install_extra
 from fastmim_kernels.common.roofs import HONEST, LAUNCH
 
 from .hardware import GIB, Gpu
@@ -216,7 +217,7 @@ def save_picture(plan: Plan, path: str | os.PathLike[str]) -> Path:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--picture: matplotlib is not installed; pip install 'fastmim[plots]'") from None
+        raise ValueError(f"--picture: matplotlib is not installed; {install_extra('plots')}") from None
     shown = plan.options
     figure = Figure(figsize=(max(6.0, 0.55 * len(shown) + 2), 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

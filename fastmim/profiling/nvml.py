@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fastmim.wording import install_extra
+
 
 class Nvml:
     """Samples of one GPU; where there is nothing to sample, ``reason`` says why in one sentence.
@@ -20,7 +22,8 @@ class Nvml:
         try:
             import pynvml
         except ImportError:
-            self.reason = "NVML: pynvml is not installed, so no power or utilisation; pip install 'fastmim[profile]'"
+            how = install_extra("profile")
+            self.reason = f"NVML: pynvml is not installed, so no power or utilisation; {how}"
             return
         try:
             pynvml.nvmlInit()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastmim.files import replacing, write_text
+from fastmim.wording import install_packages
 
 from .nvml import Nvml
 
@@ -106,7 +107,7 @@ class Timeline:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError:
-            log.warning("matplotlib is not installed: no memory.png; install it with: pip install matplotlib")
+            log.warning("matplotlib is not installed: no memory.png; %s", install_packages("matplotlib"))
             return None
         figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)

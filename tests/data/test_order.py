@@ -50,7 +50,7 @@ def test_the_incomplete_last_global_batch_is_dropped():
 
 def test_fewer_images_than_a_global_batch(caplog):
     order = EpochOrder(num_images=5, micro_batch_size=4, grad_accum_steps=3)
-    assert "5 images are fewer than one global batch of 12" in caplog.text
+    assert "5 images, fewer than one global batch of 12" in caplog.text
     assert (order.steps_per_epoch, order.micro_batches) == (1, 3)
     ids = torch.cat(ids_of(order, 0))
     assert len(ids) == 12 and len(set(ids.tolist())) == 12

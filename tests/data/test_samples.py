@@ -246,7 +246,7 @@ def test_ink_is_no_fourth_channel(make, tmp_path, caplog):
         assert (got[..., 3] == 255).all() and np.abs(got[..., :3] - EIGHT).mean() < 8
     cmyk.save(tmp_path / "ink.tif")
     check_images(tmp_path, in_chans=4)
-    assert "1 of the images looked at have no fourth channel" in caplog.text
+    assert "1 of the images looked at has no fourth channel" in caplog.text
 
 
 def test_grey_with_alpha(make):

@@ -137,7 +137,7 @@ def test_patterns(tmp_path):
     with pytest.raises(ValueError, match="million|more than"):
         expand_braces("{0..999999999}.tar")
     (tmp_path / "loose.jpg").touch()
-    with pytest.raises(ValueError, match="loose images"):
+    with pytest.raises(ValueError, match="4 .tar shards and 1 loose image;"):
         find_tars(str(tmp_path))
 
 
@@ -167,7 +167,7 @@ def test_which_of_several_images_is_asked_not_guessed(tmp_path, caplog):
         ):
             index = open_index(tmp_path, component=component)
             assert [bytes(index.read(i)) for i in range(len(index))] == wanted
-        with pytest.raises(ValueError, match=r"no images in 1 shards \(extensions there: .*depth.png: 2"):
+        with pytest.raises(ValueError, match=r"no images in 1 shard \(extensions there: .*depth.png: 2"):
             open_index(tmp_path, component="webp")
         index_shards(str(tmp_path))
     assert "left out 2 samples without a component jpg" in caplog.text
@@ -198,7 +198,7 @@ def test_an_index_that_lists_one_image_of_a_sample_does_not_choose_it(tmp_path, 
         open_index(tmp_path)
     index = open_index(tmp_path, component="jpg")
     assert [bytes(index.read(i)) for i in range(len(index))] == [b"jpg"] * 3
-    assert "1 of 1 shards have no index that fits" in caplog.text
+    assert "1 of 1 shard without an index that fits" in caplog.text
 
 
 def test_what_lies_beside_shards_is_said(tmp_path, caplog):

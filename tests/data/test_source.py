@@ -86,11 +86,11 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     os.mkfifo(tmp_path / "pipe.png")
     assert check_images(tmp_path) == (len(read), {})
     for part in (
-        "1 links lead nowhere: dead.png",
-        "left out 2 files that start like images but are not named so: without_extension; photo.jpg.part",
-        "left out 1 images of formats that are not read (.npy: 1): volume.npy",
-        "left out 1 archives (.tgz: 1): more.tgz",
-        "left out 1 names of images that are no files: pipe.png",
+        "1 link leads nowhere: dead.png",
+        "left out 2 files starting like an image but not named so: without_extension; photo.jpg.part",
+        "left out 1 image in a format that is not read (.npy: 1): volume.npy",
+        "left out 1 archive (.tgz: 1): more.tgz",
+        "left out 1 name like an image's behind which there is no file: pipe.png",
     ):
         assert part in caplog.text
     assert "labels.txt" not in caplog.text
@@ -107,7 +107,7 @@ def test_names_in_capitals_are_images_and_other_formats_are_found_by_their_first
     for name in ("A.JPG", "B.Tif", "C.GIF"):
         image.save(tmp_path / name)
     assert check_images(tmp_path) == (3, {})
-    assert f"left out {len(kinds)} files that start like images" in caplog.text
+    assert f"left out {len(kinds)} files starting like an image" in caplog.text
     (tmp_path / "list.txt").write_text("\n".join(f"no_extension_{kind}" for kind in kinds))
     assert check_images(tmp_path, file_list=tmp_path / "list.txt") == (len(kinds), {})
 
@@ -115,7 +115,7 @@ def test_names_in_capitals_are_images_and_other_formats_are_found_by_their_first
 def test_a_folder_of_other_things_says_what_is_there(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "x", "PNG")
     (tmp_path / "scan.dcm").touch()
-    with pytest.raises(ValueError, match="no images here or below.*start like images.*: x;.*scan.dcm"):
+    with pytest.raises(ValueError, match="no images here or below.*starting like an image.*: x;.*scan.dcm"):
         open_index(tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_file_list_keeps_its_order_and_may_repeat(tmp_path):
         ("a.jpg\n../b.jpg\n", r"line 2: \.\./b\.jpg lies outside"),
         ("sub/../../b.jpg", "lies outside"),
         ("/etc/passwd", "lies outside"),
-        ("a.jpg\nmissing.jpg\n", "1 of 2 entries are not files .*missing.jpg"),
+        ("a.jpg\nmissing.jpg\n", "1 of 2 entries not a file .*missing.jpg"),
         ("..", "lies outside"),
         ("\n\n", "the list is empty"),
     ),

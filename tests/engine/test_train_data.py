@@ -42,6 +42,19 @@ def test_dali_trains_and_goes_on_bit_for_bit(settings, pictures, tmp_path):
     assert ours == pytest.approx(losses(tmp_path / "torchvision"), rel=0.02)
 
 
+def test_held_out_images_are_a_part_of_the_run(settings, pictures, tmp_path):
+    """Validated on, never trained on, and the same after a restart, which another share refuses."""
+    options = dict(data__val_fraction=0.3, data__num_workers=0, train__val_every=2, train__log_every=2)
+    whole = train(settings(tmp_path / "whole", train__steps=4, **options))
+    train(settings(tmp_path / "parts", train__steps=2, optim__schedule="constant", **options))
+    with pytest.raises(ValueError, match=r"data.val_fraction=0.2 \(checkpoint: 0.3\).* may never change"):
+        train(settings(tmp_path / "parts", train__steps=4, **options | {"data__val_fraction": 0.2}))
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [2, 4] and whole.val_loss > 0
+    train(settings(tmp_path / "all", train__steps=4, data__num_workers=0))
+    assert losses(tmp_path / "all")[-1] != rows[-1]["loss"]  # others were trained on
+
+
 def test_synthetic_images_need_no_folder(settings, tmp_path):
     result = train(settings(tmp_path, train__steps=2, data__path=None, data__loader="synthetic", output__pictures=2))
     assert len(losses(tmp_path)) == 2 and not result.bad_files

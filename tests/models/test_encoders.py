@@ -14,7 +14,8 @@ from fastmim.interop import load_timm
 from fastmim.models import SIZES, create_encoder
 from fastmim.objectives import create_objective
 
-# Backbone parameters in millions without mask token: recipes of the papers; ViT without its 1k head.
+# Backbone parameters in millions without mask token: recipes of the papers; ViT without its 1k head, and
+# DeiT's Ti and S (5.52 and 21.67 M then) without their learned positions of 197 tokens.
 PUBLISHED = {
     "swin_tiny": 27.5,
     "swin_small": 48.8,
@@ -26,6 +27,8 @@ PUBLISHED = {
     "swinv2_huge": 655.2,
     "swinv2_g": 1061.0,
     "swinv2_giant": 2998.0,
+    "vit_tiny": 5.52 - 197 * 192e-6,
+    "vit_small": 21.67 - 197 * 384e-6,
     "vit_base": 85.8,
     "vit_large": 303.3,
     "vit_huge": 630.8,
@@ -149,18 +152,34 @@ def test_every_size_is_counted():
         ("swinv2_base", "swinv2_base_window12_192"),
         ("swinv2_large", "swinv2_large_window12_192"),
         ("swinv2_tiny", "swinv2_tiny_window8_256"),
+        ("swin_tiny", "swin_tiny_patch4_window7_224"),
     ],
 )
 def test_names_and_shapes_are_timms(ours, theirs):
     overrides = {
         "swin_base": {"window_size": 7, "img_size": 224},
         "swinv2_tiny": {"window_size": 8, "img_size": 256},
+        "swin_tiny": {"window_size": 7, "img_size": 224},
     }
     with torch.device("meta"):
         encoder = create_encoder({"name": ours, **overrides.get(ours, {})})
         model = timm.create_model(theirs, num_classes=0)
     shapes = {n: tuple(p.shape) for n, p in encoder.state_dict().items() if n != "mask_token"}
     assert shapes == {n: tuple(p.shape) for n, p in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_small"])
+def test_small_vits_have_the_blocks_of_timms(name):
+    """All parameters are timm's but positions, the bias of keys, LayerScale and its class token."""
+    with torch.device("meta"):
+        encoder = create_encoder({"name": name})
+        model = timm.create_model(f"{name}_patch16_224", num_classes=0)
+
+    def shapes(module, left_out=("bias", "pos", "token", "gamma")):
+        return {n: tuple(p.shape) for n, p in module.named_parameters() if not any(word in n for word in left_out)}
+
+    assert shapes(encoder) == shapes(model)
+    assert encoder.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
 
 
 def test_extra_norms_of_huge_and_giant():

@@ -92,7 +92,7 @@ def test_every_microsecond_belongs_to_one_row() -> None:
 def test_one_sentence_without_a_driver_or_without_pynvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     missing = Nvml(torch.device("cpu"))
-    assert "pip install 'fastmim[profile]'" in missing.reason and missing.sample() == {}
+    assert missing.reason.endswith("pip install -e \".[profile]\"") and missing.sample() == {}
 
     class NVMLError(Exception): ...
 

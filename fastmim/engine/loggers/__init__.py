@@ -17,6 +17,7 @@ from fastmim.engine.loggers.base import IDS_FILE, Logger, RunFacts, grouped
 from fastmim.engine.loggers.files import Csv, TensorBoard
 from fastmim.engine.loggers.services import MLflow, WandB
 from fastmim.errors import one_line
+from fastmim.wording import install_extra
 from fastmim.files import naming
 
 __all__ = ["IDS_FILE", "LOGGERS", "Loggers", "RunFacts", "check_loggers"]
@@ -37,8 +38,9 @@ def check_loggers(names: Sequence[str]) -> None:
         LOGGERS[name].prepare()
         for package in LOGGERS[name].packages:
             if reason := _why_not(package):
-                fix = "in a checkout of fastmim: pip install -e '.[loggers]'"
-                raise ValueError(f"output.loggers: {name}: {package} {reason}; {fix}, or leave {name} out")
+                raise ValueError(
+                    f"output.loggers: {name}: {package} {reason}; {install_extra('loggers')}, or leave {name} out"
+                )
 
 
 def _why_not(package: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastmim.engine.loggers.base import Logger, RunFacts, grouped
 from fastmim.files import replacing
+from fastmim.wording import install_packages
 
 
 class TensorBoard(Logger):
@@ -22,7 +23,9 @@ class TensorBoard(Logger):
             from torch.utils.tensorboard import SummaryWriter
             from torch.utils.tensorboard.summary import hparams
         except ImportError:
-            raise ImportError("TensorBoard is not installed: no event files; pip install tensorboard") from None
+            raise ImportError(
+                f"TensorBoard is not installed: no event files; {install_packages('tensorboard')}"
+            ) from None
         # Also from the start: without it, events of an earlier run in the same folder stay in the curves.
         open_writer: Any = SummaryWriter
         self._writer = open_writer(str(facts.folder / self.place), purge_step=facts.start + 1)

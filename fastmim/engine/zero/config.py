@@ -12,6 +12,8 @@ from typing import Any, get_args
 
 import torch
 
+from fastmim.wording import install_extra
+
 _DATA_TYPES = {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"}
 
 # What the engine itself derives from other keys of this project: given twice, one of them would be ignored.
@@ -50,7 +52,8 @@ def import_deepspeed(device: torch.device) -> Any:
     try:
         import deepspeed
     except ImportError:
-        raise ValueError("efficiency.zero_stage: DeepSpeed is not installed; pip install 'fastmim[zero]'") from None
+        how = install_extra("zero")
+        raise ValueError(f"efficiency.zero_stage: DeepSpeed is not installed; {how}") from None
     import logging
 
     deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -1,0 +1,88 @@
+"""Standard output and standard error of the commands: rank 0 talks, and nobody who has left is waited for."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from fastmim.engine.launcher import rank_or_none
+from fastmim.files import naming
+
+
+def own_rank() -> int:
+    """Of this process; 0 where it is alone."""
+    return rank_or_none() or 0
+
+
+def write(text: str) -> None:
+    """To standard output, on rank 0.
+
+    Raises:
+        OSError: naming standard output, which cannot be written.
+    """
+    if own_rank() != 0:
+        return
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "is closed", "standard output")
+    with naming("standard output"):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """One line on standard error; the ranks other than 0 stay silent where all of them say the same."""
+    if own_rank() == 0:
+        to_stderr(text)
+
+
+def to_stderr(text: str) -> None:
+    """One line on standard error, whatever the rank."""
+    with suppress(OSError):  # nobody is left to hear it
+        print(f"fastmim: {text}", file=sys.stderr, flush=True)
+
+
+def let_go_of_stdout() -> None:
+    """What could not be written must not be tried again at exit: that would be a second error, and another status."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error, a row a stage."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=own_rank() != 0) as progress:
+        rows: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in rows:
+                rows[stage] = progress.add_task(stage, total=total)
+            progress.update(rows[stage], completed=done)
+
+        yield tell
+
+
+class _Stderr(logging.Handler):
+    """Looks standard error up at every record: the live progress line puts its own stream there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        to_stderr(f"{level}{self.format(record)}")
+
+
+def log_to_stderr() -> None:
+    """Let the package's log be written to standard error: all of it on rank 0, errors on the others."""
+    log = logging.getLogger("fastmim")
+    if not log.handlers:
+        log.addHandler(_Stderr())
+    log.setLevel(logging.INFO if own_rank() == 0 else logging.ERROR)

@@ -1,0 +1,88 @@
+"""``fastmim data``: the demo's photographs, a check of images, and shards."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastmim.files import naming
+from fastmim.wording import plural
+
+from .console import bar, write
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add ``data`` and its commands to the command line."""
+    data = commands.add_parser("data", help="make the demo's photographs, check a folder, pack and index shards")
+    data_commands = data.add_subparsers(metavar="COMMAND", required=True)
+    demo = data_commands.add_parser("demo", parents=[common], help="write a few hundred real photograph tiles")
+    demo.add_argument("folder", metavar="DIR", help="gets the folders train and val")
+    demo.set_defaults(command=data_demo)
+    check = data_commands.add_parser("check", parents=[common], help="decode every image, name the bad files")
+    check.add_argument("folder", metavar="DIR", help="folder of images, nested or flat, or tar shards")
+    check.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.in_chans=1, data.value_range=…")
+    check.set_defaults(command=data_check)
+    index = data_commands.add_parser("index", parents=[common], help="write the index beside every tar shard")
+    index.add_argument("shards", metavar="SHARDS", help="folder of .tar files, one of them, or a-{000..127}.tar")
+    index.set_defaults(command=data_index)
+    pack = data_commands.add_parser("pack", parents=[common], help="write a folder of images into tar shards")
+    pack.add_argument("folder", metavar="DIR", help="folder of images, nested or flat")
+    pack.add_argument("target", metavar="TARGET", help="new folder for the shards, their indices and names.txt")
+    pack.add_argument("--short-side", type=int, metavar="PX", help="make larger images this small (default: copy)")
+    pack.add_argument("--quality", type=int, default=90, metavar="Q", help="of those JPEGs, 1 to 100 (default 90)")
+    pack.add_argument("--shard-mb", type=float, default=1000, metavar="MB", help="size of a shard (default 1000)")
+    pack.set_defaults(command=data_pack)
+
+
+def data_demo(options: argparse.Namespace) -> int:
+    """Write the demo's photographs."""
+    from fastmim.data import make_demo
+
+    counts = make_demo(options.folder)
+    write(f"{options.folder}: {plural(counts.train, 'photograph')} in train, {counts.val} in val\n")
+    return 0
+
+
+def data_check(options: argparse.Namespace) -> int:
+    """Decode every image; status 1 where one is bad."""
+    from fastmim.config import load_config
+    from fastmim.data import check_images
+
+    cfg = load_config(None, options.overrides)
+    keys = {"follow_links", "component", "min_size", "value_range", "alpha"}
+    usable, bad = check_images(options.folder, in_chans=cfg.model.in_chans, **cfg.data.model_dump(include=keys))
+    lines = [f"{path}: {reason}" for path, reason in sorted(bad.items())]
+    counts = f"{plural(usable, 'usable image')}, {plural(len(bad), 'bad file')}"
+    write("\n".join([*lines, f"{options.folder}: {counts}"]) + "\n")
+    return 1 if bad else 0
+
+
+def data_index(options: argparse.Namespace) -> int:
+    """Write the index beside every shard."""
+    from fastmim.data import index_shards
+
+    with naming(options.shards):
+        counts = index_shards(options.shards)
+    what = f"{plural(sum(counts.values()), 'image')} in {plural(len(counts), 'shard')}"
+    write(f"{options.shards}: {what}, an .idx beside each\n")
+    return 0
+
+
+def data_pack(options: argparse.Namespace) -> int:
+    """Write a folder of images into shards."""
+    from fastmim.data import pack_images
+
+    with naming(options.target), bar() as progress:
+        report = pack_images(
+            options.folder,
+            options.target,
+            shard_bytes=round(options.shard_mb * 1e6),
+            short_side=options.short_side,
+            quality=options.quality,
+            progress=progress,
+        )
+    lines = [f"left out {path}: {reason}" for path, reason in sorted(report.bad.items())]
+    counts = f"{plural(report.images, 'image')} in {plural(len(report.shards), 'shard')}"
+    written = f"{counts}, {report.total_bytes / 1e6:.1f} MB, every one read back; {plural(len(report.bad), 'bad file')}"
+    write("\n".join([*lines, f"{options.target}: {written}"]) + "\n")
+    return 0

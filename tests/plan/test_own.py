@@ -1,0 +1,318 @@
+"""The rule for one's own images: a table of facts and choices, what it promises of all of them, and whole commands."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from fastmim import cli
+from fastmim.config import load_config
+from fastmim.plan import own_command
+from fastmim.plan.hardware import GIB
+from fastmim.plan.memory import memory
+from fastmim.plan.own import choose
+from fastmim.plan.own_command import name_of, own_config
+from fastmim.plan.own_facts import available_memory, gather
+from fastmim.plan.own_terms import CORE_FLOPS, LADDER, SEEN, Cost, Facts
+
+RANK = {name: rank for rank, (name, _) in enumerate(LADDER)}
+# Of a step of one image at 192 px: parameters, GiB that do not depend on the batch, GiB an image, GFLOPs an image.
+COSTS = {
+    "vit_tiny": (5.6e6, 0.35, 0.02, 5.4),
+    "swinv2_tiny": (30e6, 0.75, 0.045, 21.5),
+    "swinv2_small": (51e6, 1.1, 0.08, 41.0),
+    "swinv2_base": (89e6, 1.8, 0.11, 70.0),
+}
+PLACES = tuple(np.linspace(0, 1, 62, False))
+LAPTOP = Facts(62, (20, 180, 240, 300, 400), pixels=120_000, places=PLACES, cores=8, memory=8 * GIB)
+
+
+def cost(keys) -> Cost:
+    parameters, fixed, each, flops = COSTS[keys["model.name"]]
+    share = (keys["model.img_size"] / 192) ** 2
+    return Cost(int(parameters), lambda n: (fixed + n * each * share) * GIB, flops * share * 1e9)
+
+
+def keys_of(facts: Facts, given=(), **options) -> dict:
+    return {one.key: one.value for one in choose(facts, dict(given), cost, **options)}
+
+
+def with_(facts: Facts = LAPTOP, **changes) -> Facts:
+    if "images" in changes:
+        changes.setdefault("places", tuple(np.linspace(0, 1, changes["images"], False)))
+    return Facts(**{**vars(facts), **changes})
+
+
+GPU = dict(gpu="H100", gpu_memory=78 * GIB, gpu_flops=798e12, cores=16)
+
+
+@pytest.mark.parametrize(
+    "facts, expected",
+    [
+        (LAPTOP, {"model.name": "vit_tiny", "model.img_size": 192, "model.patch_size": 16, "objective.unit": 32,
+                  "train.micro_batch_size": 16, "data.val_fraction": 0.1, "data.num_workers": 2}),
+        (with_(cores=2), {"model.img_size": 128}),  # 192 px would see too few
+        (with_(cores=1), {"model.img_size": 96, "model.patch_size": 8, "objective.unit": 16, "data.num_workers": 1}),
+        (with_(short_sides=(32, 32, 32)), {"model.img_size": 32, "model.patch_size": 4, "objective.unit": 8}),
+        (with_(short_sides=(20, 20, 20)), {"model.img_size": 32}),  # enlarged, and said
+        (with_(short_sides=(100, 100, 100)), {"model.img_size": 96}),
+        (with_(images=7), {"data.val_fraction": None, "train.micro_batch_size": 2}),
+        (with_(images=1), {"train.micro_batch_size": 1}),
+        (with_(grey=True), {"model.in_chans": 1}),
+        (with_(transparent=3), {"model.in_chans": 3}),
+        (with_(images=5_000), {"model.name": "vit_tiny"}),  # 8 cores are too slow for more
+        (with_(images=5_000, cores=16), {"model.name": "swinv2_tiny", "model.img_size": 192}),
+        (with_(images=5_000, **GPU), {"model.name": "swinv2_tiny", "train.micro_batch_size": 128,
+                                      "data.num_workers": 8}),
+        (with_(images=300_000, places=(), **GPU), {"model.name": "swinv2_base", "data.val_fraction": 0.1}),
+        (with_(images=5_000, **GPU | {"gpu_memory": 2 * GIB}), {"train.micro_batch_size": 16,
+                                                                "train.grad_accum_steps": 8}),
+        (with_(images=5_000, cores=16, short_sides=(128,)), {"model.window_size": 8, "model.img_size": 128}),
+    ],
+)  # fmt: skip
+def test_choices(facts: Facts, expected: dict) -> None:
+    found = keys_of(facts)
+    assert {key: found.get(key) for key in expected} == expected
+    assert ("train.val_every" in found) == (found["data.val_fraction"] is not None)
+
+
+def test_what_is_given_is_never_chosen_and_is_taken_into_account() -> None:
+    given = {"model.name": "swinv2_tiny", "model.img_size": 96, "train.steps": 40, "data.val_path": "/held"}
+    found = keys_of(LAPTOP, given)
+    assert not set(given) & set(found) and "data.val_fraction" not in found and found["train.val_every"] == 4
+    assert found["optim.warmup_steps"] == 2 and found["objective.unit"] == 16 and "model.patch_size" not in found
+    assert "train.steps" not in keys_of(LAPTOP, {"train.epochs": 3})
+    batches = keys_of(LAPTOP, {"train.micro_batch_size": 4})
+    assert "train.grad_accum_steps" not in batches and "train.micro_batch_size" not in batches
+    assert keys_of(LAPTOP, {"train.grad_accum_steps": 2})["train.micro_batch_size"] == 16
+
+
+def test_every_choice_has_a_reason_of_a_line() -> None:
+    for facts in (LAPTOP, with_(images=3), with_(grey=True), with_(cores=1), with_(**GPU)):
+        for choice in choose(facts, {}, cost):
+            assert choice.reason and "\n" not in choice.reason and len(choice.reason) < 160
+    said = {one.key: one.reason for one in choose(with_(short_sides=(20, 180, 240), images=7), {}, cost)}
+    assert "3 looked at has a short side of 180 px; smaller, and enlarged: 1" in said["model.img_size"]
+    assert "7 images are too few to hold some out" in said["data.val_fraction"]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("images", [62, 3_000, 500_000])
+def test_more_of_anything_never_gives_a_smaller_encoder(kind: str, images: int) -> None:
+    gigabytes, cores = (1.7, 2, 3, 4, 8, 24, 64), (1, 2, 4, 8, 32, 128)
+    base = with_(images=min(images, 1000), **GPU if kind == "gpu" else {})
+    base = with_(base, images=images, places=())
+
+    def size(**changes) -> tuple[int, int]:
+        found = keys_of(with_(base, places=(), **changes))
+        return RANK[found["model.name"]], found["model.img_size"]
+
+    name = "gpu_memory" if kind == "gpu" else "memory"
+    for fixed in cores:
+        sizes = [size(cores=fixed, **{name: most * GIB}) for most in gigabytes]
+        assert sizes == sorted(sizes)
+    for fixed in gigabytes:
+        sizes = [size(cores=most, **{name: fixed * GIB}) for most in cores]
+        assert sizes == sorted(sizes)
+    ranks = [RANK[keys_of(with_(base, images=n, places=()))["model.name"]] for n in (20, 999, 1000, 10**5, 10**6)]
+    assert ranks == sorted(ranks)
+
+
+def test_nothing_is_chosen_that_does_not_fit() -> None:
+    for gigabytes, images in itertools.product((1.5, 1.8, 2.5, 6), (62, 100_000)):
+        facts = with_(images=min(images, 1000), memory=gigabytes * GIB, cores=64)
+        found = keys_of(facts)
+        assert cost(found).memory(found["train.micro_batch_size"]) <= 0.92 * facts.memory - 2 * 0.4 * GIB
+    said = r"--images: 0.3\S+ GiB are needed for one image .* and 0.5 GiB are free"
+    with pytest.raises(ValueError, match=said) as caught:
+        keys_of(with_(memory=0.5 * GIB))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"are needed for one image at a time"):
+        keys_of(with_(memory=2 * GIB), {"model.name": "swinv2_base"})
+
+
+def test_the_length_follows_from_the_speed() -> None:
+    """15 minutes of the modelled or measured speed, but no more passes than EPOCHS."""
+    facts = with_(images=1000, pixels=0)
+    modelled = 8 * CORE_FLOPS / 5.4e9
+    assert modelled * 900 > SEEN
+    assert keys_of(facts)["train.steps"] == pytest.approx(modelled * 900 / 16, rel=0.1)
+    measured = choose(facts, {}, cost, lambda keys, micro: 100.0)
+    steps = next(one for one in measured if one.key == "train.steps")
+    assert steps.value == 5600 and steps.reason.startswith("about 15 min at 100 images/s (measured in a step here)")
+    assert keys_of(with_(images=20), measure=lambda keys, micro: 1e6)["train.steps"] <= 1600 * 20 / 8
+    assert keys_of(facts, measure=lambda keys, micro: 0.001)["train.steps"] == 20
+    # Large photographs take longer to decode than a step takes: 8 cores, 80 MP/s each.
+    assert keys_of(with_(facts, pixels=64_000_000), measure=lambda keys, micro: 1e9)["train.steps"] == 560
+
+
+# Facts.
+
+
+def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (60, 48)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(len(str(path))).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """22 pictures of several sizes, one of them broken, and a text."""
+    for i in range(20):
+        picture(tmp_path / f"mine/{i:02d}.png", size=(60 + i, 48))
+    picture(tmp_path / "mine/sub/clear.png", "RGBA")
+    (tmp_path / "mine/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    (tmp_path / "mine/notes.txt").write_text("words")
+    return tmp_path / "mine"
+
+
+def test_facts_of_a_folder(mine: Path) -> None:
+    from fastmim.data.source import open_index
+
+    facts = gather(open_index(mine))
+    assert (facts.images, facts.short_side, facts.grey, facts.transparent) == (22, 48, False, 1)
+    assert len(facts.short_sides) == 21 and len(facts.places) == 22 and list(facts.places) == sorted(facts.places)
+    picture(mine.parent / "grey/a.png", "L"), picture(mine.parent / "grey/b.jpg", "L")
+    assert gather(open_index(mine.parent / "grey")).grey
+    (mine.parent / "bad").mkdir(), (mine.parent / "bad/a.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the images looked at can be read"):
+        gather(open_index(mine.parent / "bad"))
+
+
+def test_memory_that_is_free(tmp_path: Path) -> None:
+    """The cgroup's limit where it is the smaller one; what it holds as page cache can be taken."""
+    for name, text in {
+        "proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n",
+        "proc/self/cgroup": "0::/user/run\n",
+        "sys/fs/cgroup/user/memory.max": "4000000000\n",
+        "sys/fs/cgroup/user/memory.current": "3000000000\n",
+        "sys/fs/cgroup/user/memory.stat": "anon 1\ninactive_file 500000000\n",
+        "sys/fs/cgroup/user/run/memory.max": "max\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_memory(tmp_path) == 1.5e9
+    (tmp_path / "proc/self/cgroup").unlink()
+    assert available_memory(tmp_path) == 8000000 * 1024
+    assert available_memory() > 0
+
+
+# The command.
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch, mine: Path) -> Path:
+    """A machine that is the same wherever the tests run, and no step measured; the working directory is above mine."""
+    monkeypatch.setattr("fastmim.plan.own_facts.usable_cores", lambda: 4)
+    monkeypatch.setattr("fastmim.plan.own_facts.available_memory", lambda: 8.0 * GIB)
+    monkeypatch.setattr("fastmim.plan.own_facts._here", lambda: ("", 0.0, 0.0))
+    monkeypatch.setattr(own_command, "_measure", lambda given: None)
+    monkeypatch.setattr(logging.getLogger("fastmim"), "handlers", [])
+    monkeypatch.chdir(mine.parent)
+    return mine
+
+
+def test_what_is_printed_repeats_the_run(fixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = own_config("mine", None, ["train.steps=30"])
+    (tmp_path / "printed.yaml").write_text(own.text)
+    assert load_config(tmp_path / "printed.yaml") == own.cfg
+    assert all(len(line) <= 80 for line in own.text.splitlines()) and "# as given" in own.text
+    assert (own.cfg.model.img_size, own.cfg.data.path, own.cfg.output.dir) == (32, "mine", "runs/mine")
+    assert cli.main(["plan", "--images", "mine", "train.steps=30"]) == 0
+    assert capsys.readouterr().out == own.text  # the planner shares the rule
+
+
+def test_a_config_wins_and_the_rest_is_chosen(fixed: Path, tmp_path: Path) -> None:
+    text = "model: {name: vit_small}\ndata: {path: other, val_path: held}\noptim: {lr: 3e-4}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    cfg = own_config("mine", str(tmp_path / "c.yaml"), ["train.epochs=2"]).cfg
+    assert (cfg.model.name, cfg.model.img_size, cfg.data.path, cfg.train.epochs) == ("vit_small", 32, "mine", 2)
+    assert cfg.data.val_path is None and cfg.data.val_fraction  # held out of other's images
+    assert (cfg.optim.lr, cfg.optim.lr_batch) == (3e-4, 512)  # the file's rate keeps its unit
+    with pytest.raises(ValueError, match="--images mine: data.path=b is given too; keep one of them"):
+        own_config("mine", None, ["data.path=b"])
+
+
+def test_the_planners_memory_is_asked(fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastmim.plan.command import footprint_of
+
+    monkeypatch.setattr("fastmim.plan.own_facts.available_memory", lambda: 1.4 * GIB)
+    cfg = own_config("mine", None, ["model.img_size=192"]).cfg
+    cfg = cfg.model_copy(update={"efficiency": cfg.efficiency.model_copy(update={"precision": "fp32"})})
+    need = memory(footprint_of(cfg), stage=0, gpus=1, micro_batch=cfg.train.micro_batch_size, grad_accum_steps=2)
+    assert need.total <= 1.4 * GIB and cfg.train.micro_batch_size * cfg.train.grad_accum_steps == 8
+    monkeypatch.setattr("fastmim.plan.own_facts.available_memory", lambda: 0.2 * GIB)
+    with pytest.raises(ValueError, match="0.2 GiB are free on this machine"):
+        own_config("mine")
+
+
+TINY = ["model.name=vit", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.patch_size=8",
+        "train.log_every=1", "data.num_workers=0", "output.tensorboard=false", "output.pictures=1"]  # fmt: skip
+
+
+def test_a_run_of_a_folder_goes_on_and_knows_its_images(fixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain = ["pretrain", "--images", "mine", *TINY]
+    assert cli.main([*pretrain, "train.steps=2"]) == 0
+    out = capsys.readouterr().out
+    chosen = out[: out.index("step 1/2")]
+    assert load_config("runs/mine/config.yaml").model_dump() == load_tree(chosen)
+    rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[-1]["val_loss"] > 0
+    assert "broken.jpg" in Path("runs/mine/bad_files.json").read_text()
+    # Another measurement, another free memory: the run that is there decides.
+    fixed.joinpath("sub/clear.png").unlink()
+    assert cli.main([*pretrain, "train.steps=3", "optim.warmup_steps=1"]) == 0
+    out, err = capsys.readouterr()
+    assert "going on with runs/mine/config.yaml" in err and "step 3/3" in out and "step 1/" not in out
+    (fixed.parent / "b").mkdir()
+    fixed.rename(fixed.parent / "b/mine")
+    assert cli.main(["pretrain", "--images", "b/mine"]) == 2
+    assert "output.dir=runs/mine: holds a run on mine, not on b/mine; give another" in capsys.readouterr().err
+
+
+def load_tree(text: str) -> dict:
+    path = Path("printed.yaml")
+    path.write_text(text)
+    return load_config(path).model_dump()
+
+
+@pytest.mark.parametrize(
+    "argv, status, said",
+    [
+        (["pretrain", "train.steps=2"], 2, "required: CONFIG, or --images DIR"),
+        (["plan", "--images", "60"], 2, "required: CONFIG, or --images DIR"),
+        (["pretrain", "--images", "nowhere"], 2, "--images=nowhere: no such folder"),
+        (["plan", "--images", "mine", "--json"], 2, "--json: not with a folder for --images"),
+        (["pretrain", "--images", "mine", "model.nam=x"], 2, "model.nam: unknown key; did you mean 'name'"),
+    ],
+)
+def test_wrong_requests(
+    argv: list[str], status: int, said: str, fixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found = cli.main(argv)
+    except SystemExit as stop:
+        found = stop.code
+    assert found == status and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "images, name", [("a/b", "b"), ("a/my photos/", "my-photos"), ("a/s-{00..01}.tar", "a"), ("/", "images")]
+)
+def test_names_of_runs(images: str, name: str) -> None:
+    assert name_of(images) == name
+
+
+def test_yaml_says_the_same_to_everybody(fixed: Path) -> None:
+    """A plain YAML reader finds the same sections and keys."""
+    own = own_config("mine")
+    assert {name: set(keys) for name, keys in yaml.safe_load(own.text).items()} == {
+        name: set(keys) for name, keys in own.tree.items()
+    }
