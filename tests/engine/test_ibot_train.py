@@ -18,11 +18,11 @@ KEYS = [
     "model.name=vit", "model.img_size=32", "model.patch_size=8", "model.embed_dim=24", "model.depth=2",
     "model.num_heads=3", "model.key_bias=true", "model.abs_pos_embed=true", "model.init=timm",
     "model.drop_path_rate=0.2", "objective.name=ibot", "objective.out_dim=32", "objective.hidden_dim=16",
-    "objective.bottleneck_dim=8", "objective.local_crops=2", "objective.local_size=16",
+    "objective.bottleneck_dim=16", "objective.local_crops=2", "objective.local_size=16",
     "objective.warmup_teacher_temp_epochs=2", "objective.momentum_teacher=0.9", "objective.freeze_last_layer=1",
     "data.num_workers=0", "optim.weight_decay_end=0.4", "optim.clip_each=true", "optim.lr=1e-3",
     "optim.lr_batch=null", "optim.warmup_steps=2", "optim.warmup_inclusive=true", "train.steps=6",
-    "train.micro_batch_size=4", "train.log_every=1", "train.save_every=3", "train.keep=5", "output.pictures=2",
+    "train.micro_batch_size=4", "train.log_every=1", "train.save_every=3", "train.keep=5", "output.pictures=2", "efficiency.threads=1",
 ]  # fmt: skip
 FORGOTTEN = {"images_per_sec", "step_time", "data_time", "peak_memory_gib"}
 
