@@ -6,12 +6,13 @@ timm reads it for ``create_model("local-dir:FOLDER", pretrained=True)`` and for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..models import SIZES, encoder_settings
 from ..models.layers import to_pair
-from ..models.rules import policy_matters
+from ..models.rules import patch_grid, policy_matters, window_sizes
 
 WEIGHTS_FILE = "model.safetensors"
 """The name under which timm and transformers look for weights first."""
@@ -27,9 +28,24 @@ _NAMES = {
 
 def why_not_timm(encoder: Mapping[str, Any]) -> str | None:
     """Why timm has no model for these arguments of :func:`~fastmim.models.create_encoder`; None where it has one."""
-    if encoder_settings(encoder).get("extra_norm_period"):
+    settings = encoder_settings(encoder)
+    if settings.get("extra_norm_period"):
         return "timm's SwinV2 has no norms after every n-th block (model.extra_norm_period, which SwinV2-H and -G have)"
+    for rows, columns in _tables(settings):
+        offsets = (2 * rows - 1) * (2 * columns - 1)
+        if rows != columns and math.isqrt(offsets) ** 2 == offsets:
+            side = (math.isqrt(offsets) + 1) // 2
+            return f"timm would take position biases of {rows} x {columns} tokens for those of {side} x {side}"
     return None
+
+
+def _tables(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(rows, columns) of tokens over whose offsets a table of biases reaches; timm tells by its length alone."""
+    if settings["name"] == "swin":
+        return window_sizes(settings)
+    if settings["name"] == "vit" and (settings["shared_rel_pos_bias"] or settings["rel_pos_bias"]):
+        return [patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])]
+    return []
 
 
 def timm_config(
