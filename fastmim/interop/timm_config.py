@@ -6,12 +6,13 @@ timm reads it for ``create_model("local-dir:FOLDER", pretrained=True)`` and for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..models import SIZES, encoder_settings
 from ..models.layers import to_pair
-from ..models.rules import policy_matters
+from ..models.rules import patch_grid, policy_matters, window_sizes
 
 _SWIN_EPS = 1e-5
 WEIGHTS_FILE = "model.safetensors"
@@ -38,7 +39,21 @@ def why_not_timm(encoder: Mapping[str, Any]) -> str | None:
         learnt = settings["abs_pos_embed"] and not (settings["shared_rel_pos_bias"] or settings["rel_pos_bias"])
         if not learnt or settings["init_values"]:
             return "timm's ViT with a bias on keys has absolute positions alone, and LayerScale under other names"
+    for rows, columns in _tables(settings):
+        offsets = (2 * rows - 1) * (2 * columns - 1)
+        if rows != columns and math.isqrt(offsets) ** 2 == offsets:
+            side = (math.isqrt(offsets) + 1) // 2
+            return f"timm would take position biases of {rows} x {columns} tokens for those of {side} x {side}"
     return None
+
+
+def _tables(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(rows, columns) of tokens over whose offsets a table of biases reaches; timm tells by its length alone."""
+    if settings["name"] == "swin":
+        return window_sizes(settings)
+    if settings["name"] == "vit" and (settings["shared_rel_pos_bias"] or settings["rel_pos_bias"]):
+        return [patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])]
+    return []
 
 
 def timm_config(

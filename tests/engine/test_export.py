@@ -175,6 +175,24 @@ def test_what_timm_has_no_model_for_gets_no_config(new_objective, tmp_path, capl
     assert not (tmp_path / "folder").exists()
 
 
+@pytest.mark.parametrize(
+    "encoder",
+    [dict(VIT, img_size=(32, 224), rel_pos_bias=True), dict(SWIN, name="swin", img_size=(32, 160), window_size=(1, 5))],
+)
+def test_a_rectangle_that_timm_takes_for_a_square_is_refused(encoder, tmp_path, monkeypatch):
+    """3 · 27 = 9 · 9 offsets, and 1 · 9 = 3 · 3: with a config, timm would change the biases while it loads them."""
+    with pytest.raises(ValueError, match="timm would take position biases of"):
+        timm_config(encoder, mean=(0.5,), std=(0.5,))
+    monkeypatch.setattr("fastmim.interop.timm_config.why_not_timm", lambda _: None)
+    ours = create_encoder(encoder)
+    randomise(ours)
+    save_file(weights_of(ours), tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(timm_config(encoder, mean=(0.5,), std=(0.5,))))
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).state_dict()
+    (table, *_) = [name for name in theirs if "bias_table" in name]
+    assert not torch.equal(theirs[table], ours.state_dict()[table])
+
+
 def test_the_order_of_padding_and_shift_is_noted():
     """A map of 11 that windows of 4 do not divide: timm computes what policy=parity trains."""
     statistics = dict(mean=(0.5,), std=(0.5,))
