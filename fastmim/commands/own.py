@@ -41,6 +41,7 @@ def own_images(options: argparse.Namespace) -> Config:
     from fastmim.engine.distributed import on_main, world_from_env
     from fastmim.plan.own_command import Own, own_config
 
+    say(f"--images {options.images}: looking at the images and the machine …")
     ranks = world_from_env().size
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 

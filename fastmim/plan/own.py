@@ -145,7 +145,7 @@ def _keys(name: str, side: int, given: Given) -> dict[str, Any]:
         keys["model.window_size"] = 8
     if given.get("objective.name", "simmim") == "simmim":
         patch = given.get("model.patch_size") or keys.get("model.patch_size") or 4
-        unit = 32 if edge >= 128 else 16 if edge >= 64 else 8
+        unit = 32 if edge > 128 else 16 if edge >= 64 else 8
         keys["objective.unit"] = max(1, unit // patch) * patch
     return {key: value for key, value in keys.items() if key not in given}
 
@@ -190,7 +190,7 @@ def _model(facts: Facts, taken: Taken) -> list[Choice]:
         "model.img_size": f"the middle one of {looked} looked at has a short side of {facts.short_side} px{small}",
         "model.patch_size": "so that a crop has 64 patches or more",
         "model.window_size": "divides the maps of a crop of this size",
-        "objective.unit": "edge of a mask unit, smaller for small crops",
+        "objective.unit": "edge of a mask unit: near a sixth of the crop's, as SimMIM's 32 of 192",
     }
     return [Choice(key, value, reasons[key] + taken.why.get(key, "")) for key, value in taken.keys.items()]
 

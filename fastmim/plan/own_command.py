@@ -138,7 +138,7 @@ def _earlier(folder: Path, images: str, given: Tree) -> Own | None:
 
 def _costs(given: Tree, facts: Facts, gpu: Gpu | None) -> Any:
     """For :func:`.own.choose`: what the planner says of keys of the model."""
-    has_bf16 = gpu.bf16 if gpu is not None else not facts.gpu or torch.cuda.is_bf16_supported(False)
+    has_bf16 = gpu.bf16 if gpu is not None else not facts.gpu or torch.cuda.is_bf16_supported(including_emulation=False)
 
     def cost(keys: Mapping[str, Any]) -> Cost:
         cfg = config_of(merge_trees(given, _nested(_of_the_model(keys))))

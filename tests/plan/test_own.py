@@ -58,7 +58,8 @@ GPU = dict(gpu="H100", gpu_memory=78 * GIB, gpu_flops=798e12, cores=16)
     [
         (LAPTOP, {"model.name": "vit_tiny", "model.img_size": 192, "model.patch_size": 16, "objective.unit": 32,
                   "train.micro_batch_size": 16, "data.val_fraction": 0.1, "data.num_workers": 2}),
-        (with_(cores=2), {"model.img_size": 128}),  # 192 px would see too few
+        # 192 px would see too few
+        (with_(cores=2), {"model.img_size": 128, "objective.unit": 16, "model.patch_size": 16}),
         (with_(cores=1), {"model.img_size": 96, "model.patch_size": 8, "objective.unit": 16, "data.num_workers": 1}),
         (with_(short_sides=(32, 32, 32)), {"model.img_size": 32, "model.patch_size": 4, "objective.unit": 8}),
         (with_(short_sides=(20, 20, 20)), {"model.img_size": 32}),  # enlarged, and said
@@ -251,6 +252,12 @@ def test_the_planners_memory_is_asked(fixed: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("fastmim.plan.own_facts.available_memory", lambda: 0.2 * GIB)
     with pytest.raises(ValueError, match="0.2 GiB are free on this machine"):
         own_config("mine")
+
+
+def test_a_gpu_is_planned_for(fixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--images", "mine", "--gpu", "h100-80g"]) == 0
+    out = " ".join(capsys.readouterr().out.replace("#", " ").split())
+    assert "h100-80g with 78 GiB free" in out and "images/s (modelled)" in out and "measured" not in out
 
 
 TINY = ["model.name=vit", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.patch_size=8",
