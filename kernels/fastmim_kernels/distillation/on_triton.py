@@ -26,7 +26,7 @@ from .layout import mean_weight
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1e30)
-"""Maximum of a chunk that is not there: finite, so that nothing times zero is zero."""
+"""A logit that is not there: its exponential is zero, and zero times it."""
 
 
 @triton.jit
@@ -57,8 +57,8 @@ def student_sums(p_student, p_weight, p_part, b_e, i_v, i_g, m_group, groups, co
         m_group = m_group & (tl.load(p_weight + i_row) != 0)
     b_s = tl.load(p_student + i_row * codes + o_k, mask=m_k & m_group, other=0).to(tl.float32)
     b_max = tl.max(where_inside(m_k, b_s, NOTHING, EVEN), 1, keep_dims=True)
-    b_x = (b_s - b_max) * k_s
-    b_sum = tl.sum(where_inside(m_k, tl.exp2(b_x), 0.0, EVEN), 1, keep_dims=True)
+    b_x = where_inside(m_k, (b_s - b_max) * k_s, NOTHING, EVEN)
+    b_sum = tl.sum(tl.exp2(b_x), 1, keep_dims=True)
     values = tl.cast(groups, tl.int64) * V * CHUNKS
     o_u = tl.arange(0, U_PAD)
     p_row = p_part + i_row * CHUNKS + tl.program_id(1) + tl.zeros((1, 1), tl.int64)
@@ -108,8 +108,8 @@ def distillation_forward(
         b_t = tl.load(p_teacher + i_target * codes + o_k, mask=m_t, other=0).to(tl.float32) - b_c
         # What is computed of rows that are not read is never looked at.
         b_max = tl.max(where_inside(m_k, b_t, NOTHING, EVEN), 1, keep_dims=True)
-        b_y = (b_t - b_max) * k_t
-        b_e = where_inside(m_k, tl.exp2(b_y), 0.0, EVEN)
+        b_y = where_inside(m_k, (b_t - b_max) * k_t, NOTHING, EVEN)
+        b_e = tl.exp2(b_y)
         p_row = p_target + i_target * CHUNKS + i_split
         tl.store(p_row, b_max, mask=o_u < U)
         tl.store(p_row + values, tl.sum(b_e, 1, keep_dims=True), mask=o_u < U)
@@ -191,7 +191,7 @@ def add_shares(p_sums, p_loss, p_entropy, shares, MOST: tl.constexpr):
 
 @triton.jit
 def student_slope(p_student, p_weight, p_rows, p_out, b_p, b_factor, i_v, i_g, m_group, groups, codes, o_k, m_k, k_s,
-                  share, V: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, OWN: tl.constexpr):
+                  share, V: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, OWN: tl.constexpr, EVEN: tl.constexpr):
     """Store of one student row's chunk of the gradient, w / τ · grad · (n·q − Σ p)."""
     i_row = (i_v * groups + i_g).to(tl.int64)
     if p_weight is not None:
@@ -200,7 +200,7 @@ def student_slope(p_student, p_weight, p_rows, p_out, b_p, b_factor, i_v, i_g, m
     b_s = tl.load(p_student + i_row * codes + o_k, mask=m_k & m_group, other=0).to(tl.float32)
     b_max = tl.load(p_rows + i_row, mask=m_group, other=0)
     b_log = tl.load(p_rows + tl.cast(groups, tl.int64) * V + i_row, mask=m_group, other=0)
-    b_q = tl.exp2((b_s - b_max) * k_s - b_log)
+    b_q = tl.exp2(where_inside(m_k, (b_s - b_max) * k_s - b_log, 0.0, EVEN))
     b_n = 1.0 * U
     b_target = b_p
     if not OWN:
@@ -251,16 +251,16 @@ def distillation_backward(
         m_row = (o_u < U) & m_group
         b_max = tl.load(p_teacher_rows + i_target, mask=m_row, other=0)
         b_log = tl.load(p_teacher_rows + tl.cast(groups, tl.int64) * U + i_target, mask=m_row, other=0)
-        b_p = tl.exp2((b_t - b_max) * k_t - b_log)
+        b_p = tl.exp2(where_inside(m_k, (b_t - b_max) * k_t - b_log, 0.0, EVEN))
         if U < U_PAD:
             b_p = tl.where(o_u < U, b_p, 0.0)
         if V == 1:
             student_slope(p_student, p_weight, p_student_rows, p_out, b_p, b_factor, 0, i_g, m_group, groups, codes,
-                          o_k, m_k, k_s, share, V, U, U_PAD, OWN)
+                          o_k, m_k, k_s, share, V, U, U_PAD, OWN, EVEN)
         else:
             for i_v in tl.range(0, V, num_stages=INNER):
                 student_slope(p_student, p_weight, p_student_rows, p_out, b_p, b_factor, i_v, i_g, m_group, groups,
-                              codes, o_k, m_k, k_s, share, V, U, U_PAD, OWN)
+                              codes, o_k, m_k, k_s, share, V, U, U_PAD, OWN, EVEN)
 
 
 BLOCKS = 4
