@@ -13,6 +13,7 @@ from torch import Tensor
 import fastmim_kernels as fk
 from fastmim.models.layers import relative_position_index
 from fastmim.models.swin_shared import relative_coords_table
+from fastmim_kernels.distillation.op import traffic as distillation_traffic
 from fastmim_kernels.local_norm.op import traffic as local_norm_traffic
 from fastmim_kernels.mask_tokens.op import traffic as mask_tokens_traffic
 from fastmim_kernels.masked_loss.linear_op import linear_traffic
@@ -49,7 +50,8 @@ def stage(size: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 SHAPE_KEYS = ("grid", "channels", "heads", "window", "family")
-VIT_OPS = ("residual_norm", "mlp", "gelu", "mask_tokens", "masked_l1", "linear_masked_l1", "local_norm_target")
+VIT_OPS = ("residual_norm", "mlp", "gelu", "mask_tokens", "masked_l1", "linear_masked_l1", "local_norm_target",
+           "distillation")  # fmt: skip
 LOSSES = ("masked_l1", "linear_masked_l1")
 
 
@@ -223,8 +225,18 @@ def _local_norm_target(size: dict[str, Any], batch: int, itemsize: int) -> Work:
     return Work({"images": images, "kernel_size": 47}, (), (), sum(local_norm_traffic(tuple(images.shape))[:2]))
 
 
+def _distillation(size: dict[str, Any], batch: int, itemsize: int) -> Work:
+    """iBOT's patches: of the two global crops of an image 57 are masked in the mean; no encoder has a say in it."""
+    rows, codes = 57 * batch, 8192
+    arguments = {"student": normal(rows, codes), "teacher": -normal(rows, codes), "centre": normal(codes, scale=0.1),
+                 "student_temp": 0.1, "teacher_temp": 0.05, "weight": torch.full((rows,), 1 / rows)}  # fmt: skip
+    moved = _moved(distillation_traffic(1, 1, rows, codes, itemsize=itemsize, teacher_itemsize=itemsize))
+    return Work(arguments, ("student", "teacher"), ("student",), *moved)
+
+
 WORKS: dict[str, Callable[[dict[str, Any], int, int], Work]] = {
     "window_attention": _window_attention, "residual_norm": _residual_norm, "mlp": _mlp, "gelu": _gelu,
     "patch_merge": _patch_merge, "mask_tokens": _mask_tokens, "masked_l1": _masked_l1,
     "linear_masked_l1": _linear_masked_l1, "local_norm_target": _local_norm_target, "position_bias": _position_bias,
+    "distillation": _distillation,
 }  # fmt: skip

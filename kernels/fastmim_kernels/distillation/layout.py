@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def teachers_of(view: int, teachers: int, own: bool) -> list[int]:
-    """Teacher views that student view ``view`` is compared with: all, or (``own`` false) all but the one of its index."""
+    """Teacher views with which a student view is compared: all or, without ``own``, all but that of its index."""
     return [u for u in range(teachers) if own or u != view]
 
 

@@ -1,4 +1,4 @@
-"""What tells of a collapse beside the teacher's entropy: on a few rows, at log steps; no gradient, no wait for the host."""
+"""What tells of a collapse beside the teacher's entropy: of a few rows, at log steps; nothing waits for the host."""
 
 from __future__ import annotations
 

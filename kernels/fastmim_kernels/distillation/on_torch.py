@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..common.rows import cast
 from .layout import mean_weight, teachers_of
 
 VALUES = 1 << 19
@@ -36,7 +37,7 @@ def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | N
 def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None,
              student_temp: Tensor, teacher_temp: Tensor, student_rows: Tensor, teacher_rows: Tensor, own: bool
              ) -> Tensor:
-    """Arguments and result of the op ``fastmim::distillation_backward``: ``w / τ_s · (n·softmax(s / τ_s) − Σ target)``."""
+    """Arguments and result of ``fastmim::distillation_backward``: grad·w/τ_s · (n·softmax(s/τ_s) − Σ target)."""
     given = weight is not None
     weight = _weights(student, teacher, centre, weight, own)
     factor = weight * (grad / student_temp)
@@ -53,7 +54,8 @@ def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, wei
             slope = torch.softmax(_scaled(student[view, groups], student_temp), -1)
             slope = slope.mul_(len(others)) if len(others) > 1 else slope
             slope = slope.sub_(_sum(target, others)).mul_(factor[view, groups].unsqueeze(-1))
-            out[view, groups] = slope.masked_fill_((weight[view, groups] == 0).unsqueeze(-1), 0) if given else slope
+            slope = slope.masked_fill_((weight[view, groups] == 0).unsqueeze(-1), 0) if given else slope
+            out[view, groups] = cast(slope, out.dtype)
     return out
 
 
@@ -63,7 +65,7 @@ def _weights(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | 
 
 
 def _chunks(weight: Tensor, codes: int) -> Iterator[Tensor | slice]:
-    """Groups that are worked on together; on a CPU without those in which every weight is 0, elsewhere the host would wait."""
+    """Groups that are worked on together; on a CPU without those whose weights are 0: elsewhere the host would wait."""
     size = max(1, VALUES // codes)
     groups = weight.shape[1]
     if weight.is_cpu:

@@ -26,7 +26,7 @@ from .layout import mean_weight
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1e30)
-"""Maximum of a chunk that is not there: finite, so that nothing times zero is zero."""
+"""A logit that is not there: its exponential is zero, and zero times it."""
 
 
 @triton.jit
@@ -50,21 +50,21 @@ def where_inside(m_k, b_x, other, EVEN: tl.constexpr):
 
 @triton.jit
 def student_sums(p_student, p_weight, p_part, b_e, i_v, i_g, m_group, groups, codes, o_k, m_k, k_s,
-                 V: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, EVEN: tl.constexpr):
+                 V: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, EVEN: tl.constexpr, CHUNKS: tl.constexpr):
     """Store of one student row's chunk: its maximum, Σ e^x, and Σ e·x with each teacher's e."""
     i_row = (i_v * groups + i_g).to(tl.int64)
     if p_weight is not None:
         m_group = m_group & (tl.load(p_weight + i_row) != 0)
     b_s = tl.load(p_student + i_row * codes + o_k, mask=m_k & m_group, other=0).to(tl.float32)
     b_max = tl.max(where_inside(m_k, b_s, NOTHING, EVEN), 1, keep_dims=True)
-    b_x = (b_s - b_max) * k_s
-    b_sum = tl.sum(where_inside(m_k, tl.exp2(b_x), 0.0, EVEN), 1, keep_dims=True)
-    rows, splits, i_split = tl.cast(groups, tl.int64) * V, tl.num_programs(1), tl.program_id(1)
+    b_x = where_inside(m_k, (b_s - b_max) * k_s, NOTHING, EVEN)
+    b_sum = tl.sum(tl.exp2(b_x), 1, keep_dims=True)
+    values = tl.cast(groups, tl.int64) * V * CHUNKS
     o_u = tl.arange(0, U_PAD)
-    p_row = p_part + i_split * rows + i_row + tl.zeros((1, 1), tl.int64)
+    p_row = p_part + i_row * CHUNKS + tl.program_id(1) + tl.zeros((1, 1), tl.int64)
     tl.store(p_row, b_max)
-    tl.store(p_row + splits * rows, b_sum)
-    p_pair = p_part + (2 * splits + o_u * splits + i_split) * rows + i_row
+    tl.store(p_row + values, b_sum)
+    p_pair = p_part + (2 + o_u) * values + i_row * CHUNKS + tl.program_id(1)
     tl.store(p_pair, tl.sum(b_e * b_x, 1), mask=o_u < U)
 
 
@@ -76,8 +76,8 @@ def distillation_forward(
     p_weight,  # (V, G) float32 or None
     p_student_temp,  # scalar float32
     p_teacher_temp,  # scalar float32
-    p_part,  # (2 + U, chunks, V·G) float32, scratch: maximum, Σ e^x, Σ e·x of each student row
-    p_target,  # (3, chunks, U·G) float32, scratch: maximum, Σ e^y, Σ e^y·y of each teacher row
+    p_part,  # (2 + U, V·G, CHUNKS) float32, scratch: maximum, Σ e^x, Σ e·x of each student row
+    p_target,  # (3, U·G, CHUNKS) float32, scratch: maximum, Σ e^y, Σ e^y·y of each teacher row
     p_sums,  # (2, shares) float32, scratch: of loss and entropy
     p_counter,  # (1 + shares,) int32, see .arrival
     p_student_rows,  # (2, V·G) float32, out: maximum, log2 of the sum
@@ -86,8 +86,8 @@ def distillation_forward(
     p_entropy,  # scalar float32, out
     groups, per_program, codes, share,
     V: tl.constexpr, V_PAD: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, OWN: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr,
-    OUTER: tl.constexpr, INNER: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
+    MOST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):
     i_split = tl.program_id(1)
     o_u = tl.arange(0, U_PAD)[:, None]
@@ -98,10 +98,9 @@ def distillation_forward(
     k_t = LOG2E / tl.load(p_teacher_temp)
     first = tl.program_id(0) * per_program
     last = tl.minimum(first + per_program, groups)
-    targets = tl.cast(groups, tl.int64) * U
-    splits = tl.num_programs(1)
+    values = tl.cast(groups, tl.int64) * U * CHUNKS
     for i_g in tl.range(first, last, num_stages=OUTER):
-        m_group = i_g < last
+        m_group = i_g < last  # always
         if p_weight is not None:
             m_group = is_read(p_weight, i_g, groups, V, V_PAD)
         m_t = (o_u < U) & m_k & m_group
@@ -109,30 +108,30 @@ def distillation_forward(
         b_t = tl.load(p_teacher + i_target * codes + o_k, mask=m_t, other=0).to(tl.float32) - b_c
         # What is computed of rows that are not read is never looked at.
         b_max = tl.max(where_inside(m_k, b_t, NOTHING, EVEN), 1, keep_dims=True)
-        b_y = (b_t - b_max) * k_t
-        b_e = where_inside(m_k, tl.exp2(b_y), 0.0, EVEN)
-        p_row = p_target + i_split * targets + i_target
+        b_y = where_inside(m_k, (b_t - b_max) * k_t, NOTHING, EVEN)
+        b_e = tl.exp2(b_y)
+        p_row = p_target + i_target * CHUNKS + i_split
         tl.store(p_row, b_max, mask=o_u < U)
-        tl.store(p_row + splits * targets, tl.sum(b_e, 1, keep_dims=True), mask=o_u < U)
-        tl.store(p_row + 2 * splits * targets, tl.sum(b_e * b_y, 1, keep_dims=True), mask=o_u < U)
+        tl.store(p_row + values, tl.sum(b_e, 1, keep_dims=True), mask=o_u < U)
+        tl.store(p_row + 2 * values, tl.sum(b_e * b_y, 1, keep_dims=True), mask=o_u < U)
         if V == 1:
             student_sums(p_student, p_weight, p_part, b_e, 0, i_g, m_group, groups, codes, o_k, m_k, k_s, V, U,
-                         U_PAD, EVEN)
+                         U_PAD, EVEN, CHUNKS)
         else:
             for i_v in tl.range(0, V, num_stages=INNER):
                 student_sums(p_student, p_weight, p_part, b_e, i_v, i_g, m_group, groups, codes, o_k, m_k, k_s, V, U,
-                             U_PAD, EVEN)
-    if arrive(p_counter + 1 + tl.program_id(0), splits):
-        put_together(p_weight, p_part, p_target, p_sums, p_student_rows, p_teacher_rows, first, last, groups, splits,
-                     share, k_s, k_t, V, U, OWN, CHUNKS, ROWS)
+                             U_PAD, EVEN, CHUNKS)
+    if arrive(p_counter + 1 + tl.program_id(0), SPLITS):
+        put_together(p_weight, p_part, p_target, p_sums, p_student_rows, p_teacher_rows, first, last, groups, share,
+                     k_s, k_t, V, U, OWN, SPLITS, CHUNKS, ROWS)
         if arrive(p_counter, tl.num_programs(0)):
             add_shares(p_sums, p_loss, p_entropy, tl.num_programs(0), MOST)
 
 
 @triton.jit
-def put_together(p_weight, p_part, p_target, p_sums, p_student_rows, p_teacher_rows, first, last, groups, splits,
-                 share, k_s, k_t, V: tl.constexpr, U: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr,
-                 ROWS: tl.constexpr):
+def put_together(p_weight, p_part, p_target, p_sums, p_student_rows, p_teacher_rows, first, last, groups, share,
+                 k_s, k_t, V: tl.constexpr, U: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr,
+                 CHUNKS: tl.constexpr, ROWS: tl.constexpr):
     """The rows of the groups ``first`` to ``last`` from their chunks; the sums of their losses and entropies."""
     rows, targets = tl.cast(groups, tl.int64) * V, tl.cast(groups, tl.int64) * U
     o_split = tl.arange(0, CHUNKS)[None, :]
@@ -148,30 +147,30 @@ def put_together(p_weight, p_part, p_target, p_sums, p_student_rows, p_teacher_r
         if p_weight is not None:
             b_w = tl.load(p_weight + i_row, mask=m_r, other=0)
             m_r = m_r & (b_w != 0)
-        m = m_r[:, None] & (o_split < splits)
+        m = m_r[:, None] & (o_split < SPLITS)
         # Other processors wrote these: past the cache of this one.
-        p_own = p_part + i_row[:, None] + o_split * rows
+        p_own = p_part + i_row[:, None] * CHUNKS + o_split
         b_part = tl.load(p_own, mask=m, other=NOTHING, cache_modifier=".cg")
         b_max = tl.max(b_part, 1)
         b_x = (b_part - b_max[:, None]) * k_s
-        b_sum = tl.load(p_own + splits * rows, mask=m, other=0, cache_modifier=".cg")
+        b_sum = tl.load(p_own + rows * CHUNKS, mask=m, other=0, cache_modifier=".cg")
         b_log = tl.log2(tl.where(m_r, tl.sum(b_sum * tl.exp2(b_x), 1), 1.0))
         tl.store(p_student_rows + i_row, b_max, mask=m_r)
         tl.store(p_student_rows + rows + i_row, b_log, mask=m_r)
         for u in tl.static_range(U):
             i_target = tl.cast(groups, tl.int64) * u + i_g
-            p_row = p_target + i_target[:, None] + o_split * targets
+            p_row = p_target + i_target[:, None] * CHUNKS + o_split
             b_part = tl.load(p_row, mask=m, other=NOTHING, cache_modifier=".cg")
             b_max = tl.max(b_part, 1)
             b_y = (b_part - b_max[:, None]) * k_t
             b_f = tl.exp2(b_y)
-            b_sum = tl.load(p_row + splits * targets, mask=m, other=0, cache_modifier=".cg")
+            b_sum = tl.load(p_row + targets * CHUNKS, mask=m, other=0, cache_modifier=".cg")
             b_all = tl.where(m_r, tl.sum(b_sum * b_f, 1), 1.0)
             # Student views of one group write the same values.
             tl.store(p_teacher_rows + i_target, b_max, mask=m_r)
             tl.store(p_teacher_rows + targets + i_target, tl.log2(b_all), mask=m_r)
-            b_ey = tl.load(p_row + 2 * splits * targets, mask=m, other=0, cache_modifier=".cg")
-            b_ex = tl.load(p_own + (2 + u) * splits * rows, mask=m, other=0, cache_modifier=".cg")
+            b_ey = tl.load(p_row + 2 * targets * CHUNKS, mask=m, other=0, cache_modifier=".cg")
+            b_ex = tl.load(p_own + (2 + u) * rows * CHUNKS, mask=m, other=0, cache_modifier=".cg")
             b_entropy = tl.log2(b_all) - tl.sum(b_f * (b_ey + b_y * b_sum), 1) / b_all
             b_loss = b_log - tl.sum(b_f * (b_ex + b_x * b_sum), 1) / b_all
             m_pair = m_r if OWN else m_r & (i_v != u)
@@ -192,7 +191,7 @@ def add_shares(p_sums, p_loss, p_entropy, shares, MOST: tl.constexpr):
 
 @triton.jit
 def student_slope(p_student, p_weight, p_rows, p_out, b_p, b_factor, i_v, i_g, m_group, groups, codes, o_k, m_k, k_s,
-                  share, V: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, OWN: tl.constexpr):
+                  share, V: tl.constexpr, U: tl.constexpr, U_PAD: tl.constexpr, OWN: tl.constexpr, EVEN: tl.constexpr):
     """Store of one student row's chunk of the gradient, w / τ · grad · (n·q − Σ p)."""
     i_row = (i_v * groups + i_g).to(tl.int64)
     if p_weight is not None:
@@ -201,7 +200,7 @@ def student_slope(p_student, p_weight, p_rows, p_out, b_p, b_factor, i_v, i_g, m
     b_s = tl.load(p_student + i_row * codes + o_k, mask=m_k & m_group, other=0).to(tl.float32)
     b_max = tl.load(p_rows + i_row, mask=m_group, other=0)
     b_log = tl.load(p_rows + tl.cast(groups, tl.int64) * V + i_row, mask=m_group, other=0)
-    b_q = tl.exp2((b_s - b_max) * k_s - b_log)
+    b_q = tl.exp2(where_inside(m_k, (b_s - b_max) * k_s - b_log, 0.0, EVEN))
     b_n = 1.0 * U
     b_target = b_p
     if not OWN:
@@ -243,7 +242,7 @@ def distillation_backward(
     first = tl.program_id(0) * per_program
     last = tl.minimum(first + per_program, groups)
     for i_g in tl.range(first, last, num_stages=OUTER):
-        m_group = i_g < last
+        m_group = i_g < last  # always
         if p_weight is not None:
             m_group = is_read(p_weight, i_g, groups, V, V_PAD)
         m_t = (o_u < U) & m_k & m_group
@@ -252,16 +251,16 @@ def distillation_backward(
         m_row = (o_u < U) & m_group
         b_max = tl.load(p_teacher_rows + i_target, mask=m_row, other=0)
         b_log = tl.load(p_teacher_rows + tl.cast(groups, tl.int64) * U + i_target, mask=m_row, other=0)
-        b_p = tl.exp2((b_t - b_max) * k_t - b_log)
+        b_p = tl.exp2(where_inside(m_k, (b_t - b_max) * k_t - b_log, 0.0, EVEN))
         if U < U_PAD:
             b_p = tl.where(o_u < U, b_p, 0.0)
         if V == 1:
             student_slope(p_student, p_weight, p_student_rows, p_out, b_p, b_factor, 0, i_g, m_group, groups, codes,
-                          o_k, m_k, k_s, share, V, U, U_PAD, OWN)
+                          o_k, m_k, k_s, share, V, U, U_PAD, OWN, EVEN)
         else:
             for i_v in tl.range(0, V, num_stages=INNER):
                 student_slope(p_student, p_weight, p_student_rows, p_out, b_p, b_factor, i_v, i_g, m_group, groups,
-                              codes, o_k, m_k, k_s, share, V, U, U_PAD, OWN)
+                              codes, o_k, m_k, k_s, share, V, U, U_PAD, OWN, EVEN)
 
 
 BLOCKS = 4
@@ -284,7 +283,7 @@ def config(views: int, teachers: int, codes: int) -> dict[str, int]:
 def finish(chunks: int) -> dict[str, int]:
     """Tile of what the last program of a share puts together, and how many shares the last of all adds up."""
     wide = next_power_of_2(chunks)
-    return {"CHUNKS": wide, "ROWS": max(1, min(16, 1024 // wide)), "MOST": MOST}
+    return {"SPLITS": chunks, "CHUNKS": wide, "ROWS": max(1, min(16, 1024 // wide)), "MOST": MOST}
 
 
 def each_of(groups: int, chunks: int, device: torch.device) -> int:
@@ -310,12 +309,12 @@ def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | N
     chunks = cdiv(codes, cfg["BLOCK"])
     each = each_of(groups, chunks, device)
     shares = cdiv(groups, each)
-    loss, entropy = make(), make()
+    loss, entropy, end = make(), make(), finish(chunks)
     distillation_forward[(shares, chunks)](
         *_plain(student, teacher, centre, weight, student_temp, teacher_temp),
-        make(2 + teachers, chunks, views * groups), make(3, chunks, teachers * groups), make(2, shares),
+        make(2 + teachers, views * groups, end["CHUNKS"]), make(3, teachers * groups, end["CHUNKS"]), make(2, shares),
         arrival.counters(1 + shares, device), *found, loss, entropy, groups, each, codes,
-        mean_weight(views, teachers, groups, own), OWN=own, **finish(chunks), **cfg)
+        mean_weight(views, teachers, groups, own), OWN=own, **end, **cfg)
     return loss, entropy, *found
 
 
@@ -341,12 +340,13 @@ def _plain(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def aot_cases() -> list[AotCase]:
-    """iBOT's patches (8,192 codes, weights) and class tokens (12 crops), DINO's class tokens (65,536 codes, 10 crops)."""
+    """iBOT's patches (8,192 codes, weights) and class tokens (12 crops); DINO's class tokens (65,536 codes)."""
     cases = []
     types = {"p_student": "*bf16", "p_teacher": "*bf16", "p_out": "*bf16", "p_counter": "*i32", "groups": "i32",
              "per_program": "i32", "codes": "i32", "share": "fp32"}
-    for name, views, teachers, codes, weighted in (("ibot_patches", 1, 1, 8192, True), ("ibot_views", 12, 2, 8192, False),
-                                                   ("dino_views", 10, 2, 65536, False)):
+    shapes = (("ibot_patches", 1, 1, 8192, True), ("ibot_views", 12, 2, 8192, False),
+              ("dino_views", 10, 2, 65536, False))
+    for name, views, teachers, codes, weighted in shapes:
         cfg = config(views, teachers, codes)
         warps, put = cfg.pop("num_warps"), finish(cdiv(codes, cfg["BLOCK"]))
         for direction, kernel in (("forward", distillation_forward), ("backward", distillation_backward)):
@@ -354,6 +354,7 @@ def aot_cases() -> list[AotCase]:
                           **({} if weighted else {"p_weight": None})}
             signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constexprs}
             divisible = tuple(n for n, kind in signature.items() if kind[0] == "*" or n == "codes")
+            # Two chunks are 64 bits; the report counts the loop that reads them as often as that over the groups.
             cases.append(AotCase(f"{direction}/{name}", kernel, signature, constexprs, warps, 2, divisible,
                                  wide_target=0.9 if name == "ibot_patches" else 0.95, quick=name != "dino_views",
                                  trips=_forward_trips if direction == "forward" else _trips))

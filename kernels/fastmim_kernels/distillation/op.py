@@ -48,7 +48,7 @@ def distillation(student: Tensor, teacher: Tensor, centre: Tensor, *, student_te
     Raises:
         ValueError: Unknown ``pairs``, a temperature that is not positive, shapes that do not belong together.
     """
-    return OP(*_prepared(student, teacher, centre, student_temp, teacher_temp, pairs, weight), impl=impl)
+    return OP(*_prepared(student, teacher, centre, student_temp, teacher_temp, pairs, weight), impl=impl)[0]
 
 
 def distillation_and_entropy(student: Tensor, teacher: Tensor, centre: Tensor, *, student_temp: float | Tensor,
@@ -60,7 +60,7 @@ def distillation_and_entropy(student: Tensor, teacher: Tensor, centre: Tensor, *
     section 5.3): towards 0 it is to one code, towards log K to the uniform distribution. No gradient flows through it.
     """
     prepared = _prepared(student, teacher, centre, student_temp, teacher_temp, pairs, weight)
-    loss, entropy = OP.hand_on(*prepared, impl=impl)
+    loss, entropy = OP(*prepared, impl=impl)
     return loss, entropy.detach()
 
 
@@ -152,7 +152,7 @@ def _save(inputs: Any, outputs: Any) -> Any:
     return (*tensors, *outputs[2:]), (own, impl)
 
 
-def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, _: Tensor | None = None
+def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, of_entropy: Tensor | None
                ) -> tuple[Tensor | None, ...]:
     return (None if grad is None else backward(grad, *kept.tensors, *kept.settings),)
 
@@ -183,5 +183,4 @@ def _reference(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor 
 
 
 OP = define_op("distillation", on_torch, ".on_triton", reference=_reference, fake=_fake, backward_fake=_backward_fake,
-               save=_save, gradients=_gradients, readers=lambda inputs, outputs: outputs[:2], moved=_moved,
-               backward_moved=_backward_moved)
+               save=_save, gradients=_gradients, results=2, moved=_moved, backward_moved=_backward_moved)

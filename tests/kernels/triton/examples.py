@@ -133,8 +133,7 @@ def _distillation(pairs: str, codes: int, dtype: torch.dtype = F32) -> dict[str,
     weight = positive(*student[:-1]) * ~hidden(*student[:-1])
     weight[..., 1] = 0
     return {"student": normal(*student, dtype=dtype), "teacher": normal(*teacher, dtype=dtype, seed=2),
-            "centre": normal(1, codes), "student_temp": torch.tensor(0.1), "teacher_temp": torch.tensor(0.5),
-            "pairs": pairs, "weight": weight}
+            "centre": normal(1, codes), "student_temp": 0.1, "teacher_temp": 0.5, "pairs": pairs, "weight": weight}
 
 
 _ATTENTION = (

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastmim_kernels.common import arrival
+from fastmim_kernels.distillation import on_triton as distillation
 from fastmim_kernels.linear.product_add import product_add
 from fastmim_kernels.linear.weight_gradient import weight_gradient
 from fastmim_kernels.local_norm import on_triton as local_norm
@@ -56,7 +57,22 @@ def norm(forward: bool, rows: int = 2**24, c: int = 8192) -> object:
                                   BF16)
 
 
+def logits(views: int, teachers: int, groups: int, codes: int) -> tuple[Any, ...]:
+    scalar = empty(dtype=F32)
+    return (empty(views, groups, codes), empty(teachers, groups, codes), empty(codes, dtype=F32), None, scalar, scalar,
+            views == 1)
+
+
+def slopes(views: int, teachers: int, groups: int, codes: int) -> object:
+    *given, own = logits(views, teachers, groups, codes)
+    rows = empty(2, views, groups, dtype=F32), empty(2, teachers, groups, dtype=F32)
+    return distillation.backward(empty(dtype=F32), *given, *rows, own)
+
+
 CASES: dict[str, Callable[[], object]] = {
+    "distillation, rows": lambda: distillation.forward(*logits(1, 1, 2**24, 2**20)),
+    "distillation, views": lambda: distillation.forward(*logits(12, 2, 2**16, 2**20)),
+    "distillation, backward": lambda: slopes(12, 2, 2**16, 2**20),
     "local_norm, 66,000 planes": lambda: local_norm.forward(empty(22000, 3, 4, 4, dtype=F32), 3),
     "local_norm, one large image": lambda: local_norm.forward(empty(1, 1, 16384, 16384, dtype=F32), 47),
     "position_bias": lambda: bias(True),
