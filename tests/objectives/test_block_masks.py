@@ -1,4 +1,4 @@
-"""Block-wise masks: bit by bit those of a plain loop, in distribution those of the public code; fixed numbers of rows."""
+"""Block-wise masks: bit by bit those of a plain loop, in distribution those of the public code; rows of fixed number."""
 
 from __future__ import annotations
 
