@@ -221,6 +221,14 @@ def test_a_row_depends_on_its_pixels_and_keys_alone():
         assert not torch.equal(photometric(images, ids, **dict(seed=1, epoch=2, crop=3) | other, how=how), batch)
 
 
+def test_a_row_beside_one_whose_hue_turns():
+    """Halves of levels show what the slightest change before rounding makes of them."""
+    images = pictures(2, 64, 64)
+    some = draws(2)._replace(factors=torch.tensor([(0.5, 1, 1, 0), (0.5, 1, 1, 0.1)]))
+    alone = apply_draws(images[:1], Draws(*(column[:1] for column in some)), EVERYTHING)
+    assert torch.equal(apply_draws(images, some, EVERYTHING)[:1], alone)
+
+
 def test_a_device_that_cannot_look_at_draws_gives_the_same(monkeypatch):
     """There every row runs through every step, and nothing reads a value."""
     how = Photometric(solarize_p=0.3)
