@@ -120,8 +120,11 @@ def draw(sample_ids: Tensor, *, seed: int, epoch: int, crop: int | Tensor, how: 
 def apply_draws(images: Tensor, draws: Draws, how: Photometric) -> Tensor:
     """uint8 (B, C, H, W) → the same shape and dtype, by what was drawn for each row.
 
-    Pixels stay float32 between the operations and are clamped where PIL clamps them, and are rounded once. PIL cuts
-    off after brightness, contrast and saturation, turns hues in HSV of 8 bits and rounds in each pass of its blur.
+    Pixels are float32 between the operations, clamped where PIL clamps them, and rounded once: within .53 of a level
+    (of 255) of torchvision's float arithmetic after each jitter, within .65 after all four and grey. PIL cuts off
+    after brightness, contrast and saturation (2 levels apart at most, half of one darker on average), turns hues in
+    HSV of 8 bits (15; 2 on average) and rounds in each of the six passes of its blur (3); grey differs by 1 at most,
+    solarisation not. A chain of all is a level brighter than PIL's on average; single pixels are up to 24 apart.
 
     Args:
         images: Of which ``draws`` has a row each.

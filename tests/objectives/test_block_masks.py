@@ -1,4 +1,4 @@
-"""Block-wise masks: bit by bit those of a plain loop, in distribution those of the public code, rows of fixed number."""
+"""Block-wise masks: bit by bit those of a plain loop, in distribution those of the public code; rows of fixed number."""
 
 from __future__ import annotations
 
@@ -158,6 +158,23 @@ def test_nothing_looks_at_values_where_that_would_wait(monkeypatch):
     assert mask.is_meta and mask.shape == (6, 12, 16) and rows.shape == weights.shape == (6 * 96,)
 
 
+@pytest.mark.cuda
+def test_a_gpu_draws_the_same_bits_and_never_waits():
+    ids = torch.arange(500)
+    on_cpu = ibot_mask(ids, grid=(12, 16)), beit_mask(ids, grid=(14, 14))
+    expected = masked_rows(on_cpu[0], 500 * 96)
+    ids = ids.cuda()
+    for mode in ("default", "error"):  # the first use of a kernel may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            on_gpu = ibot_mask(ids, grid=(12, 16)), beit_mask(ids, grid=(14, 14))
+            rows = masked_rows(on_gpu[0], 500 * 96)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(on_gpu[0].cpu(), on_cpu[0]) and torch.equal(on_gpu[1].cpu(), on_cpu[1])
+    assert torch.equal(rows[0].cpu(), expected[0]) and torch.equal(rows[1].cpu(), expected[1])
+
+
 def test_rows_and_weights_give_the_mean_over_images_of_the_mean_over_masked_rows():
     mask = ibot_mask(torch.arange(40), grid=(7, 9))
     losses = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
@@ -196,7 +213,7 @@ def test_a_mask_holds_what_its_capacity_says_at_most():
 
 @pytest.mark.parametrize("call, message", [
     (lambda ids: ibot_mask(ids.float(), grid=(4, 4)), "sample_ids must be a vector of integers"),
-    (lambda ids: ibot_mask(ids, grid=(4, 4), crop=torch.zeros(3, dtype=torch.long)), r"4 integers, got torch.int64 \(3"),
+    (lambda ids: ibot_mask(ids, grid=(4, 4), crop=torch.arange(3)), r"4 integers, got torch.int64 \(3"),
     (lambda ids: ibot_mask(ids, grid=(4, 4), crop=torch.zeros(4)), "got torch.float32"),
     (lambda ids: ibot_mask(ids, grid=(1, 8)), r"grid=\(1, 8\): blocks need two cells"),
     (lambda ids: ibot_mask(ids, grid=(4, 4), ratios=((0.5, 0.2),)), "ratios=.*0 <= low <= high < 1"),
