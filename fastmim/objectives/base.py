@@ -102,7 +102,7 @@ class Objective(nn.Module):
         """After each update that was applied, on every rank: reduce what forward has summed up, and use it."""
 
     def skip_step(self) -> None:
-        """After each update that was not applied (fp16 overflowed), on every rank: forget what forward has summed up."""
+        """After each update that was not applied (fp16 overflowed), on every rank: forget what forward summed up."""
 
     def ema(self) -> list[tuple[nn.Module, nn.Module]]:
         """(teacher, student) pairs: the engine keeps each teacher at the moving average of its student."""

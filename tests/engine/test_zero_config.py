@@ -290,8 +290,8 @@ def test_replayed_construction_is_the_plain_one(encoder):
     for name, param in plain.named_parameters():
         assert torch.equal(found[name].view_as(param), param), name
     assert torch.equal(torch.rand(3), next_draw)
-    # One tensor at a time, or a teacher's beside its student's; but a ViT of SimMIM divides its residual outputs, two of
-    # a block's six matrices, at the very end.
+    # One tensor at a time, or a teacher's beside its student's; but a ViT of SimMIM divides its residual outputs, two
+    # of a block's six matrices, at the very end.
     sizes = {name: 4 * p.numel() for name, p in plain.named_parameters()}
     late = sum(size for name, size in sizes.items() if name.endswith(("attn.proj.weight", "mlp.fc2.weight")))
     late = max(sizes.values()) if teacher else late if encoder["name"] == "vit" else 0

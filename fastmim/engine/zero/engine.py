@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,17 +83,17 @@ class ZeroEngine(Engine):
         self._hooks = self._make_hooks(groups, clip_each)
 
     def _make_hooks(self, groups: list[list[nn.Parameter]], clip_each: float | None) -> UpdateHooks | None:
-        freezable = list(self.objective.freezable()) if isinstance(self.objective, Objective) else []
-        if not (clip_each or freezable):
+        can_freeze = isinstance(self.objective, Objective) and any(True for _ in self.objective.freezable())
+        if not (clip_each or can_freeze):
             return None
-        whole = self.stage == 0
+        whole, objective = self.stage == 0, cast(Objective, self.objective)
         return UpdateHooks(
             self._base,
             groups,
             self._fragments(rank=0, world_size=1) if whole else self._fragments(),
             [name for name, param in self.objective.named_parameters() if param.requires_grad],
             clip_each=clip_each,
-            frozen=self.objective.frozen if freezable else tuple,
+            frozen=objective.frozen if can_freeze else tuple,
             whole=whole,
             device=self.device,
         )
@@ -112,7 +112,7 @@ class ZeroEngine(Engine):
         if self._teachers is None:
             super()._move_averages()
         else:
-            self._teachers.move(self.objective.ema_momentum())
+            self._teachers.move(cast(Objective, self.objective).ema_momentum())
 
     @property
     def collective(self) -> bool:

@@ -98,8 +98,8 @@ class UpdateHooks:
     @torch.no_grad()
     def _clip(self, keys: list[Tensor], most: float) -> None:
         """Scale the gradient of every tensor by most/(its norm + 1e-6) where that is below 1, as DINO and iBOT do."""
-        own = [(key, piece) for key in keys for piece in self._pieces.get(id(key), [])]
-        grads = [piece.of(key.grad) for key, piece in own]
+        own = [(key.grad, piece) for key in keys if key.grad is not None for piece in self._pieces.get(id(key), [])]
+        grads = [piece.of(grad) for grad, piece in own]
         places = torch.tensor([self._places[piece.name] for _, piece in own], dtype=torch.int64, device=self._device)
         squares = torch.zeros(len(self._places), dtype=torch.float64, device=self._device)
         if grads:
