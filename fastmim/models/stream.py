@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.branches import Norm
+from fastmim_kernels.common.hooks import seen_by_nobody
 from fastmim_kernels.linear.op import product_dtype
 
 from .read_rows import take
@@ -98,10 +100,6 @@ class Step(NamedTuple):
         """Whether the product that reads y, which is the stream too, adds the gradient of the stream's other reader."""
         return stream is not None and self.fusion.product_adds_gradients and stream.dtype == y.dtype
 
-    def branch_and_stream(self, found: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a module gave that was handed the stream x: its branch alone, or with the stream for the next reader."""
-        return found if isinstance(found, tuple) else (found, x)
-
     def product_bias(self, layer: nn.Linear) -> Tensor | None:
         """The bias of a block's last products as they add it: None where the norm behind them does."""
         return None if self.fusion.norm_adds_bias else layer.bias
@@ -109,6 +107,43 @@ class Step(NamedTuple):
     def add(self, x: Tensor, branch: Tensor, drop: Tensor | None) -> Tensor:
         """``x + drop·branch``, where no norm follows at once."""
         return x + (branch if drop is None else branch * drop.view(-1, *[1] * (x.ndim - 1)).to(branch.dtype))
+
+    def branch(
+        self,
+        module: Any,
+        x: Tensor,
+        y: Tensor,
+        norm: nn.LayerNorm,
+        layer: nn.Linear,
+        drop: Tensor | None,
+        *,
+        order: str,
+        gamma: Tensor | None = None,
+        merge: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream x and the branch that ``module`` makes of y, whose last layer is ``layer``, in a residual norm.
+
+        "pre": ``x + drop·gamma·branch``, and ``norm`` of it; "post": ``x + drop·norm(branch)``, twice.
+        """
+        bias = layer.bias if self.fusion.norm_adds_bias else None
+        behind = Norm(norm.weight, norm.bias, bias, drop, gamma, order, norm.eps, merge)
+        stream = x if order == "post" else None
+        if self.fusion.one_node and seen_by_nobody(module):
+            found = module.with_norm(None if self.hands_on(y, stream) else x, y, step=self, norm=behind)
+            if found is not None:
+                return found
+        return self._apart(module, x, y, stream, behind)
+
+    def _apart(
+        self, module: Any, x: Tensor, y: Tensor, stream: Tensor | None, behind: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """The same, op by op."""
+        found = module(y, step=self, stream=stream)
+        branch, x = found if isinstance(found, tuple) else (found, x)
+        # The branch may have come as the rows that are wanted.
+        x = x if branch.ndim == x.ndim else self.take(x)
+        how = behind._asdict()
+        return fk.residual_norm(x, branch, how.pop("weight"), how.pop("bias"), **how, impl=self.impl)
 
     def add_norm(
         self,
@@ -119,18 +154,7 @@ class Step(NamedTuple):
         drop: Tensor | None,
         gamma: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Pre-norm: the stream ``x + drop·gamma·branch``, and ``norm`` of it; ``layer`` made the branch."""
-        return self._residual_norm(x, branch, norm, layer, order="pre", drop_scale=drop, gamma=gamma)
-
-    def norm_add(
-        self, x: Tensor, branch: Tensor, norm: nn.LayerNorm, layer: nn.Linear, drop: Tensor | None, merge: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Res-post-norm: the stream ``x + drop·norm(branch)``, twice; ``layer`` made the branch."""
-        return self._residual_norm(x, branch, norm, layer, order="post", drop_scale=drop, merge=merge)
-
-    def _residual_norm(
-        self, x: Tensor, branch: Tensor, norm: nn.LayerNorm, layer: nn.Linear, **how: Any
-    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`branch` in "pre" order, with a branch that ``layer`` has made."""
         bias = layer.bias if self.fusion.norm_adds_bias else None
-        how |= {"eps": norm.eps, "branch_bias": bias, "impl": self.impl}
-        return fk.residual_norm(x, branch, norm.weight, norm.bias, **how)
+        how = {"order": "pre", "eps": norm.eps, "drop_scale": drop, "gamma": gamma, "branch_bias": bias}
+        return fk.residual_norm(x, branch, norm.weight, norm.bias, **how, impl=self.impl)
