@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.branches import Norm
+from fastmim_kernels.branches import Norm, add_branches
 from fastmim_kernels.common.hooks import seen_by_nobody
 from fastmim_kernels.linear.op import product_dtype
 
@@ -108,41 +108,42 @@ class Step(NamedTuple):
         """``x + drop·branch``, where no norm follows at once."""
         return x + (branch if drop is None else branch * drop.view(-1, *[1] * (x.ndim - 1)).to(branch.dtype))
 
-    def branch(
+    def behind(
         self,
-        module: Any,
-        x: Tensor,
-        y: Tensor,
         norm: nn.LayerNorm,
         layer: nn.Linear,
         drop: Tensor | None,
-        *,
         order: str,
         gamma: Tensor | None = None,
         merge: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """The stream x and the branch that ``module`` makes of y, whose last layer is ``layer``, in a residual norm.
+    ) -> Norm:
+        """The residual norm behind a branch whose last layer is ``layer``.
 
         "pre": ``x + drop·gamma·branch``, and ``norm`` of it; "post": ``x + drop·norm(branch)``, twice.
         """
         bias = layer.bias if self.fusion.norm_adds_bias else None
-        behind = Norm(norm.weight, norm.bias, bias, drop, gamma, order, norm.eps, merge)
-        stream = x if order == "post" else None
-        if self.fusion.one_node and seen_by_nobody(module):
-            found = module.with_norm(None if self.hands_on(y, stream) else x, y, step=self, norm=behind)
-            if found is not None:
-                return found
-        return self._apart(module, x, y, stream, behind)
+        return Norm(norm.weight, norm.bias, bias, drop, gamma, order, norm.eps, merge)
 
-    def _apart(
-        self, module: Any, x: Tensor, y: Tensor, stream: Tensor | None, behind: Norm
-    ) -> tuple[Tensor, Tensor]:
-        """The same, op by op."""
-        found = module(y, step=self, stream=stream)
+    def add_branches(self, x: Tensor, y: Tensor, *branches: tuple[Any, Norm]) -> tuple[Tensor, Tensor]:
+        """The stream x with the branch of each module added, the first of which reads y, by the norm behind it."""
+        if self.fusion.one_node and all(seen_by_nobody(module) for module, _ in branches):
+            links = [(module.branch(y, self), norm) for module, norm in branches]
+            one_stream = self.hands_on(y, x if branches[0][1].order == "post" else None)
+            if all(branch is not None for branch, _ in links):
+                found = add_branches(x, y, links, one_stream=one_stream, impl=self.impl)
+                if found is not None:
+                    return found
+        for module, norm in branches:
+            x, y = self._add_branch(x, y, module, norm)
+        return x, y
+
+    def _add_branch(self, x: Tensor, y: Tensor, module: Any, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Op by op."""
+        found = module(y, step=self, stream=x if norm.order == "post" else None)
         branch, x = found if isinstance(found, tuple) else (found, x)
         # The branch may have come as the rows that are wanted.
         x = x if branch.ndim == x.ndim else self.take(x)
-        how = behind._asdict()
+        how = norm._asdict()
         return fk.residual_norm(x, branch, how.pop("weight"), how.pop("bias"), **how, impl=self.impl)
 
     def add_norm(
@@ -154,7 +155,6 @@ class Step(NamedTuple):
         drop: Tensor | None,
         gamma: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`branch` in "pre" order, with a branch that ``layer`` has made."""
-        bias = layer.bias if self.fusion.norm_adds_bias else None
-        how = {"order": "pre", "eps": norm.eps, "drop_scale": drop, "gamma": gamma, "branch_bias": bias}
-        return fk.residual_norm(x, branch, norm.weight, norm.bias, **how, impl=self.impl)
+        """With a branch that ``layer`` has made, in "pre" order."""
+        how = self.behind(norm, layer, drop, "pre", gamma)._asdict()
+        return fk.residual_norm(x, branch, how.pop("weight"), how.pop("bias"), **how, impl=self.impl)

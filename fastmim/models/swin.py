@@ -34,9 +34,10 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The (B, H, W, C) stream x and ``y = norm1(x)`` → the stream and ``step.next_norm`` of it, if there is one."""
         attn, mlp = self.attn, self.mlp
-        x, y = step.branch(attn, x, y, self.norm2, attn.proj, step.drop_attn, order="pre")
+        first = attn, step.behind(self.norm2, attn.proj, step.drop_attn, "pre")
         if self.norm3 is None and step.next_norm is not None:
-            return step.branch(mlp, x, y, step.next_norm, mlp.fc2, step.drop_mlp, order="pre")
+            return step.add_branches(x, y, first, (mlp, step.behind(step.next_norm, mlp.fc2, step.drop_mlp, "pre")))
+        x, y = step.add_branches(x, y, first)
         x = step.add(x, mlp(y, step=step.alone()), step.drop_mlp)
         if self.norm3 is not None:
             x, _ = start_stream(x, self.norm3, x.dtype, step.impl)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.branches import Attention, Norm, attention_and_norm
+from fastmim_kernels.branches import Attention, Branch, attention
 from fastmim_kernels.window_attention.layout import crop_shifted, pad_shifted
 
 from .layers import trunc_normal_
@@ -73,17 +73,15 @@ class WindowAttention(nn.Module):
         out = fk.linear(out, self.proj.weight, step.product_bias(self.proj), low_weight=step.low_proj, impl=step.impl)
         return (out, y) if hand_on else out
 
-    def with_norm(self, x: Tensor | None, y: Tensor, *, step: Step, norm: Norm) -> tuple[Tensor, Tensor] | None:
-        """:meth:`forward`, and the residual norm behind it with the stream x (None: y), where they may be one."""
+    def branch(self, y: Tensor, step: Step) -> Branch | None:
+        """What :meth:`forward` makes of y, to be run with the norm behind it; None where more than ops must run."""
         if step.rows is not None or any(self.padding(y)):
             return None
         qkv, proj = self.qkv, self.proj
         low = step.low_qkv, step.low_qkv_bias
         weights = qkv.weight, step.qkv_bias, *low, proj.weight, step.product_bias(proj), step.low_proj
-        parts = Attention(*weights, step.bias, self.logit_scale)
-        return attention_and_norm(
-            x, y, parts, self.num_heads, self.window_size, self.shift_size, norm, impl=step.impl
-        )
+        tensors = Attention(*weights, step.bias, self.logit_scale)
+        return attention(tensors, self.num_heads, self.window_size, self.shift_size)
 
     def padding(self, x: Tensor) -> Pair:
         """Rows and columns that (B, H, W, C) lacks for whole windows."""

@@ -1,4 +1,4 @@
-"""A branch of a block and the residual norm behind it: two or four ops that nobody looks between, as one node.
+"""Branches of a block, each with the residual norm behind it: ops that nobody looks between, as one node of autograd.
 
 Where somebody does look (see :func:`.common.chain.define_chain`), the answer is None, and the caller takes the ops one
 by one, with the same bits.
@@ -6,6 +6,7 @@ by one, with the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ from .residual_norm.op import arguments as norm_arguments
 from .window_attention.op import OP as ATTENTION
 from .window_attention.op import check as check_attention
 
-Pair = tuple[int, int]
 Both = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor | None, ...]
 
 
 class Norm(NamedTuple):
@@ -39,17 +40,15 @@ class Norm(NamedTuple):
     merge: bool = False
 
 
-class _How(NamedTuple):
-    """What is no tensor: of the norm, then of the branch."""
+class Branch(NamedTuple):
+    """Ops from y, and their gradients; of :func:`attention` or :func:`mlp`."""
 
-    order: str
-    eps: float
-    merge: bool
-    dtype: torch.dtype
-    """Of the products, and of the second result."""
-    one_stream: bool
-    """The branch reads the stream itself, and its first product adds the gradient of the norm's residual to its own."""
+    forward: Callable[..., Tensor]
+    """(:class:`.Forward`, dtype of the products, settings, y, *tensors) → the branch."""
+    gradients: Callable[..., Gradients]
+    """(:class:`.Backward`, whether that of y is wanted, gradient of the branch, what to add to that of y) → of y, …"""
     settings: Any
+    tensors: tuple[Tensor | None, ...]
 
 
 class Attention(NamedTuple):
@@ -66,77 +65,105 @@ class Attention(NamedTuple):
     logit_scale: Tensor | None
 
 
-def attention_and_norm(x: Tensor | None, y: Tensor, parts: Attention, num_heads: int, window_size: Pair,
-                       shift_size: Pair, norm: Norm, *, impl: str) -> Both | None:
-    """Shifted-window attention of y with its two products, then the residual norm with the stream x.
+def attention(tensors: Attention, num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int]) -> Branch:
+    """Shifted-window attention with its two products; arguments as of :func:`.window_attention.op.window_attention`."""
+    return Branch(_attention, _attention_gradients, (num_heads, window_size, shift_size), tensors)
+
+
+def mlp(weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, low_weight1: Tensor | None,
+        low_weight2: Tensor | None, recompute_fc1: bool) -> Branch:
+    """The MLP; arguments as of :func:`.mlp.op.mlp`."""
+    tensors = weight1, bias1, weight2, bias2, low_weight1, low_weight2
+    return Branch(_mlp, _mlp_gradients, recompute_fc1 or not torch.is_grad_enabled(), tensors)
+
+
+def add_branches(x: Tensor, y: Tensor, branches: Sequence[tuple[Branch, Norm]], *, one_stream: bool, impl: str
+                 ) -> Both | None:
+    """The stream with all ``branches`` added, one after the other, and what reads it next.
 
     Args:
-        x: (B, H, W, C), the residual; None: it is y, whose gradient is then that of both.
-        y: (B, H, W, C) in the dtype of the products.
-        num_heads, window_size, shift_size: As of :func:`.window_attention.op.window_attention`.
+        x: (B, …, C), the stream.
+        y: (B, …, C), what the first branch reads, in the dtype of the products.
+        branches: Each reads the second result of the norm before it.
+        one_stream: y is x, and with order "post" every branch reads the stream: its first product then adds the
+            gradient of the stream to its own.
 
     Returns:
-        The results of :func:`.residual_norm.op.residual_norm`, or None: take the ops one by one.
+        The results of the last :func:`.residual_norm.op.residual_norm`, or None: take the ops one by one.
     """
     if y.dtype != (dtype := product_dtype(y)):
         return None
-    how = _How(norm.order, norm.eps, norm.merge, dtype, x is None, (num_heads, window_size, shift_size))
-    found: Both | None = _ATTENTION(impl, how, x, y, *parts, *norm[:5])
+    links = [_Link(branch.forward, branch.gradients, branch.settings, len(branch.tensors), norm[5:])
+             for branch, norm in branches]
+    tensors = [t for branch, norm in branches for t in (*branch.tensors, *norm[:5])]
+    found: Both | None = _CHAIN(impl, _How(dtype, one_stream, links), None if one_stream else x, y, *tensors)
     return found
 
 
-def mlp_and_norm(x: Tensor | None, y: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
-                 bias2: Tensor | None, low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool,
-                 norm: Norm, *, impl: str) -> Both | None:
-    """The MLP of y, then the residual norm with the stream x; as :func:`attention_and_norm`."""
-    if y.dtype != (dtype := product_dtype(y)):
-        return None
-    *tensors, recompute_fc1 = mlp_arguments(y, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1,
-                                            dtype)
-    how = _How(norm.order, norm.eps, norm.merge, dtype, x is None, recompute_fc1)
-    found: Both | None = _MLP(impl, how, x, *tensors, *norm[:5])
-    return found
+class _Link(NamedTuple):
+    forward: Callable[..., Tensor]
+    gradients: Callable[..., Gradients]
+    settings: Any
+    count: int
+    """Of the branch's tensors, which the five of the norm follow."""
+    norm: Any
+    """Its order, eps and merge."""
 
 
-def _attention(way: Forward, how: _How, x: Tensor | None, y: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None,
-               low_qkv: Tensor | None, low_qkv_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None,
-               low_proj: Tensor | None, bias: Tensor, logit_scale: Tensor | None, *norm: Any) -> Both:
-    qkv = way.run(LINEAR, *linear_arguments(y, qkv_weight, qkv_bias, low_qkv, low_qkv_bias, how.dtype))
-    num_heads, window_size, shift_size = how.settings
+class _How(NamedTuple):
+    dtype: torch.dtype
+    one_stream: bool
+    links: list[_Link]
+
+
+def _run(way: Forward, how: _How, x: Tensor | None, y: Tensor, *tensors: Any) -> Both:
+    first, stream = 0, y if x is None else x
+    for link in how.links:
+        last = first + link.count
+        branch = link.forward(way, how.dtype, link.settings, y, *tensors[first:last])
+        order, eps, merge = link.norm
+        args = norm_arguments(stream, branch, *tensors[last : last + 5], order, eps, None, how.dtype, merge)
+        stream, y = way.run(NORM.hand_on, *args)
+        first = last + 5
+    return stream, y
+
+
+def _gradients(way: Backward, how: _How, needs: tuple[bool, ...], d_x: Tensor | None, d_y: Tensor | None
+               ) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for i, link in reversed(list(enumerate(how.links))):
+        d_x, d_branch, *d_norm = way.run(d_x, d_y)
+        d_y, *d_own = link.gradients(way, i > 0 or needs[1], d_branch, d_x if how.one_stream else None)
+        d_x = None if how.one_stream else d_x
+        found = [*d_own, *d_norm, *found]
+    return [d_x, d_y, *found]
+
+
+def _attention(way: Forward, dtype: torch.dtype, settings: Any, y: Tensor, *tensors: Any) -> Tensor:
+    qkv_weight, qkv_bias, low_qkv, low_qkv_bias, proj_weight, proj_bias, low_proj, bias, logit_scale = tensors
+    num_heads, window_size, shift_size = settings
+    qkv = way.run(LINEAR, *linear_arguments(y, qkv_weight, qkv_bias, low_qkv, low_qkv_bias, dtype))
     check_attention(qkv, bias, num_heads, window_size, shift_size, logit_scale)
     out = way.run(ATTENTION, qkv, bias, logit_scale, num_heads, window_size, shift_size)
-    branch = way.run(LINEAR, *linear_arguments(out, proj_weight, proj_bias, low_proj, None, how.dtype))
-    return _norm(way, how, y if x is None else x, branch, *norm)
-
-
-def _attention_gradients(way: Backward, how: _How, needs: tuple[bool, ...], *grads: Tensor | None
-                         ) -> tuple[Tensor | None, ...]:
-    d_x, d_branch, *d_norm = way.run(*grads)
-    d_out, d_proj, d_proj_bias = way.run(d_branch)
-    d_qkv, d_bias, d_scale = way.run(d_out)
-    d_y, d_qkv_weight, d_qkv_bias = way.run(d_qkv, d_x if how.one_stream else None, need_first=needs[1])
-    return (None if how.one_stream else d_x, d_y, d_qkv_weight, d_qkv_bias, None, None, d_proj, d_proj_bias, None,
-            d_bias, d_scale, *d_norm)
-
-
-def _mlp(way: Forward, how: _How, x: Tensor | None, y: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
-         bias2: Tensor | None, low_weight1: Tensor | None, low_weight2: Tensor | None, *norm: Any) -> Both:
-    branch = way.run(MLP, y, weight1, bias1, weight2, bias2, low_weight1, low_weight2, how.settings)
-    return _norm(way, how, y if x is None else x, branch, *norm)
-
-
-def _mlp_gradients(way: Backward, how: _How, needs: tuple[bool, ...], *grads: Tensor | None
-                   ) -> tuple[Tensor | None, ...]:
-    d_x, d_branch, *d_norm = way.run(*grads)
-    d_mlp = way.run(d_branch, d_x if how.one_stream else None)
-    return None if how.one_stream else d_x, *d_mlp, None, None, *d_norm
-
-
-def _norm(way: Forward, how: _How, x: Tensor, branch: Tensor, *norm: Any) -> Both:
-    settings: Any = how.order, how.eps, None, how.dtype, how.merge
-    found: Both = way.run(NORM.hand_on, *norm_arguments(x, branch, *norm, *settings))
+    found: Tensor = way.run(LINEAR, *linear_arguments(out, proj_weight, proj_bias, low_proj, None, dtype))
     return found
 
 
-_ATTENTION = define_chain("attention_and_norm", _attention, _attention_gradients)
-_MLP = define_chain("mlp_and_norm", _mlp, _mlp_gradients)
+def _attention_gradients(way: Backward, need_y: bool, grad: Tensor, add: Tensor | None) -> Gradients:
+    d_out, d_proj, d_proj_bias = way.run(grad)
+    d_qkv, d_bias, d_scale = way.run(d_out)
+    d_y, d_weight, d_qkv_bias = way.run(d_qkv, add, need_first=need_y)
+    return d_y, d_weight, d_qkv_bias, None, None, d_proj, d_proj_bias, None, d_bias, d_scale
+
+
+def _mlp(way: Forward, dtype: torch.dtype, recompute_fc1: bool, y: Tensor, *tensors: Any) -> Tensor:
+    *args, _ = mlp_arguments(y, *tensors, recompute_fc1, dtype)
+    found: Tensor = way.run(MLP, *args, recompute_fc1)
+    return found
+
+
+def _mlp_gradients(way: Backward, need_y: bool, grad: Tensor, add: Tensor | None) -> Gradients:
+    return *way.run(grad, add), None, None
+
+
+_CHAIN = define_chain("branches", _run, _gradients)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastmim_kernels as fk
-from fastmim_kernels.branches import Attention, Norm, attention_and_norm, mlp_and_norm
+from fastmim_kernels.branches import Attention, Norm, add_branches, attention, mlp
 
 C, HEADS, WINDOW = 16, 2, 4
 SHAPES = {"x": (2, 4, 8, C), "y": (2, 4, 8, C), "qkv": (3 * C, C), "qkv_bias": (3 * C,), "proj": (C, C),
@@ -34,24 +34,30 @@ def norm(t: dict[str, Tensor], order: str, merge: bool) -> Norm:
 
 def together(t: dict[str, Tensor], which: str, order: str, shared: bool, impl: str) -> Any:
     """The chain; with ``shared`` y is the stream too, whose last map is then gathered."""
-    x, behind = None if shared else t["x"], norm(t, order, shared and order == "post")
-    if which == "mlp":
-        return mlp_and_norm(x, t["y"], t["fc1"], t["fc1_bias"], t["fc2"], None, None, None, False, behind, impl=impl)
-    parts = Attention(t["qkv"], t["qkv_bias"], None, None, t["proj"], None, None, t["bias"], t["scale"])
-    return attention_and_norm(x, t["y"], parts, HEADS, (WINDOW, WINDOW), (2, 2), behind, impl=impl)
+    attend = attention(Attention(t["qkv"], t["qkv_bias"], None, None, t["proj"], None, None, t["bias"], t["scale"]),
+                       HEADS, (WINDOW, WINDOW), (2, 2))
+    last = norm(t, order, shared and order == "post")
+    links = {"attention": [(attend, last)],
+             "mlp": [(mlp(t["fc1"], t["fc1_bias"], t["fc2"], None, None, None, False), last)]}
+    links["both"] = [(attend, norm(t, order, False)), *links["mlp"]]
+    return add_branches(t["x"], t["y"], links[which], one_stream=shared, impl=impl)
 
 
 def apart(t: dict[str, Tensor], which: str, order: str, shared: bool, impl: str) -> Any:
     """The ops that the chain stands for."""
-    if which == "mlp":
-        branch, y = fk.mlp_and_input(t["y"], t["fc1"], t["fc1_bias"], t["fc2"], None, impl=impl)
-    else:
-        qkv, y = fk.linear_and_input(t["y"], t["qkv"], t["qkv_bias"], impl=impl)
-        branch = fk.window_attention(qkv, t["bias"], num_heads=HEADS, window_size=WINDOW, shift_size=2,
-                                     logit_scale=t["scale"], impl=impl)
-        branch = fk.linear(branch, t["proj"], impl=impl)
-    how = norm(t, order, shared and order == "post")._asdict()
-    return fk.residual_norm(y if shared else t["x"], branch, how.pop("weight"), how.pop("bias"), **how, impl=impl)
+    x, y = t["x"], t["y"]
+    for part in ("attention", "mlp") if which == "both" else (which,):
+        if part == "mlp":
+            branch, y = fk.mlp_and_input(y, t["fc1"], t["fc1_bias"], t["fc2"], None, impl=impl)
+        else:
+            qkv, y = fk.linear_and_input(y, t["qkv"], t["qkv_bias"], impl=impl)
+            branch = fk.window_attention(qkv, t["bias"], num_heads=HEADS, window_size=WINDOW, shift_size=2,
+                                         logit_scale=t["scale"], impl=impl)
+            branch = fk.linear(branch, t["proj"], impl=impl)
+        last = which != "both" or part == "mlp"
+        how = norm(t, order, shared and order == "post" and last)._asdict()
+        x, y = fk.residual_norm(y if shared else x, branch, how.pop("weight"), how.pop("bias"), **how, impl=impl)
+    return x, y
 
 
 def loss(found: tuple[Tensor, Tensor]) -> Tensor:
@@ -69,9 +75,8 @@ def same(found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
                for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("order", ["pre", "post"])
-@pytest.mark.parametrize("which", ["attention", "mlp"])
+@pytest.mark.parametrize("order, shared", [("pre", False), ("post", False), ("post", True)])
+@pytest.mark.parametrize("which", ["attention", "mlp", "both"])
 def test_the_bits_of_the_ops_one_by_one(which: str, order: str, shared: bool) -> None:
     case = which, order, shared, "torch"
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -85,9 +90,9 @@ def test_the_bits_of_the_ops_one_by_one(which: str, order: str, shared: bool) ->
 
 def test_it_is_one_node_and_every_gradient_is_asked_for_anew() -> None:
     t = inputs(torch.float32)
-    found = together(t, "attention", "post", True, "torch")
+    found = together(t, "both", "post", True, "torch")
     node = found[0].grad_fn
-    assert node is found[1].grad_fn and type(node).__name__ == "fastmim::attention_and_normBackward"
+    assert node is found[1].grad_fn and type(node).__name__ == "fastmim::branchesBackward"
     assert {type(n).__name__ for n, _ in node.next_functions if n is not None} == {"AccumulateGrad"}
     first, second = (torch.autograd.grad(loss(found), list(t.values()), allow_unused=True, retain_graph=True)
                      for _ in range(2))
@@ -97,7 +102,7 @@ def test_it_is_one_node_and_every_gradient_is_asked_for_anew() -> None:
         again.sum().backward()
 
 
-@pytest.mark.parametrize("which", ["attention", "mlp"])
+@pytest.mark.parametrize("which", ["attention", "mlp", "both"])
 def test_frozen_inputs_and_recomputation(which: str) -> None:
     t = inputs(torch.float32)
     wanted = everything(apart, t, which, "pre", False, "torch")[2:]
@@ -114,7 +119,7 @@ def test_frozen_inputs_and_recomputation(which: str) -> None:
 
 def test_one_result_alone_has_the_same_gradient() -> None:
     t = inputs(torch.float32)
-    for which in ("attention", "mlp"):
+    for which in ("attention", "mlp", "both"):
         for i in (0, 1):
             found, expected = (torch.autograd.grad(run(t, which, "pre", False, "torch")[i].square().sum(), t["y"])
                                for run in (together, apart))

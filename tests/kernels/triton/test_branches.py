@@ -8,7 +8,7 @@ import torch
 from tests.kernels.test_branches import apart, everything, inputs, same, together
 
 
-@pytest.mark.parametrize("which, order, shared", [("attention", "post", True), ("mlp", "pre", False)])
+@pytest.mark.parametrize("which, order, shared", [("both", "post", True), ("mlp", "pre", False)])
 def test_the_bits_of_the_ops_one_by_one(which: str, order: str, shared: bool) -> None:
     t, case = inputs(torch.float32), (which, order, shared, "triton")
     found = everything(together, t, *case)
