@@ -104,8 +104,8 @@ class _Link(NamedTuple):
     forward: Callable[..., Tensor]
     gradients: Callable[..., Gradients]
     settings: Any
-    count: int
-    """Of the branch's tensors, which the five of the norm follow."""
+    size: int
+    """Number of the branch's tensors, which the five of the norm follow."""
     norm: Any
     """Its order, eps and merge."""
 
@@ -119,10 +119,12 @@ class _How(NamedTuple):
 def _run(way: Forward, how: _How, x: Tensor | None, y: Tensor, *tensors: Any) -> Both:
     first, stream = 0, y if x is None else x
     for link in how.links:
-        last = first + link.count
+        last = first + link.size
         branch = link.forward(way, how.dtype, link.settings, y, *tensors[first:last])
+        weight, bias, branch_bias, drop_scale, gamma = tensors[last : last + 5]
         order, eps, merge = link.norm
-        args = norm_arguments(stream, branch, *tensors[last : last + 5], order, eps, None, how.dtype, merge)
+        args = norm_arguments(stream, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, None, how.dtype,
+                              merge)
         stream, y = way.run(NORM.hand_on, *args)
         first = last + 5
     return stream, y
@@ -157,7 +159,9 @@ def _attention_gradients(way: Backward, need_y: bool, grad: Tensor, add: Tensor 
 
 
 def _mlp(way: Forward, dtype: torch.dtype, recompute_fc1: bool, y: Tensor, *tensors: Any) -> Tensor:
-    *args, _ = mlp_arguments(y, *tensors, recompute_fc1, dtype)
+    weight1, bias1, weight2, bias2, low_weight1, low_weight2 = tensors
+    *args, _ = mlp_arguments(y, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, dtype)
+    # Without a graph is how this runs: whether one is made was asked before.
     found: Tensor = way.run(MLP, *args, recompute_fc1)
     return found
 
