@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.branches import Branch
+from fastmim_kernels.branches import mlp as mlp_branch
 from fastmim_kernels.linear.op import product_dtype
 
 from .stream import Step
@@ -86,6 +88,12 @@ class Mlp(nn.Module):
         if step.hands_on(y, stream):
             return fk.mlp_and_input(y, *weights, **how, impl=step.impl)
         return fk.mlp(y, *weights, **how, impl=step.impl)
+
+    def branch(self, y: Tensor, step: Step) -> Branch:
+        """What :meth:`forward` makes of y, to be run with the norm behind it."""
+        fc1, fc2 = self.fc1, self.fc2
+        weights = fc1.weight, fc1.bias, fc2.weight, step.product_bias(fc2), step.low_fc1, step.low_fc2
+        return mlp_branch(*weights, self.recompute_fc1)
 
 
 class DropPaths(nn.Module):

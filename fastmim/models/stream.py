@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.branches import Norm, add_branches
+from fastmim_kernels.common.hooks import seen_by_nobody
 from fastmim_kernels.linear.op import product_dtype
 
 from .read_rows import take
@@ -98,10 +100,6 @@ class Step(NamedTuple):
         """Whether the product that reads y, which is the stream too, adds the gradient of the stream's other reader."""
         return stream is not None and self.fusion.product_adds_gradients and stream.dtype == y.dtype
 
-    def branch_and_stream(self, found: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a module gave that was handed the stream x: its branch alone, or with the stream for the next reader."""
-        return found if isinstance(found, tuple) else (found, x)
-
     def product_bias(self, layer: nn.Linear) -> Tensor | None:
         """The bias of a block's last products as they add it: None where the norm behind them does."""
         return None if self.fusion.norm_adds_bias else layer.bias
@@ -109,6 +107,44 @@ class Step(NamedTuple):
     def add(self, x: Tensor, branch: Tensor, drop: Tensor | None) -> Tensor:
         """``x + drop·branch``, where no norm follows at once."""
         return x + (branch if drop is None else branch * drop.view(-1, *[1] * (x.ndim - 1)).to(branch.dtype))
+
+    def behind(
+        self,
+        norm: nn.LayerNorm,
+        layer: nn.Linear,
+        drop: Tensor | None,
+        order: str,
+        gamma: Tensor | None = None,
+        merge: bool = False,
+    ) -> Norm:
+        """The residual norm behind a branch whose last layer is ``layer``.
+
+        "pre": ``x + drop·gamma·branch``, and ``norm`` of it; "post": ``x + drop·norm(branch)``, twice.
+        """
+        bias = layer.bias if self.fusion.norm_adds_bias else None
+        return Norm(norm.weight, norm.bias, bias, drop, gamma, order, norm.eps, merge)
+
+    def add_branches(self, x: Tensor, y: Tensor, *branches: tuple[Any, Norm]) -> tuple[Tensor, Tensor]:
+        """The stream x with the branch of each module added, the first of which reads y, by the norm behind it."""
+        if self.fusion.one_node and all(seen_by_nobody(module) for module, _ in branches):
+            links = [(module.branch(y, self), norm) for module, norm in branches]
+            one_stream = self.hands_on(y, x if branches[0][1].order == "post" else None)
+            if all(branch is not None for branch, _ in links):
+                found = add_branches(x, y, links, one_stream=one_stream, impl=self.impl)
+                if found is not None:
+                    return found
+        for module, norm in branches:
+            x, y = self._add_branch(x, y, module, norm)
+        return x, y
+
+    def _add_branch(self, x: Tensor, y: Tensor, module: Any, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Op by op."""
+        found = module(y, step=self, stream=x if norm.order == "post" else None)
+        branch, x = found if isinstance(found, tuple) else (found, x)
+        # The branch may have come as the rows that are wanted.
+        x = x if branch.ndim == x.ndim else self.take(x)
+        how = norm._asdict()
+        return fk.residual_norm(x, branch, how.pop("weight"), how.pop("bias"), **how, impl=self.impl)
 
     def add_norm(
         self,
@@ -119,18 +155,6 @@ class Step(NamedTuple):
         drop: Tensor | None,
         gamma: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Pre-norm: the stream ``x + drop·gamma·branch``, and ``norm`` of it; ``layer`` made the branch."""
-        return self._residual_norm(x, branch, norm, layer, order="pre", drop_scale=drop, gamma=gamma)
-
-    def norm_add(
-        self, x: Tensor, branch: Tensor, norm: nn.LayerNorm, layer: nn.Linear, drop: Tensor | None, merge: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Res-post-norm: the stream ``x + drop·norm(branch)``, twice; ``layer`` made the branch."""
-        return self._residual_norm(x, branch, norm, layer, order="post", drop_scale=drop, merge=merge)
-
-    def _residual_norm(
-        self, x: Tensor, branch: Tensor, norm: nn.LayerNorm, layer: nn.Linear, **how: Any
-    ) -> tuple[Tensor, Tensor]:
-        bias = layer.bias if self.fusion.norm_adds_bias else None
-        how |= {"eps": norm.eps, "branch_bias": bias, "impl": self.impl}
-        return fk.residual_norm(x, branch, norm.weight, norm.bias, **how)
+        """With a branch that ``layer`` has made, in "pre" order."""
+        how = self.behind(norm, layer, drop, "pre", gamma)._asdict()
+        return fk.residual_norm(x, branch, how.pop("weight"), how.pop("bias"), **how, impl=self.impl)

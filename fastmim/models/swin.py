@@ -33,18 +33,20 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The (B, H, W, C) stream x and ``y = norm1(x)`` → the stream and ``step.next_norm`` of it, if there is one."""
-        branch = self.attn(y, step=step)
-        x, y = step.add_norm(step.take(x), branch, self.norm2, self.attn.proj, step.drop_attn)
+        attn, mlp = self.attn, self.mlp
+        first = attn, step.behind(self.norm2, attn.proj, step.drop_attn, "pre")
         if self.norm3 is None and step.next_norm is not None:
-            return step.add_norm(x, self.mlp(y, step=step), step.next_norm, self.mlp.fc2, step.drop_mlp)
-        x = step.add(x, self.mlp(y, step=step.alone()), step.drop_mlp)
+            return step.add_branches(x, y, first, (mlp, step.behind(step.next_norm, mlp.fc2, step.drop_mlp, "pre")))
+        x, y = step.add_branches(x, y, first)
+        x = step.add(x, mlp(y, step=step.alone()), step.drop_mlp)
         if self.norm3 is not None:
             x, _ = start_stream(x, self.norm3, x.dtype, step.impl)
         return (x, x) if step.next_norm is None else normalise(x, step.next_norm, step.impl)
 
     def weights(self) -> list[Tensor]:
         """Those of the four products."""
-        return [self.attn.qkv.weight, self.attn.proj.weight, self.mlp.fc1.weight, self.mlp.fc2.weight]
+        attn, mlp = self.attn, self.mlp
+        return [attn.qkv.weight, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight]
 
 
 class PatchMerging(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.common.define_op import check_whole
+from fastmim_kernels.common.direct import check_whole
 from fastmim_kernels.linear.op import product_dtype
 
 from .layers import DropPaths, relative_position_index
@@ -102,8 +102,10 @@ class SharedInputs(nn.Module):
         """(3C,) of each block; SwinV2's keys have none, and one concatenation makes room for it in all blocks."""
         if getattr(attns[0], "q_bias", None) is None:
             return [attn.qkv.bias for attn in attns]
-        parts = [p for a in attns for p in (a.q_bias, self.zeros[: len(a.v_bias)].to(a.v_bias.dtype), a.v_bias)]
-        return list(torch.cat(parts).split([3 * a.v_bias.numel() for a in attns]))
+        own = [(attn.q_bias, attn.v_bias) for attn in attns]
+        zeros = {size: self.zeros[:size].to(own[0][1].dtype) for size in {v.numel() for _, v in own}}
+        parts = [part for q, v in own for part in (q, zeros[v.numel()], v)]
+        return list(torch.cat(parts).split([3 * v.numel() for _, v in own]))
 
     def low_copies(
         self, blocks: Sequence[Any], qkv_biases: Sequence[Tensor | None], others: Sequence[Tensor], dtype: torch.dtype

@@ -42,13 +42,11 @@ class SwinV2Block(SwinBlock):
 
     def forward(self, x: Tensor, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The (B, H, W, C) stream, for its two readers (y in the dtype of the products), to the next one likewise."""
-        branch, x = step.branch_and_stream(self.attn(y, step=step, stream=x), x)
-        x, y = step.norm_add(step.take(x), branch, self.norm1, self.attn.proj, step.drop_attn)
-        branch, x = step.branch_and_stream(self.mlp(y, step=step, stream=x), x)
-        if self.norm3 is None:
-            return step.norm_add(x, branch, self.norm2, self.mlp.fc2, step.drop_mlp, step.merge)
-        x, _ = step.norm_add(x, branch, self.norm2, self.mlp.fc2, step.drop_mlp)
-        return start_stream(x, self.norm3, x.dtype, step.impl, step.merge)
+        attn, mlp, last = self.attn, self.mlp, self.norm3 is None
+        first = attn, step.behind(self.norm1, attn.proj, step.drop_attn, "post")
+        second = mlp, step.behind(self.norm2, mlp.fc2, step.drop_mlp, "post", merge=step.merge and last)
+        x, y = step.add_branches(x, y, first, second)
+        return (x, y) if last else start_stream(x, self.norm3, x.dtype, step.impl, step.merge)
 
 
 class PatchMergingV2(PatchMerging):

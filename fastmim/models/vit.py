@@ -117,8 +117,9 @@ class VitBlock(nn.Module):
         """The (B, N, C) stream x and ``y = norm1(x)`` → the stream and ``step.next_norm`` of it."""
         branch = self.attn(y, index, step=step)
         x, y = step.add_norm(step.take(x), branch, self.norm2, self.attn.proj, step.drop_attn, self.gamma_1)
-        branch = self.mlp(y, step=step)
-        return step.add_norm(x, branch, step.next_norm, self.mlp.fc2, step.drop_mlp, self.gamma_2)
+        return step.add_branches(
+            x, y, (self.mlp, step.behind(step.next_norm, self.mlp.fc2, step.drop_mlp, "pre", self.gamma_2))
+        )
 
 
 class VisionTransformer(nn.Module):

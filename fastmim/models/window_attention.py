@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.branches import Attention, Branch, attention
 from fastmim_kernels.window_attention.layout import crop_shifted, pad_shifted
 
 from .layers import trunc_normal_
@@ -58,7 +59,7 @@ class WindowAttention(nn.Module):
         (result, y), where the product adds the gradient of the other reader of ``stream``, which y is too.
         """
         height, width = y.shape[1:3]
-        pad = (-height % self.window_size[0], -width % self.window_size[1])
+        pad = self.padding(y)
         weights = self.qkv.weight, step.qkv_bias
         how = {"low_weight": step.low_qkv, "low_bias": step.low_qkv_bias, "impl": step.impl}
         hand_on = step.hands_on(y, stream)
@@ -71,3 +72,17 @@ class WindowAttention(nn.Module):
         out = step.take(crop_shifted(out, height, width, self.padded_after_shift) if any(pad) else out)
         out = fk.linear(out, self.proj.weight, step.product_bias(self.proj), low_weight=step.low_proj, impl=step.impl)
         return (out, y) if hand_on else out
+
+    def branch(self, y: Tensor, step: Step) -> Branch | None:
+        """What :meth:`forward` makes of y, to be run with the norm behind it; None where more than ops must run."""
+        if step.rows is not None or any(self.padding(y)):
+            return None
+        qkv, proj = self.qkv, self.proj
+        low = step.low_qkv, step.low_qkv_bias
+        weights = qkv.weight, step.qkv_bias, *low, proj.weight, step.product_bias(proj), step.low_proj
+        tensors = Attention(*weights, step.bias, self.logit_scale)
+        return attention(tensors, self.num_heads, self.window_size, self.shift_size)
+
+    def padding(self, x: Tensor) -> Pair:
+        """Rows and columns that (B, H, W, C) lacks for whole windows."""
+        return -x.shape[1] % self.window_size[0], -x.shape[2] % self.window_size[1]

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from .common.define_op import unwatched
+from .common.direct import unwatched
 from .common.dispatch import picks_triton
 
 
@@ -24,6 +25,9 @@ class Fusion(NamedTuple):
     """A product that reads the residual stream hands it on to the next reader, and adds the gradients of both."""
     casts_once: bool = False
     """``low_copies`` casts the weights of all products once a step, which else cast their own."""
+    one_node: bool = False
+    """A branch and the norm behind it are one node of autograd, see :mod:`.branches`: less work for the host of a GPU.
+    Elsewhere the work is the ops' own, and what they keep is let go one by one."""
 
 
 def norm_adds_bias(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -34,7 +38,7 @@ def norm_adds_bias(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
 def fusion(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Fusion:
     """The plan for ops of ``impl`` on ``device`` whose products are in ``dtype``."""
     in_norm = norm_adds_bias(impl, device, dtype)
-    return Fusion(in_norm, in_norm, picks_triton("low_copies", impl, device, dtype))
+    return Fusion(in_norm, in_norm, picks_triton("low_copies", impl, device, dtype), in_norm and not is_compiling())
 
 
 def shape_may_follow(data: Tensor) -> bool:

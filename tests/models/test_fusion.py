@@ -50,8 +50,9 @@ def test_every_plan_gives_the_same_loss_and_gradients(name, loss_on, monkeypatch
     mask = objective.random_mask(torch.arange(3))
     plan(monkeypatch)
     expected = run(objective, mask)
-    for norm_adds, product_adds in itertools.product((False, True), repeat=2):
-        plan(monkeypatch, norm_adds_bias=norm_adds, product_adds_gradients=product_adds)
+    plans = itertools.product((False, True), repeat=2)
+    for norm_adds, product_adds, one_node in [*((*facts, False) for facts in plans), (False, False, True), (True,) * 3]:
+        plan(monkeypatch, norm_adds_bias=norm_adds, product_adds_gradients=product_adds, one_node=one_node)
         for ours, theirs in zip(run(objective, mask), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
@@ -69,3 +70,22 @@ def test_a_stream_handed_on_keeps_its_dtype(monkeypatch):
         objective(torch.randn(1, 3, 64, 64), torch.ones(1, 16, 16, dtype=torch.bool))
     gathered = [torch.bfloat16] * 2  # read by the product of the next stage's merging alone
     assert seen == [[torch.float32, torch.bfloat16], gathered, *[[torch.float32, torch.bfloat16]] * 2]
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2"])
+def test_a_branch_that_a_hook_watches_is_called_as_a_module(name, monkeypatch):
+    plan(monkeypatch, norm_adds_bias=True, product_adds_gradients=True, one_node=True)
+    objective = build(name)
+    mask = objective.random_mask(torch.arange(3))
+    expected = run(objective, mask)
+    seen = []
+    block = objective.encoder.layers[0].blocks[1]
+    parts = {"attn": block.attn, "mlp": block.mlp}
+    for part, module in parts.items():
+        module.register_forward_hook(lambda module, args, outputs, part=part: seen.append(part))
+    for ours, theirs in zip(run(objective, mask), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+    assert seen == ["attn", "mlp"]
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, args, outputs: seen.append(type(module))):
+        run(objective, mask)
+    assert {type(part) for part in parts.values()} <= set(seen)

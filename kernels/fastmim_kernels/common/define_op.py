@@ -13,24 +13,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from .direct import Plain, check_whole, dtype_of, outside_autocast, plain_to_all, tensors_of, unwatched
 from .dispatch import resolve
 
 NAMESPACE = "fastmim"
-_PLAIN = (Tensor, torch.nn.Parameter)
 
-_LOW = (torch.bfloat16, torch.float16)
-
+R = TypeVar("R")
 Moved = Callable[[Sequence[Any], float], tuple[int, int]]
 
 
@@ -76,6 +74,7 @@ class _Functions(dict[str, Callable]):
     def __init__(self, modules: dict[str, Any], package: str, direction: str) -> None:
         super().__init__()
         self._modules, self._package, self._direction = modules, package, direction
+        self.names = {impl: impl for impl in modules}
 
     def __missing__(self, impl: str) -> Callable:
         module = self._modules[impl]
@@ -88,18 +87,28 @@ PASSES: dict[str, Pass] = {}
 """Every op that is registered, forward and backward, by its full name."""
 
 
+class Formulas(NamedTuple):
+    """What an op's declaration says of its gradient, see :func:`define_op`."""
+
+    save: Callable
+    gradients: Callable
+    select: Callable
+    """(inputs, outputs) → results."""
+
+
 class Op:
     """What :func:`define_op` makes: call it with the inputs.
 
     Args:
         eager, compiled: Each implementation as a function of whether the tensors are plain and nobody watches, and of
             the inputs; for compilers, which see the op itself.
+        formulas: None for an op through which no gradient flows.
         hand_on: The same op with the results that the declaration's ``readers`` hands out.
     """
 
     def __init__(self, name: str, forward: Pass, backward: Pass | None, eager: dict[str, Callable],
-                 compiled: dict[str, Callable], hand_on: Op | None = None) -> None:
-        self.name, self.forward, self.backward = name, forward, backward
+                 compiled: dict[str, Callable], formulas: Formulas | None = None, hand_on: Op | None = None) -> None:
+        self.name, self.forward, self.backward, self.formulas = name, forward, backward, formulas
         self._eager, self._compiled = eager, compiled
         self.hand_on = self if hand_on is None else hand_on
 
@@ -109,22 +118,30 @@ class Op:
         Raises:
             ValueError: As :func:`.dispatch.resolve`, or Triton, which computes in float32, is asked for float64.
         """
-        tensors = _tensors(args)
-        if is_compiling():
-            plain, functions = False, self._compiled
-        else:
-            plain, functions = not is_in_torch_dispatch_mode() and all(map(_is_plain, tensors)), self._eager
-            if not plain:
-                check_whole(tensors)
+        # The one place where a call leaves the direct way: for tensors that are not plain, for who wants to see the op.
+        direct = plain_to_all(args)
+        if direct is None:
+            return self._by_dispatcher(args, impl)
+        return outside_autocast(direct.like, self.choose(impl, direct, self._eager), True, *args)
+
+    def choose(self, impl: str, given: Plain, functions: Mapping[str, R]) -> R:
+        """What ``impl`` stands for on ``given`` tensors, of one thing for each implementation."""
+        functions = self._in_float64(functions, impl) if given.double else functions
+        return resolve(self.name, impl, functions, given.like.device, given.dtype)
+
+    def _by_dispatcher(self, args: tuple[Any, ...], impl: str) -> Any:
+        """The same as torch and all who watch it see it."""
+        tensors = tensors_of(args)
+        functions: Mapping[str, Callable] = self._compiled
+        if not is_compiling():
+            functions = self._eager
+            check_whole(tensors)
             if impl != "reference":
                 self._check_seen()
-        for tensor in tensors:
-            if tensor.dtype == torch.float64:
-                functions = self._in_float64(functions, impl)
-                break
-        device = tensors[0].device
-        function = resolve(self.name, impl, functions, device, dtype_of(args))
-        return _outside_autocast(device.type, function, plain, *args)
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
+            functions = self._in_float64(functions, impl)
+        function = resolve(self.name, impl, functions, tensors[0].device, dtype_of(args))
+        return outside_autocast(tensors[0], function, False, *args)
 
     def _check_seen(self) -> None:
         """Raise ``RuntimeError`` where torch would have to look into the op, which the oracle alone allows."""
@@ -135,7 +152,7 @@ class Op:
             raise RuntimeError(f"{self.name}: torch.jit.trace cannot record this op; build the model with "
                                "impl='reference', or use torch.export")
 
-    def _in_float64(self, functions: dict[str, Callable], impl: str) -> dict[str, Callable]:
+    def _in_float64(self, functions: Mapping[str, R], impl: str) -> Mapping[str, R]:
         if impl == "triton":
             raise ValueError(f"{self.name}: impl='triton' computes in float32 and got float64; use impl='torch'")
         return {name: function for name, function in functions.items() if name != "triton"}
@@ -184,33 +201,16 @@ def define_op(
         eager: dict[str, Callable] = {impl: partial(function.apply, impl) for impl in modules}
         compiled: dict[str, Callable] = {impl: partial(_compiled, forward, select, impl) for impl in modules}
         truth = {"reference": partial(_true, oracle)}
-        return Op(name, forward, backward, eager | truth, compiled | truth, hand_on)
+        formulas = Formulas(save, gradients, select)
+        return Op(name, forward, backward, eager | truth, compiled | truth, formulas, hand_on)
 
     def chosen(_: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
         return outputs[0] if results == 1 else outputs[:results]
 
     if readers is None:
         return op(chosen, reference)
-    handed = op(readers, lambda *inputs: readers((*inputs, "reference"), _tuple(reference(*inputs))))
+    handed = op(readers, lambda *inputs: readers((*inputs, "reference"), tuple_of(reference(*inputs))))
     return op(chosen, reference, handed)
-
-
-def check_whole(tensors: Sequence[Tensor]) -> None:
-    """Raise ``RuntimeError`` for parameters that FSDP2 has left spread among the ranks."""
-    if any(hasattr(t, "placements") for t in tensors):
-        raise RuntimeError("a parameter is spread among the ranks (DTensor) where it is read; fully_shard() the model "
-                           "as a whole, not its blocks, some parameters of which are read for all at once; or train "
-                           "with efficiency.zero_stage=3")
-
-
-def unwatched(args: Sequence[Any]) -> bool:
-    """Plain tensors, and nobody who wants to see the op: no compiler, no fakes, no dispatch mode."""
-    return not is_compiling() and not is_in_torch_dispatch_mode() and all(map(_is_plain, _tensors(args)))
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Of a CPU or a GPU, and of no subclass."""
-    return type(x) in _PLAIN and (x.is_cuda or x.is_cpu)
 
 
 def _function(forward: Pass, save: Callable, formula: Callable, select: Callable) -> Any:
@@ -218,28 +218,32 @@ def _function(forward: Pass, save: Callable, formula: Callable, select: Callable
     # Not with a setup_context of its own: torch then inspects the signature at every call, at twice the cost.
     def run(ctx: Any, impl: str, plain: bool, *args: Any) -> Any:
         inputs, ctx.plain = (*args, impl), plain
-        outputs = _tuple(forward.functions[impl](*args) if plain else forward.op(*inputs))
+        outputs = tuple_of(forward.functions[impl](*args) if plain else forward.op(*inputs))
         tensors, settings = save(inputs, outputs)
         _keep(ctx, tensors, settings, ctx.needs_input_grad[2:])
-        return _apart(select(inputs, outputs), inputs)
+        return apart(select(inputs, outputs), inputs)
 
     def backward(ctx: Any, *grads: Any) -> Any:
         return None, None, *formula(ctx, grads)[:-1]
 
+    return autograd_function(forward.name, run, backward)
+
+
+def autograd_function(name: str, forward: Callable, backward: Callable) -> Any:
+    """The autograd function of this name, once differentiable."""
     once = once_differentiable(backward)
 
     def checked(ctx: Any, *grads: Any) -> Any:
         # Who asks for a graph of the gradient is told that there is none; the others need not pay for the question.
         return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
-    return type(forward.name, (torch.autograd.Function,), {
-        "forward": staticmethod(run), "backward": staticmethod(checked)})
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(checked)})
 
 
 def _register_autograd(forward: Pass, save: Callable, formula: Callable, results: int) -> None:
     """The same formula for those who see the op itself."""
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        outputs = _tuple(output)
+        outputs = tuple_of(output)
         ctx.mark_non_differentiable(*outputs[results:])
         tensors, settings = save(inputs, outputs)
         _keep(ctx, tensors, settings, ctx.needs_input_grad)
@@ -250,7 +254,7 @@ def _register_autograd(forward: Pass, save: Callable, formula: Callable, results
 
 def _compiled(forward: Pass, select: Callable, impl: str, plain: bool, *args: Any) -> Any:
     """The compiler sees the op itself; where two readers share a result, it adds their gradients."""
-    return select((*args, impl), _tuple(forward.op(*args, impl)))
+    return select((*args, impl), tuple_of(forward.op(*args, impl)))
 
 
 def _without_gradient(forward: Pass, impl: str, plain: bool, *args: Any) -> Any:
@@ -271,33 +275,17 @@ def _keep(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], needs: 
 def _formula(inputs: int, backward: Pass, gradients: Callable, ctx: Any, grads: Sequence[Tensor | None]
              ) -> tuple[Tensor | None, ...]:
     """Gradients of all inputs, and products in their own dtype where ``loss.backward()`` is called inside autocast."""
-    given = [g for g in grads if g is not None]
-    if not given:
+    given = next((g for g in grads if g is not None), None)
+    if given is None:
         return (None,) * inputs
     # The saved tensors once: checkpointing gives them out a single time.
     kept = Kept(ctx.saved_tensors, ctx.settings, ctx.needs)
-    direct = getattr(ctx, "plain", False) and unwatched(given)
-    call = backward.run if direct else backward.op
-    found = _outside_autocast(given[0].device.type, gradients, call, kept, *grads)
+    call = backward.run if getattr(ctx, "plain", False) and unwatched(grads) else backward.op
+    found = outside_autocast(given, gradients, call, kept, *grads)
     return *found, *(None,) * (inputs - len(found))
 
 
-def _outside_autocast(device: str, function: Callable, *args: Any) -> Any:
-    """``function(*args)`` with the dtypes that it is given."""
-    if not torch.is_autocast_enabled(device):
-        return function(*args)
-    if is_compiling():
-        with torch.autocast(device, enabled=False):
-            return function(*args)
-    # The context costs as much as an op; what it does beyond this is for casts within it, of which there are none.
-    torch.set_autocast_enabled(device, False)
-    try:
-        return function(*args)
-    finally:
-        torch.set_autocast_enabled(device, True)
-
-
-def _apart(found: Any, inputs: Sequence[Any]) -> Any:
+def apart(found: Any, inputs: Sequence[Any]) -> Any:
     """``found`` with an alias for each input or repetition: autograd wants results to be tensors of their own."""
     if isinstance(found, Tensor):
         return found
@@ -308,23 +296,5 @@ def _apart(found: Any, inputs: Sequence[Any]) -> Any:
     return tuple(apart)
 
 
-def _tuple(outputs: Any) -> tuple[Any, ...]:
+def tuple_of(outputs: Any) -> tuple[Any, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def dtype_of(args: Sequence[Any]) -> torch.dtype:
-    """In which an op of these arguments computes: the low precision among tensors and dtypes, float32 without one."""
-    for arg in args:
-        if (arg.dtype if isinstance(arg, Tensor) else arg) in _LOW:
-            return arg.dtype if isinstance(arg, Tensor) else arg
-    return torch.float32
-
-
-def _tensors(args: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            found.append(arg)
-        elif type(arg) in (list, tuple):
-            found += [t for t in arg if isinstance(t, Tensor)]
-    return found

@@ -60,12 +60,12 @@ def on_own_device(launcher: Callable[P, R]) -> Callable[P, R]:
     """
     @functools.wraps(launcher)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        for x in args:
-            if isinstance(x, Tensor):
-                if (there := on_device_of(x)) is _HERE:
-                    return launcher(*args, **kwargs)
-                with there:
-                    return launcher(*args, **kwargs)
-        raise TypeError(f"{launcher.__name__} takes a tensor by position")
+        x: Any = args[0] if isinstance(args[0], Tensor) else next((t for t in args if isinstance(t, Tensor)), None)
+        if x is None:
+            raise TypeError(f"{launcher.__name__} takes a tensor by position")
+        if not x.is_cuda or (there := on_device_of(x)) is _HERE:
+            return launcher(*args, **kwargs)
+        with there:
+            return launcher(*args, **kwargs)
 
     return run

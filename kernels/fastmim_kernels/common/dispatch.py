@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ def _installed(name: str) -> bool:
         return False
 
 
+R = TypeVar("R")
 HAS_TRITON = _installed("triton")
 IMPLS = ("auto", "triton", "torch", "reference")
 _as_on_a_gpu = False
@@ -43,8 +45,8 @@ def check_impl(impl: str) -> str:
     return impl
 
 
-def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device: torch.device,
-            dtype: torch.dtype = torch.float32) -> Callable:
+def resolve(op: str, impl: str, implementations: Mapping[str, R], device: torch.device,
+            dtype: torch.dtype = torch.float32) -> R:
     """Pick the function that runs ``op``.
 
     ``auto`` takes Triton on a CUDA device where the op has a Triton kernel that passed its self-test there, and
@@ -53,7 +55,7 @@ def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device:
     Args:
         op: Name of the op, for messages.
         impl: One of :data:`IMPLS`.
-        implementations: The functions this op has, by name.
+        implementations: The functions this op has, by name; or whatever there is one of for each.
         device: Device of the op's inputs.
         dtype: In which the op computes; a kernel passes its self-test in each by itself.
 
@@ -62,7 +64,8 @@ def resolve(op: str, impl: str, implementations: Mapping[str, Callable], device:
     """
     check_impl(impl)
     if impl == "auto":
-        impl = "triton" if "triton" in implementations and picks_triton(op, impl, device, dtype) else "torch"
+        picked = "triton" in implementations and picks_triton(op, impl, device, dtype)
+        return implementations["triton" if picked else "torch"]
     if impl not in implementations:
         have = ", ".join(["auto", *implementations])
         raise ValueError(f"impl={impl!r}: {op} has no such implementation; use one of {have}")
@@ -111,6 +114,6 @@ def no_triton(device: torch.device) -> str:
     """
     if not HAS_TRITON:
         return "triton is not installed (pip install triton)"
-    if device.type != "cuda" and not _as_on_a_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+    if not _as_on_a_gpu and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device.type}, not on a CUDA GPU"
     return ""

@@ -46,13 +46,19 @@ def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
 @on_own_device
 def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool) -> tuple[Tensor, Tensor]:
     """As :func:`.on_torch.parameter_gradients`, of contiguous (…, N) and (…, K)."""
+    if not has_bias:
+        return on_torch.weight_gradient(_rows(grad), _rows(x), dtype), nothing(x, torch.float32)
+    columns = grad.shape[-1]
+
     def apart() -> tuple[Tensor, Tensor]:
-        return on_torch.parameter_gradients(grad.flatten(0, -2), x.flatten(0, -2), dtype, has_bias)
+        return on_torch.parameter_gradients(_rows(grad), _rows(x), dtype, True)
 
     def fused() -> tuple[Tensor, Tensor]:
         return weight_gradient(grad, x.contiguous(), dtype)
 
-    if not has_bias:
-        return apart()
-    columns = grad.shape[-1]
     return make("weight_gradient", grad.numel() // columns, columns, x.shape[-1], grad, fused, apart)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(…, C) as a matrix."""
+    return x if x.ndim == 2 else x.flatten(0, -2)

@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight:
     dtype = product_dtype(x)
     if not x.is_cpu and impl in ("auto", "torch") and not picks_triton("linear", impl, x.device, dtype):
         impl = "reference"  # torch's own layer: nothing of the CPU's is of use elsewhere
-    return _call(OP, x, weight, bias, low_weight, low_bias, dtype, impl)
+    return OP(*arguments(x, weight, bias, low_weight, low_bias, dtype), impl=impl)
 
 
 def linear_and_input(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,
@@ -47,7 +47,7 @@ def linear_and_input(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, l
     dtype = product_dtype(x)
     if x.dtype != dtype:
         return linear(x, weight, bias, low_weight=low_weight, low_bias=low_bias, impl=impl), x
-    return _call(OP.hand_on, x, weight, bias, low_weight, low_bias, dtype, impl)
+    return OP.hand_on(*arguments(x, weight, bias, low_weight, low_bias, dtype), impl=impl)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -57,10 +57,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if lower else x.dtype
 
 
-def _call(run: Callable, x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None,
-          low_bias: Tensor | None, dtype: torch.dtype, impl: str) -> Any:
+def arguments(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None,
+              dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Those of the op, for a product in ``dtype``; checked."""
     _check(x, weight, bias, low_weight, low_bias)
-    return run(cast(x, dtype), weight, bias, fitting(low_weight, dtype), fitting(low_bias, dtype), impl=impl)
+    return cast(x, dtype), weight, bias, fitting(low_weight, dtype), fitting(low_bias, dtype)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None) -> None:

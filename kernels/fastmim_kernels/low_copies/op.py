@@ -27,7 +27,7 @@ def low_copies(tensors: Sequence[Tensor], dtype: torch.dtype, *, impl: str = "au
     Raises:
         ValueError: A tensor is neither.
     """
-    wide = [t.detach() for t in tensors if t.dtype != dtype]
+    wide = [t for t in tensors if t.dtype != dtype]
     if any(t.dtype != torch.float32 or not t.is_contiguous() for t in wide):
         raise ValueError(f"low_copies: tensors must be contiguous float32, got {sorted({str(t.dtype) for t in wide})}")
     if not wide:

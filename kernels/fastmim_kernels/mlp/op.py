@@ -45,8 +45,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
     Raises:
         ValueError: Shapes do not belong together.
     """
-    args = x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, product_dtype(x), impl
-    return _call(OP, *args)
+    return OP(*arguments(x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, product_dtype(x)),
+              impl=impl)
 
 
 def mlp_and_input(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
@@ -54,22 +54,21 @@ def mlp_and_input(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Ten
                   impl: str = "auto") -> tuple[Tensor, Tensor]:
     """(:func:`mlp`, x), the second for another reader of x: one product then adds both gradients up."""
     dtype = product_dtype(x)
-    args = x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, dtype, impl
-    if x.dtype != dtype:
-        return _call(OP, *args), x
-    return _call(OP.hand_on, *args)
+    args = arguments(x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, dtype)
+    return OP.hand_on(*args, impl=impl) if x.dtype == dtype else (OP(*args, impl=impl), x)
 
 
-def _call(run: Callable, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
-          low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, dtype: torch.dtype, impl: str
-          ) -> Any:
+def arguments(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+              low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, dtype: torch.dtype
+              ) -> tuple[Any, ...]:
+    """Those of the op, for products in ``dtype``; checked."""
     _check(x, weight1, bias1, weight2, bias2)
     check_low("mlp", "low_weight1", low_weight1, weight1)
     check_low("mlp", "low_weight2", low_weight2, weight2)
     # Without a graph the pre-activation is of no use to anybody: its buffer takes the activation.
     recompute_fc1 = recompute_fc1 or not torch.is_grad_enabled()
-    return run(cast(x, dtype), weight1, bias1, weight2, bias2, fitting(low_weight1, dtype),
-               fitting(low_weight2, dtype), recompute_fc1, impl=impl)
+    return (cast(x, dtype), weight1, bias1, weight2, bias2, fitting(low_weight1, dtype), fitting(low_weight2, dtype),
+            recompute_fc1)
 
 
 def traffic(rows: int, channels: int, hidden: int, out_channels: int | None = None, *, itemsize: int = 2,

@@ -11,15 +11,11 @@ from timm.layers.activations import GELU
 from timm.models.vision_transformer import LayerScale
 from torch import nn
 
+from ..common.hooks import hooked
+
 NORMS = (nn.LayerNorm, LayerNorm)
 PATHS = (nn.Identity, DropPath)
 SCALES = (nn.Identity, LayerScale)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs anything but its forward: hooks, or what ``module.compile()`` has made."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or module._compiled_call_impl is not None)
 
 
 def hooked_inside(module: nn.Module) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.chain import Backward, Forward, define_chain
 from ..common.define_op import Kept, define_op
 from ..common.rows import exactly, statistics_dtype
 from . import on_torch
@@ -75,15 +76,18 @@ def position_bias(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tupl
         ValueError: Shapes do not belong together.
     """
     hidden = params[0][1].numel() if len(params[0]) == 3 else 0
+    shapes: list[tuple[int, ...]] = []
     for own, block in zip(params, blocks, strict=True):
         wanted = [(hidden, 2), (hidden,), (block.heads, hidden)] if hidden else [(block.rows, block.heads)]
-        if [tuple(p.shape) for p in own] != wanted:
+        if [p.shape for p in own] != wanted:
             raise ValueError(f"position_bias: weight1, bias1, weight2 or the table must be {wanted}, got "
                              f"{[tuple(p.shape) for p in own]}")
+        shapes += wanted
     given = [p for own in params for p in own]
-    wide = statistics_dtype(given[0].dtype)
-    flat = torch.cat([p.reshape(-1) for p in given]).to(wide)
-    bias = OP(flat, *plan, [value for block in blocks for value in block], hidden, impl=impl)
+    layout = [value for block in blocks for value in block]
+    bias = _OF_PARAMETERS(impl, _How(plan, layout, hidden, shapes), *given)
+    if bias is None:
+        bias = OP(_flat(given), *plan, layout, hidden, impl=impl)
     ends = [block.bias for block in blocks[1:]] + [bias.numel()]
     parts = bias.split([end - block.bias for block, end in zip(blocks, ends, strict=True)])
     return [exactly(p, (b.heads, math.isqrt(b.pairs), math.isqrt(b.pairs))) for p, b in zip(parts, blocks, strict=True)]
@@ -178,3 +182,30 @@ def _reference(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coor
 
 OP = define_op("position_bias", on_torch, ".on_triton", reference=_reference, fake=_fake, backward_fake=_backward_fake,
                save=_save, gradients=_gradients, flops=_flops, backward_flops=_backward_flops)
+
+
+class _How(NamedTuple):
+    plan: BiasPlan
+    layout: list[int]
+    hidden: int
+    shapes: list[tuple[int, ...]]
+    """Of the parameters."""
+
+
+def _flat(params: Sequence[Tensor]) -> Tensor:
+    return torch.cat([p.reshape(-1) for p in params]).to(statistics_dtype(params[0].dtype))
+
+
+def _of_parameters(way: Forward, how: _How, *params: Tensor) -> Tensor:
+    """The op with what makes its input, which as nodes of their own would be two and two views for each parameter."""
+    bias: Tensor = way.run(OP, _flat(params), *how.plan, how.layout, how.hidden)
+    return bias
+
+
+def _of_parameters_gradients(way: Backward, how: _How, needs: tuple[bool, ...], grad: Tensor) -> list[Tensor]:
+    flat: Any = way.run(grad)[0]
+    parts = flat.split([math.prod(shape) for shape in how.shapes])
+    return [part.view(shape) for part, shape in zip(parts, how.shapes, strict=True)]
+
+
+_OF_PARAMETERS = define_chain("position_bias_of_parameters", _of_parameters, _of_parameters_gradients)

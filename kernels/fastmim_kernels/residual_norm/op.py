@@ -54,21 +54,29 @@ def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor
     Raises:
         ValueError: Unknown order, γ with "post", or tensors that do not belong together.
     """
+    return OP.hand_on(*arguments(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps,
+                                 stream_dtype, out_dtype, merge), impl=impl)
+
+
+def arguments(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
+              branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
+              stream_dtype: torch.dtype | None, out_dtype: torch.dtype | None, merge: bool) -> tuple[Any, ...]:
+    """Those of the op; checked."""
     _check(residual, branch, weight, bias, order, drop_scale, gamma, branch_bias)
     like = given(residual, branch)
     if merge and (order == "pre" or like.ndim != 4 or like.shape[1] % 2 or like.shape[2] % 2):
         raise ValueError(f"residual_norm: merge takes order='post' and (B, H, W, C) with even H and W, got "
                          f"order={order!r} and {tuple(like.shape)}")
-    device = like.device.type
-    stream_dtype = (stream_dtype or like.dtype) if residual is None else residual.dtype
     if out_dtype is None:
+        device = like.device.type
         dtype = like.dtype if branch is None else branch.dtype
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    stream_dtype = (stream_dtype or like.dtype) if residual is None else residual.dtype
     stream_dtype = out_dtype if merge else stream_dtype
     if drop_scale is not None:
         drop_scale = cast(drop_scale.detach(), statistics_dtype(like.dtype))
-    return OP.hand_on(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype,
-                      out_dtype, merge, impl=impl)
+    return (residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps, stream_dtype, out_dtype,
+            merge)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, out_dtype: torch.dtype | None = None,

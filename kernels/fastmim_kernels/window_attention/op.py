@@ -42,7 +42,7 @@ def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: 
     """
     window_size = (window_size, window_size) if isinstance(window_size, int) else window_size
     shift_size = (shift_size, shift_size) if isinstance(shift_size, int) else shift_size
-    _check(qkv, bias, num_heads, window_size, shift_size, logit_scale)
+    check(qkv, bias, num_heads, window_size, shift_size, logit_scale)
     device = qkv.device.type
     if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         qkv = cast(qkv, torch.get_autocast_dtype(device))
@@ -71,8 +71,9 @@ def traffic(shape: Sequence[int], num_heads: int, window_size: tuple[int, int], 
     return (3 * row + bias, row + lse, 2 * product), (5 * row + lse + bias, 3 * row + bias, 5 * product)
 
 
-def _check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int],
-           logit_scale: Tensor | None) -> None:
+def check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int],
+          logit_scale: Tensor | None) -> None:
+    """Raise ``ValueError`` where shapes do not belong together."""
     if num_heads < 1 or len(window_size) != 2 or len(shift_size) != 2 or min(window_size) < 1:
         raise ValueError(f"window_attention: num_heads={num_heads}, window_size={window_size} and "
                          f"shift_size={shift_size} must be 1 or more, and pairs of numbers of 1 and 0 or more")
