@@ -24,6 +24,7 @@ from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from .arguments import check_devices
 from .dispatch import resolve
 
 NAMESPACE = "fastmim"
@@ -116,6 +117,7 @@ class Op:
             plain, functions = not is_in_torch_dispatch_mode() and all(map(_is_plain, tensors)), self._eager
             if not plain:
                 check_whole(tensors)
+                check_devices(self.name, tensors)
             if impl != "reference":
                 self._check_seen()
         for tensor in tensors:
