@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks import harness  # noqa: E402
-from benchmarks.plots import Row, faster, latest, number  # noqa: E402
+from benchmarks.rows import Row, faster, latest, number  # noqa: E402
 
 CSV = harness.RESULTS / "measurements.csv"
 BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"

@@ -193,7 +193,7 @@ def test_an_error_of_right_arguments_stays_as_it_is() -> None:
     ("residual_norm", {"branch": some(2, 4, 6, 5).double()}, "branch must be of float32 as residual, got .*float64"),
     ("residual_norm", {"order": "post"}, "gamma must be None with order='post'"),
     ("residual_norm", {"merge": True}, "merge must be False but with order='post'"),
-    ("cpb_bias", {"index": INDEX + 1}, "index must hold rows of the table or of coords, 0 to 8, got 1 to 9"),
+    ("cpb_bias", {"index": INDEX + 1}, "index must hold rows of coords, 0 to 8, got 1 to 9"),
 ])  # fmt: skip
 def test_what_is_said(op: str, changed: dict[str, Any], words: str) -> None:
     assert re.search(words, said_of(op, **changed))

@@ -113,6 +113,10 @@ def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weig
         raise wrong(op, "weight2", f"({bias1.shape[0]}, heads, {bias1.shape[1]}) for bias1 of {tuple(bias1.shape)}",
                     weight2)
     _check_stage(op, index, len(coords), coords)
+    # On a GPU the host would have to wait for the values. Those of a plan may come after it: not looked at there.
+    if index.is_cpu and unwatched((index,)) and not 0 <= int(index.min()) <= int(index.max()) < len(coords):
+        got = f"{int(index.min())} to {int(index.max())}"
+        raise ValueError(f"{op}: index must hold rows of coords, 0 to {len(coords) - 1}, got {got}")
     plan, blocks = bias_plan([index], [len(weight1)], [weight2.shape[1]], [len(coords)], [coords], bias1.shape[-1])
     plan = BiasPlan(*(tensor.to(index.device) for tensor in plan))
     params = list(zip(weight1.unbind(0), bias1.unbind(0), weight2.unbind(0), strict=True))
@@ -143,10 +147,6 @@ def _check_stage(op: str, index: Tensor, rows: int, coords: Tensor | None) -> No
         floating(op, coords)
         if coords.shape != (rows, 2):
             raise wrong(op, "coords", f"({rows}, 2) for each stage, a row for each of the table", coords)
-    # On a GPU the host would have to wait for it.
-    if index.is_cpu and unwatched((index,)) and not 0 <= int(index.min()) <= int(index.max()) < rows:
-        got = f"{int(index.min())} to {int(index.max())}"
-        raise ValueError(f"{op}: index must hold rows of the table or of coords, 0 to {rows - 1}, got {got}")
 
 
 def _check(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tuple[Tensor, ...]]) -> int:
