@@ -178,8 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--csv {missing[0]}: no such file; run `python benchmarks/run.py step` first, or give "
                          "--record for the committed measurements")  # fmt: skip
     rows = [row for path in files for row in harness.read_rows(path)]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(rows), encoding="utf-8")
+    command.write_whole(args.out, page(rows))
     print(f"report: {args.out}")
     return 0
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bars, harness
-from benchmarks.proof import store
+from benchmarks import bars, command, harness
 from benchmarks.proof.part import Part
 from benchmarks.proof.store import Result
 
@@ -26,12 +23,8 @@ MEASURED = ("case", "dtype", "batch", "provider", "seconds", "images_per_sec", "
 def write(folder: Path, parts: Sequence[Part], results: dict[str, Result], key: str) -> None:
     """Replace the report and the CSV; rows are those of all parts that ran under ``key``."""
     rows = [row for result in results.values() if result.key == key for row in result.rows]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, harness.COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    store.replace(folder / CSV, text.getvalue())
-    store.replace(folder / REPORT, "\n".join(_page(parts, results, key)) + "\n")
+    command.write_csv(folder / CSV, harness.COLUMNS, rows)
+    command.write_whole(folder / REPORT, "\n".join(_page(parts, results, key)) + "\n")
 
 
 def _page(parts: Sequence[Part], results: dict[str, Result], key: str) -> Iterator[str]:

@@ -184,11 +184,11 @@ def test_an_error_of_right_arguments_stays_as_it_is() -> None:
     ("window_attention", {"bias": None}, "bias must be a tensor, got None"),
     ("window_attention", {"qkv": np.ones((2, 4, 6, 12))}, r"qkv must be a tensor, got a numpy.ndarray of shape \(2, 4"),
     ("window_attention", {"qkv": some(2, 4, 6, 12).to(torch.float8_e5m2)}, "qkv must be dense and of float16"),
-    ("window_attention", {"impl": "cuda"}, "impl must be one of auto, triton, torch, reference, got 'cuda'"),
+    ("window_attention", {"impl": "cuda"}, "impl='cuda': must be one of auto, triton, torch, reference"),
     ("gelu", {"x": some(5, 4).to_sparse()}, "x must be dense"),
     ("linear", {"low_weight": some(6, 4).to("meta")}, "low_weight must be on a CPU or a GPU"),
     ("mask_tokens", {"norm_bias": None}, "norm_bias must be given with norm_weight, got None"),
-    ("masked_l1", {"std": None}, "std must be 3 values for a target of uint8, got None"),
+    ("masked_l1", {"std": None}, "std must be 3 values: a uint8 target needs mean and std, got None"),
     ("mlp", {"x": some(0, 4), "impl": "torch"}, "x must be a tensor with values"),
     ("residual_norm", {"branch": some(2, 4, 6, 5).double()}, "branch must be of float32 as residual, got .*float64"),
     ("residual_norm", {"order": "post"}, "gamma must be None with order='post'"),
@@ -200,11 +200,11 @@ def test_what_is_said(op: str, changed: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: fk.fusion("nope", torch.device("cpu")), "fusion: impl must be one of auto, "),
+    (lambda: fk.fusion("nope", torch.device("cpu")), "fusion: impl='nope': must be one of auto, "),
     (lambda: fk.fusion("auto", "cpu"), "fusion: device must be a device, got 'cpu'"),
     (lambda: fk.shape_may_follow(3), "shape_may_follow: data must be a tensor, got 3"),
     (lambda: fk.accelerate(3), "accelerate: model must be a Module, got 3"),
-    (lambda: fk.accelerate(torch.nn.Linear(2, 2), impl=3), "accelerate: impl must be one of auto, .*, got 3"),
+    (lambda: fk.accelerate(torch.nn.Linear(2, 2), impl=3), "accelerate: impl=3: must be one of auto, "),
 ])  # fmt: skip
 def test_what_is_no_op_says_it_too(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

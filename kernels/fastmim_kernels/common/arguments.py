@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import numbers
 import types
 import typing
@@ -86,16 +87,13 @@ def check_devices(op: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{op}: all tensors must be on one device, got {' and '.join(devices)}")
 
 
-def check_eps(op: str, eps: float) -> None:
-    """Raise ``ValueError`` unless ``eps`` of a LayerNorm is positive and finite."""
-    if not 0 < eps < float("inf"):
+def check_norm(op: str, eps: float, **dtypes: torch.dtype | None) -> None:
+    """Raise ``ValueError`` unless ``eps`` of a LayerNorm is positive and finite, and results are floating point."""
+    if not 0 < eps < math.inf:
         raise wrong(op, "eps", "a number above 0, for example 1e-5", eps)
-
-
-def check_out(op: str, argument: str, dtype: torch.dtype | None) -> None:
-    """Raise ``ValueError`` for a result that would not be floating point."""
-    if dtype is not None and dtype not in FLOATING:
-        raise wrong(op, argument, "float16, bfloat16, float32, float64 or None", dtype)
+    for argument, dtype in dtypes.items():
+        if dtype is not None and dtype not in FLOATING:
+            raise wrong(op, argument, "float16, bfloat16, float32, float64 or None", dtype)
 
 
 def shown(value: Any) -> str:
@@ -123,8 +121,10 @@ def _fault(op: Callable, kinds: dict[str, str], args: Sequence[Any], kwargs: dic
     except TypeError:  # one too many or too few, as Python's own message says
         return ""
     hints = typing.get_type_hints(op)
+    if given.get("impl", "auto") not in IMPLS:
+        return f"{op.__name__}: impl={shown(given['impl'])}: must be one of {', '.join(IMPLS)}"
     for name, value in given.items():
-        takes = _must_be(name, value, hints[name], kinds.get(name, "floating"))
+        takes = _must_be(value, hints[name], kinds.get(name, "floating"))
         if takes:
             return str(wrong(op.__name__, name, takes, value))
     return _misplaced(op.__name__, [(name, tensor) for name, value in given.items() for tensor in _tensors(value)])
@@ -143,10 +143,8 @@ def _misplaced(op: str, tensors: list[tuple[str, Tensor]]) -> str:
     return ""
 
 
-def _must_be(name: str, value: Any, hint: Any, kind: str) -> str:
+def _must_be(value: Any, hint: Any, kind: str) -> str:
     """What ``value`` must be and is not; empty where it is."""
-    if name == "impl" and value not in IMPLS:
-        return f"one of {', '.join(IMPLS)}"
     if not _is(value, hint):
         return _said(hint)
     words, is_one = DTYPES[kind]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.arguments import explained, floating, wrong
+from ..common.arguments import explained, floating, shown, wrong
 from ..common.define_op import Kept, define_op
 from ..common.dispatch import picks_triton
 from ..common.rows import cast, statistics_dtype
@@ -69,8 +69,9 @@ def _call(run: Callable, x: Tensor, weight: Tensor, bias: Tensor | None, low_wei
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None) -> None:
     floating("linear", x, weight, bias, low_weight, low_bias)
     check_product("linear", x, "x", weight, "weight", bias, "bias")
-    check_low("linear", "low_weight", low_weight, weight)
-    check_low("linear", "low_bias", low_bias, bias)
+    if low_weight is not None or low_bias is not None:
+        check_low("linear", "low_weight", low_weight, weight)
+        check_low("linear", "low_bias", low_bias, bias)
 
 
 def check_product(op: str, x: Tensor, name: str, weight: Tensor, weight_name: str, bias: Tensor | None, bias_name: str
@@ -88,8 +89,7 @@ def check_product(op: str, x: Tensor, name: str, weight: Tensor, weight_name: st
 def check_low(op: str, name: str, low: Tensor | None, parameter: Tensor | None) -> None:
     """Raise ``ValueError`` unless the copy ``low``, where there is one, has the shape of ``parameter``."""
     if low is not None and (parameter is None or low.shape != parameter.shape):
-        shape = "None as its parameter" if parameter is None else f"{tuple(parameter.shape)} as its parameter"
-        raise wrong(op, name, shape, low)
+        raise ValueError(f"{op}: {name} must have the shape of its parameter, {shown(parameter)}, got {shown(low)}")
 
 
 def fitting(low: Tensor | None, dtype: torch.dtype) -> Tensor | None:

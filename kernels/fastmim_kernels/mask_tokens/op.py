@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import check_eps, check_out, explained, floating, wrong
+from ..common.arguments import check_norm, explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import statistics_dtype
 from . import on_torch
@@ -56,8 +56,7 @@ def mask_tokens_twice(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_
         ValueError: An argument is not what is said here.
     """
     _check(tokens, mask, mask_token, norm_weight, norm_bias, pos_embed)
-    check_eps("mask_tokens", eps)
-    check_out("mask_tokens", "out_dtype", out_dtype)
+    check_norm("mask_tokens", eps, out_dtype=out_dtype)
     if out_dtype is None:
         out_dtype = tokens.dtype
         if norm_weight is not None and torch.is_autocast_enabled(tokens.device.type):

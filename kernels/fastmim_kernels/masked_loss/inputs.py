@@ -26,11 +26,11 @@ def check(op: str, tokens: Tensor, name: str, target: Tensor, mask: Tensor, stri
         raise wrong(op, "target", "(B, C, H, W), floating point or uint8", target)
     if len(grid) != 4 or grid[0] != shape[0] or grid[1] * stride < shape[2] or grid[2] * stride < shape[3]:
         least = f"({shape[0]}, h, w, …) with h and w of at least {-(-shape[2] // stride)} and {-(-shape[3] // stride)}"
-        raise wrong(op, name, f"{least}, to cover a target of {tuple(shape)} at stride={stride}", tokens)
+        raise wrong(op, name, f"{least}, to cover a target of {tuple(shape)} at stride {stride}", tokens)
     _check_mask(op, mask, shape)
     for statistic, values in (("mean", mean), ("std", std)):
         if values is None and target.dtype == torch.uint8:
-            raise wrong(op, statistic, f"{shape[1]} values for a target of uint8", None)
+            raise wrong(op, statistic, f"{shape[1]} values: a uint8 target needs mean and std", None)
         if values is not None and values.numel() != shape[1]:
             raise wrong(op, statistic, f"{shape[1]} values, one a channel of target", values)
     return shape[1] * stride * stride

@@ -75,8 +75,9 @@ def _call(run: Callable, x: Tensor, weight1: Tensor, bias1: Tensor | None, weigh
         raise wrong("mlp", "bias2", f"{tuple(weight2.shape[:1])} for weight2 of {tuple(weight2.shape)}", bias2)
     if recompute_fc1 is not False and recompute_fc1 is not True:
         raise wrong("mlp", "recompute_fc1", "True or False", recompute_fc1)
-    check_low("mlp", "low_weight1", low_weight1, weight1)
-    check_low("mlp", "low_weight2", low_weight2, weight2)
+    if low_weight1 is not None or low_weight2 is not None:
+        check_low("mlp", "low_weight1", low_weight1, weight1)
+        check_low("mlp", "low_weight2", low_weight2, weight2)
     # Without a graph the pre-activation is of no use to anybody: its buffer takes the activation.
     recompute_fc1 = recompute_fc1 or not torch.is_grad_enabled()
     return run(cast(x, dtype), weight1, bias1, weight2, bias2, fitting(low_weight1, dtype),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import check_eps, check_out, explained, floating, wrong
+from ..common.arguments import check_norm, explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import statistics_dtype
 from . import on_torch
@@ -35,8 +35,7 @@ def patch_merge(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = N
         ValueError: An argument is not what is said here.
     """
     _check(x, weight, bias)
-    check_eps("patch_merge", eps)
-    check_out("patch_merge", "out_dtype", out_dtype)
+    check_norm("patch_merge", eps, out_dtype=out_dtype)
     device = x.device.type
     if out_dtype is None:
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -68,9 +67,9 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     if weight is None and bias is None:
         return
     if weight is None or weight.shape != width:
-        raise wrong(op, "weight", f"{width} as bias, for x of {tuple(x.shape)}; or both None", weight)
+        raise wrong(op, "weight", f"{width} for x of {tuple(x.shape)} (weight and bias both, or both None)", weight)
     if bias is None or bias.shape != width:
-        raise wrong(op, "bias", f"{width} as weight, for x of {tuple(x.shape)}; or both None", bias)
+        raise wrong(op, "bias", f"{width} for x of {tuple(x.shape)} (weight and bias both, or both None)", bias)
 
 
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype, impl: str

@@ -133,7 +133,7 @@ def _check_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[
             raise wrong(op, name, f"{stages} numbers of 1 or more, one a stage of index", values)
     if coords is not None and len(coords) != stages:
         raise wrong(op, "coords", f"{stages} tensors, one a stage of index; or None for tables", coords)
-    if not isinstance(hidden, int) or hidden < 1:
+    if coords is not None and (not isinstance(hidden, int) or hidden < 1):
         raise wrong(op, "hidden", "1 or more", hidden)
     check_devices(op, [*index, *(coords or ())])
     for stage, (own, t) in enumerate(zip(index, rows, strict=True)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import check_eps, check_out, explained, floating, wrong
+from ..common.arguments import check_norm, explained, floating, shown, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
 from . import on_torch
@@ -57,9 +57,7 @@ def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor
         ValueError: An argument is not what is said here.
     """
     _check(residual, branch, weight, bias, order, drop_scale, gamma, branch_bias)
-    check_eps("residual_norm", eps)
-    check_out("residual_norm", "stream_dtype", stream_dtype)
-    check_out("residual_norm", "out_dtype", out_dtype)
+    check_norm("residual_norm", eps, stream_dtype=stream_dtype, out_dtype=out_dtype)
     like = given(residual, branch)
     if merge is not False:
         _check_merge(merge, order, like)
@@ -86,10 +84,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, ou
     floating("layer_norm", x, weight, bias)
     if x.ndim < 2 or not x.shape[-1]:
         raise wrong("layer_norm", "x", "(B, …, C)", x)
-    check_vector("layer_norm", "weight", weight, x, "x")
-    check_vector("layer_norm", "bias", bias, x, "x")
-    check_eps("layer_norm", eps)
-    check_out("layer_norm", "out_dtype", out_dtype)
+    _check_vectors("layer_norm", x, "x", {"weight": weight, "bias": bias})
+    check_norm("layer_norm", eps, out_dtype=out_dtype)
     return residual_norm(None, x, weight, bias, order="post", eps=eps, stream_dtype=dtype, out_dtype=dtype,
                          impl=impl)[0]
 
@@ -121,10 +117,12 @@ def traffic(rows: int, channels: int, order: str, *, itemsize: int = 2, branch_i
     return forward, (read, written + 4 * channels * (2 + extras), 0)
 
 
-def check_vector(op: str, name: str, vector: Tensor | None, rows: Tensor, rows_name: str) -> None:
-    """Raise ``ValueError`` unless ``vector``, where there is one, is (C,) for ``rows`` (…, C)."""
-    if vector is not None and vector.shape != rows.shape[-1:]:
-        raise wrong(op, name, f"{tuple(rows.shape[-1:])} for {rows_name} of {tuple(rows.shape)}", vector)
+def _check_vectors(op: str, rows: Tensor, rows_name: str, vectors: dict[str, Tensor | None]) -> None:
+    """Raise ``ValueError`` unless all ``vectors`` that are given are (C,) for ``rows`` (…, C)."""
+    channels = rows.shape[-1:]
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != channels:
+            raise wrong(op, name, f"{tuple(channels)} for {rows_name} of {tuple(rows.shape)}", vector)
 
 
 def _check(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, order: str,
@@ -132,7 +130,7 @@ def _check(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias:
     op = "residual_norm"
     floating(op, residual, branch, weight, bias, drop_scale, gamma, branch_bias)
     if order not in ORDERS:
-        raise wrong(op, "order", "'pre' or 'post'", order)
+        raise ValueError(f"{op}: order={shown(order)}: must be 'pre' or 'post'")
     if order == "post" and gamma is not None:
         raise wrong(op, "gamma", "None with order='post'", gamma)
     if residual is None and order == "pre":
@@ -148,10 +146,10 @@ def _check(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias:
             raise wrong(op, "branch", f"of {str(residual.dtype).removeprefix('torch.')} as residual", branch)
     if len(full) < 2 or not full[-1]:
         raise wrong(op, name, "(B, …, C)", like)
-    check_vector(op, "weight", weight, like, name)
-    check_vector(op, "bias", bias, like, name)
-    check_vector(op, "gamma", gamma, like, name)
-    check_vector(op, "branch_bias", branch_bias, like, name)
+    channels = full[-1:]
+    if weight.shape != channels or bias.shape != channels or (gamma is not None and gamma.shape != channels) \
+            or (branch_bias is not None and branch_bias.shape != channels):
+        _check_vectors(op, like, name, {"weight": weight, "bias": bias, "gamma": gamma, "branch_bias": branch_bias})
     if drop_scale is not None and drop_scale.shape != full[:1]:
         raise wrong(op, "drop_scale", f"{tuple(full[:1])} for {name} of {tuple(full)}", drop_scale)
     if branch is None:

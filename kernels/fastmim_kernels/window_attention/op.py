@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import explained, floating, wrong
+from ..common.arguments import explained, floating, shown, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
 from . import on_torch
@@ -82,12 +82,13 @@ def _check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, in
     if len(window_size) != 2 or min(window_size) < 1:
         raise wrong(op, "window_size", "one or two numbers of 1 or more", window_size)
     if len(shift_size) != 2 or not (0 <= shift_size[0] < window_size[0] and 0 <= shift_size[1] < window_size[1]):
-        raise wrong(op, "shift_size", f"one or two numbers of 0 or more within window_size={window_size}", shift_size)
+        raise ValueError(f"{op}: shift_size={shown(shift_size)} must lie within the window {shown(window_size)}")
     shape = qkv.shape
     if len(shape) != 4 or not shape[3] or shape[3] % (3 * num_heads):
         raise wrong(op, "qkv", f"(B, H, W, 3C) with C divisible by num_heads={num_heads}", qkv)
     if shape[1] % window_size[0] or shape[2] % window_size[1]:
-        raise wrong(op, "qkv", f"(B, H, W, 3C) with H and W divisible by window_size={tuple(window_size)}", qkv)
+        raise ValueError(f"{op}: window_size={shown(window_size)} must divide the {shape[1]}x{shape[2]} map of qkv, "
+                         f"got {shown(qkv)}")
     n = window_size[0] * window_size[1]
     if bias.shape != (num_heads, n, n):
         raise wrong(op, "bias", f"{(num_heads, n, n)}, num_heads and twice the window's area", bias)
