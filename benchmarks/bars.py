@@ -85,13 +85,13 @@ def chart(groups: dict[str, list[Bar]], unit: str, *, line: float | None = None,
     Args:
         groups: Heading → bars; an empty one is left out.
         unit: Behind the end of the axis.
-        line: Where every bar is crossed by a line.
+        line: Where every bar is crossed by a line; the axis reaches it.
         cut: End of the axis at most; a longer bar ends in a point.
         legend: Name → colour of the parts.
         long: Names stand above their bars.
     """
     ends = [max(bar.end, *(bar.spread or ())) if bar.spread else bar.end for bars in groups.values() for bar in bars]
-    most = min(max(ends, default=0.0), cut) or 1.0
+    most = min(max([*ends, line or 0.0]), cut) or 1.0
     keys = "".join(f'<span><i style="--c:var(--{c})"></i>{html.escape(n)}</span>' for n, c in (legend or {}).items())
     axis = f'<div class="axis"><span><span>0</span><span>{_short(most)} {html.escape(unit)}</span></span></div>'
     parts = [f'<div class="legend">{keys}</div>' if keys else "", f'<div class="groups{" long" if long else ""}">']
@@ -137,6 +137,8 @@ def grouped(rows: Sequence[Row], column: str, unit: str, base: str = "") -> str:
     """A group of bars per case, a bar per provider; quantiles as whiskers, ``base`` as the dark foot of a bar."""
     providers, groups = names(rows, lambda row: row["provider"]), {}
     for row in rows:
+        if not row[column]:
+            continue
         value, text = number(row, column), str(row[column])
         own = ((colour(row["provider"], providers.index(row["provider"])), value),)
         known = bool(row.get(f"{column}_p20"))

@@ -121,6 +121,8 @@ def test_bars_start_at_zero_and_are_as_long_as_their_numbers() -> None:
     assert widths(cut) == pytest.approx([12.5, 50.0, 100.0]) and cut.count(" cut") == 1 and "40.00×" in cut
     assert cut.count('class="line" style="left:25.00%"') == 3 and "ends in a point" in bars.speedups_show(far)
     assert bars.speedups(far[:2]).count(" cut") == 0 and not bars.speedups([])
+    slower = bars.speedups(far[:1])  # the axis reaches the line
+    assert widths(slower) == [50.0] and 'class="line" style="left:100.00%"' in slower
 
 
 def test_parts_of_a_bar_add_up() -> None:
