@@ -166,11 +166,8 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
     """Into the table, in place of older rows of the same names."""
     old = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.exists() else []
     new = {row["name"] for row in rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted([*(r for r in old if r["name"] not in new), *rows], key=lambda r: r["name"]))
+    kept = [r for r in old if r["name"] not in new]
+    command.write_csv(path, COLUMNS, sorted([*kept, *rows], key=lambda r: r["name"]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

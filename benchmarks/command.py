@@ -6,9 +6,12 @@ Nothing but the standard library is imported: a missing package is then one of t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +37,8 @@ TAKES = {
     "run.py counts": "5 minutes",
     "run.py report": "some seconds",
     "run.py all": "4 hours; with --quick 20 minutes",
+    "gpu_proof.py": "2 minutes with --dry; on a GPU at most --budget",
+    "readme_table.py": "some seconds",
 }
 """How long a command takes with its defaults on two cores without a GPU; estimates, but for ``target``."""
 
@@ -94,6 +99,19 @@ def result_path(text: str) -> Path:
     return path
 
 
+def result_folder(text: str) -> Path:
+    """A folder that can be written into or made.
+
+    Raises:
+        ArgumentTypeError: it is a file, or stands in something where nothing can be written.
+    """
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; give a folder")
+    result_path(str(path / "report.html"))
+    return path
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1.
 
@@ -129,6 +147,39 @@ def checked(check: Callable[[str], Any]) -> Callable[[str], str]:
     return text_of
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by renaming a finished one to its name; its folder is made.
+
+    Raises:
+        RuntimeError: It cannot be written, for example onto a full disk; the file is then as it was.
+    """
+    there = path.exists() and not path.is_file()  # a device, such as /dev/stdout
+    temporary = path if there else path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", newline="")
+        if not there:
+            temporary.replace(path)
+    except OSError as error:
+        if not there:
+            temporary.unlink(missing_ok=True)
+        raise RuntimeError(f"{path} cannot be written: {error.strerror}; the file is as it was") from None
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file of these columns by :func:`write_whole`; what a row lacks is empty.
+
+    Raises:
+        ValueError: A row has another column.
+        RuntimeError: As :func:`write_whole`.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
 def one_line(message: object) -> str:
     """A message without line breaks, and no longer than some lines of a terminal."""
     return " ".join(str(message).split())[:600]
@@ -137,7 +188,9 @@ def one_line(message: object) -> str:
 def exit_with(name: str, main: Callable[[], int]) -> NoReturn:
     """End the process with what ``main`` returns; 2 for a wrong request, 1 for a failed run, each with one line."""
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()  # onto a full disk, say: Python's own last flush would end in a traceback
+        sys.exit(status)
     except ImportError as error:
         module = (getattr(error, "name", None) or "").partition(".")[0]
         help_ = f"; pip install {INSTALL.get(module, module)}" if isinstance(error, ModuleNotFoundError) else ""
@@ -152,6 +205,9 @@ def exit_with(name: str, main: Callable[[], int]) -> NoReturn:
 
 def _end(name: str, message: object, status: int) -> NoReturn:
     print(f"{name}: {one_line(message)}", file=sys.stderr)
+    if status == 1 and sys.stdout is sys.__stdout__:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
     sys.exit(status)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import command
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = (
@@ -149,11 +151,7 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     if unknown:
         raise ValueError(f"columns {unknown} are not in the schema; it has {', '.join(COLUMNS)}")
     rows = [*read_rows(path), *rows] if path.exists() else rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    command.write_csv(path, COLUMNS, rows)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ renews ``fastmim_kernels/check/issue_slots.json``, the instructions that ``op_co
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -183,18 +182,17 @@ def write(rows: list[dict[str, Any]], stem: Path) -> None:
     import torch
     import triton
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
     head = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
     lines = ",\n".join(json.dumps(row) for row in rows)
     text = json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n'
-    stem.with_suffix(".json").write_text(text, encoding="utf-8")
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*head, *COLUMNS], extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            widths = {k: " ".join(f"{b}x{n}" for b, n in row.get(k, {}).items()) for k in ("loads", "stores")}
-            widths["loops"] = _loops(row)
-            writer.writerow(head | row | widths | {"share_128": round(row.get("share_128", 0), 4)})
+    command.write_whole(stem.with_suffix(".json"), text)
+    columns, lines = [*head, *COLUMNS], []
+    for row in rows:
+        widths = {k: " ".join(f"{b}x{n}" for b, n in row.get(k, {}).items()) for k in ("loads", "stores")}
+        widths["loops"] = _loops(row)
+        full = head | row | widths | {"share_128": round(row.get("share_128", 0), 4)}
+        lines.append({column: full.get(column, "") for column in columns})
+    command.write_csv(stem.with_suffix(".csv"), columns, lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.module or args.match or args.quick) and args.out == command.RESULTS / "kernel_report":
         from fastmim_kernels.check import issue_slots
 
-        issue_slots.TABLE.write_text(issue_table(rows), encoding="utf-8")
+        command.write_whole(issue_slots.TABLE, issue_table(rows))
     return 1 if any(faults(row) for row in rows) else 0
 
 

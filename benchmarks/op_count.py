@@ -12,7 +12,6 @@ once in an optimiser step: ours is counted in its second micro-batch, and the ca
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import datetime
 import functools
@@ -340,11 +339,7 @@ def show(name: str, ours: Count, eager: Count) -> None:
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    command.write_csv(path, list(rows[0]), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

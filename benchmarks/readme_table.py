@@ -5,7 +5,6 @@ python benchmarks/readme_table.py [--check]
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import harness  # noqa: E402
-from benchmarks.plots import Row, faster, latest, number  # noqa: E402
+from benchmarks import command, harness  # noqa: E402
+from benchmarks.rows import Row, faster, latest, number  # noqa: E402
 
 CSV = harness.RESULTS / "measurements.csv"
 BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
@@ -135,7 +134,7 @@ def with_table(readme: str, rows: list[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.Parser("readme_table.py", __doc__)
     parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
     args = parser.parse_args(argv)
     path = ROOT / "README.md"
@@ -144,9 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.check:
         print("README.md is up to date" if new == old else "README.md is not what the CSV gives; run without --check")
         return int(new != old)
-    path.write_text(new, encoding="utf-8")
+    command.write_whole(path, new)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.exit_with("readme_table.py", main)

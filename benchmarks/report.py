@@ -1,22 +1,21 @@
-"""One self-contained HTML page of the measurements: tables and pictures, all drawn from the CSV.
+"""One self-contained HTML page of the measurements: the headline with its picture, then tables and pictures,
+all drawn from the CSV.
 
 python benchmarks/run.py report [--csv CSV …] [--out report.html]
 """
 
 from __future__ import annotations
 
-import base64
 import html
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import command, harness, plots  # noqa: E402
-from benchmarks.plots import Row, faster, latest  # noqa: E402
+from benchmarks import bars, command, harness  # noqa: E402
+from benchmarks.rows import Row, at_usual_size, faster, label, latest, names  # noqa: E402
 
 COLUMNS = {
     "step": ("case", "dtype", "batch", "img_size", "ranks", "provider", "images_per_sec", "fastmim_faster",
@@ -46,70 +45,49 @@ TITLES = {
     "counts": "Counts, and a modelled H100 (not measured)",
 }
 CAPTIONS = {
-    "speed": "Images a second of whole training steps: higher is faster; whiskers are the 20 % and 80 % quantiles",
-    "phases": "Where the seconds of a step go, the providers of a case below each other: shorter is faster",
+    "speed": "Images a second of whole training steps: longer is faster; thin lines are the 20 % and 80 % quantiles",
+    "phases": "Where the seconds of a step go: shorter is faster",
+    "scaling": "Images a second by {}, everything else the same: longer is faster",
     "profile": "Seconds of a step by kind of op, under torch's profiler, which slows small ops down",
-    "memory": "The most memory of a step by recomputation policy: lower is better",
-    "runs": "Images a second of runs from JPEG files to checkpoints, decoding included: higher is faster",
-    "speedups": "How many times as fast as the baseline, on a logarithmic axis: right of 1 is faster",
-    "roofline": "Counted bytes and FLOPs of a step under the ceilings of an H100: modelled, no point is a measurement",
-}
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
-figure { margin: 1em 0; overflow-x: auto } figcaption { font-size: 14px } nav a { margin-right: 1em }
-table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
-th, td { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-td.text, th.text { text-align: left } tr.own { background: #eef7ee }
-img { max-width: 100%; height: auto } .scroll { overflow-x: auto } p.where { color: #555; font-size: 13px }
-.headline { font-size: 1.3em } figure img { min-width: 640px; background: #fff }
-@media (prefers-color-scheme: dark) {
-  body { background: #161616; color: #ddd } a { color: #8ab4f8 } th, td { border-color: #444 }
-  tr.own { background: #1d3323 } p.where { color: #aaa }
-}
+    "memory": "The most memory of a step in GiB by recomputation policy, the dark foot before the first step: "
+              "shorter is better",
+    "runs": "Images a second of runs from JPEG files to checkpoints, decoding included: longer is faster",
+    "roofline": "Counted bytes and FLOPs of a step under the ceilings of an H100, both axes logarithmic as rooflines "
+                "are: modelled, no point is a measurement",
+}  # fmt: skip
+STYLE = bars.PAGE_STYLE + """
+nav { line-height: 2 } nav a { margin-right: 1em } .headline { font-size: 1.25em } .first { max-width: 640px }
+th, td { text-align: right; white-space: nowrap } td.text, th.text { text-align: left }
+tr.own { background: var(--pale) }
+p.where { color: var(--muted); font-size: 14px; overflow-wrap: anywhere }
+svg { width: 100%; max-width: 620px; height: auto; display: block }
 """
+SCALES = {"batch": "batch", "img_size": "image size", "ranks": "ranks"}
 
 
-def pictures(rows: list[Row]) -> dict[str, list[tuple[str, Any]]]:
-    """Benchmark → (what it shows, figure)."""
-    step, memory = latest(rows, "step"), latest(rows, "memory")
-    pretrain, counts = latest(rows, "pretrain"), latest(rows, "counts")
-    out: dict[str, list[tuple[str, Any]]] = {}
-    if step:
-        usual = at_usual_size(step)
-        out["step"] = [
-            (CAPTIONS["speed"], plots.grouped_bars(usual, "images_per_sec", "images/s", "Training steps")),
-            (CAPTIONS["phases"], plots.phases(usual)),
-        ]
-        for axis, name in (("batch", "batch"), ("img_size", "image size"), ("ranks", "ranks")):
-            out["step"] += [(f"Images a second by {name}, everything else the same", plots.scaling(step, axis, name))]
-    profile = latest(rows, "profile")
-    if profile:
-        out["profile"] = [(CAPTIONS["profile"], plots.profile(profile))]
-    if memory:
-        bars = plots.grouped_bars(memory, "peak_memory_gib", "GiB", "Peak memory (dark: before the first step)",
-                                  base="start_memory_gib")  # fmt: skip
-        out["memory"] = [(CAPTIONS["memory"], bars)]
-    if pretrain:
-        title = "Whole runs from JPEG files"
-        out["pretrain"] = [(CAPTIONS["runs"], plots.grouped_bars(pretrain, "images_per_sec", "images/s", title))]
-    for name in ("data", "kernels", "rivals"):
-        bars = plots.speedups(latest(rows, name), TITLES[name])
-        out |= {name: [(CAPTIONS["speedups"], bars)]} if bars else {}
-    if counts:
-        out["counts"] = [(CAPTIONS["roofline"], plots.roofline(counts))]
-    return {name: [(text, figure) for text, figure in found if figure is not None] for name, found in out.items()}
+def pictures(rows: list[Row]) -> dict[str, list[tuple[str, str]]]:
+    """Benchmark → (what it shows, HTML of the picture), those without a picture left out."""
+    own = {name: latest(rows, name) for name in TITLES}
+    usual = at_usual_size(own["step"])
+    out = {name: [(bars.speedups_show(own[name]), bars.speedups(own[name]))] for name in ("data", "kernels", "rivals")}
+    out["step"] = [(CAPTIONS["speed"], bars.grouped(usual, "images_per_sec", "images/s")),
+                   (CAPTIONS["phases"], bars.phases(usual))]  # fmt: skip
+    out["step"] += [(CAPTIONS["scaling"].format(said), bars.scaling(own["step"], axis, said))
+                    for axis, said in SCALES.items()]  # fmt: skip
+    out["profile"] = [(CAPTIONS["profile"], bars.profile(own["profile"]))]
+    out["memory"] = [(CAPTIONS["memory"], bars.grouped(own["memory"], "peak_memory_gib", "GiB", "start_memory_gib"))]
+    out["pretrain"] = [(CAPTIONS["runs"], bars.grouped(own["pretrain"], "images_per_sec", "images/s"))]
+    if own["counts"]:
+        from benchmarks import plots  # which needs matplotlib
 
-
-def at_usual_size(rows: list[Row]) -> list[Row]:
-    """One batch, image size and number of ranks for each case and precision: the first that was measured."""
-    first: dict[tuple[str, str], tuple[str, ...]] = {}
-    for row in rows:
-        first.setdefault((row["case"], row["dtype"]), tuple(row[k] for k in ("batch", "img_size", "ranks")))
-    return [r for r in rows if first[r["case"], r["dtype"]] == tuple(r[k] for k in ("batch", "img_size", "ranks"))]
+        out["counts"] = [(CAPTIONS["roofline"], plots.roofline(own["counts"]))]
+    return {name: [(text, picture) for text, picture in out.get(name, []) if own[name] and picture] for name in TITLES}
 
 
 def table(rows: list[Row], columns: Sequence[str]) -> str:
-    """HTML table; a column that is empty everywhere is left out, quantiles stand behind their median."""
+    """HTML table, the providers of a case below each other; a column that is empty everywhere is left out."""
+    cases = names(rows, _setting)
+    rows = sorted(rows, key=lambda row: cases.index(_setting(row)))
     columns = [c for c in columns if any(cell(row, c) for row in rows)]
     text = {"case", "dtype", "provider", "memory_kind", "note"}
     kind = {c: ' class="text"' if c in text else "" for c in columns}
@@ -119,6 +97,10 @@ def table(rows: list[Row], columns: Sequence[str]) -> str:
         cells = "".join(f"<td{kind[c]}>{html.escape(cell(row, c))}</td>" for c in columns)
         lines.append(f"<tr{' class=own' if row['provider'].startswith('fastmim') else ''}>{cells}</tr>")
     return f'<div class="scroll"><table><tr>{head}</tr>\n' + "\n".join(lines) + "</table></div>"
+
+
+def _setting(row: Row) -> str:
+    return f"{label(row)} {row['img_size']}"
 
 
 def cell(row: Row, column: str) -> str:
@@ -145,16 +127,20 @@ def where(rows: list[Row]) -> str:
 
 
 def headline(steps: list[Row]) -> str:
-    """How many times as fast as each other provider a step is, over all cases, in one sentence."""
+    """How many times as fast as each other provider a step is, in one sentence, and the first case as a picture."""
+    usual = at_usual_size(steps)
     found: dict[str, list[float]] = {}
-    for row in at_usual_size(steps):
+    for row in usual:
         ratio = faster(row)
         if ratio and not row["provider"].startswith("fastmim"):
             found.setdefault(row["provider"], []).append(ratio[0])
     if not found:
         return ""
     said = ", ".join(f"{min(own):.2f} to {max(own):.2f} times as fast as {name}" for name, own in found.items())
-    return f'<p class="headline">A training step of fastmim is {html.escape(said)} (medians of the cases below).</p>'
+    first = [row for row in usual if label(row) == label(usual[0])]
+    text = f"Images a second of a training step of {label(usual[0])}: longer is faster"
+    return (f'<p class="headline">A training step of fastmim is {html.escape(said)} (medians of the cases below).</p>'
+            + bars.figure(text, bars.grouped(first, "images_per_sec", "images/s"), ' class="first"'))
 
 
 def contents(rows: list[Row]) -> str:
@@ -176,10 +162,7 @@ def page(rows: list[Row]) -> str:
         if not own:
             continue
         parts.append(f'<h2 id="{name}">{html.escape(title)}</h2>')
-        for text, figure in drawn.get(name, []):
-            data = base64.b64encode(plots.png(figure)).decode()
-            parts.append(f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
-                         f"<figcaption>{html.escape(text)}.</figcaption></figure>")  # fmt: skip
+        parts += [bars.figure(text, picture) for text, picture in drawn[name]]
         parts += [table(own, COLUMNS[name]) if name in COLUMNS else "", where(own)]
     return "\n".join(parts) + "</body></html>\n"
 
@@ -195,8 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--csv {missing[0]}: no such file; run `python benchmarks/run.py step` first, or give "
                          "--record for the committed measurements")  # fmt: skip
     rows = [row for path in files for row in harness.read_rows(path)]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(rows), encoding="utf-8")
+    command.write_whole(args.out, page(rows))
     print(f"report: {args.out}")
     return 0
 

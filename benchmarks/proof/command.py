@@ -1,4 +1,7 @@
-"""The command line of the proof: which parts run, within which time, and where their results are kept."""
+"""Proves and measures the Triton kernels on this GPU, part by part.
+
+Finished parts are kept in the folder and skipped as long as sources, machine and libraries stay the same.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import command
 from benchmarks.proof import page, store
 from benchmarks.proof.part import Part
 from benchmarks.proof.process import Worker
@@ -18,22 +22,18 @@ BUDGET = 520
 
 
 def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
-    """Run what is not finished yet; 0, or 1 where a part has failed, or 2 for a wrong option."""
+    """Run what is not finished yet; 0, or 1 where a part has failed.
+
+    Raises:
+        ValueError: There is no GPU, and not only what can be run without one is asked for.
+    """
     args = _parser(parts).parse_args(argv)
-    wanted = list(parts)
-    if args.parts:
-        names = [part.name for part in parts]
-        unknown = [name for name in args.parts.split(",") if name not in names]
-        if unknown:
-            print(f"--parts {unknown[0]}: no such part; use some of {','.join(names)}")
-            return 2
-        wanted = [part for part in parts if part.name in args.parts.split(",")]
+    wanted = [part for part in parts if part.name in args.parts]
     args.out.mkdir(parents=True, exist_ok=True)
     with Worker(args.out, dry=args.dry, reference=args.reference) as worker:
         machine = worker.machine()
         if not args.dry and machine["device"] != "cuda":
-            print("gpu_proof: torch sees no CUDA GPU here; use --dry for what can be run without one")
-            return 2
+            raise ValueError("torch sees no CUDA GPU here; use --dry for what can be run without one")
         key = store.key(machine, args.dry)
         left = _run(wanted, worker, key, machine, args)
     results = store.read(args.out, parts)
@@ -42,10 +42,21 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
 
 
 def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gpu_proof.py", description="Proves and measures the kernels on this GPU.")
-    parser.add_argument("--out", type=Path, default=Path("proof"), help="folder of results, report, CSV and log")
-    parser.add_argument("--parts", help=f"comma-separated; default all: {','.join(part.name for part in parts)}")
-    parser.add_argument("--budget", type=float, help=f"seconds; default {BUDGET} on a GPU, none with --dry; 0 = none")
+    names = [part.name for part in parts]
+
+    def of_parts(text: str) -> list[str]:
+        unknown = [name for name in text.split(",") if name not in names]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]}: no such part; use some of {','.join(names)}")
+        return text.split(",")
+
+    parser = command.Parser("gpu_proof.py", __doc__)
+    parser.add_argument("--out", type=command.result_folder, default=Path("proof"), metavar="DIR",
+                        help="folder of results, report, CSV and log")  # fmt: skip
+    parser.add_argument("--parts", type=of_parts, default=names, metavar="PART,…",
+                        help=f"comma-separated (default: {','.join(names)})")  # fmt: skip
+    parser.add_argument("--budget", type=command.natural, metavar="SECONDS",
+                        help=f"begin no part that does not fit; 0: no end (default: {BUDGET} on a GPU, 0 with --dry)")
     parser.add_argument("--commit", help="short commit for the CSV rows, where the checkout has no .git")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="clone of flash-window-attention-v2, for rivals")
     parser.add_argument("--again", action="store_true", help="also run the parts that are finished")

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 import html
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
-from benchmarks.proof import store
+from benchmarks import bars, command, harness
 from benchmarks.proof.part import Part
 from benchmarks.proof.store import Result
 
 REPORT, CSV = "report.html", "measurements.csv"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
-th, td { padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
-.passed { color: #1b7837 } .failed { color: #b2182b; font-weight: bold } .where { color: #555; font-size: 13px }
-img { max-width: 100% } .scroll { overflow-x: auto }
+STYLE = bars.PAGE_STYLE + """
+th, td { text-align: left; vertical-align: top }
+.passed { color: var(--own) } .failed { color: var(--simmim); font-weight: bold }
 """
 MEASURED = ("case", "dtype", "batch", "provider", "seconds", "images_per_sec", "ratio", "roofline_share",
             "matmul_share", "peak_memory_gib", "note")  # fmt: skip
@@ -30,16 +23,14 @@ MEASURED = ("case", "dtype", "batch", "provider", "seconds", "images_per_sec", "
 def write(folder: Path, parts: Sequence[Part], results: dict[str, Result], key: str) -> None:
     """Replace the report and the CSV; rows are those of all parts that ran under ``key``."""
     rows = [row for result in results.values() if result.key == key for row in result.rows]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, harness.COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    store.replace(folder / CSV, text.getvalue())
-    store.replace(folder / REPORT, "\n".join(_page(parts, results, key)) + "\n")
+    command.write_csv(folder / CSV, harness.COLUMNS, rows)
+    command.write_whole(folder / REPORT, "\n".join(_page(parts, results, key)) + "\n")
 
 
 def _page(parts: Sequence[Part], results: dict[str, Result], key: str) -> Iterator[str]:
-    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>GPU proof</title><style>{STYLE}</style><body>'
+    yield '<!doctype html><html lang="en"><meta charset="utf-8">'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1"><title>GPU proof</title>'
+    yield f"<style>{STYLE}</style><body>"
     yield "<h1>GPU proof</h1>"
     yield _table(("part", "what", "result", "seconds", "where and when"), [
         [part.name, part.title, *_status(results.get(part.name), key)] for part in parts
@@ -83,20 +74,15 @@ def _section(part: Part, result: Result) -> Iterator[str]:
 
 
 def _picture(rows: list[dict[str, Any]], title: str) -> Iterator[str]:
-    try:
-        from benchmarks import plots
-    except ImportError:  # matplotlib is not needed
-        return
     full = [dict.fromkeys(harness.COLUMNS, "") | {name: str(value) for name, value in row.items()} for row in rows]
     if full[0]["images_per_sec"]:
-        figure = plots.grouped_bars(full, "images_per_sec", "images/s", title)
+        text, picture = "Images a second: longer is faster", bars.grouped(full, "images_per_sec", "images/s")
     elif full[0]["matmul_share"]:
-        figure = plots.shares(full, title)
+        text, picture = "Shares of what a copy and a product reach in this run: at the line is all", bars.shares(full)
     else:
-        figure = plots.speedups(full, title)
-    if figure is not None:
-        data = base64.b64encode(plots.png(figure)).decode()
-        yield f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+        text, picture = bars.speedups_show(full), bars.speedups(full)
+    if picture:
+        yield bars.figure(f"{title}. {text}", picture)
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

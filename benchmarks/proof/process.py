@@ -54,7 +54,7 @@ class Worker:
         """See :func:`benchmarks.proof.store.machine`; a dry run is always on the CPU."""
         state, found = self._call(_machine, (), None)
         if state != "done":
-            raise SystemExit(f"gpu_proof: the machine cannot be asked: {found}")
+            raise RuntimeError(f"the machine cannot be asked: {found}")
         return found | ({"device": "cpu", "name": ""} if self.dry else {})
 
     def run(self, part: Part, seconds: float | None) -> Result:

@@ -6,14 +6,13 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.proof.part import Part
 
 SOURCES = ("fastmim", "kernels", "benchmarks")
@@ -74,15 +73,7 @@ def path_of(folder: Path, part: str) -> Path:
 
 def write(folder: Path, result: Result) -> None:
     """A result file is whole or as it was: a run that is killed leaves no half of one."""
-    replace(path_of(folder, result.part), json.dumps(dataclasses.asdict(result), indent=1))
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a text file by renaming a finished one to its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    command.write_whole(path_of(folder, result.part), json.dumps(dataclasses.asdict(result), indent=1))
 
 
 def read(folder: Path, parts: Sequence[Part]) -> dict[str, Result]:

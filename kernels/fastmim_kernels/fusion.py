@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .common.arguments import explained
 from .common.direct import unwatched
-from .common.dispatch import picks_triton
+from .common.dispatch import check_impl, picks_triton
 
 
 class Fusion(NamedTuple):
@@ -35,12 +36,15 @@ def norm_adds_bias(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
     return picks_triton("residual_norm", impl, device, dtype)
 
 
+@explained()
 def fusion(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Fusion:
     """The plan for ops of ``impl`` on ``device`` whose products are in ``dtype``."""
+    check_impl(impl)
     in_norm = norm_adds_bias(impl, device, dtype)
     return Fusion(in_norm, in_norm, picks_triton("low_copies", impl, device, dtype), in_norm and not is_compiling())
 
 
+@explained(data="any")
 def shape_may_follow(data: Tensor) -> bool:
     """Whether a shape may depend on the values of ``data``: on a CPU, without a compiler, fake tensors or torch.func.
 

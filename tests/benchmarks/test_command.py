@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import bench_kernels, command, harness, kernel_works
+from benchmarks import bench_kernels, big_model, command, harness, kernel_works, readme_table, report
+from benchmarks.proof import command as proof_command
 from fastmim.models.sizes import SIZES
 
 
@@ -56,6 +59,7 @@ def test_a_missing_clone_is_one_line() -> None:
     (ValueError("a\nb"), 2, "x: a b"),
     (ModuleNotFoundError("No module named 'skimage'", name="skimage"), 2, "pip install scikit-image"),
     (RuntimeError("died"), 1, "x: died"),
+    (OSError(28, "No space left on device"), 1, "x: [Errno 28] No space left on device"),
 ])  # fmt: skip
 def test_errors_end_in_one_line(error: Exception, status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> int:
@@ -65,6 +69,45 @@ def test_errors_end_in_one_line(error: Exception, status: int, said: str, capsys
         command.exit_with("x", main)
     text = capsys.readouterr().err
     assert stopped.value.code == status and text.count("\n") == 1 and said in text
+
+
+def test_a_file_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "measurements.csv"
+    harness.append_rows(path, [{"case": "first"}])
+    before, write = path.read_bytes(), Path.write_text
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        write(self, text[: len(text) // 2], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RuntimeError, match="measurements.csv cannot be written: No space left.*as it was"):
+        harness.append_rows(path, [{"case": "second"}])
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("script, words, status, said", [
+    (report, ["--record", "--out", "x"], 2, "not allowed with argument"),
+    (report, ["--csv", str(readme_table.CSV), "--out", "/dev/full"], 1, "/dev/full cannot be written: No space left"),
+    (readme_table, ["--chek"], 2, "unrecognized arguments: --chek"),
+    (proof_command, ["--budget", "soon"], 2, "'soon' is no whole number"),
+    (big_model, ["--model", "swin_bas"], 2, "swin_bas"),
+    (big_model, ["--precision", "fp8"], 2, "invalid choice: 'fp8'"),
+])  # fmt: skip
+def test_scripts_end_in_one_line(script: Any, words: list[str], status: int, said: str,
+                                 capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        command.exit_with("script.py", lambda: script.main(words))
+    error = capsys.readouterr().err
+    assert stopped.value.code == status and error.count("\n") == 1 and said in error
+
+
+def test_a_screen_on_a_full_disk_is_one_line() -> None:
+    script = harness.ROOT / "benchmarks" / "readme_table.py"
+    with open("/dev/full", "w") as screen:
+        done = subprocess.run([sys.executable, str(script), "--check"], stdout=screen, stderr=subprocess.PIPE,
+                              text=True, check=False)  # fmt: skip
+    assert done.returncode == 1 and done.stderr == "readme_table.py: [Errno 28] No space left on device\n"
 
 
 def test_shapes_of_a_vit_are_those_of_its_blocks() -> None:

@@ -229,7 +229,7 @@ def test_traffic_counts_each_map_once() -> None:
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"order": "mid"}, "order='mid'"), ({"order": "post", "gamma": torch.ones(4)}, "gamma=True"),
+    ({"order": "mid"}, "order='mid'"), ({"order": "post", "gamma": torch.ones(4)}, "gamma must be None"),
     ({"branch": torch.zeros(2, 4, 4)}, "branch"), ({"weight": torch.ones(5)}, "weight must be"),
     ({"branch_bias": torch.ones(5)}, "branch_bias must be"), ({"drop_scale": torch.ones(3)}, "drop_scale must be")])
 def test_wrong_arguments_are_named(change: dict, word: str) -> None:

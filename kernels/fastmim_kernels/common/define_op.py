@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
+from .arguments import check_devices
 from .direct import Plain, check_whole, dtype_of, outside_autocast, plain_to_all, tensors_of, unwatched
 from .dispatch import resolve
 
@@ -136,6 +137,7 @@ class Op:
         if not is_compiling():
             functions = self._eager
             check_whole(tensors)
+            check_devices(self.name, tensors)
             if impl != "reference":
                 self._check_seen()
         if any(tensor.dtype == torch.float64 for tensor in tensors):

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.arguments import explained, floating, shown, wrong
 from ..common.define_op import Kept, define_op
 from ..common.dispatch import picks_triton
 from ..common.rows import cast, statistics_dtype
 from . import on_torch
 
 
+@explained()
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,
            low_bias: Tensor | None = None, impl: str = "auto") -> Tensor:
     """``x·Wᵀ + b`` in autocast's dtype where it is on, else in the dtype of x.
@@ -33,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight:
         (…, N). Gradients of weight and bias come in their own dtypes.
 
     Raises:
-        ValueError: Shapes do not belong together.
+        ValueError: An argument is not what is said here.
     """
     dtype = product_dtype(x)
     if not x.is_cpu and impl in ("auto", "torch") and not picks_triton("linear", impl, x.device, dtype):
@@ -41,6 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight:
     return OP(*arguments(x, weight, bias, low_weight, low_bias, dtype), impl=impl)
 
 
+@explained()
 def linear_and_input(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, low_weight: Tensor | None = None,
                      low_bias: Tensor | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """(:func:`linear`, x), the second for another reader of x: one product then adds both gradients up."""
@@ -65,18 +68,29 @@ def arguments(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None) -> None:
-    if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(f"linear: weight must be (N, {x.shape[-1]}) and bias (N,), got {tuple(weight.shape)} and "
-                         f"{None if bias is None else tuple(bias.shape)}")
-    check_low("linear", "low_weight", low_weight, weight)
-    check_low("linear", "low_bias", low_bias, bias)
+    floating("linear", x, weight, bias, low_weight, low_bias)
+    check_product("linear", x, "x", weight, "weight", bias, "bias")
+    if low_weight is not None or low_bias is not None:
+        check_low("linear", "low_weight", low_weight, weight)
+        check_low("linear", "low_bias", low_bias, bias)
+
+
+def check_product(op: str, x: Tensor, name: str, weight: Tensor, weight_name: str, bias: Tensor | None, bias_name: str
+                  ) -> None:
+    """Raise ``ValueError`` unless ``x·weightᵀ + bias`` are (…, K), (N, K) and (N,) or None; ``name`` is that of x."""
+    shape, columns = weight.shape, x.shape[-1:]
+    if not columns or not columns[0]:
+        raise wrong(op, name, "(…, K) with K of 1 or more", x)
+    if len(shape) != 2 or shape[1:] != columns or not shape[0]:
+        raise wrong(op, weight_name, f"(N, {columns[0]}) for {name} of {tuple(x.shape)}", weight)
+    if bias is not None and bias.shape != shape[:1]:
+        raise wrong(op, bias_name, f"{tuple(shape[:1])} for {weight_name} of {tuple(shape)}", bias)
 
 
 def check_low(op: str, name: str, low: Tensor | None, parameter: Tensor | None) -> None:
     """Raise ``ValueError`` unless the copy ``low``, where there is one, has the shape of ``parameter``."""
     if low is not None and (parameter is None or low.shape != parameter.shape):
-        raise ValueError(f"{op}: {name} must have the shape of its parameter, got {tuple(low.shape)} and "
-                         f"{None if parameter is None else tuple(parameter.shape)}")
+        raise ValueError(f"{op}: {name} must have the shape of its parameter, {shown(parameter)}, got {shown(low)}")
 
 
 def fitting(low: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import explained, floating, wrong
 from ..common.define_op import define_op
 from . import on_torch
 from .on_torch import EPS, centre, moments
 
 
+@explained()
 def local_norm_target(images: Tensor, kernel_size: int, *, impl: str = "auto") -> Tensor:
     """Normalise each pixel by the mean and unbiased variance of its k×k neighbourhood, per channel.
 
@@ -27,7 +29,7 @@ def local_norm_target(images: Tensor, kernel_size: int, *, impl: str = "auto") -
         impl: See :mod:`fastmim_kernels.common.dispatch`.
 
     Raises:
-        ValueError: ``kernel_size`` is even or below 3, or ``images`` is not 4-d.
+        ValueError: An argument is not what is said here.
     """
     _check(images, kernel_size)
     images = images.detach()
@@ -60,10 +62,11 @@ def local_statistics(images: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _check(images: Tensor, kernel_size: int) -> None:
+    floating("local_norm_target", images)
     if images.ndim != 4:
-        raise ValueError(f"local_norm_target: images must be (B, C, H, W), got {tuple(images.shape)}")
+        raise wrong("local_norm_target", "images", "(B, C, H, W)", images)
     if kernel_size < 3 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size}: must be odd and at least 3, for example 47")
+        raise wrong("local_norm_target", "kernel_size", "odd and at least 3, for example 47", kernel_size)
 
 
 def _fake(images: Tensor, kernel_size: int, impl: str) -> Tensor:

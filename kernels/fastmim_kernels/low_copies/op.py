@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.arguments import FLOATING, explained, wrong
 from ..common.define_op import define_op
 from ..common.rows import exactly
 from . import on_torch
 from .layout import padded, total
 
 
+@explained()
 def low_copies(tensors: Sequence[Tensor], dtype: torch.dtype, *, impl: str = "auto") -> list[Tensor]:
     """Copies in ``dtype``, for ``low_weight`` of the products; no gradient flows through them.
 
@@ -25,11 +27,16 @@ def low_copies(tensors: Sequence[Tensor], dtype: torch.dtype, *, impl: str = "au
         impl: See :mod:`fastmim_kernels.common.dispatch`.
 
     Raises:
-        ValueError: A tensor is neither.
+        ValueError: An argument is not what is said here.
     """
+    if dtype not in FLOATING:
+        raise wrong("low_copies", "dtype", "float16, bfloat16, float32 or float64", dtype)
+    if isinstance(tensors, Tensor):  # which is a sequence of its rows
+        raise wrong("low_copies", "tensors", "a sequence of tensors", tensors)
     wide = [t for t in tensors if t.dtype != dtype]
     if any(t.dtype != torch.float32 or not t.is_contiguous() for t in wide):
-        raise ValueError(f"low_copies: tensors must be contiguous float32, got {sorted({str(t.dtype) for t in wide})}")
+        other = next(t for t in wide if t.dtype != torch.float32 or not t.is_contiguous())
+        raise wrong("low_copies", "tensors", f"contiguous, of float32 or {str(dtype).removeprefix('torch.')}", other)
     if not wide:
         return list(tensors)
     parts = OP(wide, dtype, impl=impl).split([padded(t.numel()) for t in wide])

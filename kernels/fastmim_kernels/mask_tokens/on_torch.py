@@ -36,8 +36,9 @@ def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Ten
     d_tokens = zero_rows(grad, mask)
     if weight is None or tokens is None:
         return d_tokens.to(dtype), d_token[None], d_pos
-    statistics = mean.unsqueeze(-1), rstd.unsqueeze(-1)
+    statistics, inner = (mean.unsqueeze(-1), rstd.unsqueeze(-1)), mean.dtype
     d_tokens, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-        d_tokens.to(wide), tokens.contiguous().to(wide), weight.shape, *statistics, weight.to(wide), weight.to(wide),
-        [True, True, True])
-    return d_tokens.masked_fill_(mask.unsqueeze(-1), 0).to(dtype), torch.stack((d_token, d_weight, d_bias)), d_pos
+        d_tokens.to(inner), tokens.contiguous().to(inner), weight.shape, *statistics, weight.to(inner),
+        weight.to(inner), [True, True, True])
+    sums = torch.stack((d_token, d_weight.to(wide), d_bias.to(wide)))
+    return d_tokens.masked_fill_(mask.unsqueeze(-1), 0).to(dtype), sums, d_pos

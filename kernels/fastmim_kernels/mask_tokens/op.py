@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import check_norm, explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import statistics_dtype
 from . import on_torch
 
 
+@explained(mask="mask")
 def mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_weight: Tensor | None = None,
                 norm_bias: Tensor | None = None, eps: float = 1e-5, pos_embed: Tensor | None = None,
                 out_dtype: torch.dtype | None = None, impl: str = "auto") -> Tensor:
@@ -27,6 +29,7 @@ def mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_weight
                              pos_embed=pos_embed, out_dtype=out_dtype, impl=impl)[0]
 
 
+@explained(mask="mask")
 def mask_tokens_twice(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_weight: Tensor | None = None,
                       norm_bias: Tensor | None = None, eps: float = 1e-5, pos_embed: Tensor | None = None,
                       out_dtype: torch.dtype | None = None, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -50,9 +53,10 @@ def mask_tokens_twice(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_
         way (both are the same memory). Statistics are float32 (float64 for float64 tokens).
 
     Raises:
-        ValueError: Shapes do not belong together, or one of ``norm_weight`` and ``norm_bias`` is missing.
+        ValueError: An argument is not what is said here.
     """
     _check(tokens, mask, mask_token, norm_weight, norm_bias, pos_embed)
+    check_norm("mask_tokens", eps, out_dtype=out_dtype)
     if out_dtype is None:
         out_dtype = tokens.dtype
         if norm_weight is not None and torch.is_autocast_enabled(tokens.device.type):
@@ -87,18 +91,25 @@ def traffic(shape: tuple[int, int, int, int], *, visible: float, itemsize: int =
 
 def _check(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
            pos_embed: Tensor | None) -> None:
-    if tokens.ndim != 4 or mask.shape != tokens.shape[:3] or mask_token.numel() != tokens.shape[-1]:
-        raise ValueError(
-            "mask_tokens: tokens must be (B, H, W, C) with mask (B, H, W) and C mask_token values, got "
-            f"tokens {tuple(tokens.shape)}, mask {tuple(mask.shape)}, mask_token {tuple(mask_token.shape)}"
-        )
-    c = tokens.shape[-1]
-    if (weight is None) != (bias is None) or (weight is not None and bias is not None
-                                              and (weight.shape != (c,) or bias.shape != (c,))):
-        raise ValueError(f"mask_tokens: norm_weight and norm_bias must both be ({c},) or both be None")
-    if pos_embed is not None and pos_embed.numel() != tokens[0].numel():
-        raise ValueError(f"mask_tokens: pos_embed must hold {tuple(tokens.shape[1:])} values, got "
-                         f"{tuple(pos_embed.shape)}")
+    op, shape = "mask_tokens", tokens.shape
+    floating(op, tokens, mask_token, weight, bias, pos_embed)
+    if len(shape) != 4 or not shape[3]:
+        raise wrong(op, "tokens", "(B, H, W, C)", tokens)
+    if mask.shape != shape[:3]:
+        raise wrong(op, "mask", f"{tuple(shape[:3])} for tokens of {tuple(shape)}", mask)
+    if mask.dtype.is_complex:
+        raise wrong(op, "mask", "of bool or 0 and 1", mask)
+    if mask_token.numel() != shape[3]:
+        raise wrong(op, "mask_token", f"{shape[3]} values for tokens of {tuple(shape)}", mask_token)
+    if (weight is None) != (bias is None):
+        raise wrong(op, *("norm_weight", "given with norm_bias") if weight is None else
+                    ("norm_bias", "given with norm_weight"), None)
+    if weight is not None and weight.shape != shape[3:]:
+        raise wrong(op, "norm_weight", f"{tuple(shape[3:])} for tokens of {tuple(shape)}", weight)
+    if bias is not None and bias.shape != shape[3:]:
+        raise wrong(op, "norm_bias", f"{tuple(shape[3:])} for tokens of {tuple(shape)}", bias)
+    if pos_embed is not None and pos_embed.numel() != shape[1] * shape[2] * shape[3]:
+        raise wrong(op, "pos_embed", f"as many values as {tuple(shape[1:])} for tokens of {tuple(shape)}", pos_embed)
 
 
 def _fake(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -152,9 +163,9 @@ def _backward_moved(args: Sequence[Any], visible: float) -> tuple[int, int]:
 
 def _reference(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
                pos_embed: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
-    if weight is not None:
-        dtype = torch.promote_types(tokens.dtype, weight.dtype)
-        tokens = F.layer_norm(tokens.to(dtype), weight.shape, weight, bias, eps)
+    if weight is not None and bias is not None:
+        dtype = torch.promote_types(torch.promote_types(tokens.dtype, weight.dtype), bias.dtype)
+        tokens = F.layer_norm(tokens.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
     x = reference.mask_tokens(tokens.to(out_dtype), mask, mask_token)
     return x if pos_embed is None else (x + pos_embed.reshape(x.shape[1:])).to(out_dtype)
 

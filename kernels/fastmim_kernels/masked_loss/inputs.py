@@ -5,22 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.arguments import DTYPES, floating, wrong
 from ..common.token_layout import LOSSES
 
 
-def check(grid: torch.Size, channels: int, target: Tensor, mask: Tensor, stride: int, loss: str,
-           mean: Tensor | None, std: Tensor | None) -> None:
+def check(op: str, tokens: Tensor, name: str, target: Tensor, mask: Tensor, stride: int, loss: str,
+          mean: Tensor | None, std: Tensor | None) -> int:
+    """Raise ``ValueError`` unless the arguments of ``op`` belong together; ``name`` is that of (B, h, w, …) ``tokens``.
+
+    Returns:
+        Values of a token, C·stride².
+    """
+    floating(op, tokens, mean, std)
     if loss not in LOSSES:
-        raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
-    b, c, height, width = target.shape
-    if channels != c * stride**2 or grid[0] != b or grid[1] * stride < height or grid[2] * stride < width:
-        raise ValueError(f"masked_l1: {tuple(grid)} tokens of {channels} channels do not cover a target "
-                         f"{tuple(target.shape)} at stride {stride}")
-    if mask.ndim != 3 or mask.shape[0] != b or height % mask.shape[1] or width % mask.shape[2]:
-        raise ValueError(f"masked_l1: mask {tuple(mask.shape)} must be (B, Hm, Wm) with Hm and Wm dividing "
-                         f"the target's {height}x{width}")
-    if target.dtype == torch.uint8 and (mean is None or std is None or mean.numel() != c or std.numel() != c):
-        raise ValueError(f"masked_l1: a uint8 target needs mean and std with {c} values each")
+        raise ValueError(f"{op}: loss={loss!r}: must be one of {', '.join(LOSSES)}")
+    if stride < 1:
+        raise wrong(op, "stride", "1 or more pixels", stride)
+    shape, grid = target.shape, tokens.shape
+    if len(shape) != 4 or not shape[1] or not shape[2] or not shape[3] or not DTYPES["pixels"][1](target.dtype):
+        raise wrong(op, "target", "(B, C, H, W), floating point or uint8", target)
+    if len(grid) != 4 or grid[0] != shape[0] or grid[1] * stride < shape[2] or grid[2] * stride < shape[3]:
+        least = f"({shape[0]}, h, w, …) with h and w of at least {-(-shape[2] // stride)} and {-(-shape[3] // stride)}"
+        raise wrong(op, name, f"{least}, to cover a target of {tuple(shape)} at stride {stride}", tokens)
+    _check_mask(op, mask, shape)
+    for statistic, values in (("mean", mean), ("std", std)):
+        if values is None and target.dtype == torch.uint8:
+            raise wrong(op, statistic, f"{shape[1]} values: a uint8 target needs mean and std", None)
+        if values is not None and values.numel() != shape[1]:
+            raise wrong(op, statistic, f"{shape[1]} values, one a channel of target", values)
+    return shape[1] * stride * stride
+
+
+def _check_mask(op: str, mask: Tensor, target: torch.Size) -> None:
+    shape = mask.shape
+    if len(shape) != 3 or shape[0] != target[0] or not shape[1] or not shape[2] or target[2] % shape[1] \
+            or target[3] % shape[2]:
+        raise wrong(op, "mask", f"({target[0]}, Hm, Wm) with Hm and Wm dividing {target[2]} and {target[3]} of target",
+                    mask)
+    if mask.dtype.is_complex:
+        raise wrong(op, "mask", "of bool or 0 and 1", mask)
 
 
 def prepared(target: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None

@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.token_layout import normalised
+from ..linear.op import check_product
 from . import linear_on_torch
 from .inputs import buffers, check, loss_dtype, prepared
 
 
+@explained(mask="mask", target="pixels")
 def linear_masked_l1(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, *,
                      stride: int, loss: str = "l1", mean: Tensor | None = None, std: Tensor | None = None,
                      impl: str = "auto") -> Tensor:
@@ -36,10 +39,12 @@ def linear_masked_l1(tokens: Tensor, weight: Tensor, bias: Tensor | None, target
     Under autocast the products run in its dtype and the loss in float32. The other arguments, the result and
     the errors are those of :func:`.op.masked_l1`.
     """
-    check(tokens.shape[:3], weight.shape[0], target, mask, stride, loss, mean, std)
-    if weight.ndim != 2 or weight.shape[1] != tokens.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(f"linear_masked_l1: weight must be (C·stride², {tokens.shape[-1]}) and bias (C·stride²,), "
-                         f"got {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}")
+    floating("linear_masked_l1", weight, bias)
+    values = check("linear_masked_l1", tokens, "tokens", target, mask, stride, loss, mean, std)
+    check_product("linear_masked_l1", tokens, "tokens", weight, "weight", bias, "bias")
+    if weight.shape[0] != values:
+        raise wrong("linear_masked_l1", "weight", f"({values}, D), C·stride² for target of {tuple(target.shape)}",
+                    weight)
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
     dtype = tokens.dtype if tokens.dtype == torch.float64 else dtype

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import explained, wrong
 from ..common.define_op import Kept, define_op
 from ..common.token_layout import LOSSES, normalised
 from . import on_torch
@@ -21,6 +22,7 @@ from .inputs import check, prepared, wide_dtype
 __all__ = ["LOSSES", "OP", "masked_l1", "traffic"]
 
 
+@explained(mask="mask", target="pixels")
 def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, *, stride: int, loss: str = "l1",
               mean: Tensor | None = None, std: Tensor | None = None, impl: str = "auto") -> Tensor:
     """``Σ l(x̂, x)·m / (Σ m + 1e-5) / C`` over pixels, in float32.
@@ -38,9 +40,12 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, *, stride: int, 
         Scalar, float32 (float64 for a float64 target).
 
     Raises:
-        ValueError: Unknown loss, or shapes and dtypes that do not belong together.
+        ValueError: An argument is not what is said here.
     """
-    check(prediction.shape[:3], prediction.shape[-1], target, mask, stride, loss, mean, std)
+    values = check("masked_l1", prediction, "prediction", target, mask, stride, loss, mean, std)
+    if prediction.shape[3] != values:
+        raise wrong("masked_l1", "prediction", f"(B, h, w, {values}), C·stride² for target of {tuple(target.shape)}",
+                    prediction)
     return OP(prediction, *prepared(target, mask, mean, std), stride, loss, impl=impl)
 
 

@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import statistics_dtype
 from . import gelu_on_torch
 
 
+@explained()
 def gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     """``z·Φ(z)`` with ``z = x + bias``, in the dtype of x and computed in float32 at least.
 
@@ -24,10 +26,13 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor
         impl: See :mod:`fastmim_kernels.common.dispatch`.
 
     Raises:
-        ValueError: ``bias`` is not (N,).
+        ValueError: An argument is not what is said here.
     """
+    floating("gelu", x, bias)
+    if not x.ndim:
+        raise wrong("gelu", "x", "(…, N)", x)
     if bias is not None and bias.shape != x.shape[-1:]:
-        raise ValueError(f"gelu: bias must be {tuple(x.shape[-1:])}, got {tuple(bias.shape)}")
+        raise wrong("gelu", "bias", f"{tuple(x.shape[-1:])} for x of {tuple(x.shape)}", bias)
     return OP(x, bias, impl=impl)
 
 

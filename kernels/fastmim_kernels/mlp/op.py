@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
-from ..linear.op import check_low, fitting, product_dtype
+from ..linear.op import check_low, check_product, fitting, product_dtype
 from . import on_torch
 
 
+@explained()
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
         low_weight1: Tensor | None = None, low_weight2: Tensor | None = None, recompute_fc1: bool = False,
         impl: str = "auto") -> Tensor:
@@ -43,12 +45,13 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2
         (…, D).
 
     Raises:
-        ValueError: Shapes do not belong together.
+        ValueError: An argument is not what is said here.
     """
     return OP(*arguments(x, weight1, bias1, weight2, bias2, low_weight1, low_weight2, recompute_fc1, product_dtype(x)),
               impl=impl)
 
 
+@explained()
 def mlp_and_input(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
                   low_weight1: Tensor | None = None, low_weight2: Tensor | None = None, recompute_fc1: bool = False,
                   impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -62,9 +65,18 @@ def arguments(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
               low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, dtype: torch.dtype
               ) -> tuple[Any, ...]:
     """Those of the op, for products in ``dtype``; checked."""
-    _check(x, weight1, bias1, weight2, bias2)
-    check_low("mlp", "low_weight1", low_weight1, weight1)
-    check_low("mlp", "low_weight2", low_weight2, weight2)
+    floating("mlp", x, weight1, bias1, weight2, bias2, low_weight1, low_weight2)
+    check_product("mlp", x, "x", weight1, "weight1", bias1, "bias1")
+    # What the second layer reads has a channel for each row of weight1.
+    if weight2.ndim != 2 or weight2.shape[1] != weight1.shape[0] or not weight2.shape[0]:
+        raise wrong("mlp", "weight2", f"(D, {weight1.shape[0]}) for weight1 of {tuple(weight1.shape)}", weight2)
+    if bias2 is not None and bias2.shape != weight2.shape[:1]:
+        raise wrong("mlp", "bias2", f"{tuple(weight2.shape[:1])} for weight2 of {tuple(weight2.shape)}", bias2)
+    if recompute_fc1 is not False and recompute_fc1 is not True:
+        raise wrong("mlp", "recompute_fc1", "True or False", recompute_fc1)
+    if low_weight1 is not None or low_weight2 is not None:
+        check_low("mlp", "low_weight1", low_weight1, weight1)
+        check_low("mlp", "low_weight2", low_weight2, weight2)
     # Without a graph the pre-activation is of no use to anybody: its buffer takes the activation.
     recompute_fc1 = recompute_fc1 or not torch.is_grad_enabled()
     return (cast(x, dtype), weight1, bias1, weight2, bias2, fitting(low_weight1, dtype), fitting(low_weight2, dtype),
@@ -95,16 +107,6 @@ def traffic(rows: int, channels: int, hidden: int, out_channels: int | None = No
     read = (y + w2 + h) + (y + h) + (h + x) + (h + w1) + (x + w1 + b1) * recompute_fc1
     written = 2 * h + weights * param_itemsize + x + h * recompute_fc1 + 4 * (hidden + out_channels) * bias
     return forward, (read, written, 2 * flops + 2 * rows * hidden * channels * recompute_fc1)
-
-
-def _check(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> None:
-    if weight1.ndim != 2 or weight2.ndim != 2 or weight1.shape[1] != x.shape[-1] \
-            or weight2.shape[1] != weight1.shape[0]:
-        raise ValueError("mlp: weight1 must be (K, C) and weight2 (D, K) for x (…, C), got "
-                         f"{tuple(weight1.shape)}, {tuple(weight2.shape)} and {tuple(x.shape)}")
-    for name, bias, weight in (("bias1", bias1, weight1), ("bias2", bias2, weight2)):
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"mlp: {name} must be ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
 def _fake(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,

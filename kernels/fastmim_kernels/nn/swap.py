@@ -14,6 +14,7 @@ from timm.models import swin_transformer_v2 as v2
 from timm.models import vision_transformer as vit
 from torch import nn
 
+from ..common.arguments import explained
 from ..common.dispatch import check_impl
 from .parts import DropIn, Mlp, adopt
 from .swin import (
@@ -71,6 +72,7 @@ class Report:
         return "\n".join(lines)
 
 
+@explained()
 def accelerate(model: nn.Module, *, impl: str = "auto", policy: str = "parity") -> Report:
     """Let a timm Swin, SwinV2 or ViT, or a model that contains one, compute on the kernels, in place.
 

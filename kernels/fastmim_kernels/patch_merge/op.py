@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import check_norm, explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import statistics_dtype
 from . import on_torch
 
 
+@explained()
 def patch_merge(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5,
                 out_dtype: torch.dtype | None = None, impl: str = "auto") -> Tensor:
     """Gather 2×2 neighbourhoods, (B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 4C), and normalise them where asked to.
@@ -30,14 +32,10 @@ def patch_merge(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = N
         impl: See :mod:`fastmim_kernels.common.dispatch`.
 
     Raises:
-        ValueError: x is not 4-d, or weight and bias are not both (4C,) or both None.
+        ValueError: An argument is not what is said here.
     """
-    if x.ndim != 4:
-        raise ValueError(f"patch_merge: x must be (B, H, W, C), got {tuple(x.shape)}")
-    width = (4 * x.shape[-1],)
-    if (weight is None) != (bias is None) or any(p is not None and p.shape != width for p in (weight, bias)):
-        raise ValueError(f"patch_merge: weight and bias must both be {width} or both be None, got "
-                         f"{[None if p is None else tuple(p.shape) for p in (weight, bias)]}")
+    _check(x, weight, bias)
+    check_norm("patch_merge", eps, out_dtype=out_dtype)
     device = x.device.type
     if out_dtype is None:
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -58,6 +56,20 @@ def traffic(shape: tuple[int, int, int, int], *, norm: bool, itemsize: int = 2, 
     n, out = b * h * w * c * itemsize, rows * 4 * c * out_itemsize
     forward = (n + norm * 8 * c * param_itemsize, out + norm * 8 * rows, 0)
     return forward, (out + norm * (n + 8 * rows + 4 * c * param_itemsize), n + norm * 32 * c, 0)
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    op = "patch_merge"
+    floating(op, x, weight, bias)
+    if x.ndim != 4 or not x.shape[3]:
+        raise wrong(op, "x", "(B, H, W, C)", x)
+    width = (4 * x.shape[3],)
+    if weight is None and bias is None:
+        return
+    if weight is None or weight.shape != width:
+        raise wrong(op, "weight", f"{width} for x of {tuple(x.shape)} (weight and bias both, or both None)", weight)
+    if bias is None or bias.shape != width:
+        raise wrong(op, "bias", f"{width} for x of {tuple(x.shape)} (weight and bias both, or both None)", bias)
 
 
 def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype, impl: str

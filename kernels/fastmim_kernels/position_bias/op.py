@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import check_devices, explained, floating, wrong
 from ..common.chain import Backward, Forward, define_chain
 from ..common.define_op import Kept, define_op
+from ..common.direct import unwatched
 from ..common.rows import exactly, statistics_dtype
 from . import on_torch
 from .layout import ALIGN, BiasPlan, Block, part, sizes, unflatten
 
 
+@explained(index="index")
 def bias_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[int], rows: Sequence[int],
               coords: Sequence[Tensor] | None = None, hidden: int = 512) -> tuple[BiasPlan, tuple[Block, ...]]:
     """Plan of an encoder, on the CPU.
@@ -32,10 +35,9 @@ def bias_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[in
         hidden: Width of the MLP.
 
     Raises:
-        ValueError: An index is not square.
+        ValueError: An argument is not what is said here.
     """
-    if any(i.ndim != 2 or i.shape[0] != i.shape[1] for i in index):
-        raise ValueError(f"bias_plan: index must be (N, N) for each stage, got {[tuple(i.shape) for i in index]}")
+    _check_plan(index, blocks, heads, rows, coords, hidden)
     found: list[Block] = []
     orders, starts = [], []
     at = dict.fromkeys(("params", "coords", "pair", "start", "table", "bias"), 0)
@@ -58,6 +60,7 @@ def bias_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[in
     return plan, tuple(found)
 
 
+@explained()
 def position_bias(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tuple[Tensor, ...]], *,
                   impl: str = "auto") -> list[Tensor]:
     """Additive attention bias of every block, in one evaluation.
@@ -73,16 +76,10 @@ def position_bias(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tupl
         (heads, N, N) of each block, float32 (float64 for float64 parameters).
 
     Raises:
-        ValueError: Shapes do not belong together.
+        ValueError: An argument is not what is said here.
     """
-    hidden = params[0][1].numel() if len(params[0]) == 3 else 0
-    shapes: list[tuple[int, ...]] = []
-    for own, block in zip(params, blocks, strict=True):
-        wanted = [(hidden, 2), (hidden,), (block.heads, hidden)] if hidden else [(block.rows, block.heads)]
-        if [p.shape for p in own] != wanted:
-            raise ValueError(f"position_bias: weight1, bias1, weight2 or the table must be {wanted}, got "
-                             f"{[tuple(p.shape) for p in own]}")
-        shapes += wanted
+    hidden = _check(plan, blocks, params)
+    shapes = [tuple(p.shape) for own in params for p in own]
     given = [p for own in params for p in own]
     layout = [value for block in blocks for value in block]
     bias = _OF_PARAMETERS(impl, _How(plan, layout, hidden, shapes), *given)
@@ -93,6 +90,7 @@ def position_bias(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tupl
     return [exactly(p, (b.heads, math.isqrt(b.pairs), math.isqrt(b.pairs))) for p, b in zip(parts, blocks, strict=True)]
 
 
+@explained(index="index")
 def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *,
              impl: str = "auto") -> Tensor:
     """:func:`position_bias` of one SwinV2 stage by itself, which makes its plan at every call.
@@ -105,11 +103,70 @@ def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weig
 
     Returns:
         (L, heads, N, N).
+
+    Raises:
+        ValueError: An argument is not what is said here.
     """
+    op = "cpb_bias"
+    floating(op, coords, weight1, bias1, weight2)
+    if weight1.ndim != 3 or weight1.shape[2] != 2 or not weight1.numel():
+        raise wrong(op, "weight1", "(L, K, 2)", weight1)
+    if bias1.shape != weight1.shape[:2]:
+        raise wrong(op, "bias1", f"{tuple(weight1.shape[:2])} for weight1 of {tuple(weight1.shape)}", bias1)
+    if weight2.ndim != 3 or (weight2.shape[0], weight2.shape[2]) != bias1.shape or not weight2.shape[1]:
+        raise wrong(op, "weight2", f"({bias1.shape[0]}, heads, {bias1.shape[1]}) for bias1 of {tuple(bias1.shape)}",
+                    weight2)
+    _check_stage(op, index, len(coords), coords)
+    # On a GPU the host would have to wait for the values. Those of a plan may come after it: not looked at there.
+    if index.is_cpu and unwatched((index,)) and not 0 <= int(index.min()) <= int(index.max()) < len(coords):
+        got = f"{int(index.min())} to {int(index.max())}"
+        raise ValueError(f"{op}: index must hold rows of coords, 0 to {len(coords) - 1}, got {got}")
     plan, blocks = bias_plan([index], [len(weight1)], [weight2.shape[1]], [len(coords)], [coords], bias1.shape[-1])
     plan = BiasPlan(*(tensor.to(index.device) for tensor in plan))
     params = list(zip(weight1.unbind(0), bias1.unbind(0), weight2.unbind(0), strict=True))
     return torch.stack(position_bias(plan, blocks, params, impl=impl))
+
+
+def _check_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[int], rows: Sequence[int],
+                coords: Sequence[Tensor] | None, hidden: int) -> None:
+    op, stages = "bias_plan", len(index)
+    if not stages:
+        raise wrong(op, "index", "a tensor for each stage, of which there is one at least", index)
+    for name, values in (("blocks", blocks), ("heads", heads), ("rows", rows)):
+        if len(values) != stages or any(not isinstance(v, int) or v < 1 for v in values):
+            raise wrong(op, name, f"{stages} numbers of 1 or more, one a stage of index", values)
+    if coords is not None and len(coords) != stages:
+        raise wrong(op, "coords", f"{stages} tensors, one a stage of index; or None for tables", coords)
+    if coords is not None and (not isinstance(hidden, int) or hidden < 1):
+        raise wrong(op, "hidden", "1 or more", hidden)
+    check_devices(op, [*index, *(coords or ())])
+    for stage, (own, t) in enumerate(zip(index, rows, strict=True)):
+        _check_stage(op, own, t, None if coords is None else coords[stage])
+
+
+def _check_stage(op: str, index: Tensor, rows: int, coords: Tensor | None) -> None:
+    if index.ndim != 2 or index.shape[0] != index.shape[1] or not index.numel() or index.dtype != torch.int64:
+        raise wrong(op, "index", "(N, N) of int64 for each stage", index)
+    if coords is not None:
+        floating(op, coords)
+        if coords.shape != (rows, 2):
+            raise wrong(op, "coords", f"({rows}, 2) for each stage, a row for each of the table", coords)
+
+
+def _check(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tuple[Tensor, ...]]) -> int:
+    """Width of the MLP, 0 for tables."""
+    op = "position_bias"
+    if not blocks or len(plan.layout) != len(blocks):
+        raise wrong(op, "blocks", f"the {len(plan.layout)} that bias_plan returned with plan", blocks)
+    if len(params) != len(blocks):
+        raise wrong(op, "params", f"{len(blocks)} tuples of tensors, one a block", params)
+    hidden = params[0][1].numel() if len(params[0]) == 3 else 0
+    for own, block in zip(params, blocks, strict=True):
+        floating(op, *own)
+        wanted = [(hidden, 2), (hidden,), (block.heads, hidden)] if hidden else [(block.rows, block.heads)]
+        if [tuple(p.shape) for p in own] != wanted:
+            raise wrong(op, "params", f"(weight1, bias1, weight2) or (table,) of {wanted} for each block", own)
+    return hidden
 
 
 def traffic(blocks: int, heads: int, rows: int, pairs: int, hidden: int = 512

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import check_norm, explained, floating, shown, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
 from . import on_torch
@@ -21,6 +22,7 @@ from .layout import given, merged_shape, owned, written
 ORDERS = ("pre", "post")
 
 
+@explained()
 def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, *, order: str,
                   eps: float = 1e-5, drop_scale: Tensor | None = None, gamma: Tensor | None = None,
                   branch_bias: Tensor | None = None, stream_dtype: torch.dtype | None = None,
@@ -52,7 +54,7 @@ def residual_norm(residual: Tensor | None, branch: Tensor | None, weight: Tensor
         impl: See :mod:`fastmim_kernels.common.dispatch`.
 
     Raises:
-        ValueError: Unknown order, γ with "post", or tensors that do not belong together.
+        ValueError: An argument is not what is said here.
     """
     return OP.hand_on(*arguments(residual, branch, weight, bias, branch_bias, drop_scale, gamma, order, eps,
                                  stream_dtype, out_dtype, merge), impl=impl)
@@ -63,10 +65,10 @@ def arguments(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bi
               stream_dtype: torch.dtype | None, out_dtype: torch.dtype | None, merge: bool) -> tuple[Any, ...]:
     """Those of the op; checked."""
     _check(residual, branch, weight, bias, order, drop_scale, gamma, branch_bias)
+    check_norm("residual_norm", eps, stream_dtype=stream_dtype, out_dtype=out_dtype)
     like = given(residual, branch)
-    if merge and (order == "pre" or like.ndim != 4 or like.shape[1] % 2 or like.shape[2] % 2):
-        raise ValueError(f"residual_norm: merge takes order='post' and (B, H, W, C) with even H and W, got "
-                         f"order={order!r} and {tuple(like.shape)}")
+    if merge is not False:
+        _check_merge(merge, order, like)
     if out_dtype is None:
         device = like.device.type
         dtype = like.dtype if branch is None else branch.dtype
@@ -79,12 +81,19 @@ def arguments(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bi
             merge)
 
 
+@explained()
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, out_dtype: torch.dtype | None = None,
                impl: str = "auto") -> Tensor:
-    """LayerNorm of (B, …, C) with float32 statistics that writes ``out_dtype`` at once, see :func:`residual_norm`."""
+    """LayerNorm of (B, …, C) with float32 statistics that writes ``out_dtype`` at once, see :func:`residual_norm`,
+    whose errors are raised too."""
     if out_dtype is None and torch.is_autocast_enabled(x.device.type):
         out_dtype = torch.get_autocast_dtype(x.device.type)
     dtype = out_dtype or x.dtype
+    floating("layer_norm", x, weight, bias)
+    if x.ndim < 2 or not x.shape[-1]:
+        raise wrong("layer_norm", "x", "(B, …, C)", x)
+    _check_vectors("layer_norm", x, "x", {"weight": weight, "bias": bias})
+    check_norm("layer_norm", eps, out_dtype=out_dtype)
     return residual_norm(None, x, weight, bias, order="post", eps=eps, stream_dtype=dtype, out_dtype=dtype,
                          impl=impl)[0]
 
@@ -116,25 +125,53 @@ def traffic(rows: int, channels: int, order: str, *, itemsize: int = 2, branch_i
     return forward, (read, written + 4 * channels * (2 + extras), 0)
 
 
+def _check_vectors(op: str, rows: Tensor, rows_name: str, vectors: dict[str, Tensor | None]) -> None:
+    """Raise ``ValueError`` unless all ``vectors`` that are given are (C,) for ``rows`` (…, C)."""
+    channels = rows.shape[-1:]
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != channels:
+            raise wrong(op, name, f"{tuple(channels)} for {rows_name} of {tuple(rows.shape)}", vector)
+
+
 def _check(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, order: str,
            drop_scale: Tensor | None, gamma: Tensor | None, branch_bias: Tensor | None) -> None:
-    if order not in ORDERS or (order == "post" and gamma is not None):
-        raise ValueError(f"residual_norm: order={order!r} with gamma={gamma is not None}: "
-                         "order must be 'pre' or 'post', and 'post' takes no gamma")
-    if (residual is None and order == "pre") or (branch is None and order == "post"):
-        raise ValueError(f"residual_norm: order={order!r} needs {'branch' if order == 'post' else 'residual'}")
-    full = given(residual, branch).shape
-    if len(full) < 2 or (residual is not None and residual.shape != full):
-        raise ValueError("residual_norm: residual and branch must both be (B, …, C), got "
-                         f"{[None if t is None else tuple(t.shape) for t in (residual, branch)]}")
-    shape = full[-1:]
-    for name, vector in (("weight", weight), ("bias", bias), ("gamma", gamma), ("branch_bias", branch_bias)):
-        if vector is not None and vector.shape != shape:
-            raise ValueError(f"residual_norm: {name} must be {tuple(shape)}, got {tuple(vector.shape)}")
+    op = "residual_norm"
+    floating(op, residual, branch, weight, bias, drop_scale, gamma, branch_bias)
+    if order not in ORDERS:
+        raise ValueError(f"{op}: order={shown(order)}: must be 'pre' or 'post'")
+    if order == "post" and gamma is not None:
+        raise wrong(op, "gamma", "None with order='post'", gamma)
+    if residual is None and order == "pre":
+        raise wrong(op, "residual", "a tensor with order='pre'", None)
+    if branch is None and order == "post":
+        raise wrong(op, "branch", "a tensor with order='post'", None)
+    like, name = given(residual, branch), "branch" if residual is None else "residual"
+    full = like.shape
+    if residual is not None and branch is not None:
+        if residual.shape != full:
+            raise wrong(op, "branch", f"{tuple(residual.shape)} as residual", branch)
+        if residual.dtype != branch.dtype and torch.float64 in (residual.dtype, branch.dtype):
+            raise wrong(op, "branch", f"of {str(residual.dtype).removeprefix('torch.')} as residual", branch)
+    if len(full) < 2 or not full[-1]:
+        raise wrong(op, name, "(B, …, C)", like)
+    channels = full[-1:]
+    if weight.shape != channels or bias.shape != channels or (gamma is not None and gamma.shape != channels) \
+            or (branch_bias is not None and branch_bias.shape != channels):
+        _check_vectors(op, like, name, {"weight": weight, "bias": bias, "gamma": gamma, "branch_bias": branch_bias})
     if drop_scale is not None and drop_scale.shape != full[:1]:
-        raise ValueError(f"residual_norm: drop_scale must be ({full[0]},), got {tuple(drop_scale.shape)}")
-    if branch is None and any(t is not None for t in (drop_scale, gamma, branch_bias)):
-        raise ValueError("residual_norm: drop_scale, gamma and branch_bias belong to a branch, got branch=None")
+        raise wrong(op, "drop_scale", f"{tuple(full[:1])} for {name} of {tuple(full)}", drop_scale)
+    if branch is None:
+        for other, value in (("drop_scale", drop_scale), ("gamma", gamma), ("branch_bias", branch_bias)):
+            if value is not None:
+                raise wrong(op, other, "None where branch is None, to which it belongs", value)
+
+
+def _check_merge(merge: bool, order: str, like: Tensor) -> None:
+    if merge is not True:
+        raise wrong("residual_norm", "merge", "True or False", merge)
+    if order == "pre" or like.ndim != 4 or like.shape[1] % 2 or like.shape[2] % 2:
+        raise wrong("residual_norm", "merge", f"False but with order='post' and (B, H, W, C) of even H and W (order is "
+                    f"{order!r}, the shape {tuple(like.shape)})", merge)
 
 
 def _fake(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,

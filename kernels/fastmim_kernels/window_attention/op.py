@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import explained, floating, shown, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
 from . import on_torch
 
 
+@explained()
 def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: int | tuple[int, int],
                      shift_size: int | tuple[int, int] = (0, 0), logit_scale: Tensor | None = None,
                      impl: str = "auto") -> Tensor:
@@ -38,7 +40,7 @@ def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: 
         (B, H, W, C) in the dtype of ``qkv``. Logits and softmax are in float32 whatever that is.
 
     Raises:
-        ValueError: Shapes do not belong together.
+        ValueError: An argument is not what is said here.
     """
     window_size = (window_size, window_size) if isinstance(window_size, int) else window_size
     shift_size = (shift_size, shift_size) if isinstance(shift_size, int) else shift_size
@@ -74,24 +76,25 @@ def traffic(shape: Sequence[int], num_heads: int, window_size: tuple[int, int], 
 def check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int],
           logit_scale: Tensor | None) -> None:
     """Raise ``ValueError`` where shapes do not belong together."""
-    if num_heads < 1 or len(window_size) != 2 or len(shift_size) != 2 or min(window_size) < 1:
-        raise ValueError(f"window_attention: num_heads={num_heads}, window_size={window_size} and "
-                         f"shift_size={shift_size} must be 1 or more, and pairs of numbers of 1 and 0 or more")
-    if bias is None:
-        raise ValueError(f"window_attention: bias must be a tensor ({num_heads}, N, N), got None; pass zeros for none")
+    op = "window_attention"
+    floating(op, qkv, bias, logit_scale)
+    if num_heads < 1:
+        raise wrong(op, "num_heads", "1 or more", num_heads)
+    if len(window_size) != 2 or min(window_size) < 1:
+        raise wrong(op, "window_size", "one or two numbers of 1 or more", window_size)
+    if len(shift_size) != 2 or not (0 <= shift_size[0] < window_size[0] and 0 <= shift_size[1] < window_size[1]):
+        raise ValueError(f"{op}: shift_size={shown(shift_size)} must lie within the window {shown(window_size)}")
+    shape = qkv.shape
+    if len(shape) != 4 or not shape[3] or shape[3] % (3 * num_heads):
+        raise wrong(op, "qkv", f"(B, H, W, 3C) with C divisible by num_heads={num_heads}", qkv)
+    if shape[1] % window_size[0] or shape[2] % window_size[1]:
+        raise ValueError(f"{op}: window_size={shown(window_size)} must divide the {shape[1]}x{shape[2]} map of qkv, "
+                         f"got {shown(qkv)}")
     n = window_size[0] * window_size[1]
-    if qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
-        raise ValueError(f"window_attention: qkv must be (B, H, W, 3C) with C divisible by num_heads={num_heads}, "
-                         f"got {tuple(qkv.shape)}")
-    if qkv.shape[1] % window_size[0] or qkv.shape[2] % window_size[1]:
-        raise ValueError(f"window_attention: window_size={window_size} must divide the "
-                         f"{qkv.shape[1]}x{qkv.shape[2]} map")
     if bias.shape != (num_heads, n, n):
-        raise ValueError(f"window_attention: bias must have shape {(num_heads, n, n)}, got {tuple(bias.shape)}")
-    if not all(0 <= s < w for s, w in zip(shift_size, window_size, strict=True)):
-        raise ValueError(f"window_attention: shift_size={shift_size} must lie within the window {window_size}")
+        raise wrong(op, "bias", f"{(num_heads, n, n)}, num_heads and twice the window's area", bias)
     if logit_scale is not None and logit_scale.numel() != num_heads:
-        raise ValueError(f"window_attention: logit_scale must hold {num_heads} values, got {tuple(logit_scale.shape)}")
+        raise wrong(op, "logit_scale", f"num_heads={num_heads} values", logit_scale)
 
 
 def _fake(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: Sequence[int],
