@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastmim.engine.base import Engine, Paced, Phase, unmarked
-from fastmim.objectives.views import augmented
+from fastmim.engine.stream import inputs_of
 
 
 def train_step(
@@ -44,11 +44,5 @@ def train_step(
         objective.set_micro_batch(micro, engine.grad_accum_steps)
         with phase("data"):
             epoch, batch = next(batches)
-        mask = objective.random_mask(batch.sample_ids, seed=seed, epoch=epoch)
-        images = augmented(crops_of(batch), objective.views(), batch.sample_ids, seed=seed, epoch=epoch)
+        images, mask = inputs_of(objective, batch, seed=seed, epoch=epoch)
         engine.train_on(images, mask, phase)
-
-
-def crops_of(batch: Any) -> Any:
-    """The images of a loader's micro-batch, as :func:`fastmim.objectives.views.augmented` takes them."""
-    return batch.views if hasattr(batch, "views") else batch.images

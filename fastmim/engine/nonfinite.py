@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastmim.engine import distributed
-from fastmim.engine.stream import stream
+from fastmim.engine.stream import inputs_of, stream
 
 log = logging.getLogger("fastmim")
 
@@ -131,8 +131,8 @@ def find_culprit(engine: Any, loader: Any, *, step: int, seed: int) -> str | Non
     accum = engine.grad_accum_steps
     try:
         for epoch, batch in stream(loader, start=step - 1, stop=step, grad_accum_steps=accum):
-            mask = engine.objective.random_mask(batch.sample_ids, seed=seed, epoch=epoch)
-            place = engine.diagnose(batch.images, mask)  # on every rank, even where something was found already
+            images, mask = inputs_of(engine.objective, batch, seed=seed, epoch=epoch)
+            place = engine.diagnose(images, mask)  # on every rank, even where something was found already
             found = found or place
     except Exception:
         log.warning("could not look for the module behind the non-finite step", exc_info=True)

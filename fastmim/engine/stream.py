@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from torch import Tensor
+
+from fastmim.objectives import Objective
+from fastmim.objectives.views import Images, augmented
+
 
 class Loads(Protocol):
     """What training needs of a loader; ``fastmim.data`` builds them."""
@@ -26,6 +31,20 @@ def stream(loader: Loads, *, start: int, stop: int, grad_accum_steps: int) -> It
         for _ in range(length * grad_accum_steps):
             yield epoch, next(batches)
         step += length
+
+
+def inputs_of(objective: Any, batch: Any, *, seed: int, epoch: int) -> tuple[Images, Tensor]:
+    """(images, mask) that an objective takes for a loader's micro-batch: crops with their colours changed, and masks.
+
+    Args:
+        objective: with ``random_mask``, and ``views`` if it wants more of a crop than the loader does.
+        batch: ``sample_ids`` (B,), and ``images`` (B, C, H, W) or several ``views``, on the device.
+        seed, epoch: of masks and colours.
+    """
+    images, ids = batch.views if hasattr(batch, "views") else batch.images, batch.sample_ids
+    if isinstance(objective, Objective):
+        images = augmented(images, objective.views(), ids, seed=seed, epoch=epoch)
+    return images, objective.random_mask(ids, seed=seed, epoch=epoch)
 
 
 def batch_sizes(

@@ -5,9 +5,9 @@ log-uniform, the place uniform; a block must be smaller than the grid in both ed
 remaining number of further cells. After ten refused blocks in a row the mask stays as it is: it may hold fewer cells
 than aimed at. Source: Bao et al. 2022 (BEiT), algorithm 1; Zhou et al. 2022 (iBOT), appendix; as their code does it.
 
-Every try has its own 64-bit hash. What is computed from it are sums, products, quotients, roots and roundings of
-float64, one at a time, and IEEE 754 defines these to the last bit: outside of a compiler, which may contract a product
-and a sum, masks are the same on every device.
+Every try has its own 64-bit hash. What is computed from it are sums, products, quotients, roots and roundings, one at a
+time, sizes in float64, places (16 bits times a small number) exactly in float32. IEEE 754 defines these to the last
+bit: outside of a compiler, which may contract a product and a sum, masks are the same on every device.
 """
 
 from __future__ import annotations
@@ -178,7 +178,14 @@ def _exp(x: Tensor) -> Tensor:
 
 
 def _grow(keys: Tensor, grid: tuple[int, int], target: Tensor, smallest: int) -> Tensor:
-    """(B, *grid) masks of up to ``target`` (B,) float64 cells from (B, BLOCKS · TRIES) hashes."""
+    """(B, *grid) masks of up to ``target`` (B,) float64 cells from (B, BLOCKS · TRIES) hashes.
+
+    A CPU leaves out rows that want none, and stops when all have stopped; the masks are the same.
+    """
+    if fk.shape_may_follow(target) and not target.all():
+        some = target.nonzero().squeeze(1)
+        mask = torch.zeros(len(target), *grid, dtype=torch.bool)
+        return mask.index_copy_(0, some, _grow(keys.index_select(0, some), grid, target[some], smallest))
     shapes, areas, places = _draws(keys)
     target = target[:, None]
     edge = max(grid)
@@ -188,9 +195,9 @@ def _grow(keys: Tensor, grid: tuple[int, int], target: Tensor, smallest: int) ->
     mask = torch.zeros(len(target), edge, edge, device=keys.device)
     count, left = torch.zeros_like(target), target
     for shape, area, place in zip(shapes, areas, places, strict=True):
-        extent = ((smallest + (left - smallest) * area) * shape).sqrt_().round_()
+        extent = ((smallest + (left - smallest) * area) * shape).sqrt_().round_().float()
         first = ((edges + 1 - extent) * place).floor_()
-        rows, columns = _span(numbers, first.float(), extent.float())
+        rows, columns = _span(numbers, first, extent)
         gain = extent[0] * extent[1] - (rows @ mask).mul_(columns).sum(-1)
         fits = (extent < edges).all(0) & (gain > 0) & (gain <= left)
         found, taken = fits.max(1, keepdim=True)
@@ -210,7 +217,7 @@ def _draws(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     keys = keys.reshape(-1, BLOCKS, TRIES).transpose(0, 1).contiguous()
     low, high = map(math.log, ASPECT)
     aspect = _exp(_units(_bits(keys, 16)).mul_(high - low).add_(low))
-    places = torch.stack((_bits(keys, 32), _bits(keys, 48)), 1).double().mul_(2.0**-16)
+    places = torch.stack((_bits(keys, 32), _bits(keys, 48)), 1).float().mul_(2.0**-16)
     return torch.stack((aspect, 1 / aspect), 1), _units(_bits(keys, 0)), places
 
 

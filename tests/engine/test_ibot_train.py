@@ -22,7 +22,8 @@ KEYS = [
     "objective.warmup_teacher_temp_epochs=2", "objective.momentum_teacher=0.9", "objective.freeze_last_layer=1",
     "data.num_workers=0", "optim.weight_decay_end=0.4", "optim.clip_each=true", "optim.lr=1e-3",
     "optim.lr_batch=null", "optim.warmup_steps=2", "optim.warmup_inclusive=true", "train.steps=6",
-    "train.micro_batch_size=4", "train.log_every=1", "train.save_every=3", "train.keep=5", "output.pictures=2", "efficiency.threads=1",
+    "train.micro_batch_size=4", "train.log_every=1", "train.save_every=3", "train.keep=5", "output.pictures=2",
+    "efficiency.threads=1",
 ]  # fmt: skip
 FORGOTTEN = {"images_per_sec", "step_time", "data_time", "peak_memory_gib"}
 

@@ -155,7 +155,7 @@ def test_who_looks_is_shown_the_ops() -> None:
 
 
 @pytest.mark.parametrize("name, message", [("qkv", "linear: weight must"), ("bias", "window_attention: bias must"),
-                                           ("weight", "residual_norm: weight must"), ("fc2", "mlp: weight1 must")])
+                                           ("weight", "residual_norm: weight must"), ("fc2", "mlp: weight2 must")])
 def test_wrong_shapes_are_refused_and_autocast_stays(name: str, message: str) -> None:
     t = inputs(torch.bfloat16)
     t[name] = torch.zeros(5, 5, 5, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Block-wise masks: bit by bit those of a plain loop, in distribution those of the public code; rows of fixed number."""
+"""Block-wise masks: bit by bit those of a plain loop, in distribution the public code's; rows of a fixed number."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from fastmim.engine.loggers.base import IDS_FILE, Logger, RunFacts, grouped
 from fastmim.engine.loggers.files import Csv, TensorBoard
 from fastmim.engine.loggers.services import MLflow, WandB
 from fastmim.errors import one_line
-from fastmim.wording import install_extra
 from fastmim.files import naming
+from fastmim.wording import install_extra
 
 __all__ = ["IDS_FILE", "LOGGERS", "Loggers", "RunFacts", "check_loggers"]
 
