@@ -2,7 +2,8 @@
 
 What a user can put right is one line on standard error and exit status 2; a run that failed by itself (a
 non-finite loss, data workers that cannot go on) or by its surroundings (a file that cannot be written, memory) exits
-with 1, in one line too; a run that was asked to stop, and saved, exits with 0.
+with 1, in one line too. A run that was asked to stop, and saved, exits with 128 and the signal's number, as in shells
+(SIGINT 130, SIGTERM 143, SIGUSR1 138, SIGUSR2 140, SIGHUP 129); one that a second signal has aborted with 130.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import errno
 import logging
 import os
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
@@ -20,6 +23,7 @@ from fastmim._version import __version__
 from fastmim.engine.launcher import rank_or_none
 from fastmim.errors import is_our_fault, lacks_memory, one_line
 from fastmim.files import naming
+from fastmim.threads import settle_threads
 
 USER_ERROR, RUN_FAILED = 2, 1
 
@@ -42,6 +46,7 @@ _OVERRIDES = "section.key=value, the value in YAML; may be repeated and wins ove
 
 def entry() -> NoReturn:
     """The console script: run :func:`main` and leave with its status."""
+    settle_threads()
     try:
         status = main()
     finally:
@@ -103,10 +108,24 @@ def _pretrain_here(options: argparse.Namespace) -> int:
     cfg = load_config(options.config, options.overrides)
     if cfg.data.path is None and cfg.data.file_list is None and cfg.data.loader != "synthetic":
         raise ValueError("data.path=null: give a folder of images, for example data.path=/path/to/images")
-    from fastmim.engine.train import train
+    with _shown_on_a_terminal("loading libraries …"):
+        from fastmim.engine.train import train
 
-    train(cfg)
-    return 0
+    result = train(cfg, ends_process=True)
+    return 128 + result.stopped_by if result.interrupted else 0
+
+
+@contextmanager
+def _shown_on_a_terminal(text: str) -> Iterator[None]:
+    """A line that stands while something takes seconds, and leaves no trace."""
+    shown = _rank() == 0 and sys.stderr is not None and sys.stderr.isatty()
+    if shown:
+        print(f"fastmim: {text}", end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _config_show(options: argparse.Namespace) -> int:
@@ -376,9 +395,9 @@ def _say(text: str) -> None:
         _to_stderr(text)
 
 
-def _to_stderr(text: str) -> None:
+def _to_stderr(text: str, at: str = "") -> None:
     with suppress(OSError):  # nobody is left to hear it
-        print(f"fastmim: {text}", file=sys.stderr, flush=True)
+        print(f"{at}fastmim: {text}", file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:
@@ -405,7 +424,8 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        _to_stderr(f"{level}{self.format(record)}")
+        at = time.strftime("%H:%M:%S", time.localtime(record.created))
+        _to_stderr(f"{level}{self.format(record)}", at=f"{at} ")
 
 
 def _log_to_stderr() -> None:
@@ -413,6 +433,8 @@ def _log_to_stderr() -> None:
     if not log.handlers:
         log.addHandler(_Stderr())
     log.setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+    if _rank() and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # rank 0 meets the same ones
 
 
 if __name__ == "__main__":

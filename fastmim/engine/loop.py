@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastmim.engine.base import Engine, Paced, Phase, unmarked
@@ -17,7 +17,8 @@ def train_step(
     total: int,
     steps_per_epoch: int,
     phase: Phase = unmarked,
-) -> None:
+    stops: Callable[[], bool] = lambda: False,
+) -> bool:
     """Take the micro-batches of one update, and update.
 
     Args:
@@ -27,6 +28,10 @@ def train_step(
         seed: of the masks.
         total, steps_per_epoch: length of the run and of an epoch in updates, for the objective's schedules.
         phase: marks what the host is doing.
+        stops: asked between two micro-batches whether to end here; then the update does not happen.
+
+    Returns:
+        Whether the update was done.
 
     Raises:
         NonFiniteError: the update met a non-finite gradient, where the engine looks at once.
@@ -35,9 +40,13 @@ def train_step(
     if isinstance(objective, Paced):
         objective.set_step(engine.steps, total, steps_per_epoch)
     engine.set_lr(lr)
+    engine.begin_step()
     for micro in range(engine.grad_accum_steps):
+        if micro and stops():
+            return False
         objective.set_micro_batch(micro, engine.grad_accum_steps)
         with phase("data"):
             epoch, batch = next(batches)
         mask = objective.random_mask(batch.sample_ids, seed=seed, epoch=epoch)
         engine.train_on(batch.images, mask, phase)
+    return True
