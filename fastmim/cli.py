@@ -12,7 +12,9 @@ import argparse
 import errno
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -425,7 +427,15 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         at = time.strftime("%H:%M:%S", time.localtime(record.created))
-        _to_stderr(f"{level}{self.format(record)}", at=f"{at} ")
+        _to_stderr(_folded(f"{level}{self.format(record)}"), at=f"{at} ")
+
+
+def _folded(text: str) -> str:
+    """A line of the log as a terminal shows it whole, broken between words; elsewhere it stays one line."""
+    if "\n" in text or sys.stderr is None or not sys.stderr.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns - 18, 40)  # behind the time and the program's name
+    return textwrap.fill(text, width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
 
 
 def _log_to_stderr() -> None:

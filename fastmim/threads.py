@@ -17,7 +17,9 @@ waited for does not run, and the one that spins keeps it from running: a step ta
 (``benchmarks/bench_busy.py``).
 """
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-_ON_THIS_MACHINE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+_ON_THIS_MACHINE = (
+    "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"
+)  # fmt: skip
 
 
 def thread_settings(env: Mapping[str, str], *, allowed: int, quota: float | None) -> dict[str, str]:
