@@ -58,7 +58,6 @@ class Trainer:
     def __init__(self, policy: str, images: Path, steps: int) -> None:
         line = [sys.executable, __file__, "--child", str(images), policy, "--steps", str(steps)]
         self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.turn()
 
     def turn(self) -> tuple[float, float]:
         """(seconds a step, CPU seconds a step of the process without its data workers).

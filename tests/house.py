@@ -22,7 +22,7 @@ Graph = dict[str, set[str]]
 # this names them.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "fastmim": (
-        ("_version", "files", "errors"),
+        ("_version", "files", "errors", "threads"),
         ("models", "data"),
         ("objectives",),
         ("config", "evaluate", "interop", "doctor"),

@@ -21,6 +21,7 @@ ALLOWED = {
         "fastmim.profiling",
         "fastmim.files",
         "fastmim.errors",
+        "fastmim.threads",
     },
     "fastmim.__main__": {"fastmim.cli"},
     # The checks ask the encoders what they take, and the mask how many units it hides.
@@ -44,6 +45,7 @@ ALLOWED = {
     "fastmim.data": {"fastmim_kernels", "fastmim.files"},
     "fastmim.files": set(),
     "fastmim.errors": set(),
+    "fastmim.threads": set(),
     "fastmim_kernels": set(),
 }
 # train() and what it builds from; two commands build the same, and are beside the cli for length only.

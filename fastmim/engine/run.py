@@ -9,7 +9,7 @@ import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,13 @@ from fastmim.engine.checkpoint import consolidate, save_checkpoint
 from fastmim.engine.distributed import World
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
 from fastmim.engine.progress import Progress, clock
+from fastmim.engine.result import TrainResult
 from fastmim.evaluate.curve import save_curve
 from fastmim.evaluate.reconstruct import save_picture
 from fastmim.evaluate.validation import validation_loss
 from fastmim.files import write_text
 
 _NAMED_BAD_FILES = 50
-
-
-@dataclass
-class TrainResult:
-    """Where a run ended and what it left. Paths are None where nothing was written."""
-
-    steps: int
-    loss: float | None
-    val_loss: float | None
-    output_dir: Path
-    encoder_path: Path | None = None
-    picture_path: Path | None = None
-    checkpoint_path: Path | None = None
-    curve_path: Path | None = None
-    images_seen: int = 0
-    bad_files: dict[str, str] = field(default_factory=dict)
-    interrupted: bool = False
-    stopped_by: int = 0
-    """Number of the signal that has interrupted the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +239,7 @@ class Run:
         loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
         val = f", validation {result.val_loss:.4f}" if result.val_loss is not None else ""
         self.progress.say(f"{clock()} done: {result.steps} steps{loss}{val}")
-        self.progress.table(_places(result))
+        self.progress.table(result.places())
         return result
 
     def _result(self, **paths: Any) -> TrainResult:
@@ -297,14 +279,3 @@ class Run:
         if self._home is not None:
             os.close(self._home)
         self.metrics.close()
-
-
-def _places(result: TrainResult) -> list[tuple[str, str]]:
-    places = {
-        "encoder": result.encoder_path,
-        "pictures": result.picture_path,
-        "curve": result.curve_path,
-        "metrics": result.output_dir / "metrics.jsonl",
-        "checkpoint": result.checkpoint_path,
-    }
-    return [(name, str(path)) for name, path in places.items() if path is not None]

@@ -22,8 +22,9 @@ from fastmim.engine.loop import train_step
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
 from fastmim.engine.owner import own_folder
 from fastmim.engine.progress import said_if_slow
+from fastmim.engine.result import TrainResult
 from fastmim.engine.resume import find_start, go_on
-from fastmim.engine.run import Intervals, Run, TrainResult
+from fastmim.engine.run import Intervals, Run
 from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.models import encoder_settings
