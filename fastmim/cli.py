@@ -2,7 +2,8 @@
 
 What a user can put right is one line on standard error and exit status 2; a run that failed by itself (a
 non-finite loss, data workers that cannot go on) or by its surroundings (a file that cannot be written, memory) exits
-with 1, in one line too; a run that was asked to stop, and saved, exits with 0.
+with 1, in one line too. A run that was asked to stop, and saved, exits with 128 and the signal's number, as in shells
+(SIGINT 130, SIGTERM 143, SIGUSR1 138, SIGUSR2 140, SIGHUP 129); one that a second signal has aborted with 130.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import NoReturn
 
 from fastmim._version import __version__
 from fastmim.commands import configs, images, machine, own
-from fastmim.commands.console import let_go_of_stdout, log_to_stderr, own_rank, say, to_stderr
+from fastmim.commands.console import let_go_of_stdout, log_to_stderr, own_rank, say, shown_on_a_terminal, to_stderr
 from fastmim.commands.own import own_images, sort_words
 from fastmim.engine.launcher import rank_or_none
 from fastmim.errors import is_our_fault, lacks_memory, one_line
+from fastmim.threads import settle_threads
 
 USER_ERROR, RUN_FAILED = 2, 1
 
@@ -41,6 +43,7 @@ examples:
 
 def entry() -> NoReturn:
     """The console script: run :func:`main` and leave with its status."""
+    settle_threads()
     try:
         status = main()
     finally:
@@ -104,10 +107,11 @@ def _pretrain_here(options: argparse.Namespace) -> int:
     cfg = load_config(options.config, options.overrides) if options.images is None else own_images(options)
     if cfg.data.path is None and cfg.data.file_list is None and cfg.data.loader != "synthetic":
         raise ValueError("data.path=null: give a folder of images, for example data.path=/path/to/images")
-    from fastmim.engine.train import train
+    with shown_on_a_terminal("loading libraries …"):
+        from fastmim.engine.train import train
 
-    train(cfg)
-    return 0
+    result = train(cfg, ends_process=True)
+    return 128 + result.stopped_by if result.interrupted else 0
 
 
 def _parser() -> argparse.ArgumentParser:

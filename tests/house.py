@@ -22,7 +22,7 @@ Graph = dict[str, set[str]]
 # this names them.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "fastmim": (
-        ("_version", "files", "wording"),
+        ("_version", "files", "wording", "threads"),
         ("errors",),
         ("models", "data"),
         ("objectives",),

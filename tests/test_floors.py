@@ -22,6 +22,8 @@ ALLOWED = {
         "fastmim.profiling",
         "fastmim.files",
         "fastmim.wording",
+        "fastmim.errors",
+        "fastmim.threads",
     },
     "fastmim.__main__": {"fastmim.cli"},
     # The checks ask the encoders what they take, and the mask how many units it hides.
@@ -62,6 +64,7 @@ ALLOWED = {
     "fastmim.files": set(),
     "fastmim.wording": set(),
     "fastmim.errors": {"fastmim.wording"},
+    "fastmim.threads": set(),
     "fastmim_kernels": set(),
 }
 # train() and what it builds from; some commands build the same, and are beside the cli for length only.

@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import sys
+import textwrap
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -39,10 +43,23 @@ def say(text: str) -> None:
         to_stderr(text)
 
 
-def to_stderr(text: str) -> None:
-    """One line on standard error, whatever the rank."""
+def to_stderr(text: str, at: str = "") -> None:
+    """One line on standard error, whatever the rank; ``at`` stands before it."""
     with suppress(OSError):  # nobody is left to hear it
-        print(f"fastmim: {text}", file=sys.stderr, flush=True)
+        print(f"{at}fastmim: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def shown_on_a_terminal(text: str) -> Iterator[None]:
+    """A line that stands while something takes seconds, and leaves no trace."""
+    shown = own_rank() == 0 and sys.stderr is not None and sys.stderr.isatty()
+    if shown:
+        print(f"fastmim: {text}", end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def let_go_of_stdout() -> None:
@@ -77,7 +94,16 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        to_stderr(f"{level}{self.format(record)}")
+        at = time.strftime("%H:%M:%S", time.localtime(record.created))
+        to_stderr(_folded(f"{level}{self.format(record)}"), at=f"{at} ")
+
+
+def _folded(text: str) -> str:
+    """A line of the log as a terminal shows it whole, broken between words; elsewhere it stays one line."""
+    if "\n" in text or sys.stderr is None or not sys.stderr.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns - 18, 40)  # behind the time and the program's name
+    return textwrap.fill(text, width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
 
 
 def log_to_stderr() -> None:
@@ -86,3 +112,5 @@ def log_to_stderr() -> None:
     if not log.handlers:
         log.addHandler(_Stderr())
     log.setLevel(logging.INFO if own_rank() == 0 else logging.ERROR)
+    if own_rank() and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # rank 0 meets the same ones

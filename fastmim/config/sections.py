@@ -184,6 +184,7 @@ class TrainSection(Section):
     )
     seed: Seed = Field(0, description="of weights, masks, crops and order")
     log_every: Positive = Field(10, description="steps between lines of metrics (one host synchronisation each)")
+    log_seconds: Rate | None = Field(30.0, description="also a line after so many seconds, null or 0 = by steps alone")
     save_every: Count = Field(0, description="steps between checkpoints, 0 = at the end only")
     keep: Positive = Field(2, description="checkpoints kept, the newest")
     val_every: Count = Field(0, description="steps between validations, 0 = at the end only")
@@ -194,6 +195,9 @@ class TrainSection(Section):
     )
     resume_changes: Literal["refuse", "allow"] = Field(
         "refuse", description="allow: rates, clip_grad and schedule may differ from the checkpoint's, and are noted"
+    )
+    branch_from: Path | None = Field(
+        None, description="another run, or a checkpoint of it, to go on from in a new output.dir, with other rates"
     )
 
     @model_validator(mode="before")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmim.engine import distributed
 from fastmim.engine.nonfinite import NonFiniteError, find_nonfinite
+from fastmim.engine.unfinished import StepStart
 from fastmim.objectives import Objective
 from fastmim.objectives.views import Images
 
@@ -65,6 +66,7 @@ class Engine(ABC):
         self.grad_accum_steps, self.precision, self.device = grad_accum_steps, precision, device
         self.steps = 0
         self._micro = 0
+        self._step_start: StepStart | None = None
         self._paced = objective if isinstance(objective, Paced) else None
         self._averages = _pairs(objective)
         self._extras: dict[str, Tensor] = {}
@@ -162,6 +164,22 @@ class Engine(ABC):
         elif update and isinstance(self.objective, Objective):
             self.objective.skip_step()
 
+    def begin_step(self) -> None:
+        """Before the first micro-batch of an update that has several: :meth:`discard_step` will come back to here."""
+        self._step_start = None
+        if self.grad_accum_steps > 1:
+            self._step_start = StepStart(self.objective, self._sums, self._count, self.device)
+
+    def discard_step(self) -> None:
+        """Forget the micro-batches of an unfinished update: what is saved next is the last finished one.
+
+        For saving only: under ZeRO the gradients stay in DeepSpeed's buffers.
+        """
+        if self._micro and self._step_start is not None:
+            self._step_start.restore(self._sums)
+            self._count, self._micro = self._step_start.count, 0
+            self._base.zero_grad(set_to_none=True)
+
     def _after_update(self) -> None:
         if self._averages:
             self._move_averages()
@@ -175,19 +193,23 @@ class Engine(ABC):
         objective: Any = self.objective
         torch._foreach_lerp_(teachers, students, 1 - objective.ema_momentum())
 
-    def read(self) -> dict[str, float]:
+    def read(self, keep: bool = False) -> dict[str, float]:
         """Means since the last call (over ranks too): ``loss`` and the objective's other scalars; and ``grad_norm``,
         the last gradient norm before clipping.
 
         The one host synchronisation of a logged step.
 
+        Args:
+            keep: look only: the next call's means are of these micro-batches too.
+
         Raises:
             NonFiniteError: some update since the last call met a non-finite gradient.
         """
         means, norm = self._over_ranks(max(self._count, 1))
-        for total in self._sums.values():
-            total.zero_()
-        self._count = 0
+        if not keep:
+            for total in self._sums.values():
+                total.zero_()
+            self._count = 0
         return means | {"grad_norm": norm}
 
     def _over_ranks(self, count: int) -> tuple[dict[str, float], float]:

@@ -17,7 +17,6 @@ from fastmim.config import Config
 from fastmim.data import build_loader
 from fastmim.data.augment import View
 from fastmim.engine.base import Engine
-from fastmim.engine.checkpoint.save import seed_rank
 from fastmim.engine.distributed import World
 from fastmim.engine.graph import GraphEngine, use_graph, why_not
 from fastmim.engine.host_memory import keep_freed_memory
@@ -26,6 +25,7 @@ from fastmim.engine.optim import build_optimizer, param_groups
 from fastmim.engine.precision import device_precision, warn_without_bf16
 from fastmim.engine.prepare import prepare_kernels
 from fastmim.engine.recompute import apply_recompute
+from fastmim.engine.rng import seed_rank
 from fastmim.engine.stream import batch_sizes
 from fastmim.engine.zero import ZeroEngine
 from fastmim.engine.zero.build import build_partitioned

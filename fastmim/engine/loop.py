@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastmim.engine.base import Engine, Paced, Phase, unmarked
@@ -19,7 +19,8 @@ def train_step(
     total: int,
     steps_per_epoch: int,
     phase: Phase = unmarked,
-) -> None:
+    stops: Callable[[], bool] = lambda: False,
+) -> bool:
     """Take the micro-batches of one update, and update.
 
     Args:
@@ -30,6 +31,10 @@ def train_step(
         seed: of the masks.
         total, steps_per_epoch: length of the run and of an epoch in updates, for the objective's schedules.
         phase: marks what the host is doing.
+        stops: asked between two micro-batches whether to end here; then the update does not happen.
+
+    Returns:
+        Whether the update was done.
 
     Raises:
         NonFiniteError: the update met a non-finite gradient, where the engine looks at once.
@@ -40,9 +45,13 @@ def train_step(
     engine.set_lr(lr)
     if weight_decay is not None:
         engine.set_weight_decay(weight_decay)
+    engine.begin_step()
     for micro in range(engine.grad_accum_steps):
+        if micro and stops():
+            return False
         objective.set_micro_batch(micro, engine.grad_accum_steps)
         with phase("data"):
             epoch, batch = next(batches)
         images, mask = inputs_of(objective, batch, seed=seed, epoch=epoch)
         engine.train_on(images, mask, phase)
+    return True

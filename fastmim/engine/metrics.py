@@ -54,8 +54,11 @@ class StepClock:
         yield
         self._began += time.perf_counter() - began
 
-    def read(self, steps: int, images: int) -> dict[str, float]:
-        """Since the last call: ``images_per_sec``, ``step_time`` and ``data_time`` (seconds per step)."""
+    def read(self, steps: int, images: int, keep: bool = False) -> dict[str, float]:
+        """Since the last call: ``images_per_sec``, ``step_time`` and ``data_time`` (seconds per step).
+
+        With ``keep`` the next call counts from where this one did.
+        """
         now = time.perf_counter()
         elapsed = max(now - self._began, 1e-9)
         steps = max(steps, 1)
@@ -64,7 +67,8 @@ class StepClock:
             "step_time": elapsed / steps,
             "data_time": self._waited / steps,
         }
-        self._began, self._waited = now, 0.0
+        if not keep:
+            self._began, self._waited = now, 0.0
         return values
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
+import signal
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastmim._version import __version__
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint import export, save_checkpoint
 from fastmim.engine.distributed import World
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
-from fastmim.engine.progress import Progress
+from fastmim.engine.progress import Progress, clock
+from fastmim.engine.result import TrainResult
 from fastmim.evaluate.curve import save_curve
 from fastmim.evaluate.reconstruct import save_picture
 from fastmim.evaluate.validation import validation_loss
@@ -26,28 +32,12 @@ from fastmim.files import write_text
 _NAMED_BAD_FILES = 50
 
 
-@dataclass
-class TrainResult:
-    """Where a run ended and what it left. Paths are None where nothing was written."""
-
-    steps: int
-    loss: float | None
-    val_loss: float | None
-    output_dir: Path
-    encoder_path: Path | None = None
-    picture_path: Path | None = None
-    checkpoint_path: Path | None = None
-    curve_path: Path | None = None
-    images_seen: int = 0
-    bad_files: dict[str, str] = field(default_factory=dict)
-    interrupted: bool = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """Steps between events; 0: at the end only."""
+    """Steps between events; 0: at the end only. ``seconds``: a row is due after so many too; 0: by steps alone."""
 
     log: int
+    seconds: float = 0
     save: int = 0
     validate: int = 0
     picture: int = 0
@@ -108,10 +98,22 @@ class Run:
         enabled = world.is_main
         self.metrics = Metrics(folder, start=start, loggers=loggers, settings=settings or {}, enabled=enabled)
         self.clock = StepClock()  # opening a logger is no training
-        self._logged = start
+        self._first, self._logged = start + 1, start
+        self._shown_at, self._asked = time.monotonic(), False
+        #: Agreed among the ranks: the next step is shown, because the last row is long ago.
+        self.row_wanted = False
+        #: The signal that all ranks stop for.
+        self.stopped_by = 0
         self.lost = False
         self._home = os.open(folder, os.O_RDONLY) if world.is_main else None
         self._last: dict[str, Any] = (read_rows(folder / "metrics.jsonl") or [{}])[-1] if start else {}
+
+    def begin(self, banner: Sequence[tuple[str, str]]) -> None:
+        """Say what is about to be trained; ``banner``: names and values."""
+        self.progress.say(f"{clock()} fastmim {__version__}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+        self.progress.table(banner)
+        self.progress.begin()
+        self._shown_at = time.monotonic()
 
     def after_step(self, step: int, lr: float) -> None:
         """Do what is due once ``step`` updates are done; ``lr`` was the rate of the last one.
@@ -121,8 +123,9 @@ class Run:
         """
         self.progress.advance(step)
         validate = self.val_loader is not None and self._due(self.every.validate, step)
-        if validate or self._due(self.every.log, step):
-            self._log(step, lr, validate)
+        due = validate or self._due(self.every.log, step)
+        if due or self.row_wanted or step == self._first:
+            self._log(step, lr, validate, due)
         with self.clock.paused():
             if self._due(self.every.picture, step):
                 self._picture(step)
@@ -132,10 +135,22 @@ class Run:
     def _due(self, every: int, step: int) -> bool:
         return step == self.total or (every > 0 and step % every == 0)
 
-    def _log(self, step: int, lr: float, validate: bool) -> None:
-        means = self.engine.read()
+    def wants_row(self) -> bool:
+        """Whether rank 0's clock asks for a row between those of ``every.log``; it asks once for each."""
+        if self._asked or not self.every.seconds or not self.world.is_main:
+            return False
+        self._asked = time.monotonic() - self._shown_at >= self.every.seconds
+        return self._asked
+
+    def _log(self, step: int, lr: float, validate: bool, due: bool) -> None:
+        """Write and show the row of a step.
+
+        One that is not ``due`` is a look at the interval so far, which goes on: rows that are due stay what they
+        would be without it. (The first step of a process is only shown: ``metrics.jsonl`` knows no restarts.)
+        """
+        means = self.engine.read(not due)
         steps = step - self._logged
-        rates = self.clock.read(steps, steps * self.global_batch_size)
+        rates = self.clock.read(steps, steps * self.global_batch_size, not due)
         memory, kind = peak_memory()
         epoch = step / self.loader.steps_per_epoch
         row: dict[str, Any] = {"step": step, "epoch": epoch, "loss": means.pop("loss"), "lr": lr}
@@ -145,9 +160,12 @@ class Run:
                 row["val_loss"] = self._validate()
         self._look_for_folder()
         with self.clock.paused():
-            self.metrics.write(row)
+            if due or self.row_wanted:
+                self.metrics.write(row)
         self.progress.row(row)
-        self._logged, self._last = step, row
+        self._shown_at, self._asked, self.row_wanted = time.monotonic(), False, False
+        if due:
+            self._logged, self._last = step, row
 
     def _look_for_folder(self) -> None:
         """Rank 0 notes that ``output.dir`` is no longer the folder that the run began to write in."""
@@ -188,13 +206,19 @@ class Run:
         return path
 
     def interrupted(self) -> TrainResult:
-        """Save and report a run that was asked to stop; every rank calls it."""
+        """Save the last finished step of a run that was asked to stop, and report; every rank calls it."""
+        self.progress.close()
+        self.engine.discard_step()
         path = self.save()
-        result = self._result(checkpoint_path=path, interrupted=True)
+        result = self._result(checkpoint_path=path, interrupted=True, stopped_by=self.stopped_by)
         self._tell_bad_files(result.bad_files)
-        self.progress.say(
-            f"interrupted at step {result.steps} of {self.total}, saved in {path}; resume with train.resume=auto"
-        )
+        by = f" by {signal.Signals(self.stopped_by).name}" if self.stopped_by else ""
+        self.progress.say(f"{clock()} interrupted{by} at step {result.steps} of {self.total}")
+        self.progress.table([
+            ("saved in", str(path)),
+            ("to go on", "the same command (train.resume=auto)"),
+            ("encoder", f"fastmim convert {shlex.quote(str(self.folder))} encoder.safetensors"),
+        ])  # fmt: skip
         return result
 
     def finish(self) -> TrainResult:
@@ -215,7 +239,11 @@ class Run:
             curve_path=distributed.broadcast(curve),
         )
         self._tell_bad_files(result.bad_files)
-        self.progress.say(_closing_line(result))
+        self.progress.close()
+        loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
+        val = f", validation {result.val_loss:.4f}" if result.val_loss is not None else ""
+        self.progress.say(f"{clock()} done: {result.steps} steps{loss}{val}")
+        self.progress.table(result.places())
         return result
 
     def _result(self, **paths: Any) -> TrainResult:
@@ -255,17 +283,3 @@ class Run:
         if self._home is not None:
             os.close(self._home)
         self.metrics.close()
-
-
-def _closing_line(result: TrainResult) -> str:
-    loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
-    val = f", validation {result.val_loss:.4f}" if result.val_loss is not None else ""
-    places = {
-        "encoder": result.encoder_path,
-        "pictures": result.picture_path,
-        "curve": result.curve_path,
-        "metrics": result.output_dir / "metrics.jsonl",
-        "checkpoint": result.checkpoint_path,
-    }
-    listed = ", ".join(f"{name} {path}" for name, path in places.items() if path is not None)
-    return f"done: {result.steps} steps{loss}{val}: {listed}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -14,23 +14,19 @@ from fastmim._version import __version__
 from fastmim.config import Config, save_config
 from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
-from fastmim.engine.base import Engine
+from fastmim.engine.banner import start_rows
 from fastmim.engine.build import Parts, build, encoder_arguments, make_loader
-from fastmim.engine.checkpoint import (
-    check_same_run,
-    list_checkpoints,
-    load_checkpoint,
-    set_aside,
-    step_of,
-    whole_checkpoint,
-)
+from fastmim.engine.checkpoint import list_checkpoints, step_of
 from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
 from fastmim.engine.loggers import check_loggers
 from fastmim.engine.loop import train_step
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
 from fastmim.engine.owner import own_folder
-from fastmim.engine.run import Intervals, Run, TrainResult
+from fastmim.engine.progress import said_if_slow
+from fastmim.engine.result import TrainResult
+from fastmim.engine.resume import find_start, go_on
+from fastmim.engine.run import Intervals, Run
 from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.models import encoder_settings
@@ -38,14 +34,18 @@ from fastmim.models.rules import policy_matters
 
 __all__ = ["TrainResult", "train"]
 
-log = logging.getLogger("fastmim")
 
-
-def train(cfg: Config) -> TrainResult:
+def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
     """Pretrain as the config says, from the start or from the last checkpoint; alone or on every rank alike.
 
     On a CPU the process keeps the memory that it frees (:func:`~fastmim.engine.host_memory.keep_freed_memory`).
-    SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP end the run after the current step, with a checkpoint.
+    SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP end the run after the current micro-batch (on several ranks at most
+    one later), with a checkpoint of the last finished step.
+
+    Args:
+        cfg: the run.
+        ends_process: the process is there for this run alone: a second SIGTERM or SIGINT ends it
+            (:class:`~fastmim.engine.interrupt.StopRequest`).
 
     Raises:
         ValueError: a setting that cannot work, in one line.
@@ -56,38 +56,73 @@ def train(cfg: Config) -> TrainResult:
     with distributed.distributed(always=zero) as world, ExitStack() as stack:
         distributed.check_same(shared_settings(cfg))
         distributed.on_main(lambda: check_loggers(cfg.output.loggers))
-        parts = build(cfg, world, stack)
+        with said_if_slow("preparing the model and the list of images", enabled=world.is_main):
+            parts = build(cfg, world, stack)
         engine, loader, schedule, seed = parts.engine, parts.loader, parts.schedule, cfg.train.seed
         total = schedule.total_steps
-        stored = {"run": run_identity(cfg, parts.global_batch), "total": total, "images": loader.fingerprint}
+        stored = {
+            "run": run_identity(cfg, parts.global_batch),
+            "total": total,
+            "schedule": dataclasses.asdict(schedule),
+            "images": loader.fingerprint,
+        }
         shown = held_out_images(cfg, parts, world, stack)
         distributed.check_same(shared_files(cfg, loader, shown["val_loader"]))
         distributed.on_main(lambda: stack.enter_context(own_folder(Path(cfg.output.dir))))
-        start = resume(cfg, engine, world, stored)
+        start = resume(cfg, parts, world, stored)
         run = stack.enter_context(closing(make_run(cfg, parts, world, stored, start, **shown)))
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(ends_process=ends_process))
         for waited_for in (loader, run.val_loader):
             if waited_for is not None:
                 waited_for.stop = lambda: stop.requested
+        run.begin(banner(cfg, parts, world, start))
         batches = stream(loader, start=start, stop=total, grad_accum_steps=engine.grad_accum_steps)
         lengths = {"total": total, "steps_per_epoch": loader.steps_per_epoch}
+
+        def stops() -> bool:
+            """Between micro-batches and after a step, on every rank: the end? And is a row due by rank 0's clock?"""
+            stop.number |= run.lost
+            run.stopped_by, row = stop.agreed(run.wants_row())
+            run.row_wanted |= row
+            return run.stopped_by != 0
+
         try:
             for step in range(start, total):
                 lr, decay = schedule(step), None if parts.weight_decay is None else parts.weight_decay(step)
-                train_step(engine, batches, lr=lr, weight_decay=decay, seed=seed, phase=run.clock.phase, **lengths)
+                whole = train_step(
+                    engine, batches, lr=lr, weight_decay=decay, seed=seed, phase=run.clock.phase, stops=stops, **lengths
+                )
+                if not whole:
+                    return run.interrupted()
                 run.after_step(step + 1, lr)
-                stop.requested |= run.lost
-                if stop.agreed() and step + 1 < total:
+                if stops() and step + 1 < total:
                     return run.interrupted()
         except WaitInterrupted:
             if world.size > 1:  # the others are in this step and cannot save with us
                 raise
+            run.stopped_by = stop.number
             return run.interrupted()
         except NonFiniteError as error:
             where = find_culprit(engine, loader, step=error.step, seed=seed)
             back = distributed.broadcast(earlier_checkpoint(run.folder / "checkpoints", error.step - 1))
             raise NonFiniteError(error.step, where, back) from None
         return run.finish()
+
+
+def banner(cfg: Config, parts: Parts, world: World, start: int) -> list[tuple[str, str]]:
+    """What is said before the first step."""
+    return start_rows(
+        engine=parts.engine,
+        world=world,
+        model=cfg.model.name,
+        kernels=cfg.efficiency.kernels,
+        images=parts.loader.num_images,
+        steps_per_epoch=parts.loader.steps_per_epoch,
+        global_batch=parts.global_batch,
+        start=start,
+        total=parts.schedule.total_steps,
+        folder=Path(cfg.output.dir),
+    )
 
 
 def earlier_checkpoint(root: Path, step: int) -> str | None:
@@ -162,61 +197,22 @@ def held_out_images(cfg: Config, parts: Parts, world: World, stack: ExitStack) -
     return {"val_loader": val_loader, "picture_batch": batch}
 
 
-def choose_checkpoint(resume: str, root: Path, world: World) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint that ``train.resume`` means, read through by rank 0 and found whole, and its state; every rank
-    calls it.
-
-    Raises:
-        ValueError: there is none at that path, or it is damaged; names the newest whole one before it.
-    """
-    found: tuple[Path | None, dict[str, Any]] = (None, {})
-    refusal = None
-    if world.is_main:
-        try:
-            found = whole_checkpoint(resume, root)
-        except ValueError as error:
-            refusal = str(error)
-    found, refusal = distributed.broadcast((found, refusal))
-    if refusal is not None:
-        raise ValueError(refusal)
-    return found
-
-
-def resume(cfg: Config, engine: Engine, world: World, stored: dict[str, Any]) -> int:
-    """Load the checkpoint that ``train.resume`` means, if any, and return the steps already done.
-
-    What has changed since, in this resumption and in earlier ones, is noted in ``stored["changes"]``.
-
-    Raises:
-        ValueError: it belongs to another run, or is further than this run goes.
-    """
-    folder = Path(cfg.output.dir)
-    root = folder / "checkpoints"
-    path, state = choose_checkpoint(cfg.train.resume, root, world)
-    start = 0
-    if path is not None:
-        written = with_policy(state["run"], cfg)
-        changes = check_same_run(written, stored["run"], path, allow=cfg.train.resume_changes == "allow")
-        start = state["engine"]["step"]
-        if start > stored["total"]:
-            raise ValueError(f"train.steps={stored['total']}: {path} is at step {start} already; raise it")
-        if state["total"] != stored["total"]:
-            log.warning("the run was %d steps long and is %d now", state["total"], stored["total"])
-            changes["train.steps"] = [state["total"], stored["total"]]
-        stored["changes"] = state.get("changes", []) + ([{"step": start, **changes}] if changes else [])
-        for key, (old, new) in changes.items():
-            log.info("from step %d on %s=%s (before: %s)", start, key, new, old)
-        if state["images"] != stored["images"]:
-            log.warning("the list of image files has changed since %s was written", path)
-        load_checkpoint(path, engine, world=world, seed=cfg.train.seed)
-        log.info("resuming from %s", path)
-    distributed.barrier()
-    if world.is_main:
-        own = path is not None and path.resolve().parent == root.resolve()
-        set_aside(root, after_step=start if own else -1)
-        save_config(cfg, folder / "config.yaml")
-    distributed.barrier()
-    return start
+def resume(cfg: Config, parts: Parts, world: World, stored: dict[str, Any]) -> int:
+    """Load the checkpoint that ``train.resume`` or ``train.branch_from`` means, if any; returns the steps done."""
+    folder, train = Path(cfg.output.dir), cfg.train
+    found = find_start(train.resume, train.branch_from, folder / "checkpoints", world)
+    return go_on(
+        found,
+        parts.engine,
+        world,
+        stored,
+        parts.schedule,
+        folder=folder,
+        allow=train.resume_changes == "allow",
+        seed=train.seed,
+        complete=lambda written: with_policy(written, cfg),
+        write=lambda: save_config(cfg, folder / "config.yaml"),
+    )
 
 
 def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], start: int, **images: Any) -> Run:
@@ -230,7 +226,11 @@ def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], st
         total=stored["total"],
         global_batch_size=parts.global_batch,
         every=Intervals(
-            log=train.log_every, save=train.save_every, validate=train.val_every, picture=train.picture_every
+            log=train.log_every,
+            seconds=train.log_seconds or 0,
+            save=train.save_every,
+            validate=train.val_every,
+            picture=train.picture_every,
         ),
         keep=train.keep,
         stored=stored,

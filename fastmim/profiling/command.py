@@ -27,7 +27,7 @@ from .summary import Row, as_text, summarise
 from .timeline import Timeline
 
 WARM_UP = 1
-Step = Callable[..., None]
+Step = Callable[..., Any]
 """One training step; ``phase`` marks what the host is doing."""
 
 

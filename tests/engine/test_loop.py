@@ -122,3 +122,32 @@ def test_scalars_of_an_interrupted_interval_go_on():
     for _ in range(2):
         train_step(second, again, **lengths)
     assert second.read() == whole.read() and second.steps == 3
+
+
+def test_what_an_unfinished_step_has_changed_is_put_back():
+    """Losses, scalars, generators, and the buffers that forward adds to; the step can be taken again as it was."""
+
+    class Summing(Toy):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, images, mask):
+            self.seen.add_(images.mean() + torch.rand(()))
+            return super().forward(images, mask)
+
+    objective = Summing()
+    engine = LocalEngine(objective, torch.optim.SGD(objective.parameters(), lr=0.0), grad_accum_steps=3)
+    lengths = dict(lr=0.5, seed=0, total=2, steps_per_epoch=2)
+    torch.manual_seed(7)
+    assert train_step(engine, batches(1, 2, 3), **lengths)
+    state, seen, weight = engine.state(), objective.seen.clone(), objective.weight.clone()
+    asked = iter([False, True])
+    assert not train_step(engine, batches(4, 5, 6), stops=lambda: next(asked), **lengths)
+    assert objective.seen != seen
+    draw = torch.get_rng_state()
+    engine.discard_step()
+    assert engine.state() == state and engine.steps == 1 and torch.equal(objective.seen, seen)
+    assert not torch.equal(torch.get_rng_state(), draw)
+    assert train_step(engine, batches(4, 5, 6), **lengths)
+    assert objective.weight.item() == pytest.approx(weight.item() - 0.5 * 5)

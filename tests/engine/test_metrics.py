@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+
+import pytest
 
 from fastmim.engine.loggers import LOGGERS
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
-from fastmim.engine.progress import Progress, format_duration
+from fastmim.engine.progress import Progress, format_duration, format_row
 
 ROW = {"epoch": 0.5, "loss": 1.25, "lr": 1e-4, "grad_norm": 2.0, "images_per_sec": 10.0}
 
@@ -66,10 +69,32 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     progress.say("done")
     progress.close()
     line, done = capsys.readouterr().out.splitlines()
-    assert line.startswith(
-        "step 10/20  epoch 0.50  loss 1.2500  val 0.5000  lr 1.00e-04  grad 2.000  10.0 img/s  eta "
-    )
+    assert re.fullmatch(r"\d\d:\d\d:\d\d step 10/20  loss 1.2500  val 0.5000  lr 1.00e-04  10 img/s", line)
     assert done == "done"
+
+
+@pytest.mark.parametrize("wide", [
+    {"step": 7}, {"step": 123_456}, {"step": 123_456, "val_loss": 0.5}, {"step": 99_999, "images_per_sec": 123_456.7},
+])  # fmt: skip
+def test_a_row_fits_into_80_columns(wide):
+    """What gives way are numbers that metrics.jsonl has too; the step, the loss and the time left stay."""
+    text = format_row(ROW | wide, 125_000 if wide["step"] > 7 else 300, eta="123:45:06", width=71)
+    assert len(text) <= 71 and f"step {wide['step']}/" in text and "loss 1.2500" in text
+    assert text.endswith("eta 123:45:06")
+    assert "epoch 0.50  loss 1.2500  lr 1.00e-04  grad 2  " in format_row(ROW | {"step": 7}, 300, eta="1", width=200)
+
+
+def test_the_end_is_foretold_once(capsys, monkeypatch):
+    """After the second row: before it nothing is known, and the first step also starts everything."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress(total_steps=100, start=0, enabled=True)
+    for step, seconds in ((1, 50), (10, 9), (20, 10)):
+        now[0] += seconds
+        progress.row({"step": step} | ROW)
+    first, second, foretold, third = capsys.readouterr().out.splitlines()
+    assert "eta" not in first and second.endswith("eta 0:01:30") and third.endswith("eta 0:01:20")
+    assert " about 0:01:30 for the 90 steps left, until " in foretold
 
 
 def test_silent_progress(capsys):

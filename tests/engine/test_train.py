@@ -48,10 +48,10 @@ def environment():
     return os.environ | {"PYTHONPATH": paths}
 
 
-def start(folder, overrides, launcher=()):
+def start(folder, overrides, launcher=(), program=None):
     script = folder / "pretrain.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, *launcher, str(script), *overrides]
+    command = [sys.executable, *launcher, *(program or [str(script)]), *overrides]
     return subprocess.Popen(
         command,
         env=environment(),
@@ -131,7 +131,8 @@ def test_a_run_leaves_everything(settings, pictures, tmp_path, capsys):
     last = rows(tmp_path)[-1]
     assert (result.steps, result.loss, result.val_loss) == (6, last["loss"], last["val_loss"])
     assert (result.images_seen, result.interrupted) == (24, False)
-    closing = capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out
+    closing = said[said.index(" done: 6 steps") :]
     for path in (
         result.encoder_path,
         result.picture_path,
@@ -139,6 +140,9 @@ def test_a_run_leaves_everything(settings, pictures, tmp_path, capsys):
         tmp_path / "metrics.jsonl",
     ):
         assert str(path) in closing
+    banner = said[: said.index(" step 1/6 ")]
+    for words in ("1 thread,", "fp32, kernels: torch", "22, 5 steps an epoch", "4 images a step", "(1.2 epochs)"):
+        assert words in banner
 
 
 def test_the_loss_of_a_row_is_the_mean_since_the_last(settings, tmp_path):
@@ -147,6 +151,14 @@ def test_the_loss_of_a_row_is_the_mean_since_the_last(settings, tmp_path):
     each = [row["loss"] for row in rows(tmp_path / "each")]
     pairs = [row["loss"] for row in rows(tmp_path / "pairs")]
     assert pairs == pytest.approx([sum(each[:2]) / 2, sum(each[2:]) / 2], rel=1e-12)
+
+
+def test_rows_by_time_change_no_other(settings, tmp_path):
+    train(settings(tmp_path / "steps", train__steps=8, train__log_every=4))
+    train(settings(tmp_path / "time", train__steps=8, train__log_every=4, train__log_seconds=1e-9))
+    found = rows(tmp_path / "time")
+    assert [row["step"] for row in found] == list(range(2, 9))
+    assert [row for row in found if row["step"] % 4 == 0] == rows(tmp_path / "steps")
 
 
 def test_other_scalars_of_the_objective_are_logged(settings, tmp_path, monkeypatch):
@@ -208,25 +220,113 @@ def test_resuming_between_log_steps(settings, tmp_path, stop_at, monkeypatch):
 
 def stopper(calls):
     count = iter(range(1, 10_000))
-    return lambda self: next(count) >= calls
+    return lambda self, also: (int(next(count) >= calls and signal.SIGTERM), also)
 
 
 STOP = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", STOP, ids=lambda number: number.name)
-def test_a_signal_saves_and_exits_cleanly(overrides, tmp_path, number):
-    process = start(tmp_path, overrides(tmp_path / "run", train__steps=5000))
+def test_a_signal_saves_and_exits_with_its_number(overrides, tmp_path, number):
+    (tmp_path / "empty.yaml").touch()
+    command = ["-m", "fastmim", "pretrain", str(tmp_path / "empty.yaml")]
+    process = start(tmp_path, overrides(tmp_path / "run", train__steps=5000), program=command)
     wait_for_rows(process, tmp_path / "run", 3)
     os.killpg(process.pid, number)  # as a terminal or a scheduler does: the data workers get it too
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+    assert process.returncode == 128 + number, output
+    once_more = "; once more aborts without saving" if number in STOP[:2] else ""
+    assert f"{number.name}: stopping after this micro-batch and saving{once_more}\n" in output
     steps = len(rows(tmp_path / "run"))
     (path,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert path.name == f"step-{steps:08d}"
-    assert f"interrupted at step {steps} of 5000" in output.splitlines()[-1]
+    assert f"interrupted by {number.name} at step {steps} of 5000\n" in output
+    assert output.endswith(f"fastmim convert {tmp_path / 'run'} encoder.safetensors\n")
     assert "Traceback" not in output
     assert not (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(("calls", "steps"), [(2, 0), (8, 2)])
+def test_a_stop_between_micro_batches_costs_their_step_only(settings, tmp_path, monkeypatch, calls, steps):
+    """Asked after every micro-batch; dropout, masks, order and the means of rows go on as if nothing had happened."""
+    changes = {"train__grad_accum_steps": 3, "train__steps": 4, "train__log_every": 2}
+    train(settings(tmp_path / "whole", **changes))
+    monkeypatch.setattr(train_module.StopRequest, "agreed", stopper(calls))
+    result = train(settings(tmp_path / "parts", **changes))
+    assert (result.interrupted, result.stopped_by, result.steps) == (True, signal.SIGTERM, steps)
+    monkeypatch.undo()
+    train(settings(tmp_path / "parts", **changes))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+ABORT = """
+import hashlib, os, signal, threading, time
+from fastmim.engine.interrupt import StopRequest
+
+def ask():
+    for seconds in (0.2, 0.2, 1.2):  # the second comes with the first, as a launcher passes it on
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGINT)
+
+with StopRequest(ends_process=True):
+    threading.Thread(target=ask, daemon=True).start()
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 1_000_000_000)  # minutes in C: no handler of Python's can run
+"""
+
+
+def test_a_second_signal_aborts_whatever_the_process_does(tmp_path):
+    process = subprocess.run([sys.executable, "-c", ABORT], env=environment(), capture_output=True, text=True,
+                             timeout=100)  # fmt: skip
+    assert process.returncode == 130
+    assert process.stderr.splitlines() == ["SIGINT: stopping after this micro-batch and saving; once more aborts "
+        "without saving", "SIGINT again: aborting, nothing is saved; the last checkpoint is as it was"]  # fmt: skip
+
+
+def test_a_longer_cosine_is_refused(settings, tmp_path):
+    """Its rate was at its end, and would be near the top again."""
+    short = {"optim__lr_batch": None, "optim__lr": 1e-2, "data__num_workers": 0}
+    train(settings(tmp_path, train__steps=2, **short))
+    message = (
+        r"train.steps=8 \(checkpoint: 2\): the learning rate would jump from 0.005 to 0.00854 at step 2; "
+        r"take that with train.resume_changes=allow, branch from it with train.branch_from=.*step-00000002 and a new"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(settings(tmp_path, train__steps=8, **short))
+    result = train(settings(tmp_path, train__steps=8, train__resume_changes="allow", **short))
+    state = json.loads((result.checkpoint_path / "state.json").read_text())
+    assert state["changes"] == [{"step": 2, "train.steps": [2, 8]}]
+
+
+TAIL = {"optim__schedule": "multistep", "train__save_every": 2, "train__keep": 9, "train__steps": 6}
+
+
+def test_a_branch_is_the_run_that_had_its_schedule_from_the_start(settings, tmp_path, monkeypatch):
+    train(settings(tmp_path / "trunk", optim__milestone_steps="[5]", **TAIL))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trunk").rglob("*")}
+    train(settings(tmp_path / "other", optim__milestone_steps="[3]", **TAIL))
+    origin = tmp_path / "trunk" / "checkpoints" / "step-00000002"
+    same = settings(tmp_path / "same", optim__milestone_steps="[5]", train__branch_from=origin, **TAIL)
+    train(same)
+    assert_same_run(tmp_path / "same", tmp_path / "trunk")
+    # Another tail, interrupted: its second start goes on with the branch.
+    branch = settings(tmp_path / "branch", optim__milestone_steps="[3]", train__branch_from=origin, **TAIL)
+    monkeypatch.setattr(train_module.StopRequest, "agreed", stopper(3))
+    assert train(branch).steps == 5
+    monkeypatch.undo()
+    state = json.loads((train(branch).checkpoint_path / "state.json").read_text())
+    assert_same_run(tmp_path / "branch", tmp_path / "other")
+    assert state["branch"] == {"from": str(origin), "step": 2}
+    assert state["changes"] == [{"step": 2, "optim.milestone_steps": [[5], [3]]}]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "trunk").rglob("*")}
+    for changes, message in (
+        ({"output__dir": tmp_path / "trunk", "train__resume": "none"}, "it is the run to branch from"),
+        ({"train__resume": origin}, "beside train.branch_from"),
+        ({"model__embed_dim": 16}, "model.embed_dim=16"),
+        ({"train__branch_from": tmp_path}, "train.branch_from=.*: no complete checkpoint"),
+    ):
+        wrong = {"train__branch_from": origin, **TAIL, "optim__milestone_steps": "[3]", **changes}
+        with pytest.raises(ValueError, match=message):
+            train(settings(wrong.pop("output__dir", tmp_path / "new"), **wrong))
 
 
 def test_a_finished_run_started_again_only_reports(settings, tmp_path):
@@ -303,7 +403,7 @@ def test_what_cannot_work_is_one_line(settings, tmp_path, changes, message):
 @pytest.mark.parametrize(("size", "goes_on"), [(44, False), (40, True)])
 def test_a_checkpoint_without_a_policy_is_of_timms_way(settings, tmp_path, size, goes_on):
     """On maps that it matters for; there `model.policy=parity` goes on as the run began."""
-    changes = {"model__img_size": size, "objective__unit": 4}
+    changes = {"model__img_size": size, "objective__unit": 4, "optim__schedule": "constant"}
     train(settings(tmp_path, train__steps=1, model__policy="parity", **changes))
     file = list_checkpoints(tmp_path / "checkpoints")[-1] / "state.json"
     state = json.loads(file.read_text())
@@ -423,7 +523,8 @@ def test_two_ranks_equal_one(settings, overrides, pictures, tmp_path):
     generators = load_file(list_checkpoints(tmp_path / "two" / "checkpoints")[-1] / "rng.safetensors")
     assert set(generators) == {"0.cpu", "1.cpu"}
     # and it goes on alone, from the two ranks' checkpoint
-    assert train(settings(tmp_path / "two", **changes | {"train__steps": 9})).steps == 9
+    longer = changes | {"train__steps": 9, "train__resume_changes": "allow"}
+    assert train(settings(tmp_path / "two", **longer)).steps == 9
 
 
 def test_engine_is_used_through_its_contract_only(settings, tmp_path, monkeypatch):
@@ -438,13 +539,14 @@ def test_engine_is_used_through_its_contract_only(settings, tmp_path, monkeypatc
 
         monkeypatch.setattr(LocalEngine, name, counted)
     train(settings(tmp_path, train__steps=6, train__grad_accum_steps=2, train__log_every=3))
-    assert calls == {"backward": 12, "step": 12, "read": 2}
+    assert calls == {"backward": 12, "step": 12, "read": 3}  # the first step is shown too
 
 
 def test_ranks_stop_at_the_same_step(overrides, tmp_path):
     """Only one of two ranks gets the signal; both leave after one step and write one checkpoint."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    process = start(tmp_path, overrides(tmp_path / "run", train__steps=5000, train__save_every=0), launcher)
+    changes = {"train__steps": 5000, "train__save_every": 0, "train__grad_accum_steps": 3}
+    process = start(tmp_path, overrides(tmp_path / "run", **changes), launcher)
     wait_for_rows(process, tmp_path / "run", 3)
     pids = {int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)}
     os.kill(min(pids), signal.SIGTERM)
@@ -452,7 +554,7 @@ def test_ranks_stop_at_the_same_step(overrides, tmp_path):
     assert process.returncode == 0, output
     (path,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert path.name == f"step-{len(rows(tmp_path / 'run')):08d}"
-    assert "interrupted at step" in output
+    assert "interrupted by SIGTERM at step" in output
 
 
 DIVERGING = dict(train__steps=8, train__save_every=1, optim__warmup_steps=6, data__num_workers=0)
@@ -475,6 +577,7 @@ def test_the_advice_of_a_run_that_diverged_can_be_followed(settings, tmp_path):
     assert state["changes"] == [{"step": 1, "optim.lr": [1e38, 1e-3], "optim.clip_grad": [None, 1.0]}]
     # It is the same run from here on, and a later change is noted behind the first.
     longer = DIVERGING | {"optim__lr": 1e-3, "optim__clip_grad": 1.0, "train__steps": 9}
+    longer["train__resume_changes"] = "allow"
     result = train(settings(tmp_path, **longer))
     state = json.loads((result.checkpoint_path / "state.json").read_text())
     assert [change["step"] for change in state["changes"]] == [1, 8]

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from fastmim.engine import distributed
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint.shards import require_file
 from fastmim.engine.distributed import World
+from fastmim.engine.rng import rng_state, seed_rank, set_rng_state
 from fastmim.files import naming
 
 log = logging.getLogger("fastmim")
@@ -59,7 +59,7 @@ def list_checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def find_resume(resume: str, root: Path) -> Path | None:
+def find_resume(resume: str, root: Path, key: str = "train.resume") -> Path | None:
     """The checkpoint that ``train.resume`` means, or None to start afresh.
 
     Args:
@@ -67,6 +67,7 @@ def find_resume(resume: str, root: Path) -> Path | None:
             a ``checkpoints`` folder or of a run's output folder (its last checkpoint). (``"last_whole"`` is
             :func:`fastmim.engine.checkpoint.whole.last_whole`.)
         root: the ``checkpoints`` folder of this run.
+        key: the setting, for the message.
 
     Raises:
         ValueError: the path holds no checkpoint.
@@ -81,7 +82,8 @@ def find_resume(resume: str, root: Path) -> Path | None:
         return path
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:
-        raise ValueError(f"train.resume={resume}: no complete checkpoint; use auto, none or a step-… folder")
+        others = "auto, none or a step-… folder" if key == "train.resume" else "a run's folder or a step-… folder"
+        raise ValueError(f"{key}={resume}: no complete checkpoint; use {others}")
     return found[-1]
 
 
@@ -263,26 +265,6 @@ def load_checkpoint(path: Path, engine: Engine, *, world: World, seed: int) -> d
         log.info("rank %d was not in %s: its dropout starts from a new seed", world.rank, path)
         seed_rank(seed + state["engine"]["step"], world.rank)
     return state
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """States of torch's CPU generator and of the device's, as byte tensors by device type."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put back what :func:`rng_state` returned."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def seed_rank(seed: int, rank: int) -> None:
-    """Give every rank its own dropout, from a seed that is the same for all."""
-    torch.manual_seed((seed * 1_000_003 + rank + 1) % 2**63)
 
 
 def check_same_run(

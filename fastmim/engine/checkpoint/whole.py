@@ -63,22 +63,22 @@ def check_whole(folder: Path) -> dict[str, Any]:
     return state
 
 
-def whole_checkpoint(resume: str, root: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint that ``train.resume`` means (``last_whole``, or as :func:`find_resume` takes it) and its state.
+def whole_checkpoint(resume: str, root: Path, key: str = "train.resume") -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that ``key`` means (``last_whole``, or as :func:`find_resume` takes it) and its state.
 
     Raises:
         ValueError: there is none at that path, or it is damaged; names the newest whole one before it.
     """
     if resume == "last_whole":
         return last_whole(root)
-    path = find_resume(resume, root)
+    path = find_resume(resume, root, key)
     if path is None:
         return None, {}
     try:
         return path, check_whole(path)
     except ValueError as error:
         use = "last_whole" if path.parent == root else "{path}"
-        raise ValueError(f"{error}; {instead_of(path, f'go on from it with train.resume={use}')}") from None
+        raise ValueError(f"{error}; {instead_of(path, f'go on from it with {key}={use}')}") from None
 
 
 def last_whole(root: Path) -> tuple[Path | None, dict[str, Any]]:

@@ -55,7 +55,10 @@ def import_deepspeed(device: torch.device) -> Any:
         how = install_extra("zero")
         raise ValueError(f"efficiency.zero_stage: DeepSpeed is not installed; {how}") from None
     import logging
+    import warnings
 
+    # Of DeepSpeed's own calls, which torch 2.14 has given other names: nothing that a user could do anything about.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # A faster all-reduce within one CPU machine, which needs a compiler at start-up; gloo gives the same sums.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

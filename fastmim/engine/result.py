@@ -1,0 +1,36 @@
+"""What ``train`` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class TrainResult:
+    """Where a run ended and what it left. Paths are None where nothing was written."""
+
+    steps: int
+    loss: float | None
+    val_loss: float | None
+    output_dir: Path
+    encoder_path: Path | None = None
+    picture_path: Path | None = None
+    checkpoint_path: Path | None = None
+    curve_path: Path | None = None
+    images_seen: int = 0
+    bad_files: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+    stopped_by: int = 0
+    """Number of the signal that has interrupted the run."""
+
+    def places(self) -> list[tuple[str, str]]:
+        """Names and paths of what there is."""
+        found = {
+            "encoder": self.encoder_path,
+            "pictures": self.picture_path,
+            "curve": self.curve_path,
+            "metrics": self.output_dir / "metrics.jsonl",
+            "checkpoint": self.checkpoint_path,
+        }
+        return [(name, str(path)) for name, path in found.items() if path is not None]
