@@ -59,7 +59,7 @@ class WindowAttention(nn.Module):
         """
         height, width = y.shape[1:3]
         pad = (-height % self.window_size[0], -width % self.window_size[1])
-        weights = self.qkv.weight, step.qkv_bias
+        weights = self.qkv.weight, step.qkv_bias if self.qkv.bias is None else self.qkv.bias
         how = {"low_weight": step.low_qkv, "low_bias": step.low_qkv_bias, "impl": step.impl}
         hand_on = step.hands_on(y, stream)
         if hand_on and not any(pad):
