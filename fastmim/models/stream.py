@@ -66,7 +66,7 @@ class Step(NamedTuple):
     """(B,) factor of stochastic depth of each sample, or with ``rows`` of each row; None for 1."""
     drop_mlp: Tensor | None = None
     qkv_bias: Tensor | None = None
-    """(3C,)"""
+    """(3C,), where it is made of others; None where the projection has its own."""
     low_qkv_bias: Tensor | None = None
     """This and the following: copies in the dtype of the products; None where the products cast themselves."""
     low_qkv: Tensor | None = None

@@ -87,9 +87,11 @@ class SharedInputs(nn.Module):
         low_others = [next(copies) for _ in others]
         drops = self.drop_paths(x.shape[0])
         biases = self.position_bias(attns)
+        # Parameters are read where they are used: ZeRO-3 takes them apart again in between.
+        made = [bias if attn.qkv.bias is None else None for attn, bias in zip(attns, qkv_biases, strict=True)]
         steps = [
             Step(self.impl, fusion, bias, attn, mlp, qkv_bias, *islice(copies, 5))
-            for bias, (attn, mlp), qkv_bias in zip(biases, drops, qkv_biases, strict=True)
+            for bias, (attn, mlp), qkv_bias in zip(biases, drops, made, strict=True)
         ]
         return steps, low_others
 

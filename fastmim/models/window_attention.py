@@ -60,7 +60,7 @@ class WindowAttention(nn.Module):
         """
         height, width = y.shape[1:3]
         pad = self.padding(y)
-        weights = self.qkv.weight, step.qkv_bias
+        weights = self.qkv.weight, self.qkv_bias(step)
         how = {"low_weight": step.low_qkv, "low_bias": step.low_qkv_bias, "impl": step.impl}
         hand_on = step.hands_on(y, stream)
         if hand_on and not any(pad):
@@ -79,9 +79,13 @@ class WindowAttention(nn.Module):
             return None
         qkv, proj = self.qkv, self.proj
         low = step.low_qkv, step.low_qkv_bias
-        weights = qkv.weight, step.qkv_bias, *low, proj.weight, step.product_bias(proj), step.low_proj
+        weights = qkv.weight, self.qkv_bias(step), *low, proj.weight, step.product_bias(proj), step.low_proj
         tensors = Attention(*weights, step.bias, self.logit_scale)
         return attention(tensors, self.num_heads, self.window_size, self.shift_size)
+
+    def qkv_bias(self, step: Step) -> Tensor | None:
+        """The projection's own, or what a step has made of SwinV2's. ZeRO-3 gathers the first where it is read."""
+        return step.qkv_bias if self.qkv.bias is None else self.qkv.bias
 
     def padding(self, x: Tensor) -> Pair:
         """Rows and columns that (B, H, W, C) lacks for whole windows."""

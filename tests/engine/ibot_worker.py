@@ -33,20 +33,21 @@ from fastmim.objectives.schedule import Schedule
 
 STEPS, EPOCH, BATCH, LR, CLIP = 6, 2, 8, 2e-3, 0.05
 MOMENTUM = 0.9
-ENCODER = {
-    "name": "vit", "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2,
-    "key_bias": True, "abs_pos_embed": True, "init": "timm",
-}  # fmt: skip
+ENCODERS = {
+    "vit": {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "key_bias": True, "abs_pos_embed": True},
+    "swin": {"patch_size": 4, "embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4},
+}
 DECAY = Schedule(name="cosine", base_lr=0.04, min_lr=0.4, total_steps=STEPS)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def new_objective(recompute: str = "none", momentum: float = MOMENTUM) -> Any:
-    """With 32 prototypes that are still in the first epoch, and class and patch temperatures that warm up."""
+def new_objective(recompute: str = "none", momentum: float = MOMENTUM, encoder: str = "vit") -> Any:
+    """With 32 prototypes that are still in the first epoch, and temperatures that warm up; 4 × 4 tokens a crop."""
     torch.manual_seed(0)
     own = {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_size": 16, "augment": False}
     schedules = {"warmup_teacher_temp_epochs": 2, "momentum_teacher": momentum, "freeze_last_layer": 1}
-    objective = create_objective("ibot", encoder=ENCODER, impl="torch", **own, **schedules)
+    settings = {"name": encoder, "img_size": 32, **ENCODERS[encoder]}
+    objective = create_objective("ibot", encoder=settings, impl="torch", **own, **schedules)
     apply_recompute(objective, recompute)
     return objective
 

@@ -101,7 +101,7 @@ def test_an_overflow_of_fp16_is_not_followed(monkeypatch):
     monkeypatch.setattr(zero_engine, "import_deepspeed", lambda device: fake)
     world = World(rank=0, size=1, local_rank=0, device=torch.device("meta"))
     config = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2}
-    engine = zero_engine.ZeroEngine(Toy(), None, config=config, precision="fp16", world=world)
+    engine = zero_engine.ZeroEngine(Toy(), optimizer.optimizer, config=config, precision="fp16", world=world)
     for overflow in (False, True, False):
         optimizer.overflow = overflow
         engine.step()
