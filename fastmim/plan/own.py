@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from fastmim.wording import plural
+
 from .hardware import GIB
 from .own_length import length, modelled_speed, rates, with_reading
 from .own_terms import (
@@ -204,8 +206,8 @@ def _steps_of(facts: Facts, given: Given, taken: Taken, batch: int, trained: int
     found = [Choice("train.micro_batch_size", taken.micro, f"{size}{half}; {fits}")]
     if taken.accum > 1 and given.get("train.global_batch_size") is None:
         found.append(Choice("train.grad_accum_steps", taken.accum, f"{size}, {taken.micro} at a time: memory"))
-    where = "beside the GPU" if facts.gpu else "which share the cores with the step"
-    return [*found, Choice("data.num_workers", _workers(facts), f"readers {where}, of {facts.cores} cores")]
+    where = "beside the GPU" if facts.gpu else "beside the step"
+    return [*found, Choice("data.num_workers", _workers(facts), f"readers {where}, on {plural(facts.cores, 'core')}")]
 
 
 def _section(choice: Choice) -> int:

@@ -39,11 +39,11 @@ def length(facts: Facts, given: Given, batch: int, trained: int, rate: float, ho
     every = max(1, steps // 5)
     log = max(1, min(_one_digit(2 * rate / batch), _one_digit(steps / 20)))
     chosen.append(Choice("train.log_every", log, "a line every few seconds"))
-    chosen.append(Choice("train.save_every", every, "5 checkpoints, of which the newest 2 stay"))
-    chosen.append(Choice("train.picture_every", every, "5 reconstructions"))
+    chosen.append(Choice("train.save_every", every, "a fifth of the run; the newest 2 checkpoints stay"))
+    chosen.append(Choice("train.picture_every", every, "a fifth of the run"))
     if trained < facts.images or given.get("data.val_path") is not None:
-        chosen.append(Choice("train.val_every", max(1, steps // 10), "10 validations"))
-        chosen.append(Choice("train.val_batches", 8, "at most so many micro-batches each"))
+        chosen.append(Choice("train.val_every", max(1, steps // 10), "a tenth of the run"))
+        chosen.append(Choice("train.val_batches", 8, "of them at most, each time"))
     if "optim.warmup_epochs" not in given:
         chosen.append(Choice("optim.warmup_steps", max(1, steps // 20), "a twentieth of the run"))
     return chosen
