@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SPINS = "1000"
-"""Turns of a loop that a thread waits for the others before it sleeps: a few microseconds.
+"""Turns of a loop that a thread waits for the others before it sleeps: some ten microseconds, longer than the gaps
+between most parallel regions of a step.
 
-GNU's OpenMP spins 300,000 turns, a good part of a millisecond. Where another program has a core, the thread that is
-waited for does not run, and the one that spins keeps it from running: a step takes many times as long
+GNU's OpenMP spins 300,000 turns, which are milliseconds. Where another program has a core, the thread that is waited
+for does not run, and the one that spins keeps it from running: a step takes many times as long
 (``benchmarks/bench_busy.py``).
 """
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
