@@ -81,6 +81,18 @@ def floating(op: str, *tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: tensors must be {DTYPES['floating'][0]}, got {shown(tensor)}")
 
 
+def check_product(op: str, x: Tensor, name: str, weight: Tensor, weight_name: str, bias: Tensor | None, bias_name: str
+                  ) -> None:
+    """Raise ``ValueError`` unless ``x·weightᵀ + bias`` are (…, K), (N, K) and (N,) or None; ``name`` is that of x."""
+    shape, columns = weight.shape, x.shape[-1:]
+    if not columns or not columns[0]:
+        raise wrong(op, name, "(…, K) with K of 1 or more", x)
+    if len(shape) != 2 or shape[1:] != columns or not shape[0]:
+        raise wrong(op, weight_name, f"(N, {columns[0]}) for {name} of {tuple(x.shape)}", weight)
+    if bias is not None and bias.shape != shape[:1]:
+        raise wrong(op, bias_name, f"{tuple(shape[:1])} for {weight_name} of {tuple(shape)}", bias)
+
+
 def check_devices(op: str, tensors: Sequence[Tensor]) -> None:
     """Raise ``ValueError`` for tensors on several devices; which is elsewhere is found by :func:`explained`."""
     if len(devices := {str(t.device): None for t in tensors}) > 1:

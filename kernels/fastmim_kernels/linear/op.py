@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.arguments import explained, floating, shown, wrong
+from ..common.arguments import check_product, explained, floating, shown
 from ..common.define_op import Kept, define_op
 from ..common.dispatch import picks_triton
 from ..common.rows import cast, statistics_dtype
@@ -73,18 +73,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | 
     if low_weight is not None or low_bias is not None:
         check_low("linear", "low_weight", low_weight, weight)
         check_low("linear", "low_bias", low_bias, bias)
-
-
-def check_product(op: str, x: Tensor, name: str, weight: Tensor, weight_name: str, bias: Tensor | None, bias_name: str
-                  ) -> None:
-    """Raise ``ValueError`` unless ``x·weightᵀ + bias`` are (…, K), (N, K) and (N,) or None; ``name`` is that of x."""
-    shape, columns = weight.shape, x.shape[-1:]
-    if not columns or not columns[0]:
-        raise wrong(op, name, "(…, K) with K of 1 or more", x)
-    if len(shape) != 2 or shape[1:] != columns or not shape[0]:
-        raise wrong(op, weight_name, f"(N, {columns[0]}) for {name} of {tuple(x.shape)}", weight)
-    if bias is not None and bias.shape != shape[:1]:
-        raise wrong(op, bias_name, f"{tuple(shape[:1])} for {weight_name} of {tuple(shape)}", bias)
 
 
 def check_low(op: str, name: str, low: Tensor | None, parameter: Tensor | None) -> None:

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import explained, floating, wrong
+from ..common.arguments import check_product, explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.token_layout import normalised
-from ..linear.op import check_product
 from . import linear_on_torch
 from .inputs import buffers, check, loss_dtype, prepared
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import explained, floating, wrong
+from ..common.arguments import check_product, explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
-from ..linear.op import check_low, check_product, fitting, product_dtype
+from ..linear.op import check_low, fitting, product_dtype
 from . import on_torch
 
 
