@@ -11,8 +11,6 @@ import torch as _torch
 
 from .common import dispatch as _dispatch
 from .common.dispatch import IMPLS, check_impl
-from .distillation.centre import centre_sum, moved_centre, projected_centre_sum
-from .distillation.monitors import mean_target_entropy, view_agreement
 from .distillation.op import distillation, distillation_and_entropy
 from .fusion import Fusion, fusion, shape_may_follow
 from .linear.op import linear, linear_and_input
@@ -37,7 +35,6 @@ __all__ = [
     "Fusion",
     "accelerate",
     "bias_plan",
-    "centre_sum",
     "check_impl",
     "cpb_bias",
     "distillation",
@@ -53,17 +50,13 @@ __all__ = [
     "mask_tokens",
     "mask_tokens_twice",
     "masked_l1",
-    "mean_target_entropy",
     "mlp",
     "mlp_and_input",
-    "moved_centre",
     "nn",
     "patch_merge",
     "position_bias",
-    "projected_centre_sum",
     "residual_norm",
     "shape_may_follow",
-    "view_agreement",
     "window_attention",
 ]
 

@@ -18,17 +18,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim.plan.counter import DispatchCounter
-from fastmim_kernels import (
-    centre_sum,
-    distillation,
-    distillation_and_entropy,
-    mean_target_entropy,
-    moved_centre,
-    projected_centre_sum,
-    view_agreement,
-)
+from fastmim_kernels import distillation, distillation_and_entropy
 from fastmim_kernels.common import dispatch
 from fastmim_kernels.distillation import on_torch
+from fastmim_kernels.distillation.centre import centre_sum, moved_centre, projected_centre_sum
+from fastmim_kernels.distillation.monitors import mean_target_entropy, view_agreement
 from fastmim_kernels.distillation.op import OP, traffic
 from tests.kernels.oracle import check
 
@@ -42,6 +36,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
     "views": ((5, 3, 257), (2, 3, 257), False),  # two global crops and three local ones; one code too many
     "views with weights": ((4, 3, 40), (3, 3, 40), True),  # three teacher views fill no power of two
     "global crops alone": ((2, 5, 128), (2, 5, 128), False),
+    "one global crop": ((3, 2, 40), (1, 2, 40), False),  # its own student view has no pair
     "one code": ((3, 1), (3, 1), True),  # a loss of 0
 }
 
@@ -54,7 +49,7 @@ def inputs_for(name: str, scale: float = 1.0, seed: int = 0) -> dict[str, Any]:
         return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
 
     given = {"student": normal(*student), "teacher": normal(*teacher), "centre": normal(1, student[-1]),
-             "pairs": "views" if student != teacher or "crops" in name else "rows", **TEMPS}
+             "pairs": "views" if student != teacher or "crop" in name else "rows", **TEMPS}
     if weighted:  # one row of 0, one below it
         weight = torch.rand(student[:-1], generator=generator)
         weight.view(-1)[:2] = torch.tensor([0.0, -0.5])

@@ -159,8 +159,8 @@ SMALL = (
     Case("masked_l1", "", partial(_masked_l1, 3, 2), ("prediction",), ("prediction",)),
     Case("linear_masked_l1", "", partial(_linear_masked_l1, 3, 2, 40), ("tokens",), _HEAD),
     Case("distillation", "rows", partial(_distillation, (37, 300), (37, 300), "rows", True), _LOGITS, ("student",)),
-    Case("distillation", "views", partial(_distillation, (5, 3, 300), (2, 3, 300), "views", False), _LOGITS,
-         ("student",)),
+    Case("distillation_and_entropy", "views", partial(_distillation, (5, 3, 300), (2, 3, 300), "views", False), _LOGITS,
+         ("student",), used=(0,)),
     Case("local_norm_target", "", partial(_tensor, "images", 2, 3, 33, 50, kernel_size=13), (), (), torch.float32),
     Case("low_copies", "bfloat16", partial(_low_copies, _PIECES, torch.bfloat16), (), (), torch.bfloat16),
     Case("low_copies", "float16", partial(_low_copies, _PIECES, torch.float16), (), (), torch.float16))
@@ -267,7 +267,7 @@ TIMED: dict[tuple[str, str], Build] = {
     ("masked_l1", ""): partial(_masked_l1, _B, 6),
     ("linear_masked_l1", ""): partial(_linear_masked_l1, _B, 6, 1024),
     ("distillation", "rows"): partial(_distillation, (2048, 8192), (2048, 8192), "rows", True),
-    ("distillation", "views"): partial(_distillation, (12, _B, 8192), (2, _B, 8192), "views", False),
+    ("distillation_and_entropy", "views"): partial(_distillation, (12, _B, 8192), (2, _B, 8192), "views", False),
     ("local_norm_target", ""): partial(_tensor, "images", _B, 3, 192, 192, kernel_size=47),
     ("low_copies", "bfloat16"): partial(_low_copies, [(4096, 1024), (1024,)] * 24, torch.bfloat16),
     ("low_copies", "float16"): partial(_low_copies, [(4096, 1024), (1024,)] * 24, torch.float16)}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..common.dispatch import forget_self_tests, no_triton
-from ..distillation.op import distillation
+from ..distillation.op import distillation, distillation_and_entropy
 from ..linear.op import linear, linear_and_input
 from ..local_norm.op import local_norm_target
 from ..low_copies.op import low_copies
@@ -44,9 +44,9 @@ def table_bias(table: Tensor, index: Tensor, *, impl: str = "auto") -> Tensor:
 
 
 OPS: dict[str, Callable[..., Any]] = {op.__name__: op for op in (
-    cpb_bias, distillation, gelu, layer_norm, linear, linear_and_input, linear_masked_l1, local_norm_target, low_copies,
-    mask_tokens, mask_tokens_twice, masked_l1, mlp, mlp_and_input, patch_merge, residual_norm, table_bias,
-    window_attention)}
+    cpb_bias, distillation, distillation_and_entropy, gelu, layer_norm, linear, linear_and_input, linear_masked_l1,
+    local_norm_target, low_copies, mask_tokens, mask_tokens_twice, masked_l1, mlp, mlp_and_input, patch_merge,
+    residual_norm, table_bias, window_attention)}
 
 FACTOR, FLOOR = 4.0, 1e-6
 """Wider than the tests' rule on errors (2 x plain torch): what is looked for is a kernel that is wrong."""
@@ -56,7 +56,8 @@ MOST_VALUES = 24 << 20
 CASES: tuple[Case, ...] = SMALL + SHIPPED
 
 _KERNEL_OF = {"cpb_bias": "position_bias", "table_bias": "position_bias", "layer_norm": "residual_norm",
-              "linear_and_input": "linear", "mlp_and_input": "mlp", "mask_tokens_twice": "mask_tokens"}
+              "linear_and_input": "linear", "mlp_and_input": "mlp", "mask_tokens_twice": "mask_tokens",
+              "distillation_and_entropy": "distillation"}
 """Where the two names differ."""
 
 _failures: dict[tuple[str, torch.dtype, tuple[int, int]], str] = {}

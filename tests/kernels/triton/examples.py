@@ -180,7 +180,7 @@ EXAMPLES = (
     Example("linear_masked_l1", "float32", lambda: _loss(F32, True), _HEAD),
     Example("linear_masked_l1", "uint8", lambda: _loss(torch.uint8, True, loss="l2"), _HEAD),
     Example("distillation", "rows, bfloat16", lambda: _distillation("rows", 300, BF16), ("student",)),
-    Example("distillation", "views", lambda: _distillation("views", 300), ("student",)),
+    Example("distillation_and_entropy", "views", lambda: _distillation("views", 300), ("student",)),
     Example("local_norm_target", "", lambda: {"images": normal(2, 3, 9, 13), "kernel_size": 5}),
     Example("position_bias", "MLP", lambda: _bias(True), ("params",)),
     Example("position_bias", "tables", lambda: _bias(False), ("params",)),
@@ -210,6 +210,7 @@ def run(example: Example, impl: str, given: dict[str, Any] | None = None,
     found = [o.detach().clone() for o in outputs]
     if not example.grads:
         return found
+    outputs = [o for o in outputs if o.requires_grad]
     cotangents = [(cotangent or cotangent_of)(o) for o in outputs]
     return found + list(torch.autograd.grad(outputs, leaves_of(example, given), cotangents))
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmim_kernels import distillation
+from fastmim_kernels import distillation, distillation_and_entropy
 from fastmim_kernels.distillation import on_triton
 from fastmim_kernels.distillation.op import OP, traffic
+from tests.kernels.oracle import relative_error
 from tests.kernels.test_distillation import SHAPES, TEMPS, check_all, golden_rows, inputs_for, operands
 
 pytestmark = pytest.mark.usefixtures("poison", "shared_counters")
@@ -35,8 +36,12 @@ def test_against_float64(name: str) -> None:
 @pytest.mark.parametrize("name, dtype", [("rows", torch.bfloat16), ("rows with weights", torch.float16),
                                          ("views", torch.bfloat16), ("global crops alone", torch.float32)])
 def test_several_chunks(name: str, dtype: torch.dtype) -> None:
-    """A remainder of 44 codes, of 1, and none; the same bits twice."""
+    """A remainder of 44 codes, of 1, and none; the same bits twice. The entropy, too, is put together."""
     check_all(name, "triton", dtype)
+    inputs = {n: v.to(dtype) if n in ("student", "teacher") else v for n, v in inputs_for(name).items()}
+    truth = distillation_and_entropy(**{n: v.double() if isinstance(v, Tensor) else v for n, v in inputs.items()},
+                                     impl="reference")[1]
+    assert relative_error(distillation_and_entropy(**inputs, impl="triton")[1], truth) < 1e-5
 
 
 @pytest.mark.usefixtures("small_chunks")
