@@ -13,7 +13,7 @@ from tests.house import ROOT, imports, names_of
 # What each room may import from this repository, besides itself and, for CONFIG_READERS, the config.
 ALLOWED = {
     "fastmim": {"fastmim.engine", "fastmim.objectives"},
-    "fastmim.cli": {"fastmim.commands", "fastmim.engine", "fastmim.errors"},
+    "fastmim.cli": {"fastmim.commands", "fastmim.engine", "fastmim.errors", "fastmim.threads"},
     "fastmim.commands": {
         "fastmim.engine",
         "fastmim.data",
