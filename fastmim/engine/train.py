@@ -154,18 +154,24 @@ def shared_files(cfg: Config, loader: Any, val_loader: Any) -> dict[str, Any]:
     return {key: f"{one.num_images} images (names {one.fingerprint[:12]})" for key, one in found.items()}
 
 
+_LATER = {
+    "data": ("alpha", "val_fraction"), "optim": ("scale_min_lr", "weight_decay_end", "clip_each", "warmup_inclusive")
+}  # fmt: skip
+"""Keys that older checkpoints lack: their default is not recorded, and such a checkpoint goes on."""
+
+
 def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
     """Every setting that makes this another run if it changes: what is trained, not how fast or where."""
-    kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std", "weights", "component", "value_range", "alpha")
+    kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std", "weights", "component", "value_range", "alpha",
+            "val_fraction")  # fmt: skip
     tree = cfg.model_dump(mode="json", include={"model", "objective", "optim"})
     tree["data"] = cfg.data.model_dump(mode="json", include=set(kept))
     tree["model"].pop("init_from")
     tree["model"]["policy"] = encoder_arguments(cfg).get("policy")
-    # The default is not recorded: a checkpoint without the key goes on.
-    if tree["data"]["alpha"] == "white":
-        del tree["data"]["alpha"]
-    if cfg.data.val_fraction is not None:
-        tree["data"]["val_fraction"] = cfg.data.val_fraction
+    for section, keys in _LATER.items():
+        fields = type(getattr(cfg, section)).model_fields
+        for key in [key for key in keys if tree[section][key] == fields[key].default]:
+            del tree[section][key]
     return flat(tree) | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
 
 

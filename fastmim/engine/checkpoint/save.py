@@ -39,6 +39,7 @@ CHANGEABLE = frozenset(
     for key in (
         "lr", "warmup_lr", "min_lr", "lr_batch", "clip_grad", "schedule", "warmup_epochs", "warmup_steps", "milestones",
         "milestone_steps", "decay_epochs", "decay_steps", "gamma", "cosine_after_warmup", "schedule_lag",
+        "scale_min_lr", "warmup_inclusive", "weight_decay_end", "clip_each",
     )
 )  # fmt: skip
 """What may change where a run goes on from a checkpoint: weights and moments mean the same under other values."""
