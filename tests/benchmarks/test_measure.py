@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import bench_compare, bench_memory, bench_pretrain, bench_profile, harness, measure, providers
-from benchmarks.rows import faster
 from benchmarks.providers import Case
+from benchmarks.rows import faster
 
 TINY = (("img_size", 64), ("embed_dim", 8), ("depths", (1, 1, 1, 1)), ("num_heads", (1, 2, 4, 8)), ("window_size", 2))
 
