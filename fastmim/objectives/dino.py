@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.distillation.monitors import mean_target_entropy, view_agreement
 
 from ..models import create_encoder, encoder_settings
 from ..models.layers import to_pair
@@ -177,8 +178,8 @@ class DINO(Objective):
         few = teacher[:, :MONITORED]
         return loss, {
             "teacher_entropy": entropy,
-            "mean_entropy": fk.mean_target_entropy(few, centre, heat),
-            "agreement": fk.view_agreement(student[:GLOBALS, :MONITORED].detach(), few.flip(0)),
+            "mean_entropy": mean_target_entropy(few, centre, heat),
+            "agreement": view_agreement(student[:GLOBALS, :MONITORED].detach(), few.flip(0)),
         }
 
     @torch.no_grad()
@@ -208,8 +209,9 @@ class DINO(Objective):
         cls, patches = self.encoder.forward_tokens(crops, mask)
         tokens = [cls] if local is None else [cls, self.encoder.forward_tokens(local)[0]]
         count = sum(map(len, tokens))
-        logits = self.head(torch.cat(tokens if rows is None else (*tokens, patches.flatten(0, 2)[rows])))
-        return logits[:count], logits[count:]
+        read = self.head.directions(torch.cat(tokens if rows is None else (*tokens, patches.flatten(0, 2)[rows])))
+        # Two products: the gradients of slices of one result would be padded to all of it.
+        return self.head.last_layer(read[:count]), self.head.last_layer(read[count:])
 
     def views(self) -> tuple[View, ...]:
         """Two global crops, and the local ones; the second global crop is seldom blurred but may be solarised."""

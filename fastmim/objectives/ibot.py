@@ -128,7 +128,8 @@ class IBOT(DINO):
             weights = hidden_weights(flat.bool()).flatten()
             rows = weights.nonzero().squeeze(1)
             return rows, weights[rows]
-        rows, weights = masked_rows(flat, len(flat) * most_masked(self.token_grid, self.mask_ratios))
+        most = max(most_masked(self.token_grid, self.mask_ratios), 1)
+        rows, weights = masked_rows(flat, len(flat) * most)
         return rows, weights / len(flat)
 
     def _patch_mask(self, mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from fastmim.plan.counter import DispatchCounter
 from fastmim_kernels import distillation, distillation_and_entropy
 from fastmim_kernels.common import dispatch
 from fastmim_kernels.distillation import on_torch
-from fastmim_kernels.distillation.centre import centre_sum, moved_centre, projected_centre_sum
+from fastmim_kernels.distillation.centre import centre_sum, moved_centre
 from fastmim_kernels.distillation.monitors import mean_target_entropy, view_agreement
 from fastmim_kernels.distillation.op import OP, traffic
 from tests.kernels.oracle import check
@@ -326,17 +326,6 @@ def test_centre_over_micro_batches_is_that_of_the_whole_batch() -> None:
         torch.testing.assert_close(moved_centre(centre, total, number), expected, rtol=1e-14, atol=1e-14)
         assert torch.equal(moved_centre(centre, 0 * total, number * 0), centre)
     assert centre_sum(logits.bfloat16())[0].dtype == torch.float32
-
-
-def test_centre_of_rows_whose_logits_do_not_exist() -> None:
-    """The mean is linear: W·mean(x̂) is the mean of all logits, to rounding, whichever rows have any."""
-    inputs = torch.nn.functional.normalize(torch.randn(4, 9, 16, dtype=torch.float64), dim=-1)
-    weight, bias = torch.randn(70, 16, dtype=torch.float64), torch.randn(70, dtype=torch.float64)
-    for shift in (None, bias):
-        expected, count = centre_sum(torch.nn.functional.linear(inputs, weight, shift))
-        found = projected_centre_sum(inputs, weight.requires_grad_(), shift)
-        assert found[1] == count == 36 and not found[0].requires_grad
-        torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_monitors() -> None:

@@ -15,19 +15,8 @@ from ..common.rows import statistics_dtype
 
 def centre_sum(logits: Tensor) -> tuple[Tensor, int]:
     """((K,) sum of all rows of (…, K), in float32 or better; their number)."""
-    return _rows_sum(logits.detach())
-
-
-def projected_centre_sum(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, int]:
-    """:func:`centre_sum` of ``inputs·weightᵀ + bias`` for rows whose logits nobody computes: W·Σx, exactly linear.
-
-    Args:
-        inputs: (…, D), what the last layer is given: iBOT's normalised bottleneck of *all* patches.
-        weight: (K, D) and bias: (K,) or None of the last layer, with a weight norm applied.
-    """
-    total, count = _rows_sum(inputs.detach())
-    found = weight.detach().to(total.dtype) @ total
-    return (found if bias is None else found + count * bias.detach()), count
+    rows, width = logits.detach(), logits.shape[-1]
+    return rows.reshape(-1, width).sum(0, dtype=statistics_dtype(rows.dtype)), math.prod(rows.shape[:-1])
 
 
 def moved_centre(centre: Tensor, total: Tensor, count: int | Tensor, momentum: float | Tensor = 0.9) -> Tensor:
@@ -44,8 +33,3 @@ def moved_centre(centre: Tensor, total: Tensor, count: int | Tensor, momentum: f
     if isinstance(count, Tensor):
         return moved.where(count > 0, centre).to(centre.dtype)
     return (moved if count else centre).to(centre.dtype)
-
-
-def _rows_sum(rows: Tensor) -> tuple[Tensor, int]:
-    width = rows.shape[-1]
-    return rows.reshape(-1, width).sum(0, dtype=statistics_dtype(rows.dtype)), math.prod(rows.shape[:-1])
