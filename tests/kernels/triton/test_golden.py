@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastmim.interop import load_reference
-from tests.test_golden import CASES, build, check_first_gradients, read_case
+from tests.run_golden import build_simmim, read, weights
+from tests.test_golden import CASES, check_first_gradients
 
 # The others take minutes: windows of 3 are many programs. What Swin has of its own, the plain softmax, is covered by
 # the tests of window_attention.
@@ -18,9 +19,9 @@ SMALL = ("simmim_vit_64_p16", "simmim_swinv2_96_w6_norm47")
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in CASES if p.stem in SMALL])
 def test_first_step_matches_microsofts(path: Path) -> None:
-    meta, tensors = read_case(path)
-    objective = build(meta, "triton")
-    report = load_reference(objective, {k[6:]: v for k, v in tensors.items() if k.startswith("param.")})
+    meta, tensors = read(path)
+    objective = build_simmim(meta, "triton")
+    report = load_reference(objective, weights(tensors))
     shape = (meta["steps"], meta["batch"], 3, meta["img_size"], meta["img_size"])
     images = np.random.default_rng(meta["seed"]).standard_normal(shape)[0].astype(np.float32)
     loss = objective(torch.from_numpy(images), tensors["masks"][0])["loss"]
