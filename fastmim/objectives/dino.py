@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.distillation.monitors import mean_target_entropy, view_agreement
 
 from ..models import create_encoder, encoder_settings
 from ..models.layers import to_pair
@@ -177,8 +178,8 @@ class DINO(Objective):
         few = teacher[:, :MONITORED]
         return loss, {
             "teacher_entropy": entropy,
-            "mean_entropy": fk.mean_target_entropy(few, centre, heat),
-            "agreement": fk.view_agreement(student[:GLOBALS, :MONITORED].detach(), few.flip(0)),
+            "mean_entropy": mean_target_entropy(few, centre, heat),
+            "agreement": view_agreement(student[:GLOBALS, :MONITORED].detach(), few.flip(0)),
         }
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import fastmim_kernels as fk
+from fastmim_kernels.distillation.centre import centre_sum, moved_centre
 
 
 class Teacher(nn.Module):
@@ -56,7 +56,7 @@ class Centre(nn.Module):
     @torch.no_grad()
     def add(self, logits: Tensor) -> None:
         """Count the rows of (…, K)."""
-        total, count = fk.centre_sum(logits)
+        total, count = centre_sum(logits)
         self.total.add_(total)
         self.count.add_(count)
 
@@ -68,7 +68,7 @@ class Centre(nn.Module):
             dist.all_reduce(both)
             self.total.copy_(both[:-1])
             self.count.copy_(both[-1])
-        self.value.copy_(fk.moved_centre(self.value, self.total, self.count, self.momentum))
+        self.value.copy_(moved_centre(self.value, self.total, self.count, self.momentum))
         self.forget()
 
     def forget(self) -> None:
