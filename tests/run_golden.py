@@ -30,6 +30,7 @@ from fastmim.engine.local import LocalEngine
 from fastmim.engine.loop import train_step
 from fastmim.engine.optim import build_optimizer, param_groups
 from fastmim.interop import load_reference
+from fastmim.objectives.block_masks import beit_mask, ibot_mask
 from fastmim.objectives.schedule import Schedule
 from fastmim.objectives.self_distillation import Centre, hidden_weights, warm_temperature
 
@@ -305,10 +306,43 @@ def schedules(table: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], imp
     return found
 
 
+def block_masks(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl: str) -> Errors:
+    """Statistics in standard errors of the difference: share of unmasked ones, mean count, probability of each cell."""
+    ids, errors = torch.arange(4000), {}
+    for name, stats in meta["stats"].items():
+        mask = masks_of(name, stats["grid"], ids).double()
+        count, theirs = mask.sum((1, 2)), stats["masks"] * (1 - stats["share_unmasked"])
+        some, shown = mask[count > 0], count[count > 0]
+        both = (1 / len(some) + 1 / theirs) ** 0.5
+        half = (0.25 / len(ids) + 0.25 / stats["masks"]) ** 0.5
+        share = ((count == 0).double().mean() - stats["share_unmasked"]) / half
+        mean = (shown.mean() - stats["count_mean_masked"]) / max(stats["count_std_masked"] * both, 1e-12)
+        probability = tensors[f"probability.{name}"].double()
+        cells = (some.mean(0) - probability) / ((probability * (1 - probability)).sqrt() * both).clamp(min=1e-12)
+        errors[name] = (float(torch.stack([share.abs(), mean.abs()]).max()), 4.0)
+        errors[f"{name} cells"] = (float(cells.abs().max()), 5.0)
+    return errors
+
+
+def masks_of(name: str, grid: list[int], ids: torch.Tensor) -> torch.Tensor:
+    """Own masks of a case, whose name says its algorithm and numbers."""
+    size = (grid[0], grid[1])
+    if beit := re.fullmatch(r"beit_\d+x\d+_(\d+)_min(\d+)", name):
+        return beit_mask(ids, grid=size, count=int(beit[1]), smallest=int(beit[2]))
+    if fixed := re.search(r"_ratio([\d.]+)_fixed", name):
+        return ibot_mask(ids, grid=size, ratios=((float(fixed[1]),) * 2,))
+    if spread := re.search(r"_rand_ratio_0_or_([\d.]+)pm([\d.]+)", name):
+        middle, half = float(spread[1]), float(spread[2])
+        ratios = ((0.0, 0.0), (middle - half, middle + half))
+        return ibot_mask(ids, grid=size, ratios=ratios, shape="random")
+    return ibot_mask(ids, grid=size)
+
+
 CHECKS: list[tuple[Callable[[Mapping[str, Any]], bool], Callable[..., Errors]]] = [
     (lambda meta: "mask_patch_size" in meta and "encoder_stride" in meta, simmim),
     (lambda meta: "bytedance/ibot" in meta.get("source", "") and "arch" in meta, ibot),
     (lambda meta: "bytedance/ibot" in meta.get("source", "") and "temps" in meta, ibot_loss),
+    (lambda meta: meta.get("case") == "block_masks", block_masks),
     (lambda meta: "ibot" in meta and "iters_per_epoch" in meta, schedules),
 ]
 

@@ -113,7 +113,7 @@ class Engine(ABC):
     def set_weight_decay(self, weight_decay: float) -> None:
         """Weight decay of the next update, of the groups that decay."""
         for group in self._base.param_groups:
-            if group["weight_decay"]:
+            if group["weight_decay"] or str(group.get("name")).startswith("decay"):
                 group["weight_decay"] = weight_decay
 
     def train_on(self, images: Images, mask: Tensor, phase: Phase = unmarked) -> None:

@@ -33,7 +33,7 @@ from fastmim.engine.zero.config import deepspeed_config, import_deepspeed
 from fastmim.engine.zero.nvme import check_nvme
 from fastmim.interop import load_weights
 from fastmim.models import encoder_settings
-from fastmim.objectives import create_objective
+from fastmim.objectives import Objective, create_objective
 from fastmim.objectives.schedule import Schedule, scale_lr
 
 log = logging.getLogger("fastmim")
@@ -235,7 +235,7 @@ def make_engine(cfg: Config, objective: Any, world: World, deepspeed: dict[str, 
         zero_stage=efficiency.zero_stage,
         grad_accum_steps=micro_batches,
         recompute=efficiency.recompute,
-        crops=sum(view.count for view in objective.views()),
+        crops=sum(view.count for view in objective.views()) if isinstance(objective, Objective) else 1,
         decay_varies=optim.weight_decay_end is not None,
     )
     graphed = use_graph(efficiency.cuda_graph, reason, world.device)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastmim._version import __version__
+from fastmim.objectives import Objective
 
 from .facts import check_facts, read_facts
 from .inert import read_torch_file
@@ -116,6 +117,8 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
         tensors, prefix = _under_prefix(objective, found.tensors)
         notes = check_facts(objective, facts, tensors)
         report = _load_kind(objective, tensors)
+        if isinstance(objective, Objective) and not any(name.startswith("teacher.") for name in report.names.values()):
+            objective.after_loading()
     except ValueError as error:
         beside = f" (the file also holds {_some(replaced)}, which is not run)" if replaced else ""
         raise ValueError(f"{path}: {error}{beside}") from None

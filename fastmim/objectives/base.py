@@ -104,6 +104,9 @@ class Objective(nn.Module):
     def skip_step(self) -> None:
         """After each update that was not applied (fp16 overflowed), on every rank: forget what forward summed up."""
 
+    def after_loading(self) -> None:
+        """After the encoder was given weights from elsewhere, before training."""
+
     def ema(self) -> list[tuple[nn.Module, nn.Module]]:
         """(teacher, student) pairs: the engine keeps each teacher at the moving average of its student."""
         return []

@@ -248,6 +248,10 @@ class DINO(Objective):
         """It stays."""
         self.centre.forget()
 
+    def after_loading(self) -> None:
+        """The teacher starts as the student."""
+        self.teacher.follow(self.encoder, self.head)
+
     def ema(self) -> list[tuple[nn.Module, nn.Module]]:
         """The teacher follows encoder and head."""
         return [(self.teacher.encoder, self.encoder), (self.teacher.head, self.head)]

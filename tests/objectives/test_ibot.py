@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import fastmim_kernels as fk
 from fastmim.engine.local import LocalEngine, clip_each_
-from fastmim.interop import load_reference
+from fastmim.interop import load_reference, load_weights
 from fastmim.interop.self_distilled import save_self_distilled
 from fastmim.objectives import create_objective
 from fastmim.objectives.self_distillation import Centre
@@ -111,6 +112,17 @@ def test_a_checkpoint_in_official_names_goes_out_and_in(encoder):
     saved["student"]["module.head.last_layer2.weight_v"] = torch.zeros(24, 6)
     with pytest.raises(ValueError, match="a head of their own"):
         load_reference(other, saved)
+
+
+def test_a_teacher_starts_as_the_student_that_was_given_weights(tmp_path):
+    objective, other = build(), build(encoder=VIT | dict(drop_path_rate=0.3))
+    with torch.no_grad():
+        for tensor in objective.encoder.parameters():
+            tensor.add_(1)
+    save_file(objective.encoder.state_dict(), tmp_path / "encoder.safetensors")
+    load_weights(other, tmp_path / "encoder.safetensors")
+    for name, tensor in other.teacher.encoder.named_parameters():
+        assert torch.equal(tensor, objective.encoder.state_dict()[name]), name
 
 
 def test_gradients_are_clipped_tensor_by_tensor():
