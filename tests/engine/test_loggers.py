@@ -51,7 +51,7 @@ def resumed(zero_run, tmp_path_factory):
         shown = dict(output__pictures=1, output__loggers=ALL)
         train(load_config(None, zero_run(out, 1, train__steps=2, **shown)))
         before = json.loads((out / "loggers.json").read_text())
-        train(load_config(None, zero_run(out, 1, train__steps=4, **shown)))
+        train(load_config(None, zero_run(out, 1, train__steps=4, train__resume_changes="allow", **shown)))
     assert json.loads((out / "loggers.json").read_text()) == before and before.keys() == {"wandb", "mlflow"}
     return out
 
