@@ -69,6 +69,8 @@ def split_freezable(groups: list[dict[str, Any]], freezable: Iterable[nn.Paramet
         The groups without these parameters, and behind each one, ``name:freezable``, of those that were in it.
     """
     chosen = {id(param) for param in freezable}
+    if not chosen:
+        return groups
     result: list[dict[str, Any]] = []
     for group in groups:
         named = list(zip(group["params"], group["param_names"], strict=True))
