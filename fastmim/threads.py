@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-SPINS = "1000"
+SPINS = "20000"
 """Turns of a loop that a thread waits for the others before it sleeps: some ten microseconds, longer than the gaps
 between most parallel regions of a step.
 
