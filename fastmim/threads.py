@@ -9,13 +9,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-SPINS = "20000"
-"""Turns of a loop that a thread waits for the others before it sleeps: some ten microseconds, longer than the gaps
-between most parallel regions of a step.
+SPINS = "50000"
+"""Turns of a loop that a thread waits for the others before it sleeps: longer than the gaps between the parallel regions
+of a step, so that a quiet machine loses nothing.
 
 GNU's OpenMP spins 300,000 turns, which are milliseconds. Where another program has a core, the thread that is waited
-for does not run, and the one that spins keeps it from running: a step takes many times as long
-(``benchmarks/bench_busy.py``).
+for does not run, and the one that spins keeps it from running: a step takes twice as long and more. Fewer turns help
+a busy machine more and cost a quiet one: 1,000 a sixth of its speed (``benchmarks/bench_busy.py``).
 """
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _ON_THIS_MACHINE = (
