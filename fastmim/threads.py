@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SPINS = "50000"
-"""Turns of a loop that a thread waits for the others before it sleeps: longer than the gaps between the parallel regions
-of a step, so that a quiet machine loses nothing.
+"""Turns of a loop that a thread waits for the others before it sleeps: longer than the gaps between the parallel
+regions of a step, so that a quiet machine loses nothing beyond noise.
 
 GNU's OpenMP spins 300,000 turns, which are milliseconds. Where another program has a core, the thread that is waited
 for does not run, and the one that spins keeps it from running: a step takes twice as long and more. Fewer turns help

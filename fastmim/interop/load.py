@@ -95,7 +95,7 @@ def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
     old = "layers.0.downsample.reduction.weight" in tensors
     for key in tensors:
         if key not in skip:
-            report.names[key] = "encoder." + (_shift_downsample(key) if old else key)
+            report.names[key] = "encoder." + (shift_downsample(key) if old else key)
     own = [name for name, _ in objective.named_parameters()]
     optional = [n for n in own if n == "encoder.mask_token" or not n.startswith("encoder.")]
     copy_strictly(objective, tensors, report, optional)
@@ -181,11 +181,11 @@ def _read(path: str | Path) -> tuple[Any, list[str], dict[str, Any]]:
 def _own_name(name: str) -> str:
     if name.startswith("decoder.0."):
         return "head." + name.removeprefix("decoder.0.")
-    return _shift_downsample(name)
+    return shift_downsample(name)
 
 
-def _shift_downsample(name: str) -> str:
-    # Microsoft merges patches at the end of a stage, timm at the start of the next.
+def shift_downsample(name: str) -> str:
+    """Microsoft's name in timm's way: one merges patches at the end of a stage, the other at the start of the next."""
     return re.sub(r"\blayers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name)
 
 

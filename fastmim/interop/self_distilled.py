@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmim.objectives.dino import DINO
 
-from .load import BUFFERS, LoadReport, copy_strictly
+from .load import BUFFERS, LoadReport, copy_strictly, shift_downsample
 from .names import without_wrappers
 
 _LOSSES = {"ibot_loss": {"center": "centre.value", "center2": "patch_centre.value"},
@@ -30,8 +30,7 @@ def load_self_distilled(objective: DINO, state_dict: Mapping[str, Any]) -> LoadR
         ValueError: A tensor is unknown, missing or of another shape; all are named.
     """
     student, teacher, centres = _parts(state_dict)
-    tensors = {name: tensor for name, tensor in student.items()}
-    tensors |= {f"teacher.{name}": tensor for name, tensor in teacher.items()}
+    tensors = student | {f"teacher.{name}": tensor for name, tensor in teacher.items()}
     skipped = [name for name in tensors if name.rsplit(".", 1)[-1] in BUFFERS]
     skipped += _second_heads(tensors)
     if objective.encoder.mask_token is None:  # DINO hides nothing
@@ -67,9 +66,7 @@ def save_self_distilled(objective: DINO) -> dict[str, dict[str, Tensor]]:
 
 def own_name(name: str) -> str:
     """The parameter of the objective that an official name means."""
-    name = re.sub(r"\bbackbone\.", "encoder.", name).replace("masked_embed", "mask_token")
-    # Microsoft's Swin, on which theirs builds, merges patches at the end of a stage, timm's at the start of the next.
-    return re.sub(r"\blayers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name)
+    return shift_downsample(re.sub(r"\bbackbone\.", "encoder.", name).replace("masked_embed", "mask_token"))
 
 
 def official_name(name: str, objective: DINO) -> str:

@@ -80,6 +80,12 @@ class Objective(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the tokens that the encoder makes of an image of ``img_size``."""
+        stride = self.encoder.stride
+        return -(-self.img_size[0] // stride), -(-self.img_size[1] // stride)
+
     def views(self) -> tuple[View, ...]:
         """The crops of every image that :meth:`forward` takes."""
         return (View(self.img_size),)

@@ -86,12 +86,6 @@ class IBOT(DINO):
         """It starts at 0."""
         nn.init.zeros_(self.encoder.mask_token)
 
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """(rows, columns) of the tokens of a global crop."""
-        stride = self.encoder.stride
-        return -(-self.img_size[0] // stride), -(-self.img_size[1] // stride)
-
     def forward(self, images: Images, mask: Tensor) -> dict[str, Tensor]:
         """Loss of a batch.
 

@@ -90,7 +90,7 @@ class SimMIM(Objective):
         target = pixel_target(images, self.norm_target, impl=self.impl)
         rows = None
         if self.loss_on == "masked":
-            rows = masked_tokens(mask, self.img_size, self._token_grid(), self.stride)
+            rows = masked_tokens(mask, self.img_size, self.token_grid, self.stride)
         tokens = self.encoder(images, mask, rows)
         scored = self._scored(mask)
         loss = PIXEL_LOSSES[self.loss](tokens, self.head, target, scored, stride=self.stride, impl=self.impl)
@@ -98,9 +98,6 @@ class SimMIM(Objective):
 
     def _scored(self, mask: Tensor) -> Tensor:
         return torch.ones_like(mask) if self.loss_on == "all" else mask
-
-    def _token_grid(self) -> tuple[int, int]:
-        return -(-self.img_size[0] // self.stride), -(-self.img_size[1] // self.stride)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:

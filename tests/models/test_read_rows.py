@@ -92,7 +92,7 @@ def test_only_read_rows_are_computed(name):
     objective = build(name)
     images, mask = inputs(objective)
     stride = objective.stride // objective.patch_size
-    grid = objective._token_grid()
+    grid = objective.token_grid
     read = sum(
         bool(mask[b, y * stride : (y + 1) * stride, x * stride : (x + 1) * stride].any())
         for b in range(3) for y in range(grid[0]) for x in range(grid[1])
