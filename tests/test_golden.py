@@ -15,7 +15,9 @@ from torch import nn
 from fastmim.engine.optim import param_groups
 from fastmim.interop import load_reference
 from fastmim_kernels.reference import local_norm_target
-from tests.run_golden import build_simmim, read, run, weights
+from tests.golden_kinds.common import read, weights
+from tests.golden_kinds.simmim import build_simmim
+from tests.run_golden import run
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(GOLDEN.glob("simmim_*.safetensors"))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastmim.interop import load_reference
-from tests.run_golden import build_simmim, read, weights
+from tests.golden_kinds.common import read, weights
+from tests.golden_kinds.simmim import build_simmim
 from tests.test_golden import CASES, check_first_gradients
 
 # The others take minutes: windows of 3 are many programs. What Swin has of its own, the plain softmax, is covered by
