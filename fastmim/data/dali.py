@@ -201,7 +201,7 @@ class DaliLoader(Loader):
                     self._decoder.feed(entry.batch)
                 continue
             batch = pending.popleft().batch
-            yield Result(views, batch.crops, batch.sample_ids, news + batch.bad, "", batch.notes)
+            yield Result(views, batch.crops, batch.sample_ids, news + batch.bad, "", batch.notes, batch.files)
             news = []
 
     def _screened(self, entry: _Pending) -> _Pending:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastmim.data.order import EpochOrder
 from fastmim.data.pool import WorkerPool
 from fastmim.data.source import check_bad_fraction
-from fastmim.data.worker import Request, Result, SampleDataset
+from fastmim.data.worker import NO_FILES, Request, Result, SampleDataset
 from fastmim.data.worker_error import DataWorkerError, with_fix
 
 _LOG = logging.getLogger("fastmim")
@@ -45,6 +45,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # uint8 (B, C, H, W)
     sample_ids: Tensor  # int64 (B,)
+    files: Tensor = NO_FILES  # int64 (B,), numbers in the index; of a bad file its stand-in's
 
 
 class MultiBatch(NamedTuple):
@@ -53,6 +54,7 @@ class MultiBatch(NamedTuple):
     views: tuple[Tensor, ...]  # one a View, uint8 (count, B, C, h, w)
     crops: Tensor  # int32 (sum of counts, B, 5): top, left, height, width in source pixels, flip
     sample_ids: Tensor  # int64 (B,)
+    files: Tensor = NO_FILES  # int64 (B,), as Batch has them
 
 
 class _Requests:
@@ -154,8 +156,8 @@ class Loader:
 
     def _batch(self, result: Result) -> Any:
         views = tuple(self._to_device(view) for view in result.views)
-        sample_ids = self._to_device(result.sample_ids)
-        return MultiBatch(views, result.crops, sample_ids) if self._multi else Batch(views[0][0], sample_ids)
+        ids, files = self._to_device(result.sample_ids), self._to_device(result.files)
+        return MultiBatch(views, result.crops, ids, files) if self._multi else Batch(views[0][0], ids, files)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._copies is None or tensor.device == self._device:

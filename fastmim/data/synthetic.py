@@ -43,7 +43,7 @@ class SyntheticLoader:
         ids = self._order.sample_ids(epoch).to(self._device)
         for i in range(start, self.micro_batches):
             mine = ids[self._order.slice_of(i)]
-            yield Batch(self._pool[i % _POOL, : len(mine)], mine)
+            yield Batch(self._pool[i % _POOL, : len(mine)], mine, mine % self.num_images)
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -90,7 +90,15 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
             for step in range(start, total):
                 lr, decay = schedule(step), None if parts.weight_decay is None else parts.weight_decay(step)
                 whole = train_step(
-                    engine, batches, lr=lr, weight_decay=decay, seed=seed, phase=run.clock.phase, stops=stops, **lengths
+                    engine,
+                    batches,
+                    lr=lr,
+                    lr_floor=schedule.floor(step),
+                    weight_decay=decay,
+                    seed=seed,
+                    phase=run.clock.phase,
+                    stops=stops,
+                    **lengths,
                 )
                 if not whole:
                     return run.interrupted()

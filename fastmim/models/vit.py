@@ -199,14 +199,18 @@ class VisionTransformer(nn.Module):
         x, grid = self._embed(images, mask)
         # The class token stands before the patches of each sample.
         count = math.prod(grid)
-        y = self._blocks(x, rows + rows.div(count, rounding_mode="floor") + 1)
+        _, y = self._blocks(x, rows + rows.div(count, rounding_mode="floor") + 1)
         return put(y, rows, (len(images), *grid))
 
     def forward_tokens(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) images of any size that the patch divides → (B, D) class and (B, H/p, W/p, D) patch tokens."""
         x, grid = self._embed(images, mask)
-        y = self._blocks(x)
+        _, y = self._blocks(x)
         return y[:, 0], y[:, 1:].unflatten(1, grid)
+
+    def forward_stream(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, 1 + L, D) tokens after the last block, before the norm."""
+        return self._blocks(self._embed(images, None)[0])[0]
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
@@ -237,8 +241,8 @@ class VisionTransformer(nn.Module):
             x = x + resize_positions(self.pos_embed, self.grid, grid)
         return x.to(stream_dtype(x, self.residual_dtype)), grid
 
-    def _blocks(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The normed tokens after all blocks, or of the last one only these rows of all B·(1 + L)."""
+    def _blocks(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens after all blocks and their norm, or of the last one only these rows of all B·(1 + L)."""
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
         tokens = x.shape[1]
         x, y = normalise(x, self.blocks[0].norm1, self.impl)
@@ -251,7 +255,7 @@ class VisionTransformer(nn.Module):
             steps[-1] = steps[-1].only(rows, tokens)
         for block, step in zip(self.blocks, steps, strict=True):
             x, y = block(x, y, self.bias_index, step)
-        return y
+        return x, y
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""

@@ -58,6 +58,23 @@ def split_by_rank(obj: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return _grouped(_trainable(obj), weight_decay, lambda name, param: _ndim(param) <= 1 or _last(name) == "bias")
 
 
+def split_for_tuning(obj: nn.Module, weight_decay: float, spare_tables: bool) -> list[dict[str, Any]]:
+    """As the published fine-tunings split: vectors, biases, class token and positions do not decay.
+
+    Args:
+        spare_tables: Nor do tables of position biases, SwinV2's ``cpb_mlp`` and ``logit_scale``.
+
+    Other arguments and groups are those of :func:`split_parameters`.
+    """
+
+    def spares(name: str, param: Tensor) -> bool:
+        parts = name.split(".")
+        listed = parts[-1] in ("bias", "cls_token", "pos_embed")
+        return _ndim(param) <= 1 or listed or (spare_tables and not _DEFAULT_PARTS.isdisjoint(parts))
+
+    return _grouped(_trainable(obj), weight_decay, spares)
+
+
 def split_freezable(groups: list[dict[str, Any]], freezable: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     """Groups of which each is frozen as a whole or never: ZeRO flattens a group, and cannot leave a part of it out.
 
