@@ -142,7 +142,8 @@ class Classify(Objective):
         if self.fc_norm is None:
             cls, patches = self.encoder.forward_tokens(images)
             return cls if self.is_vit else patches.mean((1, 2))
-        features: Tensor = self.fc_norm(self.encoder.forward_stream(images)[:, 1:].mean(1))
+        vit: Any = self.encoder
+        features: Tensor = self.fc_norm(vit.forward_stream(images)[:, 1:].mean(1))
         return features
 
     def inputs(
