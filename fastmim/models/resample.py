@@ -69,7 +69,7 @@ def resample_positions(positions: Tensor, old: Pair, new: Pair) -> Tensor:
     """(1, 1 + hw, D) learnt positions, the class token's first, for another grid: bicubic, as MAE's fine-tuning does.
 
     The positions themselves where nothing changes. What DINO and iBOT do within a step for small crops differs from it:
-    see :func:`fastmim.models.vit.resize_positions`.
+    see :func:`fastmim.models.positions.resize_positions`.
 
     Raises:
         ValueError: They are not those of the old grid.

@@ -12,9 +12,9 @@ from timm.optim import Lars
 from fastmim import create_objective
 from fastmim.engine.optim import param_groups
 from fastmim.interop.load import shift_downsample
+from fastmim.models.positions import resize_positions, sincos_positions
 from fastmim.models.resample import resample_bias_table, resample_class_table, resample_positions
 from fastmim.models.swinv2 import SwinTransformerV2
-from fastmim.models.vit import resize_positions
 
 from .common import Errors, relative
 
@@ -56,7 +56,13 @@ def ibot_positions(tensors: Tensors, case: str, image: str, crop: str, patch: st
     return relative(resize_positions(tensors[f"{case}.src"], *grids), tensors[f"{case}.dst"])
 
 
+def fixed_positions(tensors: Tensors, case: str, kind: str, rows: str, columns: str, dim: str) -> float:
+    own = sincos_positions((int(rows), int(columns)), int(dim), "sincos" if kind == "mae" else "sincos_moco")
+    return relative(own[0], tensors[case])
+
+
 TABLES = [
+    (r"sincos\.(mae|moco)\.(\d+)x(\d+)_(\d+)", fixed_positions, 1e-6),
     (r"v1\.(\d+)to(\d+)", bias_table, 1e-6),
     (r"vit\.(\d+)to(\d+)", class_table, 1e-6),
     (r"abs\.mae\.(\d+)to(\d+)", mae_positions, 1e-6),
