@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
+from .features import Pooled, pooled_features
 from .layers import (
     DropPaths,
     Mlp,
@@ -207,6 +208,14 @@ class VisionTransformer(nn.Module):
         x, grid = self._embed(images, mask)
         y = self._blocks(x)
         return y[:, 0], y[:, 1:].unflatten(1, grid)
+
+    def all_blocks(self) -> list[VitBlock]:
+        """Those that :meth:`features` counts."""
+        return list(self.blocks)
+
+    def features(self, images: Tensor, last: int = 1, normed: bool = True) -> list[Pooled]:
+        """See :func:`.features.pooled_features`."""
+        return pooled_features(self, images, last, normed)
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
