@@ -14,6 +14,7 @@ from fastmim.data import dali
 from fastmim.data.augment import View, check_views
 from fastmim.data.decode import check_decode_options
 from fastmim.data.held_out import split
+from fastmim.data.index import ImageIndex
 from fastmim.data.loader import Loader
 from fastmim.data.order import EpochOrder
 from fastmim.data.several import weighted_spans
@@ -29,7 +30,8 @@ _LOG = logging.getLogger("fastmim")
 
 def build_loader(
     *,
-    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    index: ImageIndex | None = None,
     weights: Sequence[float] | None = None,
     file_list: str | os.PathLike[str] | None = None,
     val_fraction: float | None = None,
@@ -63,6 +65,7 @@ def build_loader(
     Args:
         path: folder of images, searched recursively, or shards (``shards.py``); with `file_list`, what its entries
             are relative to. Several of them are one set of images, in this order.
+        index: instead of `path`: images that :func:`~fastmim.data.source.open_index` has listed before, or some of them.
         weights: of several: the share of the training samples that each gives; None: by its number of images.
         val_fraction: the share of the images that train=False reads and train=True leaves out (``held_out.py``);
             None: each reads all.
@@ -76,7 +79,7 @@ def build_loader(
         scale, ratio: range of the crop's area (fraction of the image) and of its aspect (width / height).
         hflip: probability of the horizontal flip.
         views: instead of `img_size` and `scale` to `interpolation`: several crops an image, in MultiBatch. With
-            train=False only the size and interpolation of the first count.
+            train=False only the size, interpolation and margin of the first count.
         max_bad_fraction: stop when more than this fraction of the files cannot be used.
         verify: "full" decodes every file first, "none" none, "auto" up to 2000 files.
         min_size: images with a shorter side below this many pixels are bad.
@@ -99,12 +102,11 @@ def build_loader(
     if num_workers < 0:
         raise ValueError(f"data.num_workers={num_workers}: must not be negative")
     chosen, why = choose_loader(loader, device=device, in_chans=in_chans, train=train)
-    if chosen == "synthetic" and not train and (path is not None or val_fraction is not None):
+    if chosen == "synthetic" and not train and (path, index, val_fraction) != (None, None, None):
         chosen = "torchvision"  # held-out images that are there are read
     decoder = "pil" if chosen == "pil" else "auto"
     check_decode_options(in_chans, decoder, value_range, alpha)
-    index = None
-    if chosen != "synthetic":
+    if chosen != "synthetic" and index is None:
         index = open_index(path, file_list, follow_links=follow_links, component=component, field=field)
         if val_fraction is not None:
             _refuse_overlaps(path, val_fraction)

@@ -156,7 +156,8 @@ class ImageDataset(SampleDataset):
         self, image: Tensor, epoch: int, sample_id: int, views: list[Tensor], crops: Tensor, place: int
     ) -> None:
         if not self.train:
-            views[0][0, place] = centre_crop(image, self.views[0].size, self.views[0].interpolation)
+            view = self.views[0]
+            views[0][0, place] = centre_crop(image, view.size, view.interpolation, view.margin)
             return
         drawn = self.crops(epoch, sample_id, image.shape[-2], image.shape[-1])
         crops[:, place] = torch.tensor(drawn, dtype=torch.int32)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
+from .features import Pooled, pooled_features
 from .layers import (
     DropPaths,
     Mlp,
@@ -185,6 +186,14 @@ class VisionTransformer(nn.Module):
     def forward_stream(self, images: Tensor) -> Tensor:
         """(B, C, H, W) → (B, 1 + L, D) tokens after the last block, before the norm."""
         return self._blocks(self._embed(images, None)[0])[0]
+
+    def all_blocks(self) -> list[VitBlock]:
+        """Those that :meth:`features` counts."""
+        return list(self.blocks)
+
+    def features(self, images: Tensor, last: int = 1, normed: bool = True) -> list[Pooled]:
+        """See :func:`.features.pooled_features`."""
+        return pooled_features(self, images, last, normed)
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
