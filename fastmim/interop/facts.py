@@ -57,14 +57,15 @@ def check_facts(objective: nn.Module, facts: Mapping[str, Any], tensors: Mapping
     own = getattr(objective.encoder, "settings", None)
     if own is None:
         return []
-    stored = _stored_settings(facts)
+    stored = stored_settings(facts)
     if stored:
         _same_architecture(stored, own)
     notes = _check_windows(own, _spans_of_tensors(tensors) or _stored_spans(stored))
     return [*notes, *_policy(own, stored), *_statistics(objective, facts.get("statistics", {}))]
 
 
-def _stored_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+def stored_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What built the encoder, of :func:`fastmim.models.encoder_settings`; {} where the file does not say."""
     try:
         settings = encoder_settings(facts["encoder"])
         if "policy" in settings:  # a file that does not say it is of a version that knew timm's way alone
