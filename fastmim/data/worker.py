@@ -19,6 +19,7 @@ from fastmim.data.index import ImageIndex
 from fastmim.data.notes import with_notes
 from fastmim.data.order import Span, augment_random, substitute_file
 from fastmim.data.pool import nothing_held
+from fastmim.data.rand_augment import rand_augment
 
 _SUBSTITUTES = 64
 NO_FILES = torch.zeros(0, dtype=torch.int64)
@@ -164,7 +165,10 @@ class ImageDataset(SampleDataset):
         rest = iter(drawn)
         for view, out in zip(self.views, views, strict=True):
             for k in range(view.count):
-                out[k, place] = apply_crop(image, next(rest), view.size, view.interpolation)
+                crop = apply_crop(image, next(rest), view.size, view.interpolation)
+                if view.auto_augment:
+                    crop = rand_augment(crop, view.auto_augment, augment_random(self.seed, epoch, sample_id))
+                out[k, place] = crop
 
 
 class EncodedDataset(SampleDataset):

@@ -139,7 +139,7 @@ def _fitted(
     objective: nn.Module, tensors: dict[str, Tensor], facts: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """What depends on image or window size, for that of the objective's encoder, whose weights alone these are."""
-    encoder = getattr(objective, "encoder", None)
+    encoder: Any = getattr(objective, "encoder", None)
     if not hasattr(encoder, "settings") or "patch_embed.proj.weight" not in tensors:
         return tensors, []
     return fit_sizes(encoder, tensors, stored_settings(facts))

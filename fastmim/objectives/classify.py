@@ -15,7 +15,7 @@ from .base import Objective, at_least, one_of
 from .groups import split_for_tuning
 from .layer_decay import depths_of, scaled_groups
 from .mixing import Erasing, Mixing, erase, mix, smooth
-from .views import Images
+from .views import Images, View
 
 Pool = Literal["auto", "mean", "cls"]
 
@@ -55,6 +55,7 @@ class Classify(Objective):
         mix_probability: share of the batches that are mixed
         cutmix_share: share of these that cutmix gets
         erasing: share of the images in which a box is erased
+        auto_augment: timm's policy for the colours and shapes of crops, none = none
         multi_label: an image may have several classes, or none: a sigmoid for each
         common: of every :class:`Objective`
     """
@@ -76,6 +77,7 @@ class Classify(Objective):
         mix_probability: float = 1.0,
         cutmix_share: float = 0.5,
         erasing: float = 0.25,
+        auto_augment: str = "rand-m9-mstd0.5-inc1",
         multi_label: bool = False,
         **common: Any,
     ) -> None:
@@ -87,7 +89,7 @@ class Classify(Objective):
         self.recipe, self.is_vit = RECIPES[recipe], self.encoder.settings["name"] == "vit"
         self.pool = "mean" if not self.is_vit else self.recipe.pool if pool == "auto" else pool
         self.mixing = Mixing(mixup, cutmix, mix_probability, cutmix_share, smoothing)
-        self.erasing = Erasing(erasing)
+        self.erasing, self.auto_augment = Erasing(erasing), None if auto_augment == "none" else auto_augment
         self.fc_norm: nn.LayerNorm | None = None
         if self.is_vit and self.pool == "mean":
             # Of the mean of patches, in place of the norm of all tokens.
@@ -157,6 +159,10 @@ class Classify(Objective):
         images = erase(self.normalise(images), sample_ids, self.noise, self.erasing, **keys)
         smoothing = 0.0 if self.multi_label else self.mixing.smoothing
         return mix(images, smooth(labels, self.num_classes, smoothing), sample_ids, self.mixing, **keys)
+
+    def views(self) -> tuple[View, ...]:
+        """One crop, changed by timm's policy."""
+        return (View(self.img_size, auto_augment=self.auto_augment),)
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B,) labels, any: there are no files to look them up by. For traces and benchmarks."""
