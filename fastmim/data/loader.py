@@ -40,21 +40,29 @@ def _close_all() -> None:
         loader.close()
 
 
-class Batch(NamedTuple):
-    """One micro-batch on the loader's device."""
-
+class _Pair(NamedTuple):
     images: Tensor  # uint8 (B, C, H, W)
     sample_ids: Tensor  # int64 (B,)
-    files: Tensor = NO_FILES  # int64 (B,), numbers in the index; of a bad file its stand-in's
 
 
-class MultiBatch(NamedTuple):
-    """One micro-batch of several crops an image, on the loader's device; the crops stay on the host."""
+class Batch(_Pair):
+    """One micro-batch on the loader's device: ``images, sample_ids``."""
 
+    #: int64 (B,), numbers in the loader's index of the files that were used; of a bad one its stand-in's.
+    files: Tensor = NO_FILES
+
+
+class _Crops(NamedTuple):
     views: tuple[Tensor, ...]  # one a View, uint8 (count, B, C, h, w)
     crops: Tensor  # int32 (sum of counts, B, 5): top, left, height, width in source pixels, flip
     sample_ids: Tensor  # int64 (B,)
-    files: Tensor = NO_FILES  # int64 (B,), as Batch has them
+
+
+class MultiBatch(_Crops):
+    """One micro-batch of several crops an image, on the loader's device; the crops stay on the host."""
+
+    #: As :class:`Batch` has them.
+    files: Tensor = NO_FILES
 
 
 class _Requests:
@@ -156,8 +164,10 @@ class Loader:
 
     def _batch(self, result: Result) -> Any:
         views = tuple(self._to_device(view) for view in result.views)
-        ids, files = self._to_device(result.sample_ids), self._to_device(result.files)
-        return MultiBatch(views, result.crops, ids, files) if self._multi else Batch(views[0][0], ids, files)
+        ids = self._to_device(result.sample_ids)
+        batch = MultiBatch(views, result.crops, ids) if self._multi else Batch(views[0][0], ids)
+        batch.files = self._to_device(result.files)
+        return batch
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._copies is None or tensor.device == self._device:
