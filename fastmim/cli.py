@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastmim._version import __version__
-from fastmim.commands import configs, images, machine, own
+from fastmim.commands import configs, images, machine, own, probe
 from fastmim.commands.console import let_go_of_stdout, log_to_stderr, own_rank, say, shown_on_a_terminal, to_stderr
 from fastmim.commands.own import own_images, sort_words
 from fastmim.engine.launcher import rank_or_none
@@ -38,6 +38,7 @@ examples:
   torchrun --nproc_per_node 8 -m fastmim pretrain CONFIG data.path=/path/to/images
   deepspeed --num_gpus 8 --module fastmim pretrain CONFIG data.path=/path/to/images
   fastmim convert runs/short encoder.safetensors
+  fastmim probe runs/short /path/to/class/folders
 """
 
 
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     own.takes_images(pretrain, "DIR", "choose for the images in this folder, and for this machine, what CONFIG (if "
                      "given) and key=value do not say; print it as a config with reasons, and train")
     pretrain.set_defaults(command=_pretrain)
-    for group in (configs, images, machine):
+    for group in (configs, images, machine, probe):
         group.add(commands, common)
     return parser
 

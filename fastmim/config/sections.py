@@ -101,6 +101,12 @@ class DataSection(Section):
     val_fraction: Fraction | None = Field(
         None, description="instead of val_path: share of path's images held out, by a hash of each name; null = none"
     )
+    labelled_path: Path | None = Field(
+        None,
+        description="labelled images whose k-NN accuracy is watched: class folders, shards with .cls, or train and val"
+        " of these",
+    )
+    labels: Path | None = Field(None, description="CSV of file,class for labelled_path, instead of class folders")
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
     follow_links: bool = Field(False, description="follow linked folders, each once, and links that lead out of path")
     component: str | None = Field(
@@ -132,6 +138,7 @@ class DataSection(Section):
     def _check(self) -> DataSection:
         checks.weights(self.path, self.weights)
         checks.held_out(self.val_path, self.val_fraction)
+        checks.labels(self.labels, self.labelled_path)
         return self
 
 
@@ -194,6 +201,8 @@ class TrainSection(Section):
     keep: Positive = Field(2, description="checkpoints kept, the newest")
     val_every: Count = Field(0, description="steps between validations, 0 = at the end only")
     val_batches: Positive | None = Field(None, description="micro-batches per validation, null = all held-out images")
+    probe_every: Count = Field(0, description="steps between k-NN and RankMe of data.labelled_path, 0 = at the end only")
+    probe_images: Positive | None = Field(10_000, description="of labelled_path, evenly spread; null = all")
     picture_every: Count = Field(0, description="steps between reconstruction pictures, 0 = at the end only")
     resume: Path = Field(
         "auto", description="auto: newest checkpoint in output.dir; last_whole: newest undamaged one; none; or a path"
@@ -288,6 +297,7 @@ class Config(Section):
     def _check(cls, value: Any, handler: ModelWrapValidatorHandler[Config]) -> Config:
         cfg = handler(value)
         encoder = cfg.model.encoder_kwargs()
+        checks.probe(cfg.train.probe_every, cfg.data)
         checks.lamb(cfg.optim.name, cfg.efficiency.zero_stage)
         checks.objective(cfg.objective, encoder, value)
         checks.statistics(cfg.model.in_chans, mean=cfg.data.mean, std=cfg.data.std)

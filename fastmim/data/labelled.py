@@ -91,11 +91,13 @@ class LabelledImages:
 
         Args:
             size: (H, W) of the crop.
-            augmented: instead random crops of 8 to 100 % and flips, in any order, without those of the last batch.
+            augmented: of those to learn from alone, in any order: random crops of 8 to 100 % and flips; the last
+                batch is left out where it is not full.
             arguments: of :func:`~fastmim.data.build.build_loader`.
         """
         view = View(size, scale=_SCALE, interpolation="bicubic", margin=MARGIN)
-        common: dict[str, Any] = {"index": self.index, "img_size": size, "views": [view], "verify": "none"}
+        index = PartIndex(self.index, np.flatnonzero(~self.held_out.numpy())) if augmented else self.index
+        common: dict[str, Any] = {"index": index, "img_size": size, "views": [view], "verify": "none"}
         return build_loader(**common, train=augmented, **arguments)
 
 

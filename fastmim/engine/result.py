@@ -14,6 +14,8 @@ class TrainResult:
     loss: float | None
     val_loss: float | None
     output_dir: Path
+    knn_top1: float | None = None
+    """Per cent, of ``data.labelled_path``."""
     encoder_path: Path | None = None
     picture_path: Path | None = None
     checkpoint_path: Path | None = None

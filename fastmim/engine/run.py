@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Intervals:
     save: int = 0
     validate: int = 0
     picture: int = 0
+    probe: int = 0
 
 
 class LostFolderError(FileNotFoundError, RuntimeError):
@@ -62,6 +63,7 @@ class Run:
         loader: the training images, for the length of an epoch and the files that could not be used.
         val_loader: held-out images, or None.
         val_batches: micro-batches of a validation; None: all.
+        probe: measures the features of the encoder, on every rank, or None.
         picture_batch: (images, sample_ids) to draw, or None.
         loggers: where numbers and pictures go beside ``metrics.jsonl``, by name.
         settings: every key of the config, for them.
@@ -84,6 +86,7 @@ class Run:
         loader: Any,
         val_loader: Any = None,
         val_batches: int | None = None,
+        probe: Callable[[], dict[str, float]] | None = None,
         picture_batch: tuple[Tensor, Tensor] | None = None,
         loggers: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
@@ -94,6 +97,7 @@ class Run:
         self.global_batch_size, self.every, self.keep, self.stored = global_batch_size, every, keep, stored
         self.loader, self.val_loader, self.val_batches = loader, val_loader, val_batches
         self.picture_batch, self.encoder, self.statistics = picture_batch, encoder, statistics
+        self.probe = probe
         self.progress = Progress(total_steps=total, start=start, enabled=world.is_main)
         enabled = world.is_main
         self.metrics = Metrics(folder, start=start, loggers=loggers, settings=settings or {}, enabled=enabled)
@@ -123,9 +127,10 @@ class Run:
         """
         self.progress.advance(step)
         validate = self.val_loader is not None and self._due(self.every.validate, step)
-        due = validate or self._due(self.every.log, step)
+        probe = self.probe is not None and self._due(self.every.probe, step)
+        due = validate or probe or self._due(self.every.log, step)
         if due or self.row_wanted or step == self._first:
-            self._log(step, lr, validate, due)
+            self._log(step, lr, due, validate=validate, probe=probe)
         with self.clock.paused():
             if self._due(self.every.picture, step):
                 self._picture(step)
@@ -142,7 +147,7 @@ class Run:
         self._asked = time.monotonic() - self._shown_at >= self.every.seconds
         return self._asked
 
-    def _log(self, step: int, lr: float, validate: bool, due: bool) -> None:
+    def _log(self, step: int, lr: float, due: bool, *, validate: bool, probe: bool) -> None:
         """Write and show the row of a step.
 
         One that is not ``due`` is a look at the interval so far, which goes on: rows that are due stay what they
@@ -158,6 +163,9 @@ class Run:
         if validate:
             with self.clock.paused():
                 row["val_loss"] = self._validate()
+        if probe and self.probe is not None:
+            with self.clock.paused():
+                row |= self.probe()
         self._look_for_folder()
         with self.clock.paused():
             if due or self.row_wanted:
@@ -242,7 +250,8 @@ class Run:
         self.progress.close()
         loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
         val = f", validation {result.val_loss:.4f}" if result.val_loss is not None else ""
-        self.progress.say(f"{clock()} done: {result.steps} steps{loss}{val}")
+        knn = f", k-NN {result.knn_top1:.1f} %" if result.knn_top1 is not None else ""
+        self.progress.say(f"{clock()} done: {result.steps} steps{loss}{val}{knn}")
         self.progress.table(result.places())
         return result
 
@@ -260,6 +269,7 @@ class Run:
             steps=self.engine.steps,
             loss=last.get("loss"),
             val_loss=last.get("val_loss"),
+            knn_top1=last.get("knn_top1"),
             output_dir=self.folder,
             images_seen=self.engine.steps * self.global_batch_size,
             bad_files=merged,

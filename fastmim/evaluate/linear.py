@@ -19,6 +19,15 @@ _WEIGHT_STD = 0.01
 _CHUNK = 1 << 24
 
 
+class Way(NamedTuple):
+    """Training images, cut in one way."""
+
+    features: Sequence[Tensor]
+    """Of each set (N, D), float32."""
+    labels: Tensor
+    """(N,) int64."""
+
+
 class Classifier(NamedTuple):
     """What one of them has reached."""
 
@@ -80,8 +89,7 @@ class Probe(nn.Module):
 @torch.no_grad()
 def linear_probe(
     protocol: Protocol,
-    train: Sequence[Sequence[Tensor]],
-    labels: Tensor,
+    train: Sequence[Way],
     test: Sequence[Tensor],
     truth: Tensor,
     *,
@@ -93,10 +101,8 @@ def linear_probe(
 
     Args:
         protocol: optimiser, rates, batch, length.
-        train: float32 features (N, D) of each set, for each of several ways to cut the training images; epoch e reads
-            way e modulo their number.
-        labels: (N,) int64.
-        test, truth: the same of test images, (M, D) and (M,).
+        train: epoch e reads the one of number e modulo their count; all are of as many images.
+        test, truth: features (M, D) of each set, and (M,) classes, of the images to try it on.
         classes: how many there are.
         seed: of first weights and order.
         epochs: instead of the protocol's.
@@ -104,24 +110,23 @@ def linear_probe(
     Returns:
         Of each classifier, set after set, the accuracy after the last epoch.
     """
-    ways, wanted = [_stack(way) for way in train], _stack(test)
+    ways, wanted = [(_stack(way.features), way.labels) for way in train], _stack(test)
     generator = torch.Generator().manual_seed(seed)
-    widths = [features.shape[1] for features in test]
-    how = {"batch_norm": protocol.batch_norm, "generator": generator}
-    probe = Probe(widths, len(protocol.rates), classes, **how).to(wanted.device)  # type: ignore[arg-type]
-    direction = DIRECTIONS[protocol.optimizer]([probe.weight, probe.bias], protocol.weight_decay)
-    count, batch = len(labels), min(protocol.batch, len(labels))
-    rates = torch.tensor(protocol.rates, device=wanted.device).view(1, 1, -1, 1) * (batch / 256)
-    steps, length = count // batch, epochs or protocol.epochs
+    widths, rates = [features.shape[1] for features in test], protocol.rates
+    probe = Probe(widths, len(rates), classes, batch_norm=protocol.batch_norm, generator=generator).to(wanted.device)
+    params = [probe.weight, probe.bias]
+    direction = DIRECTIONS[protocol.optimizer](params, protocol.weight_decay)
+    count, length = len(train[0].labels), epochs or protocol.epochs
+    batch = min(protocol.batch, count)
+    scaled = torch.tensor(rates, device=wanted.device).view(1, 1, -1, 1) * (batch / 256)
     for epoch in range(length):
+        features, labels = ways[epoch % len(ways)]
         order = torch.randperm(count, generator=generator).to(labels.device)
-        features = ways[epoch % len(ways)]
-        for step in range(steps):
-            chosen = order[step * batch : (step + 1) * batch]
-            at = epoch if protocol.by_epoch else epoch + step / steps
+        for step, chosen in enumerate(order[: count // batch * batch].split(batch)):
+            at = epoch if protocol.by_epoch else epoch + step / (count // batch)
             grads = probe.gradients(probe.inputs(features[:, chosen]), labels[chosen])
-            for param, along in zip((probe.weight, probe.bias), direction([probe.weight, probe.bias], grads), strict=True):
-                param.sub_(rates * (_factor(protocol, at, length) * along))
+            for param, along in zip(params, direction(params, grads), strict=True):
+                param.sub_(scaled * _factor(protocol, at, length) * along)
     return _accuracies(protocol, probe.eval(), wanted, truth)
 
 

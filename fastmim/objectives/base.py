@@ -80,6 +80,10 @@ class Objective(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
+    def exported(self) -> Any:
+        """The encoder that a run leaves behind and that probes look at: a teacher's, where that is what is wanted."""
+        return self.encoder
+
     @property
     def token_grid(self) -> tuple[int, int]:
         """(rows, columns) of the tokens that the encoder makes of an image of ``img_size``."""

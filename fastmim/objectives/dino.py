@@ -248,6 +248,10 @@ class DINO(Objective):
         """It stays."""
         self.centre.forget()
 
+    def exported(self) -> Any:
+        """The teacher's."""
+        return self.teacher.encoder
+
     def after_loading(self) -> None:
         """The teacher starts as the student."""
         self.teacher.follow(self.encoder, self.head)
