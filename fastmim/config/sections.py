@@ -106,7 +106,7 @@ class DataSection(Section):
         description="labelled images whose k-NN accuracy is watched: class folders, shards with .cls, or train and val"
         " of these",
     )
-    labels: Path | None = Field(None, description="CSV of file,class for labelled_path, instead of class folders")
+    labels: Path | None = Field(None, description="CSV of file,class for labelled_path, in fine-tuning for path")
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
     follow_links: bool = Field(False, description="follow linked folders, each once, and links that lead out of path")
     component: str | None = Field(
@@ -138,7 +138,6 @@ class DataSection(Section):
     def _check(self) -> DataSection:
         checks.weights(self.path, self.weights)
         checks.held_out(self.val_path, self.val_fraction)
-        checks.labels(self.labels, self.labelled_path)
         return self
 
 
@@ -298,6 +297,7 @@ class Config(Section):
         cfg = handler(value)
         encoder = cfg.model.encoder_kwargs()
         checks.probe(cfg.train.probe_every, cfg.data)
+        checks.labels(cfg.data, cfg.objective.name)
         checks.lamb(cfg.optim.name, cfg.efficiency.zero_stage)
         checks.objective(cfg.objective, encoder, value)
         checks.statistics(cfg.model.in_chans, mean=cfg.data.mean, std=cfg.data.std)

@@ -228,7 +228,7 @@ class DaliLoader(Loader):
             else:
                 if not self._dali_decodes(file):
                     refused.add(file)
-                    _LOG.warning("DALI cannot decode %s: decoded by torchvision", self._index.label(file))
+                    _LOG.warning("DALI cannot decode %s: decoded by torchvision", self.index.label(file))
         if not refused:
             raise err
         self._refused |= refused

@@ -98,6 +98,7 @@ class Loader:
         bad_files: {path: reason} of the files found unusable so far, by verification or while training.
         noted_files: {path: what its decoder warned of} of files that are used all the same.
         stop: looked at while waiting for data; once it is true, WaitInterrupted is raised instead of waiting on.
+        index: the images, in the order of their numbers.
         fingerprint: hex digest of file names and order; a restart on a changed folder can be told by it.
     """
 
@@ -118,7 +119,7 @@ class Loader:
         self.noted_files: dict[str, str] = {}
         self.stop: Callable[[], bool] = lambda: False
         self._met, self._failed = 0, 0
-        self._index, self._device, self._max_bad_fraction = dataset.index, device, max_bad_fraction
+        self.index, self._device, self._max_bad_fraction = dataset.index, device, max_bad_fraction
         self._note_bad(list(bad.items()))
         self._requests = _Requests(order)
         self._multi = len(dataset.views) > 1 or dataset.views[0].count > 1
@@ -158,7 +159,7 @@ class Loader:
             self._note(result.notes)
             self._check_rate(len(result.sample_ids), len(result.bad))
             if result.error:
-                raise ValueError(f"data.path={self._index.root}: {result.error}; run `fastmim data check` on it")
+                raise ValueError(f"data.path={self.index.root}: {result.error}; run `fastmim data check` on it")
             if len(result.sample_ids):
                 yield self._batch(result)
 
@@ -192,7 +193,7 @@ class Loader:
                 self._source,
                 self._num_workers,
                 ahead=PREFETCH,
-                label=self._index.label,
+                label=self.index.label,
                 crashed=lambda file, reason: self._note_bad([(file, reason)]),
             )
             self._pool.stop = lambda: self.stop()
@@ -210,11 +211,11 @@ class Loader:
         except DataWorkerError:
             raise
         except OSError as err:
-            raise DataWorkerError(f"data.path={self._index.root}: cannot be read: {with_fix(err)}") from None
+            raise DataWorkerError(f"data.path={self.index.root}: cannot be read: {with_fix(err)}") from None
 
     def _note_bad(self, bad: list[tuple[int, str]]) -> None:
         for file, reason in bad:
-            label = self._index.label(file)
+            label = self.index.label(file)
             if label in self.bad_files:
                 continue
             self.bad_files[label] = reason
@@ -226,7 +227,7 @@ class Loader:
 
     def _note(self, notes: Iterable[tuple[int, str]]) -> None:
         for file, said in notes:
-            label = self._index.label(file)
+            label = self.index.label(file)
             if label not in self.noted_files:
                 self.noted_files[label] = said
                 if len(self.noted_files) <= _NAMES_LOGGED:
@@ -239,7 +240,7 @@ class Loader:
             label, reason = next(reversed(self.bad_files.items()))
             raise ValueError(
                 f"data.max_bad_fraction={self._max_bad_fraction:g}: {self._failed} of the first {self._met} files read"
-                f" cannot be used (the last: {label}: {reason}); run `fastmim data check` on {self._index.root}"
+                f" cannot be used (the last: {label}: {reason}); run `fastmim data check` on {self.index.root}"
             )
 
     def close(self) -> None:

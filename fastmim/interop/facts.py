@@ -15,7 +15,7 @@ from ..models.rules import policy_matters, window_sizes
 # Weights fit into a model that differs in these, and mean the same there.
 _FREE = {
     "img_size", "drop_path_rate", "residual_dtype", "init_values", "window_size", "pretrained_window_size",
-    "extra_norm_scope", "policy", "init",
+    "extra_norm_scope", "policy", "shared_rel_pos_bias", "rel_pos_bias", "init",
 }  # fmt: skip
 _TABLE = "relative_coords_table"
 Span = tuple[int, int]

@@ -118,8 +118,8 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
         found = find_state_dict(content)
         tensors, prefix = _under_prefix(objective, found.tensors)
         notes = check_facts(objective, facts, tensors)
-        tensors, resized = _fitted(objective, tensors, facts)
-        report = _load_kind(objective, tensors)
+        fitted, resized = _fitted(objective, tensors, facts)
+        report = _load_kind(objective, fitted)
         if isinstance(objective, Objective) and not any(name.startswith("teacher.") for name in report.names.values()):
             objective.after_loading()
     except ValueError as error:
@@ -130,7 +130,7 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
     report.skipped += [name for name in found.tensors if name.removeprefix(prefix) not in tensors]
     written = f"; written by fastmim {facts['version']}" if facts.get("version", __version__) != __version__ else ""
     log.info("%s: %s%s", path, report, written)
-    for note in notes:
+    for note in report.notes:
         log.warning("%s: %s", path, note)
     return report
 

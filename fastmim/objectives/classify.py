@@ -61,7 +61,9 @@ class Classify(Objective):
     """
 
     labels: Tensor
+    held_out_labels: Tensor
     noise: Tensor
+    takes_labels = True
 
     def __init__(
         self,
@@ -101,7 +103,14 @@ class Classify(Objective):
         nn.init.zeros_(self.head.bias)
         noise = torch.randn(self.in_chans, *(2 * e for e in self.img_size), generator=torch.Generator().manual_seed(0))
         self.register_buffer("noise", noise, persistent=False)
-        self.register_buffer("labels", torch.zeros(1, dtype=torch.int64), persistent=False)
+        for name in ("labels", "held_out_labels"):
+            self.register_buffer(name, torch.zeros(1, dtype=torch.int64), persistent=False)
+
+    def give_labels(self, labels: Tensor, held_out: Tensor | None = None) -> None:
+        """(files,) int64 classes of the files trained on, by their number, and of those held out."""
+        self.labels = labels.to(self.labels.device)
+        if held_out is not None:
+            self.held_out_labels = held_out.to(self.labels.device)
 
     @classmethod
     def check(cls, *, encoder: Mapping[str, Any], **given: Any) -> None:
