@@ -169,7 +169,9 @@ def define_op(
 
     Args:
         name: Of the op, as :func:`.dispatch.resolve` and messages have it.
-        on_torch: Module whose ``forward`` and ``backward`` take the arguments of the fakes, but for ``impl``.
+        on_torch: Module whose ``forward`` and ``backward`` take the arguments of the fakes, but for ``impl``. Its
+            ``composed``, where it has one, takes those of ``forward`` and returns what ``readers`` hands out, made by
+            torch's own differentiable ops, or None where those would keep or move more than the op.
         on_triton: Name of the same module for Triton, relative to that of ``fake``; imported when it is needed.
         reference: The oracle: takes the inputs of the op but for ``impl`` and returns its results.
         fake: The results without values. Its annotated parameters are the op's schema; the last is ``impl: str``.
@@ -198,9 +200,11 @@ def define_op(
     formula = partial(_formula, len(forward.op._schema.arguments), backward, gradients)
     _register_autograd(forward, save, formula, results)
 
-    def op(select: Callable, oracle: Callable, hand_on: Op | None = None) -> Op:
+    def op(select: Callable, oracle: Callable, hand_on: Op | None = None, composed: Callable | None = None) -> Op:
         function = _function(forward, save, formula, select)
-        eager: dict[str, Callable] = {impl: partial(function.apply, impl) for impl in modules}
+        eager: dict[str, Callable] = {impl: partial(_recorded, function, forward, select, impl) for impl in modules}
+        if composed is not None:
+            eager["torch"] = partial(_composed_or, composed, eager["torch"])
         compiled: dict[str, Callable] = {impl: partial(_compiled, forward, select, impl) for impl in modules}
         truth = {"reference": partial(_true, oracle)}
         formulas = Formulas(save, gradients, select)
@@ -211,7 +215,8 @@ def define_op(
 
     if readers is None:
         return op(chosen, reference)
-    handed = op(readers, lambda *inputs: readers((*inputs, "reference"), tuple_of(reference(*inputs))))
+    handed = op(readers, lambda *inputs: readers((*inputs, "reference"), tuple_of(reference(*inputs))),
+                composed=getattr(on_torch, "composed", None))
     return op(chosen, reference, handed)
 
 
@@ -242,6 +247,13 @@ def autograd_function(name: str, forward: Callable, backward: Callable) -> Any:
     return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(checked)})
 
 
+def _recorded(function: Any, forward: Pass, select: Callable, impl: str, plain: bool, *args: Any) -> Any:
+    """The autograd function, which costs the host as much as a small op; without a graph its forward pass alone."""
+    if not plain or torch.is_grad_enabled():
+        return function.apply(impl, plain, *args)
+    return apart(select((*args, impl), tuple_of(forward.functions[impl](*args))), args)
+
+
 def _register_autograd(forward: Pass, save: Callable, formula: Callable, results: int) -> None:
     """The same formula for those who see the op itself."""
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -252,6 +264,12 @@ def _register_autograd(forward: Pass, save: Callable, formula: Callable, results
 
     torch.library.register_autograd(forward.name, lambda ctx, *grads: formula(ctx, grads[:results]),
                                     setup_context=setup)
+
+
+def _composed_or(composed: Callable, apart: Callable, plain: bool, *args: Any) -> Any:
+    """Torch's autograd costs the host half of what a Python function does; who watches still sees the op."""
+    found = composed(*args) if plain else None
+    return apart(plain, *args) if found is None else found
 
 
 def _compiled(forward: Pass, select: Callable, impl: str, plain: bool, *args: Any) -> Any:

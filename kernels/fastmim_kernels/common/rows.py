@@ -98,8 +98,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
-                        ) -> tuple[Tensor, Tensor]:
-    """(d x in the dtype of x, (2, C) d weight and d bias in :func:`statistics_dtype`) of :func:`layer_norm`.
+                        ) -> tuple[Tensor, Tensor, Tensor]:
+    """(d x in the dtype of x, d weight and d bias (C,) in :func:`statistics_dtype`) of :func:`layer_norm`.
 
     Low precision is widened first: the mixed CPU kernel of torch adds the gradients of the parameters up in
     bfloat16, which is wrong by a tenth and more after some thousand rows.
@@ -109,4 +109,4 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, wei
     dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
         cast(grad, wide), cast(x, wide), weight.shape, mean.view(shape), rstd.view(shape), weight, weight,
         [True, True, True])
-    return cast(dx, x.dtype), torch.stack((d_weight, d_bias))
+    return cast(dx, x.dtype), d_weight, d_bias
