@@ -13,6 +13,13 @@ from ..common.rows import cast, column_sum, layer_norm, layer_norm_backward, not
 from ..patch_merge.on_torch import gather, scatter
 
 
+KEPT_WIDE = 1 << 21
+"""Values of a low-precision branch that a CPU keeps in float32 for backward: with so few, widening them again costs a
+tenth of the pass and keeping them 4 MiB at most; with more, memory and page faults cost more than the widening."""
+CHUNK = 1 << 18
+"""Values that are widened at a time where they are more: a megabyte, which stays in cache."""
+
+
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
             drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
             out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,8 +66,10 @@ def composed(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bia
     if order == "pre":
         added = _add(residual, x, factor, dtype)
         return added, cast(F.layer_norm(added, weight.shape, weight, bias, eps), out_dtype)
-    x = F.layer_norm(x, weight.shape, weight, bias, eps) if x.dtype == dtype else \
-        _NORM_OF_LOW.apply(x, weight, bias, eps)
+    if x.dtype == dtype or x.numel() <= KEPT_WIDE:
+        x = F.layer_norm(cast(x, dtype), weight.shape, weight, bias, eps)
+    else:
+        x = _NORM_OF_LOW.apply(x, weight, bias, eps)
     added = x.add_(residual) if factor is None else _add(residual, x, factor, dtype)
     return added, cast(added, out_dtype)
 
@@ -85,14 +94,24 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
 
 
 def _norm_of_low(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of low-precision x in float32, which keeps x as it is."""
+    """LayerNorm of low-precision x in the dtype of its parameters, which keeps x as it is."""
     out, mean, rstd = layer_norm(x.to(weight.dtype), weight, bias, eps)
     ctx.save_for_backward(x, mean, rstd, weight)
     return out
 
 
 def _norm_of_low_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *layer_norm_backward(grad, *ctx.saved_tensors), None
+    x, mean, rstd, weight = ctx.saved_tensors
+    channels = x.shape[-1]
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums = weight.new_zeros((2, channels))
+    rows = (t.reshape(-1, channels).split(max(CHUNK // channels, 1)) for t in (grad, x, d_x))
+    statistics = (t.split(max(CHUNK // channels, 1)) for t in (mean, rstd))
+    for part, low, out, *kept in zip(*rows, *statistics, strict=True):
+        found, *of_norm = layer_norm_backward(part, low.to(weight.dtype), *kept, weight)
+        out.copy_(found)
+        sums += torch.stack(of_norm)
+    return d_x, *sums.unbind(0), None
 
 
 _NORM_OF_LOW = autograd_function("norm_of_low", _norm_of_low, _norm_of_low_backward)
