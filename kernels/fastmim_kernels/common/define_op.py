@@ -295,8 +295,10 @@ def _keep(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], needs: 
 def _formula(inputs: int, backward: Pass, gradients: Callable, ctx: Any, grads: Sequence[Tensor | None]
              ) -> tuple[Tensor | None, ...]:
     """Gradients of all inputs, and products in their own dtype where ``loss.backward()`` is called inside autocast."""
-    given = next((g for g in grads if g is not None), None)
-    if given is None:
+    for given in grads:
+        if given is not None:
+            break
+    else:
         return (None,) * inputs
     # The saved tensors once: checkpointing gives them out a single time.
     kept = Kept(ctx.saved_tensors, ctx.settings, ctx.needs)

@@ -62,6 +62,13 @@ def zero_rows(x: Tensor, hidden: Tensor) -> Tensor:
     return x.view(bits).bitwise_and(hidden.to(bits).sub_(1).unsqueeze(-1)).view(x.dtype)
 
 
+def zero_rows_(x: Tensor, hidden: Tensor) -> Tensor:
+    """:func:`zero_rows` in x itself."""
+    bits = _BITS[x.element_size()]
+    x.view(bits).bitwise_and_(hidden.to(bits).sub_(1).unsqueeze(-1))
+    return x
+
+
 def replaced_rows(x: Tensor, hidden: Tensor, value: Tensor) -> Tensor:
     """A copy of (…, C) with the (C,) ``value`` of the same dtype in the rows that ``hidden`` marks, bit for bit."""
     bits = _BITS[x.element_size()]
@@ -79,7 +86,7 @@ def marked_sum(x: Tensor, marked: Tensor) -> Tensor:
     flat, marked = x.reshape(-1, x.shape[-1]), marked.reshape(-1)
     if not x.is_cpu:  # where the host would wait for the number of rows
         return torch.where(marked.unsqueeze(-1), flat, 0).sum(0, dtype=wide)
-    rows = marked.nonzero().squeeze(1)
+    rows = marked.nonzero().view(-1)
     if x.dtype != wide:  # bags would be rounded to it
         return flat.index_select(0, rows).sum(0, dtype=wide)
     bags = torch.arange(0, len(rows), 64)

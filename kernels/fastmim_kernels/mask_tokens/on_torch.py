@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.rows import marked_sum, replaced_rows, statistics_dtype, zero_rows
+from ..common.rows import cast, marked_sum, nothing, replaced_rows, statistics_dtype, zero_rows
 
 
 def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -31,11 +31,11 @@ def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Ten
     """Arguments and results of the op ``fastmim::mask_tokens_backward``."""
     grad = grad.contiguous() if more is None else grad.contiguous() + more.contiguous()
     wide = statistics_dtype(grad.dtype)
-    d_pos = grad.sum(0, dtype=wide) if pos else grad.new_empty(0, dtype=wide)
+    d_pos = grad.sum(0, dtype=wide) if pos else nothing(grad, wide)
     d_token = marked_sum(grad, mask)
     d_tokens = zero_rows(grad, mask)
     if weight is None or tokens is None:
-        return d_tokens.to(dtype), d_token[None], d_pos
+        return cast(d_tokens, dtype), d_token.unsqueeze(0), d_pos
     statistics, inner = (mean.unsqueeze(-1), rstd.unsqueeze(-1)), mean.dtype
     d_tokens, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
         d_tokens.to(inner), tokens.contiguous().to(inner), weight.shape, *statistics, weight.to(inner),
