@@ -63,10 +63,12 @@ class Pass:
         return self.functions[args[at]](*args[:at], *args[at + 1 :])
 
     def _run_apart(self, *args: Any) -> Any:
-        """The same for torch, which wants every result to be a new tensor: :func:`.rows.nothing` gives one to many."""
-        found = self.run(*args)
-        return tuple(t if t.numel() else torch.empty_like(t) for t in found) if isinstance(found, tuple) else found
-
+        """The same for torch, which wants every result to be a new tensor: :func:`.rows.nothing` gives one to many, and
+        a gradient that was kept may be what is asked for."""
+        found, given = self.run(*args), set(map(id, args))
+        if not isinstance(found, tuple):
+            return found
+        return tuple(t.clone() if id(t) in given else t if t.numel() else torch.empty_like(t) for t in found)
 
 
 class _Functions(dict[str, Callable]):

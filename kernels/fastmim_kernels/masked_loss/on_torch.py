@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..common.rows import zero_rows_
+from ..common.rows import shown_bits, zero_rows_
 from ..common.token_layout import (
     cover,
     loss_gradient_,
@@ -85,7 +85,7 @@ def _all_differences(prediction: Tensor, target: Tensor, cells: Tensor, mean: Te
         difference = chunk - pixels if chunk.dtype == wide else chunk.to(wide).sub_(pixels)
         difference, chosen = difference.contiguous().flatten(0, 2), cells[part].flatten(0, 2)
         if chosen[0].numel() == 1:
-            zero_rows_(difference.flatten(1), chosen.logical_not().view(-1))
+            zero_rows_(difference.flatten(1), shown_bits(chosen.logical_not().view(-1), wide))
         else:
             mask_cells_(difference, chosen)
         yield slice(start * tokens, (start + images) * tokens), difference

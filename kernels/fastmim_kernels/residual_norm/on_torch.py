@@ -12,7 +12,6 @@ from ..common.define_op import autograd_function
 from ..common.rows import cast, column_sum, layer_norm, layer_norm_backward, nothing, statistics_dtype
 from ..patch_merge.on_torch import gather, scatter
 
-
 KEPT_WIDE = 1 << 21
 """Values of a low-precision branch that a CPU keeps in float32 for backward: with so few, widening them again costs a
 tenth of the pass and keeping them 4 MiB at most; with more, memory and page faults cost more than the widening."""
