@@ -172,8 +172,8 @@ def define_op(
     Args:
         name: Of the op, as :func:`.dispatch.resolve` and messages have it.
         on_torch: Module whose ``forward`` and ``backward`` take the arguments of the fakes, but for ``impl``. Its
-            ``composed``, where it has one, takes those of ``forward`` and returns what ``readers`` hands out, made by
-            torch's own differentiable ops, or None where those would keep or move more than the op.
+            ``composed``, where it has one, takes those of ``forward`` and returns the results (what ``readers`` hands
+            out, if given) with a graph of its own, or None where that would keep or move more than the op's.
         on_triton: Name of the same module for Triton, relative to that of ``fake``; imported when it is needed.
         reference: The oracle: takes the inputs of the op but for ``impl`` and returns its results.
         fake: The results without values. Its annotated parameters are the op's schema; the last is ``impl: str``.
@@ -215,10 +215,11 @@ def define_op(
     def chosen(_: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
         return outputs[0] if results == 1 else outputs[:results]
 
+    composed = getattr(on_torch, "composed", None)
     if readers is None:
-        return op(chosen, reference)
+        return op(chosen, reference, composed=composed)
     handed = op(readers, lambda *inputs: readers((*inputs, "reference"), tuple_of(reference(*inputs))),
-                composed=getattr(on_torch, "composed", None))
+                composed=composed)
     return op(chosen, reference, handed)
 
 
@@ -269,7 +270,7 @@ def _register_autograd(forward: Pass, save: Callable, formula: Callable, results
 
 
 def _composed_or(composed: Callable, apart: Callable, plain: bool, *args: Any) -> Any:
-    """Torch's autograd costs the host half of what a Python function does; who watches still sees the op."""
+    """Results with a graph that costs a CPU less than the op's, where there is one; who watches still sees the op."""
     found = composed(*args) if plain else None
     return apart(plain, *args) if found is None else found
 
