@@ -104,10 +104,10 @@ def _norm_of_low_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     channels = x.shape[-1]
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = weight.new_zeros((2, channels))
-    rows = (t.reshape(-1, channels).split(max(CHUNK // channels, 1)) for t in (grad, x, d_x))
-    statistics = (t.split(max(CHUNK // channels, 1)) for t in (mean, rstd))
-    for part, low, out, *kept in zip(*rows, *statistics, strict=True):
-        found, *of_norm = layer_norm_backward(part, low.to(weight.dtype), *kept, weight)
+    rows = max(CHUNK // channels, 1)
+    maps = (t.reshape(-1, channels).split(rows) for t in (grad, x, d_x))
+    for part, low, out, own_mean, own_rstd in zip(*maps, mean.split(rows), rstd.split(rows), strict=True):
+        found, *of_norm = layer_norm_backward(part, low.to(weight.dtype), own_mean, own_rstd, weight)
         out.copy_(found)
         sums += torch.stack(of_norm)
     return d_x, *sums.unbind(0), None
