@@ -117,7 +117,7 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
         tensors, prefix = _under_prefix(objective, found.tensors)
         notes = check_facts(objective, facts, tensors)
         report = _load_kind(objective, tensors)
-        if isinstance(objective, Objective) and not any(name.startswith("teacher.") for name in report.names.values()):
+        if isinstance(objective, Objective) and not _averages(objective).intersection(report.names.values()):
             objective.after_loading()
     except ValueError as error:
         beside = f" (the file also holds {_some(replaced)}, which is not run)" if replaced else ""
@@ -130,6 +130,12 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
     for note in notes:
         log.warning("%s: %s", path, note)
     return report
+
+
+def _averages(objective: Objective) -> set[str]:
+    """Names of the parameters that are the moving average of others."""
+    averages = {id(param) for teacher, _ in objective.ema() for param in teacher.parameters()}
+    return {name for name, param in objective.named_parameters() if id(param) in averages}
 
 
 def _under_prefix(objective: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -194,13 +200,18 @@ def copy_strictly(
 ) -> None:
     """Copy what ``report.names`` says; every parameter that is not ``optional`` must be there, in its shape.
 
+    Persistent buffers (centres, statistics of BatchNorm) may be there too, then all of them.
+
     Raises:
         ValueError: A tensor is unknown, missing or of another shape; all are named.
     """
-    own = dict(objective.named_parameters())
-    _check_numbers({key: tensors[key] for key in report.names})
+    own = objective.state_dict(keep_vars=True)
+    buffers = {name for name in own if not isinstance(own[name], nn.Parameter)}
+    given = set(report.names.values())
+    none = optional if given.intersection(buffers) else {*optional, *buffers}
+    _check_numbers({key: tensors[key] for key, name in report.names.items() if name not in buffers})
     unknown = [k for k, v in report.names.items() if v not in own]
-    missing = [k for k in own if k not in set(report.names.values()) and k not in optional]
+    missing = [k for k in own if k not in given and k not in none]
     shapes = [
         f"{k} {tuple(tensors[k].shape)} against {tuple(own[v].shape)}"
         for k, v in report.names.items()
