@@ -37,6 +37,7 @@ CHECKS: list[tuple[Callable[[Mapping[str, Any]], bool], Callable[..., Errors]]] 
     (lambda meta: "bytedance/ibot" in meta.get("source", "") and "arch" in meta, self_distilled.ibot),
     (lambda meta: "bytedance/ibot" in meta.get("source", "") and "temps" in meta, self_distilled.ibot_loss),
     (lambda meta: meta.get("case") == "block_masks", tables.block_masks),
+    (lambda meta: meta.get("case") == "downstream", tables.downstream),
     (lambda meta: "ibot" in meta and "iters_per_epoch" in meta, tables.schedules),
 ]
 

@@ -22,6 +22,7 @@ from fastmim.config.fields import (
     Loggers,
     Path,
     PathOrPaths,
+    Positions,
     Positive,
     Positives,
     Probability,
@@ -64,8 +65,12 @@ class ModelSection(Section):
     init_values: Rate | None = Field(None, description="vit: start of LayerScale, 0 = none")
     shared_rel_pos_bias: bool | None = Field(None, description="vit: one relative position bias for all blocks")
     rel_pos_bias: bool | None = Field(None, description="vit: a relative position bias in every block")
-    abs_pos_embed: bool | None = Field(None, description="vit: learned absolute positions")
-    init: Literal["simmim", "timm"] | None = Field(None, description="vit: first weights; timm = as DINO and iBOT")
+    abs_pos_embed: Positions | None = Field(
+        None, description="vit: absolute positions; true = learned, sincos = fixed (MAE), sincos_moco = MoCo v3's order"
+    )
+    init: Literal["simmim", "timm", "mae", "moco"] | None = Field(
+        None, description="vit: first weights; timm = as DINO and iBOT"
+    )
     init_from: Path | None = Field(
         None, description="weights to start from: .safetensors or .pth, timm's names or ours"
     )

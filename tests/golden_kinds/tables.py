@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastmim.models.positions import resize_positions, sincos_positions
 from fastmim.objectives.block_masks import beit_mask, ibot_mask
 from fastmim.objectives.schedule import Schedule
 from fastmim.objectives.self_distillation import warm_temperature
@@ -33,6 +34,21 @@ def schedules(table: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], imp
             curve = Schedule(name="cosine", base_lr=numbers[0], min_lr=numbers[1], total_steps=length)
             own = [curve(step) for step in range(length)]
         found[f"ibot {name.split()[0]}"] = (relative(own, values), 1e-9)
+    return found
+
+
+def downstream(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl: str) -> Errors:
+    """Positions, fixed and resized; of the tools that are not built yet there is nothing to compare."""
+    found = {}
+    for name in tensors:
+        if fixed := re.fullmatch(r"sincos\.(mae|moco)\.(\d+)x(\d+)_(\d+)", name):
+            kind = "sincos" if fixed[1] == "mae" else "sincos_moco"
+            own = sincos_positions((int(fixed[2]), int(fixed[3])), int(fixed[4]), kind)
+            found[name] = (relative(own[0], tensors[name]), 1e-6)
+        elif crop := re.fullmatch(r"abs\.ibot\.(\d+)to(\d+)_p(\d+)\.dst", name):
+            grid, to = ((int(crop[i]) // int(crop[3]),) * 2 for i in (1, 2))
+            own = resize_positions(tensors[name.replace(".dst", ".src")], grid, to)
+            found[name.removesuffix(".dst")] = (relative(own, tensors[name]), 1e-6)
     return found
 
 
