@@ -122,5 +122,7 @@ class Run:
             ("momentum encoder's end", self.average, "momentum_end."),
             ("statistics' end", buffers, "buffer_end."),
         ):
+            named = [own_name(key.removeprefix(kind)) for key in tensors if key.startswith(kind)]
+            assert named and not set(named) - values.keys(), (what, set(named) - values.keys())
             found[what] = (ends(values, tensors, kind, own_name), 1e-4)
         return found

@@ -17,7 +17,7 @@ from .common import Errors, relative
 
 
 def schedules(table: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl: str) -> Errors:
-    """Those of iBOT; of the objectives that are not built yet there is nothing to compare."""
+    """Those of iBOT and MoCo v3; of the objectives that are not built yet there is nothing to compare."""
     length, per_epoch = table["epochs"] * table["iters_per_epoch"], table["iters_per_epoch"]
     found = {}
     for name, values in table["ibot"].items():
@@ -34,6 +34,14 @@ def schedules(table: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], imp
             curve = Schedule(name="cosine", base_lr=numbers[0], min_lr=numbers[1], total_steps=length)
             own = [curve(step) for step in range(length)]
         found[f"ibot {name.split()[0]}"] = (relative(own, values), 1e-9)
+    for name, values in table.get("moco_v3", {}).items():
+        if name == "lr":
+            curve = Schedule(name="cosine", base_lr=table["base_lr"], total_steps=length,
+                             warmup_steps=table["warmup_epochs"] * per_epoch)  # fmt: skip
+        else:
+            first, last = (float(word) for word in name.split() if word.replace(".", "").isdigit())
+            curve = Schedule(name="cosine", base_lr=first, min_lr=last, total_steps=length)
+        found[f"moco {name.split()[0]}"] = (relative([curve(step) for step in range(length)], values), 1e-9)
     return found
 
 
