@@ -140,8 +140,10 @@ def _averages(objective: Objective) -> set[str]:
 
 def _under_prefix(objective: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The tensors of the objective, or else of the encoder alone, without the prefix of their names."""
-    prefix = split_prefix(tensors)
     own = {name for name, _ in objective.named_parameters()}
+    if own <= tensors.keys():
+        return tensors, ""
+    prefix = split_prefix(tensors)
     outer = prefix.removesuffix("encoder.")
     whole = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name.startswith(outer)}
     if own <= whole.keys() or "decoder.0.weight" in whole:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import create_encoder
+from ..models import create_encoder, encoder_settings
 from .across_ranks import gather, ranks
 from .base import Objective
 from .groups import all_decay
@@ -77,7 +77,7 @@ class MoCo(Objective):
 
     @classmethod
     def check(cls, *, encoder: Mapping[str, Any], **given: Any) -> None:
-        """Sizes and shares are possible, see :meth:`Objective.check`."""
+        """Sizes and shares are possible, and the encoder knows where a patch is; see :meth:`Objective.check`."""
         for name in ("hidden_dim", "out_dim", "projector_layers", "predictor_layers"):
             if given[name] < 1:
                 raise ValueError(f"{name}={given[name]}: must be at least 1")
@@ -87,6 +87,12 @@ class MoCo(Objective):
             raise ValueError(f"momentum={given['momentum']}: must lie in [0, 1]")
         if not 0 < given["scale"][0] <= given["scale"][1] <= 1:
             raise ValueError(f"scale={list(given['scale'])}: must satisfy 0 < low <= high <= 1")
+        settings = encoder_settings(encoder)
+        where = ("abs_pos_embed", "rel_pos_bias", "shared_rel_pos_bias")
+        if settings["name"] == "vit" and not any(settings[kind] for kind in where):
+            raise ValueError(
+                "abs_pos_embed=false: the ViT would not know where a patch is; use abs_pos_embed=sincos_moco"
+            )
 
     def forward(self, images: Images, mask: Tensor) -> dict[str, Tensor]:
         """Loss of a micro-batch; in training with the keys and statistics of all ranks.

@@ -1,4 +1,4 @@
-"""Trains a tiny iBOT several times in one process per rank: ``python ibot_worker.py RUNS.json [STEP]``.
+"""Trains a tiny iBOT, or MoCo v3, several times in one process per rank: ``python ibot_worker.py RUNS.json [STEP]``.
 
 RUNS.json holds a list of the arguments of :func:`train`. With STEP the last rank kills itself in that step, between the
 update of the student and that of the teacher.
@@ -41,13 +41,21 @@ DECAY = Schedule(name="cosine", base_lr=0.04, min_lr=0.4, total_steps=STEPS)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def new_objective(recompute: str = "none", momentum: float = MOMENTUM, encoder: str = "vit") -> Any:
-    """With 32 prototypes that are still in the first epoch, and temperatures that warm up; 4 × 4 tokens a crop."""
+def new_objective(
+    recompute: str = "none", momentum: float = MOMENTUM, encoder: str = "vit", name: str = "ibot"
+) -> Any:
+    """4 × 4 tokens a crop; of iBOT 32 prototypes that are still in the first epoch, and temperatures that warm up."""
     torch.manual_seed(0)
+    settings = {"name": encoder, "img_size": 32, **ENCODERS[encoder]}
+    if name == "moco":
+        settings |= {"abs_pos_embed": "sincos_moco", "init": "moco"}
+        own = {"hidden_dim": 24, "out_dim": 12, "momentum": momentum, "augment": False}
+        objective = create_objective(name, encoder=settings, impl="torch", **own)
+        apply_recompute(objective, recompute)
+        return objective
     own = {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_size": 16, "augment": False}
     schedules = {"warmup_teacher_temp_epochs": 2, "momentum_teacher": momentum, "freeze_last_layer": 1}
-    settings = {"name": encoder, "img_size": 32, **ENCODERS[encoder]}
-    objective = create_objective("ibot", encoder=settings, impl="torch", **own, **schedules)
+    objective = create_objective(name, encoder=settings, impl="torch", **own, **schedules)
     apply_recompute(objective, recompute)
     return objective
 
@@ -129,7 +137,8 @@ def train(
         images, mask = batch_of(step)
         size = BATCH // world.size // accum
         ids = [torch.arange(size) + size * (world.rank + world.size * micro) for micro in range(accum)]
-        batches = iter([(0, SimpleNamespace(images=[crop[:, i] for crop in images], sample_ids=i)) for i in ids])
+        views = images[: len(engine.objective.views())]
+        batches = iter([(0, SimpleNamespace(images=[crop[:, i] for crop in views], sample_ids=i)) for i in ids])
         engine.objective.random_mask = lambda i, seed, epoch, mask=mask: mask[:, i]
         lengths = {"total": STEPS, "steps_per_epoch": EPOCH}
         with overflows:
@@ -148,7 +157,8 @@ def train(
 
 def publish(engine: Any, folder: Path, world: World, stage: int | None) -> None:
     """Write what the forward pass reads of the teacher."""
-    params = dict(engine.objective.teacher.named_parameters())
+    teachers = {id(param) for teacher, _ in engine.objective.ema() for param in teacher.parameters()}
+    params = {name: param for name, param in engine.objective.named_parameters() if id(param) in teachers}
     gathered: Any = nullcontext()
     if stage == 3:
         gathered = import_deepspeed(world.device).zero.GatheredParameters(list(params.values()))
