@@ -69,6 +69,14 @@ def batch_of(step: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor
     return (crops[0], crops[1]), torch.rand(2, BATCH, 4, 4, generator=generator) < 0.4
 
 
+def pairs_of(step: int) -> tuple[tuple[torch.Tensor], torch.Tensor]:
+    """MoCo's two crops, and no mask. Images differ in their colour: BatchNorm divides by how much they do."""
+    generator = torch.Generator().manual_seed(step)
+    colour = torch.randn(BATCH, 3, 1, 1, generator=generator)
+    crops = 0.7 * torch.randn(2, BATCH, 3, 32, 32, generator=generator) + colour
+    return (crops,), torch.zeros(2, BATCH, 4, 4, dtype=torch.bool)
+
+
 def new_engine(
     world: World, stage: int | None, precision: str, accum: int, persistent: bool, offload: bool, **options: Any
 ) -> Any:
@@ -134,11 +142,10 @@ def train(
         die_after_the_students_update(engine, kill_in)
     for step in range(engine.steps, STEPS):
         overflows = overflowing(engine) if step == overflow_in else nullcontext()
-        images, mask = batch_of(step)
+        images, mask = batch_of(step) if len(engine.objective.views()) > 1 else pairs_of(step)
         size = BATCH // world.size // accum
         ids = [torch.arange(size) + size * (world.rank + world.size * micro) for micro in range(accum)]
-        views = images[: len(engine.objective.views())]
-        batches = iter([(0, SimpleNamespace(images=[crop[:, i] for crop in views], sample_ids=i)) for i in ids])
+        batches = iter([(0, SimpleNamespace(images=[crop[:, i] for crop in images], sample_ids=i)) for i in ids])
         engine.objective.random_mask = lambda i, seed, epoch, mask=mask: mask[:, i]
         lengths = {"total": STEPS, "steps_per_epoch": EPOCH}
         with overflows:
