@@ -1,4 +1,4 @@
-"""Checkpoints of facebookresearch/moco-v3: base encoder, predictor, momentum encoder and their statistics, in and out."""
+"""Checkpoints of facebookresearch/moco-v3: both encoders, predictor and the statistics of their norms, in and out."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class MoCo(Objective):
             to 0 where every image gets the same.
         """
         crops = self.crops(images)
-        features = self.encoder.forward_tokens(crops)[0].unflatten(0, (VIEWS, -1))
+        features = self.encoder.class_tokens(crops).unflatten(0, (VIEWS, -1))
         loss, accuracy = self.contrast(self.predictor(self.head(features)), self.keys(crops))
         return {"loss": loss, "accuracy": accuracy, "feature_std": spread(features)}
 
@@ -124,7 +124,7 @@ class MoCo(Objective):
     @torch.no_grad()
     def keys(self, crops: Tensor) -> Tensor:
         """(2B, C, H, W) → (2, B, out_dim)."""
-        features: Tensor = self.momentum_encoder.encoder.forward_tokens(crops)[0]
+        features: Tensor = self.momentum_encoder.encoder.class_tokens(crops)
         keys: Tensor = self.momentum_encoder.head(features.unflatten(0, (VIEWS, -1)))
         return keys
 

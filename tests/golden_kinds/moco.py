@@ -55,9 +55,7 @@ def batches(meta: Mapping[str, Any], channels: int) -> Iterator[tuple[int, Any]]
 def moco(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl: str) -> Errors:
     params = weights(tensors)
     cfg, per_epoch = moco_config(meta, params), meta["iters_per_epoch"]
-    objective = create_objective(
-        "moco", encoder=cfg.model.encoder_kwargs(), impl=impl, **cfg.objective.arguments()
-    )
+    objective = create_objective("moco", encoder=cfg.model.encoder_kwargs(), impl=impl, **cfg.objective.arguments())
     errors = {"positions": (relative(objective.encoder.pos_embed, params["base_encoder.pos_embed"]), 1e-6)}
     load_reference(objective, params)
     engine = make_engine(cfg, objective, World(0, 1, 0, torch.device("cpu")))
