@@ -120,7 +120,7 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
         notes = check_facts(objective, facts, tensors)
         fitted, resized = _fitted(objective, tensors, facts)
         report = _load_kind(objective, fitted)
-        if isinstance(objective, Objective) and not any(name.startswith("teacher.") for name in report.names.values()):
+        if isinstance(objective, Objective) and not _averages(objective).intersection(report.names.values()):
             objective.after_loading()
     except ValueError as error:
         beside = f" (the file also holds {_some(replaced)}, which is not run)" if replaced else ""
@@ -145,10 +145,18 @@ def _fitted(
     return fit_sizes(encoder, tensors, stored_settings(facts))
 
 
+def _averages(objective: Objective) -> set[str]:
+    """Names of the parameters that are the moving average of others."""
+    averages = {id(param) for teacher, _ in objective.ema() for param in teacher.parameters()}
+    return {name for name, param in objective.named_parameters() if id(param) in averages}
+
+
 def _under_prefix(objective: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The tensors of the objective, or else of the encoder alone, without the prefix of their names."""
-    prefix = split_prefix(tensors)
     own = {name for name, _ in objective.named_parameters()}
+    if own <= tensors.keys():
+        return tensors, ""
+    prefix = split_prefix(tensors)
     outer = prefix.removesuffix("encoder.")
     whole = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name.startswith(outer)}
     if own <= whole.keys() or "decoder.0.weight" in whole:
@@ -207,13 +215,18 @@ def copy_strictly(
 ) -> None:
     """Copy what ``report.names`` says; every parameter that is not ``optional`` must be there, in its shape.
 
+    Persistent buffers (centres, statistics of BatchNorm) may be there too, then all of them.
+
     Raises:
         ValueError: A tensor is unknown, missing or of another shape; all are named.
     """
-    own = dict(objective.named_parameters())
-    _check_numbers({key: tensors[key] for key in report.names})
+    own = objective.state_dict(keep_vars=True)
+    buffers = {name for name in own if not isinstance(own[name], nn.Parameter)}
+    given = set(report.names.values())
+    none = optional if given.intersection(buffers) else {*optional, *buffers}
+    _check_numbers({key: tensors[key] for key, name in report.names.items() if name not in buffers})
     unknown = [k for k, v in report.names.items() if v not in own]
-    missing = [k for k in own if k not in set(report.names.values()) and k not in optional]
+    missing = [k for k in own if k not in given and k not in none]
     shapes = [
         f"{k} {tuple(tensors[k].shape)} against {tuple(own[v].shape)}"
         for k, v in report.names.items()

@@ -195,6 +195,11 @@ class VisionTransformer(nn.Module):
         """See :func:`.features.pooled_features`."""
         return pooled_features(self, images, last, normed)
 
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """The (B, D) of :meth:`forward_tokens` alone: the last block projects no patches, and has no MLP of them."""
+        x, _ = self._embed(images, None)
+        return self._blocks(x, torch.arange(len(x), device=x.device) * x.shape[1])[1]
+
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
         """(B, C, H, W) → (B, heads, H/p, W/p) float32: what the class token attends to in the last block.

@@ -70,7 +70,7 @@ class Objective(nn.Module):
         """
 
     def forward(self, images: Any, mask: Tensor) -> dict[str, Tensor]:
-        """Loss of a micro-batch: traceable, no data-dependent shape, no collective.
+        """Loss of a micro-batch: traceable, no data-dependent shape, no collective but :func:`.across_ranks.gather`.
 
         Args:
             images: :data:`Images`, as :meth:`views` asked for them.
