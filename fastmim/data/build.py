@@ -65,7 +65,7 @@ def build_loader(
     Args:
         path: folder of images, searched recursively, or shards (``shards.py``); with `file_list`, what its entries
             are relative to. Several of them are one set of images, in this order.
-        index: instead of `path`: images that :func:`~fastmim.data.source.open_index` has listed before, or some of them.
+        index: instead of `path`: images that :func:`~fastmim.data.source.open_index` has listed, or some of them.
         weights: of several: the share of the training samples that each gives; None: by its number of images.
         val_fraction: the share of the images that train=False reads and train=True leaves out (``held_out.py``);
             None: each reads all.

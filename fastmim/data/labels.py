@@ -52,10 +52,8 @@ def read_labels(index: ImageIndex, table: str | os.PathLike[str] | None = None, 
             that is not there or one twice; there are fewer than two classes.
     """
     parts: Sequence[ImageIndex] = index.parts if isinstance(index, SeveralIndex) else [index]
-    if table is not None:
-        names = _from_table(parts, table)
-    else:
-        names = [one for part in parts for one in _of_part(part, field)]
+    own = (_of_part(part, field) for part in parts)
+    names = [name for one in own for name in one] if table is None else _from_table(parts, table)
     distinct = sorted({name for name in names if name is not None}, key=_in_order)
     if len(distinct) < 2:
         found = f"one class alone ({printable(os.fsdecode(distinct[0]))})" if distinct else "no class"
