@@ -18,7 +18,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     demo = data_commands.add_parser("demo", parents=[common], help="write a few hundred real photograph tiles")
     demo.add_argument("folder", metavar="DIR", help="gets the folders train and val")
     demo.set_defaults(command=data_demo)
-    digits = data_commands.add_parser("digits", parents=[common], help="write 5,000 handwritten digits in class folders")
+    digits = data_commands.add_parser("digits", parents=[common], help="write 5,000 labelled handwritten digits")
     digits.add_argument("folder", metavar="DIR", help="gets train/0 … 9 and val/0 … 9")
     digits.set_defaults(command=data_digits)
     check = data_commands.add_parser("check", parents=[common], help="decode every image, name the bad files")

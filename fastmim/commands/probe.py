@@ -23,7 +23,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
                        "train and val, each of these")
     probe.add_argument("overrides", metavar="key=value", nargs="*",
                        help="how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
-    probe.add_argument("--val", metavar="DIR", help="images to try it on (default: DIR/val, else a fifth of each class)")
+    probe.add_argument("--val", metavar="DIR", help="to try it on (default: DIR/val, else a fifth of each class)")
     probe.add_argument("--labels", metavar="CSV", help="lines file,class, instead of class folders")
     probe.add_argument("--protocol", choices=_PROTOCOLS, default="dino", help="whose linear probe (default dino)")
     probe.add_argument("--pool", choices=("cls", "mean"), help="what stands for an image (default: the class token of "

@@ -200,7 +200,7 @@ class TrainSection(Section):
     keep: Positive = Field(2, description="checkpoints kept, the newest")
     val_every: Count = Field(0, description="steps between validations, 0 = at the end only")
     val_batches: Positive | None = Field(None, description="micro-batches per validation, null = all held-out images")
-    probe_every: Count = Field(0, description="steps between k-NN and RankMe of data.labelled_path, 0 = at the end only")
+    probe_every: Count = Field(0, description="steps between k-NN and RankMe of labelled_path, 0 = at the end only")
     probe_images: Positive | None = Field(10_000, description="of labelled_path, evenly spread; null = all")
     picture_every: Count = Field(0, description="steps between reconstruction pictures, 0 = at the end only")
     resume: Path = Field(

@@ -39,7 +39,7 @@ from fastmim.objectives.schedule import Schedule, scale_lr
 log = logging.getLogger("fastmim")
 
 _OF_A_CROP = {"scale", "ratio", "hflip", "interpolation"}
-# The keys of the data section that are not arguments of build_loader: the folders that are looked at, and the objective's.
+# Keys of the data section that are not arguments of build_loader: of images that are looked at, and the objective's.
 _NOT_THE_LOADERS = {"val_path", "labelled_path", "labels", "mean", "std"}
 
 

@@ -6,11 +6,10 @@ A rate for each classifier is what torch's own optimisers, whose groups are of w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-
-_TRUST = 0.001
 
 
 class Momentum:
@@ -36,15 +35,19 @@ class Momentum:
 
 
 class Lars(Momentum):
-    """LARS (You et al. 2017) as MAE and MoCo v3 have it: a matrix's gradient gets 0.001 of the matrix's length; what
-    is of one dimension is left as it is."""
+    """LARS (You et al. 2017) as MAE and MoCo v3 have it: a matrix's gradient gets the length ``trust`` times the
+    matrix's; what is of one dimension is left as it is."""
+
+    def __init__(self, *args: Any, trust: float = 0.001, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.trust = trust
 
     def scaled(self, param: Tensor, grad: Tensor) -> Tensor:
         if param.shape[1] == 1:  # biases
             return grad
         own, length = (x.pow(2).sum((1, 3), keepdim=True).sqrt() for x in (param, grad))
         usable = (own > 0) & (length > 0)
-        return grad * torch.where(usable, _TRUST * own / length.where(usable, 1.0), 1.0)
+        return grad * torch.where(usable, self.trust * own / length.where(usable, 1.0), 1.0)
 
 
 class AdamW:

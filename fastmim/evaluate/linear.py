@@ -1,4 +1,4 @@
-"""Linear probes on frozen features: classifiers of all rates and sets of features in one pass, as one batched product."""
+"""Linear probes on frozen features: classifiers of all rates and sets of features at once, as one batched product."""
 
 from __future__ import annotations
 

@@ -39,6 +39,18 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """23 pictures of two classes, one lighter than the other: an odd number, for two ranks."""
+    folder = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(1)
+    for i in range(23):
+        coarse = generator.integers(90 * (i % 2), 150 + 90 * (i % 2), (4, 4, 3), dtype=np.uint8)
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(coarse).resize((40, 48), Image.Resampling.BICUBIC).save(folder / "ab"[i % 2] / f"{i:02d}.png")
+    return folder
+
+
 @pytest.fixture
 def new_objective():
     """Builds a small SwinV2 objective from a seed."""

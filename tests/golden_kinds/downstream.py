@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import Lars
 
 from fastmim import create_objective
 from fastmim.engine.optim import param_groups
+from fastmim.evaluate.directions import Lars
+from fastmim.evaluate.knn import knn_accuracy, knn_votes
 from fastmim.interop.load import shift_downsample
 from fastmim.models.positions import resize_positions, sincos_positions
 from fastmim.models.resample import resample_bias_table, resample_class_table, resample_positions
@@ -31,8 +32,10 @@ def downstream(meta: Mapping[str, Any], tensors: Tensors, impl: str) -> Errors:
                 kind = case.split(".")[0] if not case.startswith("abs") else ".".join(case.split(".")[:2])
                 worst[kind] = (max(error, worst.get(kind, (0.0, 0))[0]), limit)
     worst["v2"] = (max(map(lambda name: window(tensors, name, impl), _windows(tensors)), default=0.0), 1e-5)
+    if any(name.startswith("knn.") for name in tensors):
+        worst |= knn({name.removeprefix("knn."): value for name, value in tensors.items() if name.startswith("knn.")})
     if "lars.weight" in tensors:
-        worst["lars"] = (lars(meta, tensors), 1e-5)
+        worst |= lars(meta["lars"], tensors)
     return worst
 
 
@@ -98,18 +101,33 @@ def window(tensors: Tensors, case: str, impl: str) -> float:
     return max(*errors, relative(out.flatten(1, 2).detach(), tensors[f"{case}.out"]))
 
 
-def lars(meta: Mapping[str, Any], tensors: Tensors) -> float:
-    """timm's, which a linear probe in MAE's way takes: vectors are not adapted."""
-    numbers = {name: float(value) for name, value in re.findall(r"(\w+)=([\d.]+)", meta["lars"])}
-    weight, bias = (torch.nn.Parameter(tensors[f"lars.{name}"].clone()) for name in ("weight", "bias"))
-    how = dict(lr=numbers["lr"], momentum=numbers["momentum"], trust_coeff=numbers["trust_coefficient"])
-    optimisers = [Lars([weight], always_adapt=True, **how), Lars([bias], always_adapt=False, **how)]
-    for step in range(len(tensors["lars.grads_weight"])):
-        for param, name, optimiser in zip((weight, bias), ("weight", "bias"), optimisers, strict=True):
-            param.grad = tensors[f"lars.grads_{name}"][step].clone()
-            optimiser.step()
-    ends = tensors["lars.weight_end"], tensors["lars.bias_end"]
-    return max(relative(a.detach(), b) for a, b in zip((weight, bias), ends, strict=True))
+def knn(part: Tensors) -> Errors:
+    """Votes for every class and accuracies, of each k."""
+    train, labels, test, truth = (part[name] for name in ("train", "train_labels", "test", "test_labels"))
+    ks = sorted(int(name.removeprefix("votes")) for name in part if name.startswith("votes"))
+    classes = part[f"votes{ks[0]}"].shape[1]
+    tables = [votes for _, votes in knn_votes(train, labels, test, classes=classes, neighbours=ks)]
+    accuracy = knn_accuracy(train, labels, test, truth, classes=classes, neighbours=ks)
+    errors: Errors = {}
+    for k in ks:
+        errors[f"{k}-NN votes"] = (relative(torch.cat([votes[k] for votes in tables]), part[f"votes{k}"]), 1e-5)
+        errors[f"{k}-NN accuracy"] = (relative(accuracy[k], part[f"top{k}"]), 1e-6)
+    return errors
+
+
+def lars(said: str, tensors: Tensors) -> Errors:
+    """A weight and a bias after steps with given gradients."""
+    numbers = {name: float(value) for name, value in re.findall(r"(\w+)=([\d.e-]+)", said)}
+    weight, bias = tensors["lars.weight"].T[None, :, None].clone(), tensors["lars.bias"][None, None, None].clone()
+    direction = Lars([weight, bias], numbers["weight_decay"], numbers["momentum"], trust=numbers["trust_coefficient"])
+    for of_weight, of_bias in zip(tensors["lars.grads_weight"], tensors["lars.grads_bias"], strict=True):
+        steps = direction([weight, bias], [of_weight.T[None, :, None], of_bias[None, None, None]])
+        for param, step in zip((weight, bias), steps, strict=True):
+            param.sub_(numbers["lr"] * step)
+    return {
+        "LARS weight": (relative(weight[0, :, 0].T, tensors["lars.weight_end"]), 1e-5),
+        "LARS bias": (relative(bias[0, 0, 0], tensors["lars.bias_end"]), 1e-5),
+    }
 
 
 # Layers
