@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from fastmim.config import Config
 
 OBJECTIVE = "classify"
-ENCODER_FILE = "encoder.safetensors"
 # What a fine-tuning may have in another way than the encoder's file says.
 _NOT_OF_THE_FILE = {"drop_path_rate", "residual_dtype", "init"}
 
@@ -36,7 +35,7 @@ def finetune_config(options: argparse.Namespace) -> Config:
 
     tree = read_tree(options.config, options.overrides)
     if options.encoder is not None:
-        tree = merge_trees(_of_encoder(_file(Path(options.encoder))), tree)
+        tree = merge_trees(_of_encoder(Path(options.encoder)), tree)
     cfg = config_of(tree)
     if cfg.objective.name != OBJECTIVE:
         name = cfg.objective.name
@@ -44,31 +43,23 @@ def finetune_config(options: argparse.Namespace) -> Config:
     return cfg
 
 
-def _file(encoder: Path) -> Path:
-    file = encoder / ENCODER_FILE if encoder.is_dir() else encoder
+def _of_encoder(source: Path) -> dict[str, Any]:
+    """The tree of a config whose model is that of a run or a file.
+
+    A ViT's table for all blocks becomes one for each, and fixed positions become learnt ones, as in SimMIM's and MAE's
+    fine-tuning; a SwinV2's position biases stay those of the window that they were trained with.
+    """
+    from fastmim.engine.probe import ENCODER_FILE, encoder_facts
+
+    file = source / ENCODER_FILE if source.is_dir() else source
     if not file.is_file():
-        fix = f"fastmim convert {encoder} {encoder / ENCODER_FILE}" if encoder.is_dir() else "give one of fastmim's"
-        raise ValueError(f"--encoder {encoder}: no {ENCODER_FILE} there; {fix}")
-    return file
-
-
-def _of_encoder(file: Path) -> dict[str, Any]:
-    """The tree of a config whose model is that of a file; a ViT's table for all blocks becomes one for each."""
-    from safetensors import SafetensorError, safe_open
-
-    from fastmim.interop.facts import read_facts
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            facts = read_facts(opened.metadata())
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--encoder {file}: not a readable .safetensors file ({reason})") from None
-    settings = {key: value for key, value in facts.get("encoder", {}).items() if key not in _NOT_OF_THE_FILE}
-    if not settings:
-        raise ValueError(f"--encoder {file}: says nothing of its architecture; give model.… and model.init_from={file}")
+        fix = f"`fastmim convert {source} {file}` makes it" if source.is_dir() else "give a run's folder"
+        raise ValueError(f"--encoder {source}: no {file.name} there; {fix}")
+    facts = encoder_facts(file)
+    settings = {key: value for key, value in facts["encoder"].items() if key not in _NOT_OF_THE_FILE}
     if settings.pop("shared_rel_pos_bias", False):
         settings |= {"shared_rel_pos_bias": False, "rel_pos_bias": True}
+    settings["abs_pos_embed"] = bool(settings["abs_pos_embed"]) if "abs_pos_embed" in settings else None
     if settings.get("name") == "swinv2" and not settings.get("pretrained_window_size"):
         settings["pretrained_window_size"] = settings["window_size"]
     statistics = {key: value for key, value in facts.get("statistics", {}).items() if key in ("mean", "std") and value}

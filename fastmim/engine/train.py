@@ -84,7 +84,7 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
         shown |= {"probe": watch, "classes": classes}
         run = stack.enter_context(closing(make_run(cfg, parts, world, stored, start, **shown)))
         stop = stack.enter_context(StopRequest(ends_process=ends_process))
-        for waited_for in (loader, run.val_loader, watch and watch.loader):
+        for waited_for in (loader, run.val_loader, None if watch is None else watch.loader):
             if waited_for is not None:
                 waited_for.stop = lambda: stop.requested
         run.begin(banner(cfg, parts, world, start))

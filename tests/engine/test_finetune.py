@@ -155,4 +155,4 @@ def test_finetune_wants_a_fine_tuning(tmp_path, capsys):
     assert main(["finetune", str(tmp_path / "c.yaml"), "data.path=x"]) == 2
     assert "finetune learns classes; use classify" in capsys.readouterr().err
     assert main(["finetune", str(tmp_path / "c.yaml"), "--encoder", str(tmp_path)]) == 2
-    assert "no encoder.safetensors there; fastmim convert" in capsys.readouterr().err
+    assert "no encoder.safetensors there; `fastmim convert" in capsys.readouterr().err
