@@ -34,7 +34,7 @@ def gather(x: Tensor, count: int) -> Tensor:
 @torch.library.custom_op("fastmim::gather_ranks", mutates_args=())
 def _gathered(x: Tensor, count: int) -> Tensor:
     parts = x.new_empty(count, *x.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous())
+    dist.all_gather(list(parts.unbind(0)), x.contiguous())
     return parts
 
 

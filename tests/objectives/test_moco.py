@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from fastmim import create_objective
+from fastmim import create_objective, load_config
+from fastmim.engine.build import make_schedule
 from fastmim.interop import load_reference, load_weights
 from fastmim.interop.moco import official_name, own_name, save_moco
 from fastmim.objectives.moco import spread
@@ -66,6 +70,22 @@ def test_views_are_normalised_one_after_the_other(affine):
     torch.testing.assert_close(dict(own.named_buffers()), dict(theirs.named_buffers()), **close)
     by_running = torch.stack([theirs.eval()(one) for one in exact])
     torch.testing.assert_close(own.eval()(x), by_running, **close)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_gather_is_an_operator_for_fake_tensors_and_compilers(one_rank):
+    """With a fake, a gradient and no hidden effect; two ranks stand in tests/engine/test_ibot_ranks.py."""
+    x = torch.randn(3, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastmim.gather_ranks, (x, 1))
+    (grad,) = torch.autograd.grad(torch.ops.fastmim.gather_ranks(x, 1).square().sum(), x)
+    assert torch.equal(grad, 2 * x)
 
 
 def test_one_image_has_no_statistics():
@@ -202,3 +222,23 @@ def test_a_whole_file_keeps_the_momentum_encoder_and_statistics(trained, tmp_pat
 def test_arguments_that_cannot_be(given, message):
     with pytest.raises(ValueError, match=message):
         new_objective(**given)
+
+
+@pytest.mark.parametrize(("size", "width"), [("small", 384), ("base", 768)])
+def test_the_published_settings(size, width):
+    """Those of the paper's section 4 and of the authors' commands, written out once more."""
+    cfg = load_config(Path(__file__).parents[2] / f"configs/moco/vit_{size}.yaml")
+    task, optim, model = cfg.objective, cfg.optim, cfg.model
+    assert (model.embed_dim, model.depth, model.num_heads, model.patch_size) == (width, 12, 12, 16)
+    assert (model.key_bias, model.abs_pos_embed, model.init) == (True, "sincos_moco", "moco")
+    assert (task.hidden_dim, task.out_dim, task.projector_layers, task.predictor_layers) == (4096, 256, 3, 2)
+    assert (task.temperature, task.momentum, task.freeze_patch_embed, task.scale) == (0.2, 0.99, True, (0.08, 1.0))
+    assert (optim.weight_decay, optim.policy, optim.clip_grad, optim.betas) == (0.1, "parity", None, (0.9, 0.999))
+    assert (cfg.train.global_batch_size, cfg.train.epochs) == (4096, 300)
+    rate = make_schedule(cfg, 312, 4096)
+    assert [rate(step) for step in (0, 20 * 312, 40 * 312)] == pytest.approx([0, 1.2e-3, 2.4e-3])
+    assert rate(170 * 312) == pytest.approx(1.2e-3)  # half way from 40 to 300 epochs
+    first, second = new_objective(augment=True).views()
+    assert first.photometric.jitter == (0.4, 0.4, 0.2, 0.1) and first.interpolation == "bilinear"
+    drawn = [(v.photometric.blur_p, v.photometric.solarize_p) for v in (first, second)]
+    assert drawn == [(1.0, 0.0), (0.1, 0.2)]
