@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmim_kernels.common.rows import cast, statistics_dtype
 from fastmim_kernels.reference import pixel_shuffle
 
 from ..models import Encoder
@@ -69,7 +70,8 @@ class ProjectionHead(nn.Module):
 
     def directions(self, tokens: Tensor) -> Tensor:
         """(R, in_dim) → (R, bottleneck_dim) of length 1, float32: in half precision short vectors lose theirs."""
-        return F.normalize(self.mlp(tokens).float(), dim=-1, eps=1e-12)
+        out: Tensor = self.mlp(tokens)
+        return F.normalize(cast(out, statistics_dtype(out.dtype)), dim=-1, eps=1e-12)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(R, in_dim) → (R, out_dim) logits, in the dtype of the products."""

@@ -41,10 +41,13 @@ DECAY = Schedule(name="cosine", base_lr=0.04, min_lr=0.4, total_steps=STEPS)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def new_objective(recompute: str = "none", momentum: float = MOMENTUM, encoder: str = "vit") -> Any:
+def new_objective(
+    recompute: str = "none", momentum: float = MOMENTUM, encoder: str = "vit", crop_chunks: int = 0
+) -> Any:
     """With 32 prototypes that are still in the first epoch, and temperatures that warm up; 4 × 4 tokens a crop."""
     torch.manual_seed(0)
     own = {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_size": 16, "augment": False}
+    own["crop_chunks"] = crop_chunks
     schedules = {"warmup_teacher_temp_epochs": 2, "momentum_teacher": momentum, "freeze_last_layer": 1}
     settings = {"name": encoder, "img_size": 32, **ENCODERS[encoder]}
     objective = create_objective("ibot", encoder=settings, impl="torch", **own, **schedules)
