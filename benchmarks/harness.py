@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import command
 
@@ -97,9 +98,10 @@ def check_losses(losses: Mapping[str, float], tolerance: float) -> None:
         raise LossesDiffer(f"losses differ by more than {tolerance:g}: {shown}; no ratio is reported")
 
 
-def saved_bytes(objective: nn.Module, images: Tensor, mask: Tensor) -> int:
+def saved_bytes(objective: nn.Module, images: Any, mask: Tensor) -> int:
     """Bytes that autograd keeps between forward and backward: unique storages, parameters and inputs excluded."""
-    own = {t.untyped_storage().data_ptr() for t in [*objective.parameters(), *objective.buffers(), images, mask]}
+    given = [*objective.parameters(), *objective.buffers(), *tree_leaves(images), mask]
+    own = {t.untyped_storage().data_ptr() for t in given}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # a freed storage's address could be given out again
 
