@@ -56,6 +56,7 @@ class DINO(Objective):
         common: of every :class:`Objective`
     """
 
+    student_temp: Tensor
     teacher_temp: Tensor
 
     def __init__(
@@ -86,7 +87,7 @@ class DINO(Objective):
         super().__init__(encoder=encoder, **common)
         self.local_crops, self.local_size = local_crops, to_pair(local_size, "local_size")
         self.crop_chunks = crop_chunks
-        self.global_scale, self.local_scale, self.student_temp = global_scale, local_scale, student_temp
+        self.global_scale, self.local_scale = global_scale, local_scale
         self.augment = augment
         if augment and self.in_chans not in (1, 3):
             raise ValueError(f"augment=true: changes colours of 1 or 3 channels, not of {self.in_chans}; use false")
@@ -95,12 +96,14 @@ class DINO(Objective):
         self._last_momentum, self._freeze, self._centre_momentum = momentum_teacher, freeze_last_layer, centre_momentum
         width, learnt = self.encoder.num_features, not norm_last_layer
         head: dict[str, Any] = dict(hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, learn_length=learnt)
+        head["impl"] = self.impl
         self.head = ProjectionHead(width, out_dim, **head)
         self._mask_token()
         still = create_encoder({**encoder, "drop_path_rate": 0.0}, impl=self.impl)
         self.teacher = Teacher(still, ProjectionHead(width, out_dim, **head))
         self.teacher.follow(self.encoder, self.head)
         self.centre = Centre((1, out_dim), centre_momentum)
+        self.register_buffer("student_temp", torch.tensor(student_temp, device="cpu"), persistent=False)
         self.register_buffer("teacher_temp", torch.tensor(teacher_temp, device="cpu"), persistent=False)
         self._epoch, self._momentum = 0, momentum_teacher
 
@@ -203,7 +206,7 @@ class DINO(Objective):
         if rows is not None:
             own, rest = read.tensor_split([count])
             read = torch.cat((own, rest.mean(0, keepdim=True), rest[rows]))
-        logits = head.last_layer(read)
+        (logits,) = head.last_layer(read)
         if self.training:
             self.centre.add(logits[:count])
         return logits[:count], logits[count:]
@@ -221,10 +224,11 @@ class DINO(Objective):
 
     def predict(self, tokens: list[Tensor], patches: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The student's logits of (n, D) class tokens, one after the other, and of ``rows`` of (B, h, w, D) patches."""
-        count = sum(map(len, tokens))
+        sizes = [sum(map(len, tokens)), 0 if rows is None else len(rows)]
         read = self.head.directions(torch.cat(tokens if rows is None else (*tokens, patches.flatten(0, 2)[rows])))
         # Two products: the gradients of slices of one result would be padded to all of it.
-        return self.head.last_layer(read[:count]), self.head.last_layer(read[count:])
+        classes, hidden = self.head.last_layer(*read.split(sizes))
+        return classes, hidden
 
     def _in_groups(self, local: Tensor) -> list[Tensor]:
         """The student's class tokens of each group of local crops (nB, C, h, w), whose activations are not kept."""

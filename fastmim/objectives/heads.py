@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastmim_kernels as fk
 from fastmim_kernels.common.rows import cast, statistics_dtype
 from fastmim_kernels.reference import pixel_shuffle
 
@@ -38,9 +39,26 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=learn_length)
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
+    def forward(self, *parts: Tensor) -> list[Tensor]:
+        """(R, out_dim) for each part (R, in_dim), all with the weight that is normalised once."""
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
+        return [F.linear(part, weight) for part in parts]
+
+
+class HeadMlp(nn.Sequential):
+    """Linear – GELU – Linear – GELU – Linear with the fused ops, on the names of the plain sequence."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, impl: str) -> None:
+        widths = ((in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim))
+        first, second, third = (nn.Linear(*width) for width in widths)
+        super().__init__(first, nn.GELU(), second, nn.GELU(), third)
+        self.impl = impl
+
     def forward(self, x: Tensor) -> Tensor:
         """(R, in_dim) → (R, out_dim)."""
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        first, _, second, _, third = self
+        x = fk.mlp(x, first.weight, first.bias, second.weight, None, impl=self.impl)
+        return fk.linear(fk.gelu(x, second.bias, impl=self.impl), third.weight, third.bias, impl=self.impl)
 
 
 class ProjectionHead(nn.Module):
@@ -51,17 +69,21 @@ class ProjectionHead(nn.Module):
         out_dim: Prototypes.
         hidden_dim, bottleneck_dim: Of the MLP.
         learn_length: See :class:`Prototypes`.
+        impl: Implementation of the ops.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int, bottleneck_dim: int, learn_length: bool) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        learn_length: bool,
+        impl: str = "auto",
+    ) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
+        self.mlp = HeadMlp(in_dim, hidden_dim, bottleneck_dim, impl)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, learn_length)
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
@@ -75,5 +97,5 @@ class ProjectionHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(R, in_dim) → (R, out_dim) logits, in the dtype of the products."""
-        logits: Tensor = self.last_layer(self.directions(tokens))
-        return logits
+        logits: list[Tensor] = self.last_layer(self.directions(tokens))
+        return logits[0]
