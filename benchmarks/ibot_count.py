@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -53,8 +52,10 @@ class Part:
     saved: float
 
 
-def count(run: Callable[[], Any], batch: int, known: Sequence[Tensor], shares: dict[str, float], backward: bool) -> Part:
-    """``run()`` and, with ``backward``, the gradients of what it returns; ``known`` tensors are not counted as saved."""
+def count(
+    run: Callable[[], Any], batch: int, known: Sequence[Tensor], shares: dict[str, float], backward: bool
+) -> Part:
+    """``run()`` and, with ``backward``, gradients of what it returns; ``known`` tensors are not counted as saved."""
     counter, saved = DispatchCounter(shares), SavedTensors(known)
     with counter:
         with saved, cuda_autocast():
@@ -75,7 +76,7 @@ def ours(batch: int, case: str = "ibot_vit_small") -> dict[str, Part]:
         state = [*objective.parameters(), *objective.buffers()]
         images, mask = objective.example(batch)
         rows, weights = objective._hidden(mask, 2 * batch)
-        width, codes, local = objective.encoder.num_features, len(objective.head.last_layer.weight_g), images[1].shape[0]
+        width, codes, local = objective.encoder.num_features, len(objective.head.last_layer.weight_g), len(images[1])
 
         def fake(*shape: int, grad: bool = True) -> Tensor:
             return torch.empty(*shape, dtype=LOW, requires_grad=grad)
@@ -112,14 +113,62 @@ def _none(*_: Any) -> None:
 def theirs(batch: int, clone: Path, case: str = "ibot_vit_small") -> dict[str, Part]:
     """The same parts of the published code; its centres move inside the loss."""
     own = IbotCase(case, "bf16", batch)
-    module = ReferenceIBOT(clone, own.config(), own.build()).train()
-    return {"loss": Part(0, 0, 0)} if module is None else _theirs(module, own, batch)
+    module: Any = ReferenceIBOT(clone, own.config(), own.build()).train()
+    encoder = module.student.backbone
+    small: dict[str, Any] = own.config().objective.arguments()
+    # Its weights stay real, and are seen as fake ones by every op.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def tokens(count: int, edge: int) -> Tensor:
+            length = (edge // encoder.patch_embed.patch_size) ** 2 + 1
+            return torch.empty(count * batch, length, encoder.embed_dim, dtype=LOW, requires_grad=True)
+
+        wide, narrow = tokens(2, encoder.patch_embed.img_size), tokens(module.local_crops, small["local_size"])
+        head, codes = module.student.head, small["out_dim"]
+        student, teacher = (torch.empty(*wide.shape[:2], codes, dtype=LOW, requires_grad=own) for own in (True, False))
+        local = torch.empty(len(narrow), codes, dtype=LOW, requires_grad=True)
+        masks = [torch.empty(batch, 14, 14, dtype=torch.bool) for _ in range(2)]
+
+        def loss() -> Tensor:
+            both = ((logits[:, 0], logits[:, 1:]) for logits in (student, teacher))
+            total: Tensor = module.loss(*both, local, masks, 0)["loss"]
+            return total
+
+        known = [*module.parameters(), *module.buffers(), wide, narrow, student, teacher, local, *masks]
+        heads = count(lambda: (head(wide), head(narrow)[0]), batch, known, {}, True)
+        return {"loss": count(loss, batch, known, {}, True), "student heads": heads}
 
 
-def _theirs(module: nn.Module, own: IbotCase, batch: int) -> dict[str, Part]:
-    raise NotImplementedError
+def show(mine: dict[str, Part], other: dict[str, Part], parameters: int, batch: int) -> int:
+    """A line for each part; returns how many limits are missed."""
+    missed = 0
+    for name, part in mine.items():
+        counted = (other[name].megabytes, other[name].launches) if name in other else PUBLISHED.get(name)
+        most, launches = TARGETS.get(name, (float("inf"), None))
+        met = part.megabytes <= most and part.launches <= (launches or part.launches)
+        missed += not met
+        limit = f"at most {most:g} MB" + (f", {launches} launches" if launches else "")
+        print(
+            f"{name:22}{f'{counted[0]:.0f} MB in {counted[1]}' if counted else '':>18}{part.megabytes:9.2f} MB an image"
+            f" in {part.launches:5} launches, {part.saved:6.2f} MB saved"
+            f"{f'  {limit} ' + ('met' if met else 'MISSED') if name in TARGETS else ''}"
+        )
+    each = mine["teacher, an update"].megabytes * 1e6 * batch / parameters
+    print(f"the teacher's update moves {each:.1f} bytes a parameter (at most {TEACHER_BYTES:g})")
+    return missed + (each > TEACHER_BYTES * 1.01)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.Parser("ibot_count.py", __doc__)
+    parser.add_argument("--batch", type=command.positive, default=64, help="images")
+    parser.add_argument("--reference", metavar="DIR", type=command.checked(find_clones), help=f"clone of {NAME}")
+    args = parser.parse_args(argv)
+    clones = find_clones(args.reference) if args.reference else {}
+    other = theirs(args.batch, clones[NAME]) if NAME in clones else {}
+    own = IbotCase("ibot_vit_small").build()
+    parameters = sum(p.numel() for pair in own.ema() for p in pair[0].parameters())
+    return int(show(ours(args.batch), other, parameters, args.batch) > 0)
 
 
 if __name__ == "__main__":
-    for k, v in ours(64).items():
-        print(k, v)
+    command.exit_with("ibot_count.py", main)
