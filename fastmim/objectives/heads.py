@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
+from fastmim_kernels.common.dispatch import picks_triton
 from fastmim_kernels.common.rows import cast, statistics_dtype
 from fastmim_kernels.reference import pixel_shuffle
 
@@ -56,6 +57,9 @@ class HeadMlp(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, in_dim) → (R, out_dim)."""
+        if not picks_triton("mlp", self.impl, x.device):
+            out: Tensor = super().forward(x)  # a CPU would compute activations again for as long as it saves
+            return out
         first, _, second, _, third = self
         x = fk.mlp(x, first.weight, first.bias, second.weight, None, impl=self.impl)
         return fk.linear(fk.gelu(x, second.bias, impl=self.impl), third.weight, third.bias, impl=self.impl)
