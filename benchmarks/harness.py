@@ -114,7 +114,7 @@ def saved_bytes(objective: nn.Module, images: Any, mask: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = objective(images, mask)["loss"]
-    with torch.autocast(images.device.type, enabled=False):  # a backward pass belongs outside
+    with torch.autocast(mask.device.type, enabled=False):  # a backward pass belongs outside
         loss.backward()
     return sum(kept.values())
 

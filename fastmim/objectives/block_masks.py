@@ -152,7 +152,7 @@ def masked_rows(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     mask = mask.flatten(1) != 0
     if not 0 < capacity <= mask.numel():
         raise ValueError(f"capacity={capacity}: must lie between 1 and the {mask.numel()} rows of the mask")
-    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    weight = row_weights(mask)
     flat, numbers = mask.flatten(), torch.arange(mask.numel(), device=mask.device)
     before = flat.cumsum(0)
     place = torch.where(flat, before - 1, before[-1] + numbers - before).clamp(max=capacity)
@@ -160,6 +160,11 @@ def masked_rows(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     rows = torch.zeros(capacity + 1, dtype=torch.int64, device=mask.device).scatter_(0, place, numbers)
     weights = torch.zeros(capacity + 1, device=mask.device).scatter_(0, place, weight.flatten())
     return rows[:capacity], weights[:capacity]
+
+
+def row_weights(mask: Tensor) -> Tensor:
+    """(B, L) bool → (B, L) float32: 1 / masked rows of its image, 0 for visible ones."""
+    return mask / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _check(grid: tuple[int, int], ratios: Ratios, shape: str) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
-from .block_masks import IBOT_RATIOS, ibot_mask, masked_rows, most_rows
+from .block_masks import IBOT_RATIOS, ibot_mask, masked_rows, most_rows, row_weights
 from .dino import DINO, GLOBALS, at_least
-from .self_distillation import Centre, hidden_weights, warm_temperature
+from .self_distillation import Centre, warm_temperature
 from .views import Images
 
 TYPICAL_BATCH = 64
@@ -132,9 +132,9 @@ class IBOT(DINO):
             raise ValueError(f"mask must have shape {expected}, got {tuple(mask.shape)}")
         flat = mask.flatten(0, 1).flatten(1)
         if fk.shape_may_follow(mask):
-            weights = hidden_weights(flat.bool()).flatten()
+            weights = row_weights(flat.bool()).flatten()
             rows = weights.nonzero().squeeze(1)
-            return rows, weights[rows]
+            return rows, weights[rows] / len(flat)
         most = most_rows(len(flat), self.token_grid, self.mask_ratios)
         rows, weights = masked_rows(flat, most)
         # Masks of another distribution: no row is left out in silence.

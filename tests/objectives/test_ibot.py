@@ -49,6 +49,15 @@ def test_a_fixed_number_of_rows_gives_the_loss_of_the_hidden_ones_alone(encoder,
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+def test_more_hidden_rows_than_places_are_no_number(monkeypatch):
+    """Where shapes are fixed, masks denser than the objective draws must not lose rows in silence."""
+    objective = build(mask_ratios=((0.1, 0.3),))
+    images, mask = crops(objective)
+    monkeypatch.setattr(fk, "shape_may_follow", lambda *_: False)
+    assert objective(images, mask)["loss"].isfinite()
+    assert objective(images, torch.ones_like(mask))["loss"].isnan()
+
+
 def peak_bytes(run):
     """The most that torch's CPU allocator had given out at once in ``run()``, which has run before."""
     run()
@@ -138,6 +147,7 @@ def test_a_checkpoint_in_official_names_goes_out_and_in(encoder):
     saved = save_self_distilled(objective)
     assert {"module.backbone.masked_embed", "module.head.last_layer2.weight_v"} <= saved["student"].keys()
     assert "backbone.masked_embed" not in saved["teacher"]
+    assert saved["student"]["module.backbone.masked_embed"].shape == (1, objective.encoder.embed_dim)
     load_reference(other, saved)
     for name, tensor in objective.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
