@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
+from .attend import attend
 from .features import Pooled, pooled_features
 from .layers import (
     DropPaths,
@@ -58,7 +59,7 @@ class Attention(nn.Module):
         if self.relative_position_bias_table is not None:
             own = look_up(self.relative_position_bias_table, index)
             bias = own if bias is None else own + bias
-        out = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+        out = attend(q, k, v, bias)
         return self.proj(step.take(out.transpose(1, 2).reshape(b, n, c)))
 
     def class_weights(self, y: Tensor) -> Tensor:
