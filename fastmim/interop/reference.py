@@ -8,20 +8,25 @@ from typing import Any
 from torch import nn
 
 from fastmim.objectives.dino import DINO
+from fastmim.objectives.mae import MAE
 
 from .load import LoadReport, load_simmim
+from .mae import load_mae
 from .self_distilled import load_self_distilled
 
 
 def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
     """Load a checkpoint of the objective's published implementation.
 
-    SimMIM: microsoft/SimMIM and microsoft/Swin-Transformer, see :func:`.load_simmim`. iBOT and DINO: bytedance/ibot
+    SimMIM: microsoft/SimMIM and microsoft/Swin-Transformer, see :func:`.load_simmim`. MAE: facebookresearch/mae, see
+    :func:`.load_mae`. iBOT and DINO: bytedance/ibot
     and facebookresearch/dino, see :func:`.load_self_distilled`.
 
     Raises:
         ValueError: A tensor is unknown, missing or of another shape; all are named.
     """
+    if isinstance(objective, MAE):
+        return load_mae(objective, state_dict)
     if isinstance(objective, DINO):
         return load_self_distilled(objective, state_dict)
     return load_simmim(objective, state_dict)

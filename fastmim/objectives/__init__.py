@@ -11,7 +11,7 @@ from typing import Any
 
 from .base import Objective
 
-OBJECTIVES = {"simmim": "simmim:SimMIM", "ibot": "ibot:IBOT", "dino": "dino:DINO"}
+OBJECTIVES = {"simmim": "simmim:SimMIM", "ibot": "ibot:IBOT", "dino": "dino:DINO", "mae": "mae:MAE"}
 """Name → module of this package and class in it."""
 
 __all__ = ["OBJECTIVES", "Objective", "create_objective", "find_objective"]

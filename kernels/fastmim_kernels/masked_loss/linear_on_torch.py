@@ -15,6 +15,7 @@ from ..common.token_layout import (
     normalised,
     patchify,
     pixel_scale,
+    standardised,
     token_cells,
     token_chunks,
 )
@@ -22,7 +23,8 @@ from .inputs import buffers, loss_dtype
 
 
 def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, mean: Tensor | None,
-            std: Tensor | None, stride: int, loss: str, dtype: torch.dtype, grads: bool
+            std: Tensor | None, stride: int, loss: str, target_eps: float, count_eps: float, dtype: torch.dtype,
+            grads: bool
             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::linear_masked_l1``."""
     wide = loss_dtype(dtype, target.dtype)
@@ -40,6 +42,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     for rows, chosen in token_chunks(cells):
         chunk = x[rows].to(low).to(dtype)
         pixels = normalised(patches[rows].unflatten(1, (-1, stride, stride)), mean, std, wide)
+        pixels = standardised(pixels, target_eps)
         difference = masked_difference(F.linear(chunk, head, shift).to(low), pixels, chosen)
         total += loss_sum(difference, loss)
         if grads:
@@ -58,7 +61,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
             first = False
     if grads and first:
         d_weight.zero_()
-    scale = pixel_scale(target, mask, total.dtype)
+    scale = pixel_scale(target, mask, total.dtype, count_eps)
     return total * scale, scale, d_tokens, d_weight, d_bias
 
 
