@@ -379,7 +379,8 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
         head_loss_kernel[grid](
             x, head, bias, target, cells, *pixels[1:], stats, order, hits, slope, sums, biases,
             count, value, scale, None if biases is None else d_bias, first, *sizes,
-            S=stride, CELL_H=cell[0], CELL_W=cell[1], LOSS=loss, PRECISION=precision(dtype), EPS=count_eps, **cfg["loss"])
+            S=stride, CELL_H=cell[0], CELL_W=cell[1], LOSS=loss, PRECISION=precision(dtype), EPS=count_eps,
+            **cfg["loss"])
         if grads:
             _gradients(slope, x, head, order, hits, d_x, d_w, first, last, cfg)
     return value, scale, d_x, d_w, d_bias
@@ -430,8 +431,9 @@ def _gradients(slope: Tensor | None, x: Tensor, head: Tensor, order: Tensor, hit
                                  **tiles)
 
 
-_TYPES = {"p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32", "p_mask": "*u8", "p_hit": "*u8",
-          "p_stats": "*fp32", "eps": "fp32", "p_order": "*i32", "p_hits": "*i32", "p_zeros": "*i32", "p_slope": "*bf16", "p_sum": "*fp32",
+_TYPES = {"p_stats": "*fp32", "eps": "fp32",
+          "p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32", "p_mask": "*u8", "p_hit": "*u8",
+          "p_order": "*i32", "p_hits": "*i32", "p_zeros": "*i32", "p_slope": "*bf16", "p_sum": "*fp32",
           "p_dbias": "*fp32", "p_dx": "*bf16", "p_dw": "*fp32", "p_counter": "*i32", "p_loss": "*fp32",
           "p_scale": "*fp32", "p_bias_grad": "*fp32", "p_grad": "*fp32", "p_tokens": "*bf16", "p_weight": "*fp32",
           "p_tokens_out": "*bf16", "p_weight_out": "*fp32", "p_bias_out": "*fp32"}

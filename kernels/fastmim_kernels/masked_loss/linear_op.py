@@ -63,12 +63,13 @@ def _check_eps(tokens: Tensor, target: Tensor, stride: int, values: int, target_
             raise wrong("linear_masked_l1", name, "a number of at least 0", eps)
     covered = tuple(edge * stride for edge in tokens.shape[1:3])
     if target_eps and (covered != tuple(target.shape[2:]) or values < 2):
-        raise wrong("linear_masked_l1", "target_eps", f"0 unless tokens of two values and more cover the target exactly: "
-                    f"they cover {covered} of {tuple(target.shape[2:])} pixels", target_eps)
+        raise wrong("linear_masked_l1", "target_eps", "0 unless tokens of two values or more cover the target exactly: "
+                    f"here {covered} pixels for {tuple(target.shape[2:])}", target_eps)
 
 
 def linear_traffic(shape: tuple[int, int, int, int], dim: int, stride: int, mask_cells: int, *, masked: float,
-                   itemsize: int = 2, target_itemsize: int = 4, statistics: bool = False) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+                   itemsize: int = 2, target_itemsize: int = 4, statistics: bool = False
+                   ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Least (bytes read, bytes written, FLOPs) of forward (which computes the gradients) and of backward.
 
     The gradient of the prediction of masked tokens makes one round trip; everything else moves once.

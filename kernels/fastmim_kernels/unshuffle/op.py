@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import explained, floating, wrong
+from ..common.arguments import FLOATING, explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import statistics_dtype
 from . import on_torch
@@ -77,7 +77,7 @@ def _check(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Tensor
     if pos_embed.numel() != rows * shape[2]:
         raise wrong(op, "pos_embed", f"as many values as {(rows, shape[2])} for places of {tuple(places.shape)}",
                     pos_embed)
-    if out_dtype is not None and not out_dtype.is_floating_point:
+    if out_dtype is not None and out_dtype not in FLOATING:
         raise wrong(op, "out_dtype", "float16, bfloat16, float32, float64 or None", out_dtype)
 
 
