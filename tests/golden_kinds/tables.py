@@ -17,7 +17,7 @@ from .common import Errors, relative
 
 
 def schedules(table: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl: str) -> Errors:
-    """Those of iBOT; of the objectives that are not built yet there is nothing to compare."""
+    """Those of iBOT and MAE; of the objectives that are not built yet there is nothing to compare."""
     length, per_epoch = table["epochs"] * table["iters_per_epoch"], table["iters_per_epoch"]
     found = {}
     for name, values in table["ibot"].items():
@@ -34,6 +34,12 @@ def schedules(table: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], imp
             curve = Schedule(name="cosine", base_lr=numbers[0], min_lr=numbers[1], total_steps=length)
             own = [curve(step) for step in range(length)]
         found[f"ibot {name.split()[0]}"] = (relative(own, values), 1e-9)
+    # Of a fractional epoch, which a step is: warm-up from 0, exclusive; the scale of a group multiplies all of it.
+    rate = Schedule(name="cosine", base_lr=table["base_lr"], min_lr=table["min_lr"], total_steps=length,
+                    warmup_steps=table["warmup_epochs"] * per_epoch)  # fmt: skip
+    for name, values in table.get("mae", {}).items():
+        scale = float(name.rpartition("lr_scale ")[2]) if "lr_scale" in name else 1.0
+        found[f"mae {name}"] = (relative([scale * rate(step) for step in range(length)], values), 1e-9)
     return found
 
 

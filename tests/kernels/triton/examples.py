@@ -116,6 +116,11 @@ def _loss(dtype: torch.dtype, linear: bool, **more: Any) -> dict[str, Any]:
     return given | {"prediction": normal(3, 2, 3, 128)}
 
 
+def _patch_loss() -> dict[str, Any]:
+    image = {"target": normal(3, 2, 16, 24), "mask": hidden(3, 2, 3), "stride": 8, "loss": "l2", "target_eps": 1e-6}
+    return image | {"tokens": normal(3, 2, 3, 11), "weight": normal(128, 11), "bias": normal(128)}
+
+
 def _bias(mlp: bool) -> dict[str, Any]:
     coords, heads, edges = [normal(9, 2), normal(25, 2)], (1, 3), (2, 3)
     index = [torch.arange(e**4, device="cpu").reshape(e * e, e * e) % len(c)
@@ -186,7 +191,7 @@ EXAMPLES = (
     Example("masked_l1", "uint8", lambda: _loss(torch.uint8, False, loss="smooth_l1"), ("prediction",)),
     Example("linear_masked_l1", "float32", lambda: _loss(F32, True), _HEAD),
     Example("linear_masked_l1", "uint8", lambda: _loss(torch.uint8, True, loss="l2"), _HEAD),
-    Example("linear_masked_l1", "patch statistics", lambda: _loss(F32, True, loss="l2", target_eps=1e-6), _HEAD),
+    Example("linear_masked_l1", "patch statistics", _patch_loss, _HEAD),
     Example("unshuffle", "", lambda: _unshuffle(3), ("tokens", "mask_token")),
     Example("unshuffle", "positions", lambda: _unshuffle(17), ("tokens", "mask_token", "pos_embed")),
     Example("distillation", "rows, bfloat16", lambda: _distillation("rows", 300, BF16), ("student",)),
