@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastmim.objectives.mae import MAE
 
-from .load import LoadReport, copy_strictly
 from .names import find_state_dict
+from .strict import LoadReport, copy_strictly
 
+DECODER = "decoder_"
 _PIXELS = "decoder_pred."
 """Of a patch's pixels the channel runs fastest there, and slowest here."""
 
@@ -29,7 +30,7 @@ def load_mae(objective: MAE, state_dict: Mapping[str, Any]) -> LoadReport:
             another shape, and all are named.
     """
     tensors = find_state_dict(state_dict).tensors
-    if "mask_token" not in tensors and not any(name.startswith("decoder_") for name in tensors):
+    if "mask_token" not in tensors and not any(name.startswith(DECODER) for name in tensors):
         raise ValueError("holds no decoder, as the checkpoints for fine-tuning do; use the one of pretraining")
     report = LoadReport(names={name: own_name(name) for name in tensors})
     pixels = {name: _turned(t, objective, back=False) for name, t in tensors.items() if name.startswith(_PIXELS)}
@@ -46,7 +47,7 @@ def save_mae(objective: MAE) -> dict[str, dict[str, Tensor]]:
 
 def own_name(name: str) -> str:
     """The parameter of the objective that an official name means."""
-    return name if name.startswith("decoder_") or name == "mask_token" else f"encoder.{name}"
+    return name if name.startswith(DECODER) or name == "mask_token" else f"encoder.{name}"
 
 
 def official_name(name: str) -> str:

@@ -41,13 +41,25 @@ RUNS = {
 BF16 = {
     f"stage{stage} bf16": dict(efficiency__zero_stage=stage, efficiency__precision="bf16", **CUT) for stage in range(4)
 }
+MAE = dict(
+    model__name="vit", model__img_size=32, model__patch_size=8, model__embed_dim=16, model__depth=2,
+    model__num_heads=2, model__depths=..., model__window_size=..., model__key_bias="true",
+    model__abs_pos_embed="sincos", model__init="mae", objective__name="mae", objective__unit=...,
+    objective__norm_pix_loss="true", objective__decoder_embed_dim=8, objective__decoder_depth=2,
+    objective__decoder_num_heads=2,
+)  # fmt: skip
+# Frozen positions, a decoder, and modules that a rank reads without calling them.
+MAE_RUNS = {
+    f"mae {name}": RUNS[name] | MAE for name in ("ddp", "stage0 in 4", "stage1", "stage2", "stage3", "stage3 full")
+}
+MAE_BF16 = {"mae stage3 bf16": BF16["stage3 bf16"] | MAE}
 
 
 @pytest.fixture(scope="module")
 def alone(zero_run, launch, tmp_path_factory):
     """One process: without DeepSpeed, and ZeRO-3 with nobody to share with."""
     folder = tmp_path_factory.mktemp("alone")
-    runs = {"plain": {}, "stage3": dict(efficiency__zero_stage=3)}
+    runs = {"plain": {}, "stage3": dict(efficiency__zero_stage=3), "mae": MAE}
     launch([zero_run(folder / name, 1, **changes) for name, changes in runs.items()], 1)
     return folder
 
@@ -56,7 +68,7 @@ def alone(zero_run, launch, tmp_path_factory):
 def two(zero_run, launch, tmp_path_factory):
     """All runs on two ranks. Validation and pictures once, at the stage where they need both ranks."""
     folder = tmp_path_factory.mktemp("two")
-    launch([zero_run(folder / name, 2, **changes) for name, changes in (RUNS | BF16).items()], 2)
+    launch([zero_run(folder / name, 2, **changes) for name, changes in (RUNS | BF16 | MAE_RUNS | MAE_BF16).items()], 2)
     return folder
 
 
@@ -92,6 +104,11 @@ def test_equals_one_process_without_deepspeed(name, two, alone):
     torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("name", MAE_RUNS)
+def test_mae_equals_one_process_without_deepspeed(name, two, alone):
+    compare(two / name, alone / "mae", rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_equal_one_process_without_deepspeed(name, four, alone):
     compare(four / name, alone / "plain", rtol=1e-5, atol=1e-5)
@@ -104,6 +121,11 @@ def test_recomputation_changes_no_bit(name, two):
 
 def test_alone_under_zero(alone):
     compare(alone / "stage3", alone / "plain", rtol=1e-6, atol=1e-6)
+
+
+def test_mae_in_bf16_stays_close(two, alone):
+    found, expected = curve(two / "mae stage3 bf16"), curve(alone / "mae")
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-2, atol=0)
 
 
 # Products of 8 bits of mantissa; master weights and moments are fp32, so the error does not grow with the steps.
