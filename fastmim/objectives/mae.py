@@ -158,8 +158,10 @@ class MAE(Objective):
         return split_patches(flat, self.kept)
 
     def _encode(self, images: Tensor, keep: Tensor) -> Tensor:
+        vit: Any = self.encoder
         pixels = self.normalise(patch_pixels(images, keep, self.patch_size))
-        return self.encoder.forward_kept(pixels.flatten(2), keep)
+        latent: Tensor = vit.forward_kept(pixels.flatten(2), keep)
+        return latent
 
     def decode(self, latent: Tensor, places: Tensor, wanted: Tensor | None = None) -> Tensor:
         """The decoder's normed tokens.

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny MAE: a picture, an exact restart with accumulation, the encoder in timm, the published configs."""
+"""Whole runs of a tiny MAE: a picture, an exact restart while accumulating, the encoder in timm, published configs."""
 
 from __future__ import annotations
 
