@@ -43,20 +43,24 @@ def builder(name: str, case: Case, reference: str | None) -> Callable[[], nn.Mod
         if hasattr(part, "fused_attn"):
             part.fused_attn = False  # the fake kernels of a CPU's fused attention are not a GPU's
 
-    def build() -> nn.Module:
-        # Encoders look at numbers while they are built; fake ones have none.
-        mode = detect_fake_mode()
-        assert mode is not None
-        with unset_fake_temporarily():
-            for part in module.modules():
-                for key, value in part._parameters.items():
-                    part._parameters[key] = None if value is None else nn.Parameter(mode.from_tensor(value.detach()))
-                for key, buffer in part._buffers.items():
-                    part._buffers[key] = None if buffer is None else mode.from_tensor(buffer)
-        module.patch_size = getattr(module, "patch_size", None) or module.patch
-        return module
+    return lambda: on_fake_weights(module)
 
-    return build
+
+def on_fake_weights(module: nn.Module) -> nn.Module:
+    """A module of real weights with fake ones, inside a fake tensor mode."""
+    # Encoders look at numbers while they are built; fake ones have none.
+    mode = detect_fake_mode()
+    assert mode is not None
+    with unset_fake_temporarily():
+        for part in module.modules():
+            for key, value in part._parameters.items():
+                part._parameters[key] = None if value is None else nn.Parameter(
+                    mode.from_tensor(value.detach()), requires_grad=value.requires_grad
+                )
+            for key, buffer in part._buffers.items():
+                part._buffers[key] = None if buffer is None else mode.from_tensor(buffer)
+    module.patch_size = getattr(module, "patch_size", None) or module.patch
+    return module
 
 
 def model_gflop(case: Case) -> float:

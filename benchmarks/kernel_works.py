@@ -24,6 +24,7 @@ from fastmim_kernels.patch_merge.op import traffic as patch_merge_traffic
 from fastmim_kernels.position_bias.op import BiasPlan, bias_plan
 from fastmim_kernels.position_bias.op import traffic as position_bias_traffic
 from fastmim_kernels.residual_norm.op import traffic as residual_norm_traffic
+from fastmim_kernels.unshuffle.op import traffic as unshuffle_traffic
 from fastmim_kernels.window_attention.op import traffic as window_attention_traffic
 
 GRID = 48  # tokens a side in the first stage at 192 px, where the maps are largest
@@ -51,7 +52,7 @@ def stage(size: dict[str, Any], index: int) -> dict[str, Any]:
 
 SHAPE_KEYS = ("grid", "channels", "heads", "window", "family")
 VIT_OPS = ("residual_norm", "mlp", "gelu", "mask_tokens", "masked_l1", "linear_masked_l1", "local_norm_target",
-           "distillation")  # fmt: skip
+           "distillation", "unshuffle")  # fmt: skip
 LOSSES = ("masked_l1", "linear_masked_l1")
 
 
@@ -234,9 +235,19 @@ def _distillation(size: dict[str, Any], batch: int, itemsize: int) -> Work:
     return Work(arguments, ("student", "teacher"), ("student",), *moved, together=True)
 
 
+def _unshuffle(size: dict[str, Any], batch: int, itemsize: int) -> Work:
+    """MAE's decoder at 224 px: 49 of 196 patches kept, 512 channels; no encoder has a say in it."""
+    kept, patches, c = 49, 196, 512
+    order = torch.rand(batch, patches, generator=torch.Generator().manual_seed(0)).argsort(1)
+    arguments = {"tokens": normal(batch, 1 + kept, c), "places": torch.where(order < kept, order, -1),
+                 "mask_token": normal(c), "pos_embed": normal(1 + patches, c)}  # fmt: skip
+    moved = _moved(unshuffle_traffic((batch, 1 + kept, c), patches, itemsize=itemsize, out_itemsize=4))
+    return Work(arguments, ("tokens",), ("tokens", "mask_token"), *moved)
+
+
 WORKS: dict[str, Callable[[dict[str, Any], int, int], Work]] = {
     "window_attention": _window_attention, "residual_norm": _residual_norm, "mlp": _mlp, "gelu": _gelu,
     "patch_merge": _patch_merge, "mask_tokens": _mask_tokens, "masked_l1": _masked_l1,
     "linear_masked_l1": _linear_masked_l1, "local_norm_target": _local_norm_target, "position_bias": _position_bias,
-    "distillation": _distillation,
+    "distillation": _distillation, "unshuffle": _unshuffle,
 }  # fmt: skip

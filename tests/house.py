@@ -37,7 +37,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("reference",),
         ("common",),
         ("distillation", "linear", "low_copies", "local_norm", "mask_tokens", "patch_merge",
-         "position_bias", "window_attention", "fusion"),
+         "position_bias", "unshuffle", "window_attention", "fusion"),
         ("mlp", "residual_norm", "masked_loss"),
         ("branches",),
         ("nn", "check", "triton"),

@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(GOLDEN.glob("simmim_*.safetensors"))
 
 
-FILES = [path for path in sorted(GOLDEN.iterdir()) if not path.stem.startswith("mae_")]
+FILES = sorted(GOLDEN.iterdir())
 IMPLS = [(path, impl) for path in FILES for impl in ("torch", "reference") if impl == "torch" or path in CASES]
 
 

@@ -24,7 +24,7 @@ ODD: dict[str, dict[str, Any]] = {
     "swin": dict(name="swin", embed_dim=88, num_heads=(2,), depths=(3,), window_size=7, grid=21),
 }
 FIRST_STAGE_ONLY = ("mask_tokens", "masked_l1", "linear_masked_l1", "local_norm_target", "position_bias",
-                    "distillation")  # fmt: skip
+                    "distillation", "unshuffle")  # fmt: skip
 
 
 def self_test(setting: Setting, outcome: Outcome) -> None:

@@ -4,62 +4,29 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastmim._version import __version__
 from fastmim.objectives import Objective
+from fastmim.objectives.mae import MAE
 
 from .facts import check_facts, read_facts, stored_settings
 from .inert import read_torch_file
+from .mae import DECODER, load_mae
 from .names import find_state_dict, split_prefix
 from .resize import fit_sizes
+from .strict import LoadReport, copy_strictly, some_of
 
 log = logging.getLogger("fastmim")
 
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
 """Recomputed at construction; never loaded."""
-
-
-@dataclass
-class LoadReport:
-    """What a load did.
-
-    Attributes:
-        names: Foreign name → own parameter name, of every tensor loaded.
-        skipped: Foreign names that hold no weights of this model (buffers, classifier heads).
-        initialised: Own parameters that the source does not have and that keep their initial values.
-        place: Where in the file the tensors were, such as ``teacher`` or ``model``; empty at its top.
-        prefix: What stood before the names of the encoder, such as ``backbone.``.
-        not_read: What else the file holds, by its key or by the kind of object.
-        notes: What the file says of its weights that differs here.
-    """
-
-    names: dict[str, str] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
-    initialised: list[str] = field(default_factory=list)
-    place: str = ""
-    prefix: str = ""
-    not_read: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        under = "".join([f" from {self.place}" if self.place else "", f" under {self.prefix}" if self.prefix else ""])
-        parts = [f"{len(self.names)} tensors loaded{under}"]
-        for what, names in (("new", self.initialised), ("skipped", self.skipped), ("not read", self.not_read)):
-            parts.append(f"{len(names)} {what}" + (f" ({_some(names)})" if names else ""))
-        return ", ".join(parts)
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(name[:80] for name in names[:most]) + (", …" if len(names) > most else "")
 
 
 def load_simmim(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
@@ -85,15 +52,16 @@ def load_simmim(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadRepo
 def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
     """Load an encoder saved by timm (or a run's ``encoder.safetensors``) into ``objective.encoder``.
 
-    The mask token and the head keep their initial values, a classifier is left out; both are reported.
+    The mask token and the head keep their initial values, a classifier and MAE's decoder are left out; all is reported.
 
     Raises:
         ValueError: A tensor of the encoder is unknown, missing or of another shape; all are named.
     """
     tensors = find_state_dict(state_dict).tensors
     own = {name for name, _ in objective.named_parameters()}
-    lost = {"mask_token"} - {name.removeprefix("encoder.") for name in own}
-    skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith("head.") or k in lost}
+    lost = {"mask_token"} - {name.removeprefix("encoder.") for name in own}  # of a fine-tuning
+    skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith(("head.", DECODER)) or k in lost}
+    skip |= {"mask_token"} if any(k.startswith(DECODER) for k in tensors) else set()  # of MAE's decoder
     report = LoadReport(skipped=sorted(skip))
     old = "layers.0.downsample.reduction.weight" in tensors
     for key in tensors:
@@ -123,7 +91,7 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
         if isinstance(objective, Objective) and not _averages(objective).intersection(report.names.values()):
             objective.after_loading()
     except ValueError as error:
-        beside = f" (the file also holds {_some(replaced)}, which is not run)" if replaced else ""
+        beside = f" (the file also holds {some_of(replaced)}, which is not run)" if replaced else ""
         raise ValueError(f"{path}: {error}{beside}") from None
     report.place, report.prefix, report.notes = found.place, prefix, notes + resized
     report.not_read = found.passed_over + replaced
@@ -171,6 +139,8 @@ def _load_kind(objective: nn.Module, tensors: dict[str, Tensor]) -> LoadReport:
         return report
     if "decoder.0.weight" in tensors:
         return load_simmim(objective, tensors)
+    if isinstance(objective, MAE) and any(name.startswith(DECODER) for name in tensors):
+        return load_mae(objective, tensors)
     if "patch_embed.proj.weight" in tensors:
         return load_timm(objective, tensors)
     raise ValueError(
@@ -208,53 +178,3 @@ def _own_name(name: str) -> str:
 def shift_downsample(name: str) -> str:
     """Microsoft's name in timm's way: one merges patches at the end of a stage, the other at the start of the next."""
     return re.sub(r"\blayers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name)
-
-
-def copy_strictly(
-    objective: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, optional: Sequence[str] = ()
-) -> None:
-    """Copy what ``report.names`` says; every parameter that is not ``optional`` must be there, in its shape.
-
-    Persistent buffers (centres, statistics of BatchNorm) may be there too, then all of them.
-
-    Raises:
-        ValueError: A tensor is unknown, missing or of another shape; all are named.
-    """
-    own = objective.state_dict(keep_vars=True)
-    buffers = {name for name in own if not isinstance(own[name], nn.Parameter)}
-    given = set(report.names.values())
-    none = optional if given.intersection(buffers) else {*optional, *buffers}
-    _check_numbers({key: tensors[key] for key, name in report.names.items() if name not in buffers})
-    unknown = [k for k, v in report.names.items() if v not in own]
-    missing = [k for k in own if k not in given and k not in none]
-    shapes = [
-        f"{k} {tuple(tensors[k].shape)} against {tuple(own[v].shape)}"
-        for k, v in report.names.items()
-        if v in own and not _same_shape(tensors[k], own[v])
-    ]
-    problems = [("unknown", unknown), ("missing", missing), ("of another shape", shapes)]
-    if any(names for _, names in problems):
-        raise ValueError(
-            "weights do not fit the model: "
-            + "; ".join(f"{len(names)} {what} ({', '.join(names)})" for what, names in problems if names)
-        )
-    report.initialised = [k for k in own if k in optional]
-    with torch.no_grad():
-        for key, name in report.names.items():
-            own[name].copy_(tensors[key].reshape(own[name].shape))
-
-
-def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
-    """Weights are floating-point numbers, all of them finite."""
-    integers = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
-    if integers:
-        raise ValueError(f"{integers[0]} is of {tensors[integers[0]].dtype}: expected floating-point weights")
-    bad = [key for key, tensor in tensors.items() if not tensor.is_meta and not bool(torch.isfinite(tensor).all())]
-    if bad:
-        count = f"{len(bad)} tensors, the first of them {bad[0]}, hold" if len(bad) > 1 else f"{bad[0]} holds"
-        raise ValueError(f"{count} numbers that are not finite: the file is damaged or its run failed; use another")
-
-
-def _same_shape(source: Tensor, target: Tensor) -> bool:
-    # The head is a 1×1 convolution there and a matrix here.
-    return tuple(s for s in source.shape if s != 1) == tuple(s for s in target.shape if s != 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmim.objectives.moco import MoCo
 
-from .load import LoadReport, copy_strictly
+from .strict import LoadReport, copy_strictly
 from .names import find_state_dict
 
 _MOMENTUM = "momentum_encoder."

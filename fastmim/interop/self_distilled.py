@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastmim.objectives.dino import DINO
 
-from .load import BUFFERS, LoadReport, copy_strictly, shift_downsample
+from .load import BUFFERS, shift_downsample
 from .names import without_wrappers
+from .strict import LoadReport, copy_strictly
 
 _LOSSES = {"ibot_loss": {"center": "centre.value", "center2": "patch_centre.value"},
            "dino_loss": {"center": "centre.value"}}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -230,21 +231,59 @@ class VisionTransformer(nn.Module):
             x = x + resize_positions(self.pos_embed, self.grid, grid)
         return x.to(stream_dtype(x, self.residual_dtype)), grid
 
+    def forward_kept(self, pixels: Tensor, keep: Tensor) -> Tensor:
+        """Tokens of the kept patches alone, whose pixels are all that is read (MAE, He et al. 2022, section 3).
+
+        Args:
+            pixels: (B, K, C·p²) of the kept patches, channel by channel.
+            keep: (B, K) int64 numbers of these patches, row by row of the image.
+
+        Returns:
+            (B, 1 + K, D): the class token, then the patches in the order of ``keep``.
+        """
+        x = self.patch_embed.project(pixels)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), 1)
+        if self.pos_embed is not None:
+            x = x + F.embedding(F.pad(keep + 1, (1, 0)), self.pos_embed[0])
+        return self._blocks(x.to(stream_dtype(x, self.residual_dtype)))[1]
+
     def _blocks(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens after all blocks and their norm, or of the last one only these rows of all B·(1 + L)."""
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
-        tokens = x.shape[1]
-        x, y = normalise(x, self.blocks[0].norm1, self.impl)
-        norms = [block.norm1 for block in self.blocks[1:]] + [self.norm]
-        steps = [
-            Step(self.impl, bias=bias, drop_attn=attn, drop_mlp=mlp, next_norm=norm)
-            for (attn, mlp), norm in zip(self.drop_paths(len(x)), norms, strict=True)
-        ]
-        if rows is not None:
-            steps[-1] = steps[-1].only(rows, tokens)
-        for block, step in zip(self.blocks, steps, strict=True):
-            x, y = block(x, y, self.bias_index, step)
-        return x, y
+        how = Step(self.impl, bias=bias)
+        return run_blocks(x, self.blocks, self.norm, self.drop_paths(len(x)), how, index=self.bias_index, rows=rows)
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""
+
+
+def run_blocks(
+    x: Tensor,
+    blocks: nn.ModuleList,
+    norm: nn.LayerNorm,
+    drops: Sequence[tuple[Tensor | None, Tensor | None]],
+    how: Step,
+    *,
+    index: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(B, N, D) stream → it after all :class:`VitBlock`, and ``norm`` of it.
+
+    Args:
+        drops: Of :class:`.layers.DropPaths`.
+        how: What all blocks share.
+        index: Rows of each block's own table of biases.
+        rows: Of all B·N tokens, the only ones that are wanted, which come as (R, D).
+    """
+    tokens = x.shape[1]
+    x, y = normalise(x, blocks[0].norm1, how.impl)
+    norms = [block.norm1 for block in blocks[1:]] + [norm]
+    steps = [
+        how._replace(drop_attn=attn, drop_mlp=mlp, next_norm=after)
+        for (attn, mlp), after in zip(drops, norms, strict=True)
+    ]
+    if rows is not None:
+        steps[-1] = steps[-1].only(rows, tokens)
+    for block, step in zip(blocks, steps, strict=True):
+        x, y = block(x, y, index, step)
+    return x, y

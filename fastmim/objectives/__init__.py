@@ -13,6 +13,7 @@ from .base import Objective
 
 OBJECTIVES = {
     "simmim": "simmim:SimMIM",
+    "mae": "mae:MAE",
     "ibot": "ibot:IBOT",
     "dino": "dino:DINO",
     "moco": "moco:MoCo",

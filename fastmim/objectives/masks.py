@@ -77,11 +77,41 @@ def random_mask(
     Raises:
         ValueError: ``sample_ids`` is not a vector of integers, or the ratio masks everything or nothing.
     """
-    check_ids(sample_ids)
     rows, cols = math.ceil(grid[0] / repeat), math.ceil(grid[1] / repeat)
-    count = masked_units(mask_ratio, rows * cols)
-    keys = random_keys(sample_ids, rows * cols, seed, epoch)
-    chosen = keys.argsort(dim=1, stable=True)[:, :count]
-    mask = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device).scatter(1, chosen, True)
+    mask = random_units(sample_ids, rows * cols, masked_units(mask_ratio, rows * cols), seed, epoch)
     mask = mask.view(-1, rows, 1, cols, 1).expand(-1, rows, repeat, cols, repeat)
     return mask.reshape(-1, rows * repeat, cols * repeat)[:, : grid[0], : grid[1]]
+
+
+def random_units(sample_ids: Tensor, units: int, count: int, seed: int, epoch: int) -> Tensor:
+    """(B, units) bool with ``count`` true in each row, drawn uniformly; arguments as of :func:`random_mask`."""
+    check_ids(sample_ids)
+    keys = random_keys(sample_ids, units, seed, epoch)
+    chosen = keys.argsort(dim=1, stable=True)[:, :count]
+    return torch.zeros(keys.shape, dtype=torch.bool, device=keys.device).scatter(1, chosen, True)
+
+
+def kept_patches(mask_ratio: float, patches: int) -> int:
+    """Number of visible patches of an image: int(patches·(1 − mask_ratio)), as in MAE.
+
+    Raises:
+        ValueError: ``mask_ratio`` hides all of them or none.
+    """
+    count = int(patches * (1 - mask_ratio))
+    if not 0 < mask_ratio < 1 or not 0 < count < patches:
+        raise ValueError(
+            f"mask_ratio={mask_ratio}: must hide some of the {patches} patches and leave some visible, for example 0.75"
+        )
+    return count
+
+
+def split_patches(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What (B, L) bool masks that leave ``kept`` patches each say, as int64 numbers.
+
+    Returns:
+        (B, kept) visible patches and (B, L − kept) hidden ones, both ascending; (B, L): of each patch its place among
+        the visible ones, −1 where it is hidden.
+    """
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    places = torch.where(mask, -1, mask.logical_not().cumsum(1) - 1)
+    return order[:, :kept], order[:, kept:], places

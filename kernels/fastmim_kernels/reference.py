@@ -108,6 +108,21 @@ def pixel_shuffle(prediction: Tensor, stride: int) -> Tensor:
     return F.pixel_shuffle(prediction.permute(0, 3, 1, 2), stride)
 
 
+def unshuffle(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+    """Kept (B, 1 + K, C) tokens in the ``places`` (B, L) of all patches, −1: the mask token; plus positions."""
+    b, _, c = tokens.shape
+    every = torch.cat((mask_token.reshape(1, 1, c).expand(b, -1, -1), tokens[:, 1:]), 1)
+    patches = every.gather(1, (places + 1).unsqueeze(-1).expand(-1, -1, c))
+    return torch.cat((tokens[:, :1], patches), 1) + pos_embed.reshape(1, -1, c)
+
+
+def patch_target(images: Tensor, stride: int, eps: float) -> Tensor:
+    """(B, C, h·s, w·s): each square of ``stride`` pixels, over all channels, by its mean and unbiased deviation."""
+    patches = F.unfold(images, stride, stride=stride)
+    mean, var = patches.mean(1, keepdim=True), patches.var(1, keepdim=True)
+    return F.fold((patches - mean) / (var + eps).sqrt(), images.shape[-2:], stride, stride=stride)
+
+
 def pointwise_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
     """Elementwise ``l1``, ``l2`` or ``smooth_l1`` (β = 1)."""
     if loss == "l1":
@@ -117,13 +132,15 @@ def pointwise_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
     return F.smooth_l1_loss(prediction, target, reduction="none")
 
 
-def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, stride: int, loss: str) -> Tensor:
-    """Σ(l(x̂, x)·m) / (Σm + 1e-5) / C with the mask repeated to pixels (B, 1, H, W)."""
+def masked_l1(
+    prediction: Tensor, target: Tensor, mask: Tensor, stride: int, loss: str, eps: float = 1e-5
+) -> Tensor:
+    """Σ(l(x̂, x)·m) / (Σm + eps) / C with the mask repeated to pixels (B, 1, H, W)."""
     _, channels, height, width = target.shape
     pixels = pixel_shuffle(prediction, stride)[:, :, :height, :width].to(target.dtype)
     m = mask.to(target.dtype)
     m = m.repeat_interleave(height // mask.shape[1], 1).repeat_interleave(width // mask.shape[2], 2)[:, None]
-    return (pointwise_loss(pixels, target, loss) * m).sum() / (m.sum() + 1e-5) / channels
+    return (pointwise_loss(pixels, target, loss) * m).sum() / (m.sum() + eps) / channels
 
 
 def residual_norm(

@@ -42,6 +42,7 @@ CASES = {
     "swinv2, rectangles": dict(SWIN, name="swinv2", img_size=(64, 32), window_size=(8, 4)),
     "vit": dict(VIT, img_size=64, shared_rel_pos_bias=True, init_values=0.1),
     "vit, bias per block": dict(VIT, img_size=(32, 48), patch_size=8, rel_pos_bias=True),
+    "vit, fixed positions": dict(VIT, img_size=(32, 48), patch_size=8, abs_pos_embed="sincos"),
     "vit, positions": dict(VIT, img_size=64, abs_pos_embed=True, qkv_bias=False, init_values=0.0),
 }  # fmt: skip
 

@@ -41,6 +41,18 @@ RUNS = {
 BF16 = {
     f"stage{stage} bf16": dict(efficiency__zero_stage=stage, efficiency__precision="bf16", **CUT) for stage in range(4)
 }
+MAE = dict(
+    model__name="vit", model__img_size=32, model__patch_size=8, model__embed_dim=16, model__depth=2,
+    model__num_heads=2, model__depths=..., model__window_size=..., model__key_bias="true",
+    model__abs_pos_embed="sincos", model__init="mae", objective__name="mae", objective__unit=...,
+    objective__norm_pix_loss="true", objective__decoder_embed_dim=8, objective__decoder_depth=2,
+    objective__decoder_num_heads=2,
+)  # fmt: skip
+# Frozen positions, a decoder, and modules that a rank reads without calling them.
+MAE_RUNS = {
+    f"mae {name}": RUNS[name] | MAE for name in ("ddp", "stage0 in 4", "stage1", "stage2", "stage3", "stage3 full")
+}
+MAE_BF16 = {"mae stage3 bf16": BF16["stage3 bf16"] | MAE}
 
 
 WATCHED = ("ddp", "stage2", "stage3")
@@ -50,7 +62,7 @@ WATCHED = ("ddp", "stage2", "stage3")
 def alone(zero_run, launch, labelled, tmp_path_factory):
     """One process: without DeepSpeed, whose features are looked at, and ZeRO-3 with nobody to share with."""
     folder = tmp_path_factory.mktemp("alone")
-    runs = {"plain": dict(data__labelled_path=str(labelled)), "stage3": dict(efficiency__zero_stage=3)}
+    runs = {"plain": dict(data__labelled_path=str(labelled)), "stage3": dict(efficiency__zero_stage=3), "mae": MAE}
     launch([zero_run(folder / name, 1, **changes) for name, changes in runs.items()], 1)
     return folder
 
@@ -59,7 +71,7 @@ def alone(zero_run, launch, labelled, tmp_path_factory):
 def two(zero_run, launch, labelled, tmp_path_factory):
     """All runs on two ranks; features are looked at where that needs both, and where it does not."""
     folder = tmp_path_factory.mktemp("two")
-    runs = RUNS | BF16
+    runs = RUNS | BF16 | MAE_RUNS | MAE_BF16
     for name in WATCHED:
         runs[name] = runs[name] | dict(data__labelled_path=str(labelled))
     launch([zero_run(folder / name, 2, **changes) for name, changes in runs.items()], 2)
@@ -106,6 +118,11 @@ def test_features_of_all_ranks_are_those_of_one_process(name, two, alone):
     assert last[0]["rankme"] == pytest.approx(last[1]["rankme"], rel=1e-3)
 
 
+@pytest.mark.parametrize("name", MAE_RUNS)
+def test_mae_equals_one_process_without_deepspeed(name, two, alone):
+    compare(two / name, alone / "mae", rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_equal_one_process_without_deepspeed(name, four, alone):
     compare(four / name, alone / "plain", rtol=1e-5, atol=1e-5)
@@ -118,6 +135,11 @@ def test_recomputation_changes_no_bit(name, two):
 
 def test_alone_under_zero(alone):
     compare(alone / "stage3", alone / "plain", rtol=1e-6, atol=1e-6)
+
+
+def test_mae_in_bf16_stays_close(two, alone):
+    found, expected = curve(two / "mae stage3 bf16"), curve(alone / "mae")
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-2, atol=0)
 
 
 # Products of 8 bits of mantissa; master weights and moments are fp32, so the error does not grow with the steps.

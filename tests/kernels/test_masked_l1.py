@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,6 +105,33 @@ def test_a_kept_gradient_is_handed_out_by_the_graph_alone() -> None:
     assert torch.equal(found[1], kept) and found[1].data_ptr() != kept.data_ptr()
 
 
+MAE = {"loss": "l2", "target_eps": 1e-6, "count_eps": 0.0}
+COVERED = [geometry for geometry in GEOMETRIES if geometry[0][2] == geometry[1][0] * geometry[3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("geometry", COVERED)
+def test_patch_statistics_against_float64(geometry: tuple[Any, ...], dtype: torch.dtype) -> None:
+    check_both(linear_masked_l1, "torch", inputs_for(geometry, True), dtype, **MAE)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_loss_of_mae_is_its_formula(impl: str) -> None:
+    """Mean over hidden patches of the mean squared error, against numbers by their own statistics; uint8 images."""
+    (b, c, h, w), grid, _, p = GEOMETRIES[0]
+    inputs = inputs_for(GEOMETRIES[0], linear=True)
+    image = torch.randint(0, 256, (b, c, h, w), generator=torch.Generator().manual_seed(1)).byte()
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    patches = ((image / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)).double().unflatten(3, (grid[1], p))
+    patches = patches.unflatten(2, (grid[0], p)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    wanted = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    each = (F.linear(inputs["tokens"], inputs["weight"], inputs["bias"]) - wanted).square().mean(-1)
+    expected = (each * inputs["mask"]).sum() / inputs["mask"].sum()
+    args = inputs | {k: inputs[k].float() for k in ("tokens", "weight", "bias")}
+    found = linear_masked_l1(**args | {"target": image}, mean=mean, std=std, **MAE, impl=impl)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_equals_the_formula_pixel_by_pixel() -> None:
     """Against loops written from the definition, not against the oracle."""
     inputs = inputs_for(GEOMETRIES[3], linear=False)
@@ -152,7 +180,8 @@ def test_the_prediction_never_exists_as_a_whole(monkeypatch: pytest.MonkeyPatch)
     target = inputs["target"].numel()
     with LargestTensor() as mode:
         LINEAR_OP.forward.op(inputs["tokens"].detach(), inputs["weight"].detach(), inputs["bias"].detach(),
-                             inputs["target"], inputs["mask"], None, None, 8, "l1", torch.float32, True, "torch")
+                             inputs["target"], inputs["mask"], None, None, 8, "l1", 0.0, 1e-5, torch.float32, True,
+                             "torch")
     assert mode.largest <= target  # the target itself, laid out as tokens
     sizes: list[int] = []
     product = linear_on_torch.product
@@ -207,7 +236,7 @@ def operands(inputs: dict[str, Any], linear: bool) -> tuple[Any, ...]:
     names = ("tokens", "weight", "bias") if linear else ("prediction",)
     head = [inputs[n].float().requires_grad_() for n in names]
     tail = (inputs["target"], inputs["mask"], None, None, inputs["stride"], "l1")
-    return (*head, *tail, torch.float32, True, "torch") if linear else (*head, *tail, "torch")
+    return (*head, *tail, 0.0, 1e-5, torch.float32, True, "torch") if linear else (*head, *tail, "torch")
 
 
 def test_opcheck() -> None:
@@ -239,10 +268,15 @@ def test_closed_forms() -> None:
     assert forward == (4 * 3072 * 6 + 512, 8, 0) and backward == (4 * 3072 * 6 + 516, 8 * 3072 * 2, 0)
     forward, _ = linear_traffic((2, 2, 2, 3), 16, 32, 512, masked=0.5)
     assert forward[2] == 6 * 4 * 3072 * 16
+    more, _ = linear_traffic((2, 2, 2, 3), 16, 32, 512, masked=0.5, target_itemsize=1, statistics=True)
+    less, _ = linear_traffic((2, 2, 2, 3), 16, 32, 512, masked=0.5, target_itemsize=1)
+    assert (more[0] - less[0], more[1] - less[1]) == (4 * (3072 + 8), 4 * 8)
 
 
 @pytest.mark.parametrize("change, word", [
     ({"loss": "l3"}, "loss='l3'"), ({"stride": 4}, "stride 4"), ({"mask": torch.ones(2, 5, 3)}, "mask"),
+    ({"target_eps": -1.0}, "target_eps"), ({"tokens": torch.zeros(2, 3, 3, 11), "target_eps": 1e-6}, "target_eps"),
+    ({"count_eps": float("nan")}, "count_eps"),
     ({"target": torch.zeros(2, 3, 16, 24).byte()}, "mean and std"), ({"weight": torch.zeros(192, 9)}, "weight")])
 def test_wrong_arguments_are_named(change: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):

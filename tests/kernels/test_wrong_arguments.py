@@ -47,7 +47,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "linear": LINEAR,
     "linear_and_input": LINEAR,
     "linear_masked_l1": {"tokens": some(2, 2, 2, 5), "weight": some(48, 5), "bias": some(48), **IMAGES, "loss": "l1",
-                         "mean": some(3), "std": some(3)},
+                         "mean": some(3), "std": some(3), "target_eps": 1e-6, "count_eps": 1e-5},
     "local_norm_target": {"images": some(2, 3, 8, 8), "kernel_size": 3},
     "low_copies": {"tensors": [some(3, 4), some(5)], "dtype": torch.bfloat16},
     "mask_tokens": TOKENS,
@@ -61,6 +61,8 @@ RIGHT: dict[str, dict[str, Any]] = {
     "residual_norm": {"residual": some(2, 4, 6, 5), "branch": some(2, 4, 6, 5), "weight": some(5), "bias": some(5),
                       "order": "pre", "eps": 1e-5, "drop_scale": some(2), "gamma": some(5), "branch_bias": some(5),
                       "stream_dtype": None, "out_dtype": torch.float32, "merge": False},
+    "unshuffle": {"tokens": some(2, 3, 5), "places": torch.tensor([[0, -1, 1, -1], [-1, -1, 0, 1]]),
+                  "mask_token": some(5), "pos_embed": some(5, 5), "out_dtype": torch.float32},
     "window_attention": {"qkv": some(2, 4, 6, 12), "bias": some(2, 4, 4), "num_heads": 2, "window_size": (2, 2),
                          "shift_size": (1, 0), "logit_scale": some(2)},
 }  # fmt: skip
@@ -80,7 +82,8 @@ FREE = {
       for i in (1, 2)),
     *(("low_copies", "tensors", f"its first: {kind}") for kind in ("rank + 1", "rank - 1", "dim 0", "dim 1")),
     ("low_copies", "tensors", "nothing"), ("gelu", "x", "rank - 1"), ("cpb_bias", "weight2", "dim 1"),
-    ("cpb_bias", "coords", "dim 0"),
+    ("cpb_bias", "coords", "dim 0"), ("unshuffle", "tokens", "dim 1"), ("linear_masked_l1", "target_eps", "0.0"),
+    ("linear_masked_l1", "count_eps", "0.0"),
 }  # fmt: skip
 """(op, argument, what is done to it) where the result is as right as before."""
 FOREIGN = re.compile(r"\n|xpected|mat1|Triton|aten|dispatch|at::|c10|attribute|operand|scalar type|of tensor a")
@@ -91,7 +94,7 @@ def wrong_tensors(right: Tensor, name: str, optional: bool) -> Iterator[tuple[st
     yield from (("a number", 3), ("a list", [1.0]), ("a tuple", (right,)), ("text", "x"), ("numpy", right.numpy()))
     yield from (("complex", right.to(torch.complex64)), ("on meta", right.to("meta")))
     yield from [] if optional else [("None", None)]
-    if name not in ("mask", "index"):
+    if name not in ("mask", "index", "places"):
         yield from (("whole numbers", right.long()), ("bool", right.bool()))
     if name != "mask":
         yield "int8", right.to(torch.int8)
@@ -112,7 +115,7 @@ def wrong_values(op: str, name: str, right: Any) -> Iterator[tuple[str, Any]]:
             yield f"its first: {kind}", [value, *right[1:]]
     elif name in ("window_size", "shift_size"):
         yield from ((repr(v), v) for v in (-1, 7, (1,), (2, 2, 2), (2, -1), (2.5, 1), "2", None, torch.ones(2), [None]))
-    elif name == "eps":
+    elif name.endswith("eps"):
         yield from ((repr(v), v) for v in (0.0, -1e-5, float("nan"), float("inf"), "1", None, [1e-5]))
     elif isinstance(right, bool):
         yield from ((repr(v), v) for v in (2, "yes", torch.ones(2)))

@@ -26,15 +26,19 @@ MODELS: dict[str, dict[str, Any]] = {
                    extra_norm_period=2, drop_path_rate=0.2),
     "vit": dict(name="vit", img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, init_values=0.1,
                 shared_rel_pos_bias=True, drop_path_rate=0.1),
+    "mae": dict(name="vit", img_size=128, patch_size=8, embed_dim=96, depth=4, num_heads=3, key_bias=True,
+                abs_pos_embed="sincos", init="mae"),
 }  # fmt: skip
 CASES = [(model, policy) for model in MODELS for policy in ("none", "fc1_qkv", "full")]
 CASES += [("swinv2", "fc1"), ("vit", "gemm")]
+DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
 BATCH = 6
 
 
 def builder(model: str, policy: str = "none", norm_target: int = 0) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        objective = create_objective("simmim", encoder=MODELS[model], norm_target=norm_target, impl="torch")
+        name, own = ("mae", DECODER) if model == "mae" else ("simmim", dict(norm_target=norm_target))
+        objective = create_objective(name, encoder=MODELS[model], **own, impl="torch")
         apply_recompute(objective, policy)
         return objective
 

@@ -60,9 +60,17 @@ def _masked_l1(b: int, n: int) -> dict[str, Any]:
     return {"prediction": normal(b, n, n, 3 * 32**2), **_pixels(b, n, 32, 4)}
 
 
-def _linear_masked_l1(b: int, n: int, d: int, stride: int = 32, cell: int = 4) -> dict[str, Any]:
+def _unshuffle(b: int, patches: int, kept: int, c: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(patches)
+    order = torch.rand((b, patches), generator=generator, device="cpu").argsort(1)
+    places = torch.where(order < kept, order, -1)
+    return {"tokens": normal(b, 1 + kept, c), "places": places, "mask_token": normal(c),
+            "pos_embed": normal(1 + patches, c)}
+
+
+def _linear_masked_l1(b: int, n: int, d: int, stride: int = 32, cell: int = 4, **more: Any) -> dict[str, Any]:
     k = 3 * stride**2
-    return {"tokens": normal(b, n, n, d), "weight": normal(k, d, scale=d**-0.5), "bias": normal(k),
+    return {**more, "tokens": normal(b, n, n, d), "weight": normal(k, d, scale=d**-0.5), "bias": normal(k),
             **_pixels(b, n, stride, cell)}
 
 
@@ -134,6 +142,7 @@ _LINEAR = ("x", "weight", "bias")
 _HEAD = ("tokens", "weight", "bias")
 _COSINE = ("qkv", "bias", "logit_scale")
 _LOGITS = ("student", "teacher")
+_MAE: dict[str, Any] = {"loss": "l2", "target_eps": 1e-6, "count_eps": 0.0}
 # More than one piece of a program, a remainder of a vector, and less than one.
 _PIECES: list[tuple[int, ...]] = [(130, 129), (37,), (1,)]
 
@@ -158,6 +167,9 @@ SMALL = (
     Case("cpb_bias", "", partial(_cpb_bias, 3, 2, 2), (), ("weight1", "bias1", "weight2"), torch.float32),
     Case("masked_l1", "", partial(_masked_l1, 3, 2), ("prediction",), ("prediction",)),
     Case("linear_masked_l1", "", partial(_linear_masked_l1, 3, 2, 40), ("tokens",), _HEAD),
+    Case("linear_masked_l1", "patch statistics", partial(_linear_masked_l1, 3, 2, 40, 19, 19, **_MAE), ("tokens",),
+         _HEAD),
+    Case("unshuffle", "", partial(_unshuffle, 3, 30, 7, 40), ("tokens",), ("tokens", "mask_token", "pos_embed")),
     Case("distillation", "rows", partial(_distillation, (37, 300), (37, 300), "rows", True), _LOGITS, ("student",)),
     Case("distillation_and_entropy", "views", partial(_distillation, (5, 3, 300), (2, 3, 300), "views", False), _LOGITS,
          ("student",), used=(0,)),
@@ -236,6 +248,10 @@ SHIPPED: tuple[Case, ...] = (
     Case("linear_masked_l1", "4,352 tokens of 32 px", partial(_linear_masked_l1, 68, 8, 64), ("tokens",), _HEAD),
     Case("linear_masked_l1", "22,176 tokens of 16 px", partial(_linear_masked_l1, 154, 12, 64, 16, 16), ("tokens",),
          _HEAD),
+    Case("linear_masked_l1", "300 tokens of MAE", partial(_linear_masked_l1, 300, 1, 64, 16, 16, **_MAE), ("tokens",),
+         _HEAD),
+    # The decoder of MAE: several images for a program, groups of partial sums.
+    Case("unshuffle", "16 images", partial(_unshuffle, 16, 196, 49, 512), ("tokens",), ("tokens", "mask_token")),
     # Several groups of a program; more codes than one program has, and as many chunks as DINO's.
     Case("distillation", "800 rows of 8,192", partial(_distillation, (800, 8192), (800, 8192), "rows", True), _LOGITS,
          ("student",)),
@@ -266,6 +282,8 @@ TIMED: dict[tuple[str, str], Build] = {
     ("cpb_bias", ""): partial(_cpb_bias, 12, 16, 18),
     ("masked_l1", ""): partial(_masked_l1, _B, 6),
     ("linear_masked_l1", ""): partial(_linear_masked_l1, _B, 6, 1024),
+    ("linear_masked_l1", "patch statistics"): partial(_linear_masked_l1, _B * 147, 1, 512, 16, 16, **_MAE),
+    ("unshuffle", ""): partial(_unshuffle, _B, 196, 49, 512),
     ("distillation", "rows"): partial(_distillation, (2048, 8192), (2048, 8192), "rows", True),
     ("distillation_and_entropy", "views"): partial(_distillation, (12, _B, 8192), (2, _B, 8192), "views", False),
     ("local_norm_target", ""): partial(_tensor, "images", _B, 3, 192, 192, kernel_size=47),

@@ -59,6 +59,14 @@ def normalised(patches: Tensor, mean: Tensor | None, std: Tensor | None, dtype: 
     return patches.to(dtype).mul_(1 / (255 * std)).sub_(mean / std)
 
 
+def standardised(patches: Tensor, eps: float) -> Tensor:
+    """(n, C, s, s), each row by its mean and unbiased deviation, √(variance + eps); as they are for an eps of 0."""
+    if not eps:
+        return patches
+    variance, mean = torch.var_mean(patches.flatten(1), 1, correction=1)
+    return patches.sub(mean.view(-1, 1, 1, 1)).mul_((variance + eps).rsqrt_().view(-1, 1, 1, 1))
+
+
 def masked_difference(prediction: Tensor, patches: Tensor, cells: Tensor) -> Tensor:
     """(n, C, s, s) prediction − target in the dtype of ``patches``, zero outside the (n, rows, cols) cells."""
     n, c, s, _ = patches.shape
@@ -116,7 +124,7 @@ def token_chunks(cells: Tensor, size: int = 256) -> Iterator[tuple[Tensor | slic
         yield chosen, flat[chosen]
 
 
-def pixel_scale(target: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / (masked pixels + 1e-5) / C as a scalar tensor."""
+def pixel_scale(target: Tensor, mask: Tensor, dtype: torch.dtype, eps: float = EPS) -> Tensor:
+    """1 / (masked pixels + eps) / C as a scalar tensor."""
     area = (target.shape[2] // mask.shape[1]) * (target.shape[3] // mask.shape[2])
-    return 1 / (mask.sum(dtype=dtype) * area + EPS) / target.shape[1]
+    return 1 / (mask.sum(dtype=dtype) * area + eps) / target.shape[1]

@@ -15,6 +15,7 @@ from ..common.token_layout import (
     normalised,
     patchify,
     pixel_scale,
+    standardised,
     token_cells,
     token_chunks,
 )
@@ -23,7 +24,8 @@ from .inputs import buffers, loss_dtype
 
 
 def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, mean: Tensor | None,
-            std: Tensor | None, stride: int, loss: str, dtype: torch.dtype, grads: bool
+            std: Tensor | None, stride: int, loss: str, target_eps: float, count_eps: float, dtype: torch.dtype,
+            grads: bool
             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::linear_masked_l1``."""
     wide = loss_dtype(dtype, target.dtype)
@@ -37,10 +39,11 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     dtype, low = (torch.float32, dtype) if slow else (dtype, dtype)
     head, shift = weight.to(low).to(dtype), None if bias is None else bias.to(low).to(dtype)
     x, d_x = tokens.flatten(0, 2), d_tokens.flatten(0, 2) if grads else d_tokens
-    first, scale = True, pixel_scale(target, mask, wide)
+    first, scale = True, pixel_scale(target, mask, wide, count_eps)
     for rows, chosen in token_chunks(cells):
         chunk = x[rows].to(low).to(dtype)
         pixels = normalised(patches[rows].unflatten(1, (-1, stride, stride)), mean, std, wide)
+        pixels = standardised(pixels, target_eps)
         difference = masked_difference(product(chunk, head, shift).to(low), pixels, chosen)
         total += loss_sum(difference, loss)
         if grads:

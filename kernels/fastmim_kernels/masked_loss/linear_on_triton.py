@@ -1,4 +1,4 @@
-"""SimMIM's linear head with its masked loss: the prediction lives in registers only.
+"""A linear head with its masked loss: the prediction lives in registers only.
 
 The tokens are ordered on the device, those with masked pixels first, and their number stays there: a program
 whose rows lie beyond it returns at once, so nothing waits for the host. Of each chunk of rows three kernels
@@ -71,6 +71,44 @@ def order_kernel(
         tl.store(p_hits, hits)
 
 
+@triton.jit(do_not_specialize=["grid_h", "grid_w"])
+def statistics_kernel(
+    p_target,  # (B, C, H, W) float32 or uint8
+    p_mean,  # (C,) or None
+    p_std,  # (C,) or None
+    p_order,  # (M,) int32 tokens, those with masked pixels first
+    p_hits,  # scalar int32, number of tokens with masked pixels
+    p_stats,  # (M, 2) float32, out: mean and 1 / deviation of the pixels of those tokens
+    grid_h, grid_w, height, width, K, eps,
+    S: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """A program has a token, whose means and sums of squares of ``BLOCK`` values are merged (Chan et al. 1983)."""
+    if tl.program_id(0) < tl.load(p_hits):
+        i_token = tl.load(p_order + tl.program_id(0))
+        i_y, i_x = i_token // grid_w % grid_h * S, i_token % grid_w * S
+        o_image = (i_token // (grid_w * grid_h)).to(tl.int64) * (K // (S * S)) * height * width + (i_y * width + i_x)
+        a_mean = 0.0
+        a_square = 0.0
+        for k in range(0, K, BLOCK):
+            o_k = k + tl.arange(0, BLOCK)
+            m_k = o_k < K
+            i_c = o_k // (S * S)
+            o_pixel = (i_c * height + o_k // S % S) * width + o_k % S
+            b_t = tl.load(p_target + o_image + o_pixel, mask=m_k, other=0).to(tl.float32)
+            if p_mean is not None:
+                b_std = tl.load(p_std + i_c, mask=m_k, other=1)
+                b_t = b_t * (1 / (255 * b_std)) - tl.load(p_mean + i_c, mask=m_k, other=0) / b_std
+            count = tl.minimum(K - k, BLOCK).to(tl.float32)
+            b_mean = tl.sum(tl.where(m_k, b_t, 0.0), 0) / count
+            b_d = tl.where(m_k, b_t - b_mean, 0.0)
+            step = b_mean - a_mean
+            share = count / (k + count)
+            a_mean += step * share
+            a_square += tl.sum(b_d * b_d, 0) + step * step * k * share
+        tl.store(p_stats + 2 * i_token, a_mean)
+        tl.store(p_stats + 2 * i_token + 1, 1 / tl.sqrt_rn(a_square / (K - 1) + eps))
+
+
 @triton.jit(do_not_specialize=["first", "row_blocks", "grid_h", "grid_w"])
 def head_loss_kernel(
     p_x,  # (M, D) tokens
@@ -80,6 +118,7 @@ def head_loss_kernel(
     p_mask,  # (B, Hm, Wm) bool as uint8
     p_mean,  # (C,) or None
     p_std,  # (C,) or None
+    p_stats,  # (M, 2) float32 mean and 1 / deviation of each token's pixels, or None
     p_order,  # (M,) int32 tokens, those with masked pixels first
     p_hits,  # scalar int32, number of tokens with masked pixels
     p_slope,  # (rows of the chunk, K) or None
@@ -135,6 +174,9 @@ def head_loss_kernel(
             b_std = tl.load(p_std + i_c, mask=m_n, other=1)
             b_mean = tl.load(p_mean + i_c, mask=m_n, other=0)
             b_t = b_t * (1 / (255 * b_std))[None, :] - (b_mean / b_std)[None, :]
+        if p_stats is not None:
+            b_t -= tl.load(p_stats + 2 * i_token, mask=m_row, other=0)[:, None]
+            b_t *= tl.load(p_stats + 2 * i_token + 1, mask=m_row, other=0)[:, None]
         b_d = tl.where(m_hit, acc - b_t, 0.0)
         # Not axis after axis: of a product's tile on sm_100 that ends in an assertion of Triton 3.6.
         a_loss = tl.sum(loss_of(b_d, LOSS))
@@ -287,6 +329,8 @@ def config(dtype: torch.dtype) -> dict[str, dict[str, int]]:
             "weight": {"BM": 64, "BN": 64, "BK": deep, "num_warps": 4, "num_stages": 3}}
 
 
+STATISTICS = 1024
+"""Pixels of a token whose mean and variance are taken at a time."""
 SCAN = 4096
 """Tokens that get their places at a time."""
 SLOPE_BYTES = 32 << 20
@@ -300,8 +344,8 @@ def chunk_rows(tokens: int, row_bytes: int) -> int:
 
 @on_own_device
 def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, mean: Tensor | None,
-            std: Tensor | None, stride: int, loss: str, dtype: torch.dtype, grads: bool
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+            std: Tensor | None, stride: int, loss: str, target_eps: float, count_eps: float, dtype: torch.dtype,
+            grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, scale, d tokens, d weight, d bias), the gradients without the scale and empty unless asked for."""
     # The head is cast tile by tile.
     x, head = tokens.flatten(0, 2).to(dtype).contiguous(), weight.contiguous()
@@ -326,12 +370,18 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     sums, biases = make(2, blocks, grid[1]), make(blocks, k) if d_bias.numel() else None
     value, scale = make(), make()
     sizes = (blocks, tokens.shape[1], tokens.shape[2], height, width, *mask.shape[1:], d, k)
+    pixels = (target, _flat(mean), _flat(std))
+    stats = make(m, 2) if target_eps else None
+    if stats is not None:
+        statistics_kernel[(m,)](*pixels, order, hits, stats, *sizes[1:5], k, target_eps, S=stride, BLOCK=STATISTICS,
+                                num_warps=4)
     for first in range(0, m, rows):
         last = min(first + rows, m)
         head_loss_kernel[grid](
-            x, head, bias, target, cells, _flat(mean), _flat(std), order, hits, slope, sums, biases,
+            x, head, bias, target, cells, *pixels[1:], stats, order, hits, slope, sums, biases,
             count, value, scale, None if biases is None else d_bias, first, *sizes,
-            S=stride, CELL_H=cell[0], CELL_W=cell[1], LOSS=loss, PRECISION=precision(dtype), EPS=EPS, **cfg["loss"])
+            S=stride, CELL_H=cell[0], CELL_W=cell[1], LOSS=loss, PRECISION=precision(dtype), EPS=count_eps,
+            **cfg["loss"])
         if grads:
             _gradients(slope, x, head, order, hits, d_x, d_w, first, last, cfg)
     return value, scale, d_x, d_w, d_bias
@@ -382,7 +432,8 @@ def _gradients(slope: Tensor | None, x: Tensor, head: Tensor, order: Tensor, hit
                                  **tiles)
 
 
-_TYPES = {"p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32", "p_mask": "*u8", "p_hit": "*u8",
+_TYPES = {"p_stats": "*fp32", "eps": "fp32",
+          "p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32", "p_mask": "*u8", "p_hit": "*u8",
           "p_order": "*i32", "p_hits": "*i32", "p_zeros": "*i32", "p_slope": "*bf16", "p_sum": "*fp32",
           "p_dbias": "*fp32", "p_dx": "*bf16", "p_dw": "*fp32", "p_counter": "*i32", "p_loss": "*fp32",
           "p_scale": "*fp32", "p_bias_grad": "*fp32", "p_grad": "*fp32", "p_tokens": "*bf16", "p_weight": "*fp32",
@@ -392,14 +443,20 @@ _TYPES = {"p_x": "*bf16", "p_w": "*fp32", "p_bias": "*fp32", "p_target": "*fp32"
 def aot_cases() -> list[AotCase]:
     """Head of the Swin encoders (3,072 values a token); the widths are run-time arguments."""
     cfg, wide = config(torch.bfloat16), config(torch.float32)
-    loss: dict[str, Any] = {"S": 32, "CELL_H": 4, "CELL_W": 4, "LOSS": "l1", "p_mean": None, "p_std": None, "EPS": EPS}
+    loss: dict[str, Any] = {"S": 32, "CELL_H": 4, "CELL_W": 4, "LOSS": "l1", "p_mean": None, "p_std": None,
+                            "p_stats": None, "EPS": EPS}
+    mae = {k: v for k, v in loss.items() if k != "p_stats"} | {"S": 16, "CELL_H": 16, "CELL_W": 16, "LOSS": "l2"}
+    whole = _case("statistics", statistics_kernel, {"num_warps": 4, "num_stages": 2},
+                  {"S": 16, "BLOCK": STATISTICS, "p_mean": None, "p_std": None})
     scaled = _case("scale", scale_kernel, {"num_warps": 8, "num_stages": 2}, {"BLOCK": 4096})
     place = _case("order", order_kernel, {"num_warps": 8, "num_stages": 2},
                   {"S": 32, "CELL_H": 4, "CELL_W": 4, "ROWS": 8, "COLS": 8, "BLOCK": 256, "SCAN": SCAN})
     # Bytes of the mask.
     place = dataclasses.replace(place, dot=False, wide_target=0.0)
     return [place, dataclasses.replace(scaled, dot=False, signature={**scaled.signature, "p_bias": "*fp32"}),
+            dataclasses.replace(whole, dot=False, wide_target=0.0),
             _case("loss", head_loss_kernel, cfg["loss"], loss),
+            _case("loss/mae", head_loss_kernel, cfg["loss"], mae),
             _case("tokens", token_gradient_kernel, cfg["tokens"], {}),
             _case("weight", weight_gradient_kernel, cfg["weight"], {"ADD": True}),
             *(_in_float32(_case(*given)) for given in (
@@ -424,6 +481,7 @@ def _case(name: str, kernel: Any, tiles: dict[str, int], constexprs: dict[str, A
 # As if every token had masked pixels; the one program that gives the tokens their places stands for all.
 _TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
     "order_kernel": lambda a: (a["zeros"] / a["SCAN"] / a["grid"][0], a["tokens"] / a["SCAN"] / a["grid"][0]),
+    "statistics_kernel": lambda a: (a["K"] / a["BLOCK"],),
     "head_loss_kernel": lambda a: (a["D"] / a["BK"],),
     "token_gradient_kernel": lambda a: (a["K"] / a["BK"],),
     "weight_gradient_kernel": lambda a: ((a["last"] - a["first"]) / a["BK"],),

@@ -66,6 +66,13 @@ def _mask_tokens(norm: bool, pos: bool, batch: int = 3) -> dict[str, Any]:
             **({"pos_embed": normal(5, 7, c)} if pos else {})}
 
 
+# 7 of 11 patches hidden; 24 channels and 12 rows fill no block, 17 images make two programs of unequal work.
+def _unshuffle(batch: int) -> dict[str, Any]:
+    order = normal(batch, 11).argsort(1).argsort(1)
+    return {"tokens": normal(batch, 5, 24), "places": torch.where(order < 4, order, -1), "mask_token": normal(1, 24),
+            "pos_embed": normal(12, 24)}
+
+
 # 105 rows of 40 channels: two programs of unequal work, and a padded row.
 def _residual_norm(order: str, names: str, dtype: torch.dtype = F32) -> dict[str, Any]:
     shape, c = (3, 5, 7), 40
@@ -107,6 +114,11 @@ def _loss(dtype: torch.dtype, linear: bool, **more: Any) -> dict[str, Any]:
     if linear:
         return given | {"tokens": normal(3, 2, 3, 11), "weight": normal(128, 11), "bias": normal(128)}
     return given | {"prediction": normal(3, 2, 3, 128)}
+
+
+def _patch_loss() -> dict[str, Any]:
+    image = {"target": normal(3, 2, 16, 24), "mask": hidden(3, 2, 3), "stride": 8, "loss": "l2", "target_eps": 1e-6}
+    return image | {"tokens": normal(3, 2, 3, 11), "weight": normal(128, 11), "bias": normal(128)}
 
 
 def _bias(mlp: bool) -> dict[str, Any]:
@@ -179,6 +191,9 @@ EXAMPLES = (
     Example("masked_l1", "uint8", lambda: _loss(torch.uint8, False, loss="smooth_l1"), ("prediction",)),
     Example("linear_masked_l1", "float32", lambda: _loss(F32, True), _HEAD),
     Example("linear_masked_l1", "uint8", lambda: _loss(torch.uint8, True, loss="l2"), _HEAD),
+    Example("linear_masked_l1", "patch statistics", _patch_loss, _HEAD),
+    Example("unshuffle", "", lambda: _unshuffle(3), ("tokens", "mask_token")),
+    Example("unshuffle", "positions", lambda: _unshuffle(17), ("tokens", "mask_token", "pos_embed")),
     Example("distillation", "rows, bfloat16", lambda: _distillation("rows", 300, BF16), ("student",)),
     Example("distillation_and_entropy", "views", lambda: _distillation("views", 300), ("student",)),
     Example("local_norm_target", "", lambda: {"images": normal(2, 3, 9, 13), "kernel_size": 5}),

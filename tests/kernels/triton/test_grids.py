@@ -26,6 +26,7 @@ from fastmim_kernels.patch_merge import on_triton as patch_merge
 from fastmim_kernels.position_bias import on_triton as position_bias
 from fastmim_kernels.position_bias.layout import Block
 from fastmim_kernels.residual_norm import on_triton as residual_norm
+from fastmim_kernels.unshuffle import on_triton as unshuffle
 
 F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
 
@@ -97,7 +98,11 @@ CASES: dict[str, Callable[[], object]] = {
     "masked_l1, backward": lambda: masked_loss.backward(
         empty(dtype=F32), empty(2**20, 1, 1, 768), *image_loss(2**20)[:4], empty(dtype=F32), 16, "l1"),
     "linear_masked_l1": lambda: linear_loss.forward(
-        empty(2**20, 1, 1, 4096), empty(768, 4096), None, *image_loss(2**20), BF16, True),
+        empty(2**20, 1, 1, 4096), empty(768, 4096), None, *image_loss(2**20), 1e-6, 0.0, BF16, True),
+    "unshuffle": lambda: unshuffle.forward(
+        empty(2**20, 65, 512), empty(2**20, 4096, dtype=torch.int64), empty(512), empty(4097, 512), BF16),
+    "unshuffle, backward": lambda: unshuffle.backward(
+        empty(2**20, 4097, 512), empty(2**20, 4096, dtype=torch.int64), 65, True, BF16),
     "linear_masked_l1, backward": lambda: linear_loss.backward(
         empty(dtype=F32), empty(dtype=F32), empty(2**20, 1, 1, 4096), empty(768, 4096), empty(768), F32, F32),
 }

@@ -7,7 +7,7 @@ import torch
 
 from fastmim_kernels import linear_masked_l1, masked_l1
 from fastmim_kernels.masked_loss.op import OP
-from tests.kernels.test_masked_l1 import GEOMETRIES, check_both, inputs_for, operands
+from tests.kernels.test_masked_l1 import COVERED, GEOMETRIES, MAE, check_both, inputs_for, operands
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -46,3 +46,16 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("geometry", GEOMETRIES[:5])
 def test_linear_against_float64(geometry: tuple[Any, ...], dtype: torch.dtype) -> None:
     check_both(linear_masked_l1, "triton", inputs_for(geometry, True), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("geometry", [*COVERED, ((1, 3, 19, 38), (1, 2), (1, 2), 19)])  # 1,083 values: two pieces
+def test_patch_statistics_against_float64(geometry: tuple[Any, ...], dtype: torch.dtype) -> None:
+    check_both(linear_masked_l1, "triton", inputs_for(geometry, True), dtype, **MAE)
+
+
+def test_patch_statistics_of_uint8_pixels() -> None:
+    inputs = inputs_for(COVERED[0], True)
+    inputs["target"] = torch.randint(0, 256, inputs["target"].shape, dtype=torch.uint8)
+    stats = {"mean": torch.tensor([0.4, 0.5, 0.6]), "std": torch.tensor([0.2, 0.3, 0.25])}
+    check_both(linear_masked_l1, "triton", inputs | stats, torch.float32, **MAE)

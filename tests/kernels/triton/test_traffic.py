@@ -17,6 +17,8 @@ from fastmim_kernels.mask_tokens import on_triton as mask_tokens_kernels
 from fastmim_kernels.mask_tokens.op import traffic as mask_tokens_traffic
 from fastmim_kernels.masked_loss import on_triton as masked_l1_kernels
 from fastmim_kernels.masked_loss.op import traffic as masked_l1_traffic
+from fastmim_kernels.unshuffle import on_triton as unshuffle_kernels
+from fastmim_kernels.unshuffle.op import traffic as unshuffle_traffic
 
 SLACK = 1.02
 Case = Callable[[], tuple[Callable[[], object], int]]
@@ -58,6 +60,23 @@ def masked_l1_case(direction: str, dtype: torch.dtype) -> Case:
     return build
 
 
+def unshuffle_case(direction: str, pos: bool) -> Case:
+    def build() -> tuple[Callable[[], object], int]:
+        # 15 images in one program of 31 patches: 16 rows of 128 channels a tile.
+        shape, patches, c = (15, 9, 128), 31, 128
+        order = torch.rand(15, patches, generator=torch.Generator().manual_seed(0)).argsort(1)
+        places = torch.where(order < 8, order, -1)
+        x, token, embed = torch.randn(shape).bfloat16(), torch.zeros(c), torch.zeros(1 + patches, c)
+        closed = unshuffle_traffic(shape, patches, pos=pos)
+        if direction == "forward":  # the mask token once a program
+            run = lambda: unshuffle_kernels.forward(x, places, token, embed, torch.bfloat16)  # noqa: E731
+            return run, sum(closed[0][:2]) + c * 4
+        grad = torch.randn(15, 1 + patches, c).bfloat16()
+        # Two programs write a row of partial sums each, and the last one adds them up, by way of a group's sum.
+        return lambda: unshuffle_kernels.backward(grad, places, 9, pos, torch.bfloat16), sum(closed[1][:2]) + 6 * c * 4
+    return build
+
+
 def local_norm_case() -> tuple[Callable[[], object], int]:
     images = torch.randn(1, 2, 24, 40)
     return lambda: local_norm_kernels.forward(images, 7), sum(local_norm_traffic((1, 2, 24, 40))[:2])
@@ -66,6 +85,9 @@ def local_norm_case() -> tuple[Callable[[], object], int]:
 CASES: dict[str, Case] = {"local_norm": local_norm_case} | {
     f"mask_tokens/{direction}{'/norm' * norm}{'/pos' * pos}": mask_tokens_case(direction, norm, pos)
     for direction in ("forward", "backward") for norm in (False, True) for pos in (False, True)
+} | {
+    f"unshuffle/{direction}{'/pos' * pos}": unshuffle_case(direction, pos)
+    for direction, pos in (("forward", False), ("backward", False), ("backward", True))
 } | {
     f"masked_l1/{direction}/{str(dtype)[6:]}": masked_l1_case(direction, dtype)
     for direction in ("forward", "backward") for dtype in (torch.float32, torch.uint8)

@@ -1,0 +1,226 @@
+"""MAE: encode the visible patches alone, and predict the pixels of the others with a small decoder (He et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastmim_kernels as fk
+from fastmim_kernels.common.token_layout import patchify
+from fastmim_kernels.reference import pixel_shuffle
+
+from ..models import encoder_settings
+from ..models.layers import to_pair
+from ..models.positions import absolute_positions, check_positions
+from ..models.rules import check_heads, patch_grid
+from ..models.stream import Step, stream_dtype
+from ..models.vit import NORM_EPS, Attention, VitBlock, run_blocks
+from ..models.vit_init import xavier_linears
+from .base import Objective
+from .groups import split_by_rank
+from .heads import predict_pixels
+from .masks import kept_patches, random_units, split_patches
+from .pictures import Picture, reconstruction
+
+TARGET_EPS = 1e-6
+"""Added to the variance of a patch (MAE, section 4.1)."""
+
+
+class MAE(Objective):
+    """Encoder of the visible patches, decoder of all of them, squared error of the hidden ones.
+
+    Args:
+        mask_ratio: share of the patches that are hidden; the count per image is rounded up
+        norm_pix_loss: the target is each patch's pixels by their own mean and deviation
+        decoder_embed_dim: width of the decoder
+        decoder_depth: its blocks
+        decoder_num_heads: attention heads of each
+        common: of every :class:`Objective`
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: Mapping[str, Any],
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = False,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        **common: Any,
+    ) -> None:
+        own: dict[str, Any] = dict(decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth)
+        self.check(encoder=encoder, mask_ratio=mask_ratio, decoder_num_heads=decoder_num_heads, **own)
+        super().__init__(encoder=encoder, **common)
+        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        self.patch_size = self.encoder.patch_size
+        rows, columns = self.encoder.grid
+        self.patches, self.kept = rows * columns, kept_patches(mask_ratio, rows * columns)
+        # The decoder, which fills the places of hidden patches, has the token for them.
+        self.encoder.register_parameter("mask_token", None)
+        self._make_decoder(decoder_embed_dim, decoder_depth, decoder_num_heads)
+
+    def _make_decoder(self, dim: int, depth: int, num_heads: int) -> None:
+        """On the official names."""
+        settings = self.encoder.settings
+        how: dict[str, Any] = dict(qkv_bias=settings["qkv_bias"], key_bias=settings["key_bias"], grid=None)
+        self.decoder_embed = nn.Linear(self.encoder.num_features, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.decoder_pos_embed = absolute_positions("sincos", self.encoder.grid, dim)
+        self.decoder_blocks = nn.ModuleList(
+            VitBlock(dim, Attention(dim, num_heads, **how), settings["mlp_ratio"], None) for _ in range(depth)
+        )
+        self.decoder_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.decoder_pred = nn.Linear(dim, self.in_chans * self.patch_size**2)
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            xavier_linears(part)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    @classmethod
+    def check(
+        cls,
+        *,
+        encoder: Mapping[str, Any],
+        mask_ratio: float,
+        decoder_embed_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        **_: Any,
+    ) -> None:
+        """A ViT whose patches know where they are, some of them hidden, and a possible decoder."""
+        settings = encoder_settings(encoder)
+        if settings["name"] != "vit":
+            raise ValueError(f"name={settings['name']!r}: MAE leaves patches out, which a ViT alone can; use a vit")
+        for key in ("shared_rel_pos_bias", "rel_pos_bias"):
+            if settings[key]:
+                raise ValueError(f"{key}=true: not with MAE, whose patches are never all there; use abs_pos_embed")
+        if not settings["abs_pos_embed"]:
+            raise ValueError("abs_pos_embed=false: the ViT would not know where a patch is; use abs_pos_embed=sincos")
+        rows, columns = patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
+        kept_patches(mask_ratio, rows * columns)
+        for key, value in (("decoder_embed_dim", decoder_embed_dim), ("decoder_depth", decoder_depth)):
+            if value < 1:
+                raise ValueError(f"{key}={value}: must be at least 1")
+        try:
+            check_positions("sincos", decoder_embed_dim)
+            check_heads(decoder_num_heads, decoder_embed_dim)
+        except ValueError as error:
+            raise ValueError(f"decoder_{error}") from None
+
+    def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Loss of a batch: the mean over hidden patches of the mean squared error of their pixels.
+
+        Args:
+            images: (B, C, H, W), float normalised by mean and std, or uint8.
+            mask: (B, H/p, W/p) bool or 0/1, 1 = hidden; as many in every image as :meth:`random_mask` hides.
+
+        Returns:
+            ``{"loss": scalar float32}``.
+
+        Raises:
+            ValueError: Shapes differ from what the encoder was built for; on a CPU also another number of patches.
+        """
+        keep, hidden, places = self._split(images, mask)
+        tokens = self.decode(self._encode(images, keep), places, hidden)
+        target = patch_pixels(images, hidden, self.patch_size).flatten(0, 1)
+        statistics = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
+        everywhere = torch.ones(len(target), 1, 1, dtype=torch.bool, device=images.device)
+        loss = fk.linear_masked_l1(
+            tokens[:, None, None],
+            self.decoder_pred.weight,
+            self.decoder_pred.bias,
+            target,
+            everywhere,
+            stride=self.patch_size,
+            loss="l2",
+            mean=statistics[0],
+            std=statistics[1],
+            target_eps=TARGET_EPS if self.norm_pix_loss else 0.0,
+            count_eps=0.0,
+            impl=self.impl,
+        )
+        return {"loss": loss}
+
+    def _split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`~fastmim.objectives.masks.split_patches`."""
+        self.check_inputs(images, mask)
+        flat = mask.flatten(1) != 0
+        if fk.shape_may_follow(flat):
+            counts = flat.sum(1)
+            if bool((counts != self.patches - self.kept).any()):
+                raise ValueError(
+                    f"mask hides {sorted(set(counts.tolist()))} of {self.patches} patches an image; with "
+                    f"mask_ratio={self.mask_ratio} it must hide {self.patches - self.kept} of each"
+                )
+        return split_patches(flat, self.kept)
+
+    def _encode(self, images: Tensor, keep: Tensor) -> Tensor:
+        vit: Any = self.encoder
+        pixels = self.normalise(patch_pixels(images, keep, self.patch_size))
+        latent: Tensor = vit.forward_kept(pixels.flatten(2), keep)
+        return latent
+
+    def decode(self, latent: Tensor, places: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """The decoder's normed tokens.
+
+        Args:
+            latent: (B, 1 + K, D) of the encoder.
+            places: (B, L) of :func:`~fastmim.objectives.masks.split_patches`.
+            wanted: (B, M) numbers of the patches that are read; the last block makes no others.
+
+        Returns:
+            (B·M, decoder_embed_dim) of the wanted patches, or (B, 1 + L, decoder_embed_dim).
+        """
+        x = fk.linear(latent, self.decoder_embed.weight, self.decoder_embed.bias, impl=self.impl)
+        dtype = stream_dtype(x, self.encoder.residual_dtype)
+        assert self.decoder_pos_embed is not None
+        x = fk.unshuffle(x, places, self.mask_token, self.decoder_pos_embed, out_dtype=dtype, impl=self.impl)
+        rows = None
+        if wanted is not None:
+            first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + 1
+            rows = (wanted + first).flatten()
+        drops = [(None, None)] * len(self.decoder_blocks)
+        return run_blocks(x, self.decoder_blocks, self.decoder_norm, drops, Step(self.impl), rows=rows)[1]
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """(B, C, H, W) prediction of every patch, in the space of the target (pixels, or a patch's normalised ones)."""
+        keep, _, places = self._split(images, mask)
+        tokens = self.decode(self._encode(images, keep), places)[:, 1:].unflatten(1, self.encoder.grid)
+        return predict_pixels(tokens, self.decoder_pred, self.patch_size, self.img_size)
+
+    @torch.no_grad()
+    def reconstruct_pixels(self, images: Tensor, mask: Tensor) -> Tensor:
+        """:meth:`reconstruct` as a normalised image; a patch's normalisation is undone with its true statistics."""
+        prediction = self.reconstruct(images, mask)
+        if not self.norm_pix_loss:
+            return prediction
+        truth, guess = (patchify(each, self.patch_size) for each in (self.normalise(images), prediction))
+        variance, mean = torch.var_mean(truth, -1, keepdim=True)
+        return pixel_shuffle(guess * (variance + TARGET_EPS).sqrt() + mean, self.patch_size)
+
+    def picture(self, images: Tensor, mask: Tensor) -> Picture:
+        """See :func:`~fastmim.objectives.pictures.reconstruction`."""
+        guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
+        return reconstruction(self.denormalise(self.normalise(images)), guess, mask)
+
+    def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
+        """(B, H/p, W/p) bool masks keyed by (seed, epoch, sample id), on the device of ``sample_ids``."""
+        mask = random_units(sample_ids, self.patches, self.patches - self.kept, seed, epoch)
+        return mask.unflatten(1, self.encoder.grid)
+
+    def groups(self, weight_decay: float, policy: str) -> list[dict[str, Any]]:
+        """With "parity" every matrix decays, class and mask token too, as in the reference."""
+        return split_by_rank(self, weight_decay) if policy == "parity" else super().groups(weight_decay, policy)
+
+
+def patch_pixels(images: Tensor, numbers: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) images and (B, K) numbers of patches, row by row → (B, K, C, p, p)."""
+    b, c, height, width = images.shape
+    p, columns = patch_size, width // patch_size
+    cut = images.reshape(b, c, height // p, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+    sample = torch.arange(b, device=images.device)[:, None]
+    return cut[sample, numbers.div(columns, rounding_mode="floor"), numbers % columns]

@@ -1,0 +1,1 @@
+"""Kept tokens back in their places, the mask token in the others."""
