@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.golden_kinds import self_distilled, simmim, tables
+from tests.golden_kinds import beit, self_distilled, simmim, tables
 from tests.golden_kinds.common import Errors, read
 
 
@@ -36,6 +36,7 @@ CHECKS: list[tuple[Callable[[Mapping[str, Any]], bool], Callable[..., Errors]]] 
     (lambda meta: "mask_patch_size" in meta and "encoder_stride" in meta, simmim.simmim),
     (lambda meta: "bytedance/ibot" in meta.get("source", "") and "arch" in meta, self_distilled.ibot),
     (lambda meta: "bytedance/ibot" in meta.get("source", "") and "temps" in meta, self_distilled.ibot_loss),
+    (lambda meta: "vocab_size" in meta and "num_mask" in meta, beit.beit),
     (lambda meta: meta.get("case") == "block_masks", tables.block_masks),
     (lambda meta: "ibot" in meta and "iters_per_epoch" in meta, tables.schedules),
 ]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastmim.objectives import Objective
-from fastmim.objectives.views import Images, augmented
+from fastmim.objectives.views import Images
 
 
 class Loads(Protocol):
@@ -43,7 +43,7 @@ def inputs_of(objective: Any, batch: Any, *, seed: int, epoch: int) -> tuple[Ima
     """
     images, ids = batch.views if hasattr(batch, "views") else batch.images, batch.sample_ids
     if isinstance(objective, Objective):
-        images = augmented(images, objective.views(), ids, seed=seed, epoch=epoch)
+        images = objective.prepare(images, ids, seed=seed, epoch=epoch)
     return images, objective.random_mask(ids, seed=seed, epoch=epoch)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from fastmim.objectives.beit import BEiT
 from fastmim.objectives.dino import DINO
 
+from .beit import load_beit
 from .load import LoadReport, load_simmim
 from .self_distilled import load_self_distilled
 
@@ -17,11 +19,13 @@ def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadR
     """Load a checkpoint of the objective's published implementation.
 
     SimMIM: microsoft/SimMIM and microsoft/Swin-Transformer, see :func:`.load_simmim`. iBOT and DINO: bytedance/ibot
-    and facebookresearch/dino, see :func:`.load_self_distilled`.
+    and facebookresearch/dino, see :func:`.load_self_distilled`. BEiT: microsoft/unilm, see :func:`.load_beit`.
 
     Raises:
         ValueError: A tensor is unknown, missing or of another shape; all are named.
     """
     if isinstance(objective, DINO):
         return load_self_distilled(objective, state_dict)
+    if isinstance(objective, BEiT):
+        return load_beit(objective, state_dict)
     return load_simmim(objective, state_dict)

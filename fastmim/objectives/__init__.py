@@ -11,7 +11,9 @@ from typing import Any
 
 from .base import Objective
 
-OBJECTIVES = {"simmim": "simmim:SimMIM", "ibot": "ibot:IBOT", "dino": "dino:DINO"}
+OBJECTIVES = {
+    "simmim": "simmim:SimMIM", "ibot": "ibot:IBOT", "dino": "dino:DINO", "beit": "beit:BEiT", "dvae": "dvae:DVAE",
+}  # fmt: skip
 """Name → module of this package and class in it."""
 
 __all__ = ["OBJECTIVES", "Objective", "create_objective", "find_objective"]

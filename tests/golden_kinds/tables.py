@@ -16,14 +16,16 @@ from .common import Errors, relative
 
 
 def schedules(table: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl: str) -> Errors:
-    """Those of iBOT; of the objectives that are not built yet there is nothing to compare."""
+    """Those of iBOT and BEiT; of the objectives that are not built yet there is nothing to compare."""
     length, per_epoch = table["epochs"] * table["iters_per_epoch"], table["iters_per_epoch"]
     found = {}
+    rate = Schedule(name="cosine", base_lr=table["base_lr"], min_lr=table["min_lr"], total_steps=length,
+                    warmup_steps=table["warmup_epochs"] * per_epoch, warmup_inclusive=True)  # fmt: skip
+    if "beit" in table:
+        found["beit lr"] = (relative([rate(step) for step in range(length)], table["beit"]["lr"]), 1e-9)
     for name, values in table["ibot"].items():
         numbers = [float(word) for word in name.replace(",", "").split() if word.replace(".", "").isdigit()]
         if name == "lr":
-            rate = Schedule(name="cosine", base_lr=table["base_lr"], min_lr=table["min_lr"], total_steps=length,
-                            warmup_steps=table["warmup_epochs"] * per_epoch, warmup_inclusive=True)  # fmt: skip
             own = [rate(step) for step in range(length)]
         elif "temp" in name:
             start, end, warm_up, *delay = numbers
