@@ -41,7 +41,7 @@ from fastmim.config.objective import DEFAULT, AnyObjective, objective_section
 class ModelSection(Section):
     """The encoder. Everything left null comes from the size, or from the encoder's own default."""
 
-    name: str = Field("swinv2_base", description="family (swin, swinv2, vit; dvae, dalle) or size (swinv2_base, vit_large, ...)")
+    name: str = Field("swinv2_base", description="family (swin, swinv2, vit, dvae, dalle) or size (swinv2_base, ...)")
     img_size: Size | None = Field(None, description="pixels of the training crop, one number or [height, width]")
     patch_size: Positive | None = Field(None, description="edge of a patch in pixels")
     in_chans: Positive = Field(3, description="image channels: 1 grey, 3 RGB, 4 RGBA")

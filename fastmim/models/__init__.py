@@ -50,7 +50,7 @@ def create_encoder(encoder: dict[str, Any], *, impl: str = "auto") -> Encoder:
     """
     kwargs = expand_size(encoder)
     name = kwargs.pop("name")
-    cls = ENCODERS[name]
+    cls: Any = ENCODERS[name]
     known = set(inspect.signature(cls).parameters) - {"impl"}
     unknown = sorted(set(kwargs) - known)
     if unknown:
@@ -58,7 +58,7 @@ def create_encoder(encoder: dict[str, Any], *, impl: str = "auto") -> Encoder:
             f"encoder {unknown[0]}={kwargs[unknown[0]]!r}: {name} has no such argument; "
             f"it takes {', '.join(sorted(known))}"
         )
-    built: Any = cls(**kwargs, impl=impl)
+    built = cls(**kwargs, impl=impl)
     built.settings = encoder_settings(encoder)
     return built
 

@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """``blocks``: an input convolution, :data:`GROUPS` groups of blocks with ``between`` them, an output convolution."""
+    """``blocks``: an input convolution, groups of blocks with ``between`` them, an output convolution."""
 
     def __init__(
         self, n_in: int, first: int, widths: list[int], n_out: int, *, kernel: int,
@@ -103,7 +103,13 @@ class DalleVAE(Autoencoder):
             in_chans, embed_dim, widths, codes, kernel=7, kernels=(3, 3, 3, 1), between=nn.MaxPool2d(2)
         )
         self.decoder = Stack(
-            codes, code_dim, widths[::-1], 2 * in_chans, kernel=1, kernels=(1, 3, 3, 3), between=nn.Upsample(scale_factor=2)
+            codes,
+            code_dim,
+            widths[::-1],
+            2 * in_chans,
+            kernel=1,
+            kernels=(1, 3, 3, 3),
+            between=nn.Upsample(scale_factor=2),
         )
 
     def logits(self, images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Discrete autoencoders: images in [0, 1] to logits of codes, one a square of ``patch_size`` pixels, and back.
 
 What a trained one says of an image are the targets of BEiT. Both families have the same four verbs: ``logits``,
-``decode``, ``forward`` (the codes) and ``pixels`` (of codes); weights are exported with encoder and decoder in one file.
+``decode``, ``forward`` (the codes) and ``pixels`` (of codes); encoder and decoder are exported in one file.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ AUTOENCODERS = ("dvae", "dalle")
 """Families of :mod:`.dvae` and :mod:`.dalle`: images in, images out, codes between."""
 
 
-MOST = {"codes": 65536, "code_dim": 65536, "img_size": 16384, "patch_size": 1024, "in_chans": 4096, "embed_dim": 65536, "depths": 1000, "depth": 1000,
-        "num_heads": 4096, "window_size": 1024, "pretrained_window_size": 1024, "mlp_ratio": 64}  # fmt: skip
+MOST = {"img_size": 16384, "patch_size": 1024, "in_chans": 4096, "embed_dim": 65536, "depths": 1000, "depth": 1000,
+        "num_heads": 4096, "window_size": 1024, "pretrained_window_size": 1024, "mlp_ratio": 64,
+        "codes": 65536, "code_dim": 65536}  # fmt: skip
 """Beyond these no machine could hold the encoder, and rules that look for near values would not end."""
 
 

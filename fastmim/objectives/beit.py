@@ -80,13 +80,17 @@ class BEiT(Objective):
             fit = max(round(75 / 196 * rows * columns), 1)
             raise ValueError(f"num_mask={num_mask}: must lie in 1 … {rows * columns - 1}, for example {fit}")
         if not 1 <= min_block <= num_mask:
-            raise ValueError(f"min_block={min_block}: must lie in 1 … num_mask={num_mask}, for example {num_mask // 5 or 1}")
+            raise ValueError(
+                f"min_block={min_block}: must lie in 1 … num_mask={num_mask}, for example {num_mask // 5 or 1}"
+            )
         if codes is not None and codes < 2:
             raise ValueError(f"codes={codes}: must be at least 2, or null for the tokenizer's")
         if not 0 <= jitter <= 1:
             raise ValueError(f"jitter={jitter}: must lie in [0, 1]")
         if jitter and settings["in_chans"] not in (1, 3):
-            raise ValueError(f"jitter={jitter}: changes colours of 1 or 3 channels, not of {settings['in_chans']}; use 0")
+            raise ValueError(
+                f"jitter={jitter}: changes colours of 1 or 3 channels, not of {settings['in_chans']}; use 0"
+            )
 
     def _open(self, path: str, codes: int | None) -> Tokenizer:
         try:
@@ -166,7 +170,7 @@ class BEiT(Objective):
         return self.token_grid[0] * edge, self.token_grid[1] * edge
 
     def _hidden(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers (R,) of masked tokens, and 1 for each; where R may not follow the mask, visible ones of weight 0 too."""
+        """Numbers (R,) of masked tokens and their weights, 1; visible ones of weight 0 where R may not follow it."""
         if fk.shape_may_follow(mask):
             rows = mask.flatten().nonzero().squeeze(1)
             return rows, torch.ones(len(rows), device=mask.device)

@@ -30,6 +30,7 @@ class DVAE(Objective):
         temperature: of the softmax at the start
         temperature_end: at the end, half a cosine later; low ones train what the likeliest code alone gives
         kl_weight: weight of the divergence of the codes' distribution at a place from the uniform one, in nats
+        balance_weight: the same of the mean distribution of a micro-batch; above 0 against codes that nothing uses
         common: of every :class:`Objective`
     """
 
@@ -46,26 +47,33 @@ class DVAE(Objective):
         temperature: float = 0.9,
         temperature_end: float = 0.9,
         kl_weight: float = 0.0,
+        balance_weight: float = 0.0,
         **common: Any,
     ) -> None:
-        self.check(encoder=encoder, temperature=temperature, temperature_end=temperature_end, kl_weight=kl_weight)
+        self.check(
+            encoder=encoder,
+            temperature=temperature,
+            temperature_end=temperature_end,
+            kl_weight=kl_weight,
+            balance_weight=balance_weight,
+        )
         super().__init__(encoder=encoder, **common)
-        self.kl_weight, self._temperatures = kl_weight, (temperature, temperature_end)
+        self.kl_weight, self.balance_weight = kl_weight, balance_weight
+        self._temperatures = (temperature, temperature_end)
         self.register_buffer("temperature", torch.tensor(temperature, device="cpu"), persistent=False)
         # Integers: DeepSpeed would round floating-point buffers.
         self.register_buffer("age", torch.full((self.codes,), WINDOW, device="cpu"))
         self.register_buffer("seen", torch.zeros(self.codes, dtype=torch.int64, device="cpu"), persistent=False)
 
     @classmethod
-    def check(
-        cls, *, encoder: Mapping[str, Any], temperature: float, temperature_end: float, kl_weight: float, **_: Any
-    ) -> None:
-        """Temperatures are positive; see :meth:`Objective.check`."""
-        for name, value in (("temperature", temperature), ("temperature_end", temperature_end)):
-            if not value > 0:
-                raise ValueError(f"{name}={value}: must be > 0, for example 0.9")
-        if kl_weight < 0:
-            raise ValueError(f"kl_weight={kl_weight}: must be at least 0")
+    def check(cls, **given: Any) -> None:
+        """Temperatures are positive, weights not negative; see :meth:`Objective.check`."""
+        for name in ("temperature", "temperature_end"):
+            if not given[name] > 0:
+                raise ValueError(f"{name}={given[name]}: must be > 0, for example 0.9")
+        for name in ("kl_weight", "balance_weight"):
+            if given[name] < 0:
+                raise ValueError(f"{name}={given[name]}: must be at least 0")
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -86,8 +94,8 @@ class DVAE(Objective):
             mask: (B,) int64 keys of the noise, of :meth:`random_mask`.
 
         Returns:
-            ``loss`` = ``mse`` + kl_weight · divergence, float32; ``mse`` of pixels in [0, 1]; ``mean_colour``, the same
-            of each image's mean colour, for comparison; ``codes_used``, the share of codes that were some place's
+            ``loss`` = ``mse`` and the weighted divergences, float32; ``mse`` of pixels in [0, 1]; ``mean_colour``, the
+            same of each image's mean colour, for comparison; ``codes_used``, the share of codes that were some place's
             likeliest in the last :data:`WINDOW` updates; ``perplexity`` of the likeliest codes of this batch.
         """
         target = self.zero_to_one(images)
@@ -100,7 +108,7 @@ class DVAE(Objective):
         else:
             weights = self.autoencoder.one_hot(ids)
         mse = (self.autoencoder.decode(weights).float() - target).square().mean()
-        loss = mse + self.kl_weight * self._divergence(logits) if self.kl_weight else mse
+        loss = mse + self._divergences(logits) if self.kl_weight or self.balance_weight else mse
         share = counts / counts.sum()
         return {
             "loss": loss,
@@ -110,9 +118,16 @@ class DVAE(Objective):
             "perplexity": torch.special.entr(share).sum().exp(),
         }
 
-    def _divergence(self, logits: Tensor) -> Tensor:
+    def _divergences(self, logits: Tensor) -> Tensor:
+        """Weighted, from the uniform distribution: log codes less the entropy."""
         log_q = logits.log_softmax(1)
-        return (log_q.exp() * log_q).sum(1).mean() + math.log(self.codes)
+        q, total = log_q.exp(), logits.new_zeros(())
+        if self.kl_weight:
+            total = total + self.kl_weight * (math.log(self.codes) + (q * log_q).sum(1).mean())
+        if self.balance_weight:
+            mean = q.mean((0, 2, 3)).clamp(min=1e-9)  # the entropy's slope is infinite at 0
+            total = total + self.balance_weight * (math.log(self.codes) - torch.special.entr(mean).sum())
+        return total
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B,) int64 keys of the noise, a function of (seed, epoch, sample id): nothing is hidden here."""

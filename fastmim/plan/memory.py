@@ -133,6 +133,7 @@ def memory(
         buckets: Buffers of stages 1 to 3.
     """
     held = states(footprint.parameters, stage, gpus, offload, layout, nvme)
+    held = replace(held, weights=held.weights + footprint.frozen)
     growing = stage == 0 and grad_accum_steps == 1
     moment = footprint.peak(micro_batch, accumulating=not growing)
     gradients = moment.gradients if growing else held.gradients

@@ -52,6 +52,8 @@ class Trace:
     """Bytes of recomputed blocks' inputs that forward moves to the CPU's memory; no part of ``kept``."""
     modules: int = 1
     """Modules with parameters of their own, which ZeRO-3 fetches one by one."""
+    frozen: int = 0
+    """Bytes of weights that nothing trains and every rank holds whole."""
 
 
 def trace(
@@ -84,7 +86,8 @@ def trace(
 def _traced(objective: Any, batch: int, precision: str) -> Trace:
     parameters = list(objective.parameters())
     images, mask = objective.example(batch)
-    live = LiveBytes([*parameters, *objective.buffers(), *tree_leaves(images), mask])
+    frozen = list(objective.frozen_tensors())
+    live = LiveBytes([*parameters, *objective.buffers(), *frozen, *tree_leaves(images), mask])
     counter = DispatchCounter(objective.shares(), live=live)
     with counter, _moves_to_the_host() as moved:
         with autocast_of(precision):
@@ -96,7 +99,10 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     objective.zero_grad(set_to_none=True)
     count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
     modules = sum(any(True for _ in module.parameters(recurse=False)) for module in objective.modules())
-    return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest, host, modules)
+    held = sum(tensor.nbytes for tensor in frozen)
+    return Trace(
+        batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest, host, modules, held
+    )
 
 
 @contextmanager
@@ -149,6 +155,7 @@ class Footprint:
         assert len(small.others) == len(large.others) and small.batch < large.batch
         self.small, self.large = small, large
         self.parameters, self.largest_block, self.modules = small.parameters, small.largest_block, small.modules
+        self.frozen = small.frozen
         phases = [x.phase for x in small.launches]
         self.launches = phases.count("forward"), phases.count("backward")
         self._times: dict[tuple[Gpu, str], tuple[dict[str, float], dict[str, float]]] = {}
