@@ -94,9 +94,10 @@ class DVAE(Objective):
             mask: (B,) int64 keys of the noise, of :meth:`random_mask`.
 
         Returns:
-            ``loss`` = ``mse`` and the weighted divergences, float32; ``mse`` of pixels in [0, 1]; ``mean_colour``, the
-            same of each image's mean colour, for comparison; ``codes_used``, the share of codes that were some place's
-            likeliest in the last :data:`WINDOW` updates; ``perplexity`` of the likeliest codes of this batch.
+            ``loss`` = ``mse``, in training and the weighted divergences, float32; ``mse`` of pixels in [0, 1];
+            ``mean_colour``, the same of each image's mean colour, for comparison; ``codes_used``, the share of codes
+            that were some place's likeliest in the last :data:`WINDOW` updates; ``perplexity`` of the likeliest codes
+            of this batch.
         """
         target = self.zero_to_one(images)
         logits = self.autoencoder.logits(target).float()
@@ -108,7 +109,7 @@ class DVAE(Objective):
         else:
             weights = self.autoencoder.one_hot(ids)
         mse = (self.autoencoder.decode(weights).float() - target).square().mean()
-        loss = mse + self._divergences(logits) if self.kl_weight or self.balance_weight else mse
+        loss = mse + self._divergences(logits) if self.training else mse
         share = counts / counts.sum()
         return {
             "loss": loss,
