@@ -19,6 +19,7 @@ from .dvae import code_map
 from .masks import pixel_mask
 from .photometric import Photometric
 from .pictures import GREY, Picture, to_rgb
+from .token_cache import TokenCache, crop_digests
 from .tokenizer import Tokenizer, read_tokenizer
 from .views import Images, View
 
@@ -32,6 +33,7 @@ class BEiT(Objective):
     Args:
         tokenizer: its file, or the folder of the run (objective.name=dvae) that trained it; null: codes come with the
             images
+        token_cache: folder that keeps the codes of crops, for crops that come again; null = none
         codes: size of the vocabulary, null = the tokenizer's
         num_mask: patches that a mask hides at most
         min_block: least area of a block of a mask in patches
@@ -44,16 +46,20 @@ class BEiT(Objective):
         *,
         encoder: Mapping[str, Any],
         tokenizer: str | None = None,
+        token_cache: str | None = None,
         codes: int | None = None,
         num_mask: int = 75,
         min_block: int = 16,
         jitter: float = 0.4,
         **common: Any,
     ) -> None:
-        self.check(encoder=encoder, codes=codes, num_mask=num_mask, min_block=min_block, jitter=jitter)
+        own: dict[str, Any] = dict(tokenizer=tokenizer, token_cache=token_cache)
+        self.check(encoder=encoder, codes=codes, num_mask=num_mask, min_block=min_block, jitter=jitter, **own)
         super().__init__(encoder=encoder, **common)
         self.num_mask, self.min_block, self.jitter = num_mask, min_block, jitter
         self.tokenizer = None if tokenizer is None else self._open(tokenizer, codes)
+        self._cache_folder = token_cache
+        self._cache: TokenCache | None = None
         self.codes = self.tokenizer.codes if self.tokenizer is not None else codes or CODES
         self.head = nn.Linear(self.encoder.num_features, self.codes)
         trunc_normal_(self.head.weight, std=0.02, bound=0.02)
@@ -68,6 +74,8 @@ class BEiT(Objective):
         num_mask: int,
         min_block: int,
         jitter: float,
+        tokenizer: str | None,
+        token_cache: str | None,
         **_: Any,
     ) -> None:
         """Masks leave some patches visible, and their blocks fit; see :meth:`Objective.check`."""
@@ -83,6 +91,8 @@ class BEiT(Objective):
             raise ValueError(
                 f"min_block={min_block}: must lie in 1 … num_mask={num_mask}, for example {num_mask // 5 or 1}"
             )
+        if token_cache is not None and tokenizer is None:
+            raise ValueError(f"token_cache={token_cache}: keeps the codes of a tokenizer; give one, or null")
         if codes is not None and codes < 2:
             raise ValueError(f"codes={codes}: must be at least 2, or null for the tokenizer's")
         if not 0 <= jitter <= 1:
@@ -162,6 +172,28 @@ class BEiT(Objective):
             pixels = F.interpolate(pixels, self.token_size, mode="bicubic", antialias=True).clamp(0, 1)
         return self.tokenizer(pixels)
 
+    def prepare(self, images: Images, sample_ids: Tensor, *, seed: int, epoch: int) -> Images:
+        """See :meth:`Objective.prepare`; with ``token_cache`` the second view has become its codes."""
+        images = super().prepare(images, sample_ids, seed=seed, epoch=epoch)
+        if self._cache_folder is None or isinstance(images, Tensor):
+            return images
+        first, second = images
+        return first, self._remembered(second[0])
+
+    def _remembered(self, crops: Tensor) -> Tensor:
+        """(B, tokens) codes of the tokenizer's uint8 crops; only those that were never seen are computed."""
+        if self._cache is None:
+            assert self._cache_folder is not None and self.tokenizer is not None
+            tokens = self.token_grid[0] * self.token_grid[1]
+            self._cache = TokenCache(self._cache_folder, self.tokenizer.digest, tokens)
+        keys = crop_digests(crops)
+        codes, unknown = self._cache.look_up(keys)
+        if unknown:
+            new = self.tokenise(crops[unknown], crops[unknown]).flatten(1).cpu()
+            codes[unknown] = new
+            self._cache.add([keys[i] for i in unknown], new)
+        return codes.to(crops.device)
+
     @property
     def token_size(self) -> tuple[int, int]:
         """(H, W) of the tokenizer's images: as many codes as the encoder has tokens."""
@@ -206,10 +238,10 @@ class BEiT(Objective):
         return (images, torch.arange(batch * count, device=mask.device).view(batch, count) % self.codes), mask
 
     def identity(self) -> dict[str, Any]:
-        """The tokenizer's weights, wherever its file is."""
+        """The tokenizer's weights, wherever its file is; where its codes are kept changes nothing."""
         if self.tokenizer is None:
             raise ValueError("objective.tokenizer=null: give the encoder.safetensors of a run with objective.name=dvae")
-        return {"objective.tokenizer": self.tokenizer.digest}
+        return {"objective.tokenizer": self.tokenizer.digest, "objective.token_cache": None}
 
     def frozen_tensors(self) -> list[Tensor]:
         """The tokenizer's."""

@@ -264,3 +264,30 @@ def test_a_tokenizer_that_does_not_fit(path):
         objective(torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 4))
     with pytest.raises(ValueError, match=r"codes must be one per token \(1, 4, 4\)"):
         objective((torch.zeros(1, 3, 32, 32), torch.zeros(1, 9, dtype=torch.int64)), torch.zeros(1, 4, 4))
+
+
+def test_cached_codes_are_those_that_are_computed(path, tmp_path):
+    plain, folder = build(tokenizer=str(path), jitter=0.0), tmp_path / "codes"
+    images, ids = views(4), torch.arange(4)
+    expected = plain.tokenise(images[0][0], images[1]).flatten(1)
+
+    def prepared(images):
+        objective = build(tokenizer=str(path), token_cache=str(folder), jitter=0.0)
+        first, codes = objective.prepare(images, ids, seed=0, epoch=0)
+        assert torch.equal(first, images[0])
+        mask = objective.random_mask(ids)
+        assert torch.equal(objective((first, codes), mask)["loss"], plain(images, mask)["loss"])
+        return codes, objective._cache
+
+    codes, cache = prepared(images)
+    assert torch.equal(codes, expected) and (cache.hits, cache.misses) == (0, 4)
+    file = next(folder.iterdir())
+    file.write_bytes(file.read_bytes() + b"cut off by a kill")
+    # Known ones in any order; one pixel more makes another crop.
+    other = images[1][:, [2, 0, 1, 3]].clone()
+    other[0, 3, 0, 0, 0] ^= 1
+    codes, cache = prepared((images[0], other))
+    assert torch.equal(codes[:3], expected[[2, 0, 1]]) and (cache.hits, cache.misses) == (3, 1)
+    assert torch.equal(codes, plain.tokenise(images[0][0], other).flatten(1))
+    with pytest.raises(ValueError, match="token_cache=x: keeps the codes of a tokenizer"):
+        build(token_cache="x")
