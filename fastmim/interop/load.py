@@ -90,7 +90,7 @@ def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
         ValueError: A tensor of the encoder is unknown, missing or of another shape; all are named.
     """
     tensors = find_state_dict(state_dict).tensors
-    skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith("head.")}
+    skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith(("head.", "lm_head."))}
     report = LoadReport(skipped=sorted(skip))
     old = "layers.0.downsample.reduction.weight" in tensors
     for key in tensors:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmim_kernels as fk
-from fastmim.interop import load_reference
+from fastmim.interop import load_reference, load_weights
 from fastmim.interop.beit import save_beit
 from fastmim.models import create_encoder
 from fastmim.objectives import create_objective
@@ -205,7 +205,7 @@ def test_without_values_a_tokenizer_has_its_shape(path):
         assert sum(t.nbytes for t in objective.frozen_tensors()) == sum(t.nbytes for t in weights(TOKENS).values())
 
 
-def test_official_names_go_out_and_in():
+def test_official_names_go_out_and_in(tmp_path):
     objective, other = build(codes=12), build(codes=12)
     with torch.no_grad():
         for tensor in objective.parameters():
@@ -219,6 +219,12 @@ def test_official_names_go_out_and_in():
     assert report.skipped == ["rel_pos_bias.relative_position_index"]
     for name, tensor in objective.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    encoder = build(codes=7)  # model.init_from: the encoder, into any objective
+    assert load_weights(encoder, tmp_path / "checkpoint.pth").skipped == [
+        "lm_head.bias", "lm_head.weight", "rel_pos_bias.relative_position_index"
+    ]  # fmt: skip
+    assert all(torch.equal(t, objective.encoder.state_dict()[name]) for name, t in encoder.encoder.state_dict().items())
     del saved["model"]["lm_head.bias"]
     with pytest.raises(ValueError, match=r"1 missing \(head.bias\)"):
         load_reference(other, saved)
@@ -291,3 +297,10 @@ def test_cached_codes_are_those_that_are_computed(path, tmp_path):
     assert torch.equal(codes, plain.tokenise(images[0][0], other).flatten(1))
     with pytest.raises(ValueError, match="token_cache=x: keeps the codes of a tokenizer"):
         build(token_cache="x")
+
+
+def test_the_forward_pass_is_one_graph(path):
+    objective = build(tokenizer=str(path))
+    images, mask = views(), objective.random_mask(torch.arange(3))
+    compiled = torch.compile(objective, fullgraph=True, backend="eager", dynamic=False)
+    torch.testing.assert_close(compiled(images, mask)["loss"], objective(images, mask)["loss"])

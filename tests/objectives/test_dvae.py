@@ -121,3 +121,10 @@ def test_arguments_that_cannot_be(given, message):
 def test_other_objectives_refuse_an_autoencoder():
     with pytest.raises(ValueError, match="encoder=dvae: SimMIM trains swin, swinv2, vit"):
         create_objective("simmim", encoder=TINY | dict(img_size=64))
+
+
+def test_the_forward_pass_is_one_graph():
+    objective = build(balance_weight=0.1)
+    images, mask = torch.rand(2, 3, 16, 16), objective.random_mask(torch.arange(2))
+    compiled = torch.compile(objective, fullgraph=True, backend="eager", dynamic=False)
+    torch.testing.assert_close(compiled(images, mask)["loss"], objective(images, mask)["loss"])
