@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from .configs import takes_config
@@ -29,21 +28,8 @@ def add(commands: Any, common: argparse.ArgumentParser, train: Callable[[argpars
 
 def show_codes(options: argparse.Namespace) -> int:
     """Tokenise a folder of images."""
-    from contextlib import closing
+    from fastmim.evaluate.codes import report_on_folder
 
-    from fastmim.data import build_loader
-    from fastmim.evaluate.codes import code_report
-    from fastmim.evaluate.reconstruct import draw_grid
-    from fastmim.files import replacing
-    from fastmim.objectives.tokenizer import read_tokenizer
-
-    tokenizer = read_tokenizer(options.tokenizer)
-    size, channels = tokenizer.model.img_size, tokenizer.in_chans
-    how: dict[str, Any] = dict(img_size=size, in_chans=channels, micro_batch_size=8, train=False, num_workers=0)
-    with closing(build_loader(path=options.folder, verify="none", field="DIR", **how)) as loader:
-        report, picture = code_report(tokenizer, loader.epoch(0), shown=8 if options.picture else 0)
-    if picture is not None:
-        with replacing(Path(options.picture)) as partial:
-            draw_grid(picture).save(partial, format="PNG")
+    report = report_on_folder(options.tokenizer, options.folder, picture=options.picture)
     write(f"{options.folder}: {report}\n")
     return 0

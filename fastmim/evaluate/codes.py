@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmim.data import build_loader
+from fastmim.evaluate.reconstruct import draw_grid
+from fastmim.files import replacing
 from fastmim.objectives.dvae import code_map
 from fastmim.objectives.pictures import Picture, to_rgb
-from fastmim.objectives.tokenizer import Tokenizer
+from fastmim.objectives.tokenizer import Tokenizer, read_tokenizer
 from fastmim.wording import plural
+
+SHOWN = 8
+"""Images in a picture."""
 
 
 @dataclass(frozen=True)
@@ -88,3 +96,25 @@ def code_report(tokenizer: Tokenizer, batches: Iterable[Any], shown: int = 0) ->
     headings = ("image", "reconstruction", "codes") if tokenizer.decodes else ("image", "codes")
     joined = [torch.cat(parts)[:shown] for parts in zip(*columns, strict=True)]
     return report, Picture(headings, joined)
+
+
+def report_on_folder(tokenizer: str | Path, folder: str | Path, *, picture: str | Path | None = None) -> CodeReport:
+    """:func:`code_report` of a tokenizer's file on the middle squares of a folder of images.
+
+    Args:
+        tokenizer: See :func:`~fastmim.objectives.tokenizer.read_tokenizer`.
+        folder: Nested or flat, or tar shards.
+        picture: A PNG to draw, of :data:`SHOWN` images.
+
+    Raises:
+        ValueError: One of them cannot be read.
+    """
+    read = read_tokenizer(tokenizer)
+    how: dict[str, Any] = dict(img_size=read.model.img_size, in_chans=read.in_chans, micro_batch_size=8)
+    how |= dict(train=False, num_workers=0, verify="none", field="DIR")
+    with closing(build_loader(path=folder, **how)) as loader:
+        report, drawn = code_report(read, loader.epoch(0), shown=SHOWN if picture else 0)
+    if picture is not None and drawn is not None:
+        with replacing(Path(picture)) as partial:
+            draw_grid(drawn).save(partial, format="PNG")
+    return report
