@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastmim._version import __version__
-from fastmim.commands import configs, finetune, images, machine, own, probe
+from fastmim.commands import configs, finetune, images, machine, own, probe, tokenizer
 from fastmim.commands.console import let_go_of_stdout, log_to_stderr, own_rank, say, shown_on_a_terminal, to_stderr
 from fastmim.commands.own import own_images, sort_words
 from fastmim.engine.launcher import rank_or_none
@@ -110,6 +110,9 @@ def _pretrain_here(options: argparse.Namespace) -> int:
         cfg = options.read(options)
     else:
         cfg = load_config(options.config, options.overrides) if options.images is None else own_images(options)
+    if options.only not in (None, cfg.objective.name):
+        name = cfg.objective.name
+        raise ValueError(f"objective.name={name}: this command trains {options.only}; use fastmim pretrain")
     if cfg.data.path is None and cfg.data.file_list is None and cfg.data.loader != "synthetic":
         raise ValueError("data.path=null: give a folder of images, for example data.path=/path/to/images")
     with shown_on_a_terminal("loading libraries …"):
@@ -133,10 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = commands.add_parser("pretrain", parents=[common], help="pretrain an encoder")
     own.takes_images(pretrain, "DIR", "choose for the images in this folder, and for this machine, what CONFIG (if "
                      "given) and key=value do not say; print it as a config with reasons, and train")
-    pretrain.set_defaults(command=_pretrain)
+    pretrain.set_defaults(command=_pretrain, only=None)
     finetune.add(commands, common, _pretrain)
     for group in (configs, images, machine, probe):
         group.add(commands, common)
+    tokenizer.add(commands, common, train=_pretrain)
     return parser
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.golden_kinds import downstream, mae, moco, self_distilled, simmim, tables
+from tests.golden_kinds import beit, downstream, mae, moco, self_distilled, simmim, tables
 from tests.golden_kinds.common import Errors, read
 
 
@@ -38,6 +38,7 @@ CHECKS: list[tuple[Callable[[Mapping[str, Any]], bool], Callable[..., Errors]]] 
     (lambda meta: "bytedance/ibot" in meta.get("source", "") and "temps" in meta, self_distilled.ibot_loss),
     (lambda meta: "facebookresearch/moco-v3" in meta.get("source", "") and "momentum" in meta, moco.moco),
     (lambda meta: "decoder_embed_dim" in meta, mae.mae),
+    (lambda meta: "vocab_size" in meta and "num_mask" in meta, beit.beit),
     (lambda meta: meta.get("case") == "block_masks", tables.block_masks),
     (lambda meta: meta.get("case") == "downstream", downstream.downstream),
     (lambda meta: any("by_layer" in row for row in meta.values() if isinstance(row, dict)), downstream.layer_decay),

@@ -18,6 +18,7 @@ ALLOWED = {
         "fastmim.engine",
         "fastmim.data",
         "fastmim.doctor",
+        "fastmim.evaluate",
         "fastmim.plan",
         "fastmim.profiling",
         "fastmim.files",

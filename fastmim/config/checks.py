@@ -39,7 +39,9 @@ def objective(section: ObjectiveSection, encoder: Mapping[str, Any], tree: Any) 
     arguments = section.arguments()
     written = tree.get("objective") if isinstance(tree, Mapping) else None
     try:
-        find_objective(section.name).check(encoder=encoder, **arguments)
+        found = find_objective(section.name)
+        found.check_family(encoder)
+        found.check(encoder=encoder, **arguments)
     except ValueError as error:
         given = {**arguments, **written} if isinstance(written, Mapping) else arguments
         raise said_by("objective", given, error) from None

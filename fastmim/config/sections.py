@@ -42,7 +42,7 @@ from fastmim.config.objective import DEFAULT, AnyObjective, objective_section
 class ModelSection(Section):
     """The encoder. Everything left null comes from the size, or from the encoder's own default."""
 
-    name: str = Field("swinv2_base", description="family (swin, swinv2, vit) or size (swinv2_base, vit_large, ...)")
+    name: str = Field("swinv2_base", description="family (swin, swinv2, vit, dvae, dalle) or size (swinv2_base, ...)")
     img_size: Size | None = Field(None, description="pixels of the training crop, one number or [height, width]")
     patch_size: Positive | None = Field(None, description="edge of a patch in pixels")
     in_chans: Positive = Field(3, description="image channels: 1 grey, 3 RGB, 4 RGBA")
@@ -61,7 +61,7 @@ class ModelSection(Section):
     policy: Literal["default", "parity"] | None = Field(
         None, description="swin: parity shifts a map before it pads it, as timm does; null = as optim.policy"
     )
-    depth: Positive | None = Field(None, description="vit: blocks")
+    depth: Positive | None = Field(None, description="vit: blocks; dvae: residual blocks on either side")
     init_values: Rate | None = Field(None, description="vit: start of LayerScale, 0 = none")
     shared_rel_pos_bias: bool | None = Field(None, description="vit: one relative position bias for all blocks")
     rel_pos_bias: bool | None = Field(None, description="vit: a relative position bias in every block")
@@ -71,6 +71,8 @@ class ModelSection(Section):
     init: Literal["simmim", "timm", "mae", "moco"] | None = Field(
         None, description="vit: first weights; timm = as DINO and iBOT"
     )
+    codes: Positive | None = Field(None, description="dvae, dalle: size of the vocabulary")
+    code_dim: Positive | None = Field(None, description="dvae, dalle: dimensions of a code")
     init_from: Path | None = Field(
         None, description="weights to start from: .safetensors or .pth, timm's names or ours"
     )

@@ -11,13 +11,15 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-INTERPOLATIONS = ("bilinear", "bicubic")
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 _BOX_TRIES = 10
 
 
@@ -33,12 +35,15 @@ class View:
     interpolation: str = "bilinear"
     margin: float = 1.0  # held-out images: edge that they are scaled to cover, over that of the crop
     auto_augment: str | None = None  # timm's policy for the crop, see `rand_augment.py`
+    same_crop: bool = False  # the boxes and flips of the view before, in another size
 
 
 def check_views(views: Sequence[View]) -> None:
     """Raise ValueError, naming the config key, for a view that cannot be made."""
     if not views:
         raise ValueError("views=(): give at least one View")
+    if views[0].same_crop or any(v.same_crop and v.count != views[i].count for i, v in enumerate(views[1:])):
+        raise ValueError("View.same_crop=True: needs a view before it, with as many crops")
     for view in views:
         if len(view.size) != 2 or min(view.size) < 1:
             raise ValueError(f"model.img_size={list(view.size)}: must be two positive numbers, height and width")
@@ -97,11 +102,14 @@ def draw_crop(
 
 def draw_crops(views: Sequence[View], height: int, width: int, rng: random.Random) -> list[Crop]:
     """The crops of one image, view after view; a single view draws what :func:`draw_crop` draws."""
-    return [
-        draw_crop(height, width, scale=view.scale, ratio=view.ratio, hflip=view.hflip, rng=rng)
-        for view in views
-        for _ in range(view.count)
-    ]
+    crops: list[Crop] = []
+    for view in views:
+        if view.same_crop:
+            crops += crops[-view.count :]
+            continue
+        how: dict[str, Any] = dict(scale=view.scale, ratio=view.ratio, hflip=view.hflip)
+        crops += [draw_crop(height, width, **how, rng=rng) for _ in range(view.count)]
+    return crops
 
 
 def apply_crop(image: Tensor, crop: Crop, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -126,4 +134,18 @@ def centre_crop(image: Tensor, size: tuple[int, int], interpolation: str, margin
 
 
 def _resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    if interpolation == "lanczos":
+        return _lanczos(image, size)
     return tv.resize_image(image, list(size), interpolation=InterpolationMode(interpolation), antialias=True)
+
+
+def _lanczos(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """By PIL, channel by channel where it has no mode for so many: torch has no Lanczos filter."""
+    from PIL import Image
+
+    def resized(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+
+    if image.shape[0] == 3:
+        return torch.from_numpy(resized(image.permute(1, 2, 0).contiguous().numpy()).transpose(2, 0, 1).copy())
+    return torch.from_numpy(np.stack([resized(plane) for plane in image.contiguous().numpy()]))

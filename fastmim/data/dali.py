@@ -23,6 +23,7 @@ from fastmim.data.worker import Encoded, EncodedDataset, Request, Result
 
 #: Micro-batches inside DALI: one that is handed out and one that is being made behind it.
 DEPTH = 2
+_INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC", "lanczos": "INTERP_LANCZOS3"}
 _LOG = logging.getLogger("fastmim")
 
 
@@ -85,7 +86,7 @@ def _graph(views: Sequence[View], on_gpu: bool, in_chans: int) -> list[Any]:
     for k, view in enumerate(kinds):
         # One crop is the region itself; of several, the region is what holds them all.
         cut = images if len(kinds) == 1 else fn.slice(images, start=crops[k, 0:2], shape=crops[k, 2:4], axis_names="HW")
-        interp = types.INTERP_CUBIC if view.interpolation == "bicubic" else types.INTERP_LINEAR
+        interp = getattr(types, _INTERPOLATIONS[view.interpolation])
         resized: Any = fn.resize(cut, size=list(view.size), interp_type=interp, antialias=True)
         outputs.append(
             fn.crop_mirror_normalize(

@@ -172,9 +172,12 @@ def recomputed_objective(cfg: Config, *, offload: bool = True) -> Any:
 
 def build_objective(cfg: Config) -> Any:
     """The objective with weights from torch's generator, on torch's default device."""
+    encoder = encoder_arguments(cfg)
+    if "residual_dtype" in encoder_settings(encoder):
+        encoder["residual_dtype"] = cfg.efficiency.residual_dtype
     return create_objective(
         cfg.objective.name,
-        encoder={**encoder_arguments(cfg), "residual_dtype": cfg.efficiency.residual_dtype},
+        encoder=encoder,
         impl=cfg.efficiency.kernels,
         mean=cfg.data.mean,
         std=cfg.data.std,

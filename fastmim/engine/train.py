@@ -34,7 +34,7 @@ from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.models import encoder_settings
 from fastmim.models.rules import policy_matters
-from fastmim.objectives import find_objective
+from fastmim.objectives import Objective, find_objective
 from fastmim.wording import plural
 
 __all__ = ["TrainResult", "train"]
@@ -67,7 +67,7 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
         engine, loader, schedule, seed = parts.engine, parts.loader, parts.schedule, cfg.train.seed
         total = schedule.total_steps
         stored = {
-            "run": run_identity(cfg, parts.global_batch),
+            "run": run_identity(cfg, parts.global_batch, parts.objective),
             "total": total,
             "schedule": dataclasses.asdict(schedule),
             "images": loader.fingerprint,
@@ -200,7 +200,7 @@ _LATER = {
 """Keys that older checkpoints lack: their default is not recorded, and such a checkpoint goes on."""
 
 
-def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
+def run_identity(cfg: Config, global_batch: int, objective: Any) -> dict[str, Any]:
     """Every setting that makes this another run if it changes: what is trained, not how fast or where."""
     kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std", "weights", "component", "value_range", "alpha",
             "val_fraction")  # fmt: skip
@@ -212,7 +212,8 @@ def run_identity(cfg: Config, global_batch: int) -> dict[str, Any]:
         fields = type(getattr(cfg, section)).model_fields
         for key in [key for key in keys if tree[section][key] == fields[key].default]:
             del tree[section][key]
-    return flat(tree) | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
+    own = objective.identity() if isinstance(objective, Objective) else {}
+    return flat(tree) | own | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}
 
 
 def with_policy(written: dict[str, Any], cfg: Config) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastmim.objectives.moco import MoCo
 
-from .strict import LoadReport, copy_strictly
 from .names import find_state_dict
+from .strict import LoadReport, copy_strictly
 
 _MOMENTUM = "momentum_encoder."
 

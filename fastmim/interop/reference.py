@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from fastmim.objectives.beit import BEiT
 from fastmim.objectives.dino import DINO
 from fastmim.objectives.mae import MAE
 from fastmim.objectives.moco import MoCo
 
+from .beit import load_beit
 from .load import LoadReport, load_simmim
 from .mae import load_mae
 from .moco import load_moco
@@ -22,7 +24,7 @@ def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadR
 
     SimMIM: microsoft/SimMIM and microsoft/Swin-Transformer, see :func:`.load_simmim`. MAE: facebookresearch/mae, see
     :func:`.load_mae`. iBOT and DINO: bytedance/ibot and facebookresearch/dino, see :func:`.load_self_distilled`.
-    MoCo v3: facebookresearch/moco-v3, see :func:`.load_moco`.
+    MoCo v3: facebookresearch/moco-v3, see :func:`.load_moco`. BEiT: microsoft/unilm, see :func:`.load_beit`.
 
     Raises:
         ValueError: A tensor is unknown, missing or of another shape; all are named.
@@ -33,4 +35,6 @@ def load_reference(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadR
         return load_self_distilled(objective, state_dict)
     if isinstance(objective, MoCo):
         return load_moco(objective, state_dict)
+    if isinstance(objective, BEiT):
+        return load_beit(objective, state_dict)
     return load_simmim(objective, state_dict)

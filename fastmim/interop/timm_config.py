@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..models import SIZES, encoder_settings
+from ..models import AUTOENCODERS, SIZES, encoder_settings
 from ..models.layers import to_pair
 from ..models.rules import patch_grid, policy_matters, window_sizes
 
@@ -31,6 +31,8 @@ _NAMES = {
 def why_not_timm(encoder: Mapping[str, Any]) -> str | None:
     """Why timm has no model for these arguments of :func:`~fastmim.models.create_encoder`; None where it has one."""
     settings = encoder_settings(encoder)
+    if settings["name"] in AUTOENCODERS:
+        return "timm has no discrete autoencoders"
     if settings.get("extra_norm_period"):
         return "timm's SwinV2 has no norms after every n-th block (model.extra_norm_period, which SwinV2-H and -G have)"
     if settings.get("norm_eps", _SWIN_EPS) != _SWIN_EPS:

@@ -6,20 +6,27 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from .rules import check_architecture
+from .dalle import DalleVAE
+from .dvae import Autoencoder, DiscreteVAE
+from .rules import AUTOENCODERS, check_architecture
 from .sizes import FAMILIES, SIZES, expand_size
 from .swin import SwinTransformer
 from .swinv2 import SwinTransformerV2
 from .vit import VisionTransformer
 
 Encoder = SwinTransformer | VisionTransformer
-ENCODERS: dict[str, type[Encoder]] = {"swin": SwinTransformer, "swinv2": SwinTransformerV2, "vit": VisionTransformer}
+ENCODERS: dict[str, type[Encoder | Autoencoder]] = {
+    "swin": SwinTransformer, "swinv2": SwinTransformerV2, "vit": VisionTransformer, "dvae": DiscreteVAE,
+    "dalle": DalleVAE,
+}  # fmt: skip
 """The class of each family; its keyword arguments are those of ``create_encoder``."""
 
 __all__ = [
+    "AUTOENCODERS",
     "ENCODERS",
     "FAMILIES",
     "SIZES",
+    "Autoencoder",
     "Encoder",
     "SwinTransformer",
     "SwinTransformerV2",
@@ -32,10 +39,10 @@ __all__ = [
 
 
 def create_encoder(encoder: dict[str, Any], *, impl: str = "auto") -> Encoder:
-    """Build an encoder from its keyword arguments.
+    """Build an encoder from its keyword arguments; of "dvae" and "dalle" an :class:`Autoencoder`.
 
     Args:
-        encoder: ``name`` ("swin", "swinv2", "vit" or a key of :data:`SIZES`) and the constructor's arguments.
+        encoder: ``name`` (a key of :data:`ENCODERS` or of :data:`SIZES`) and the constructor's arguments.
         impl: Implementation of the ops inside, see :mod:`fastmim_kernels.common.dispatch`.
 
     Raises:
@@ -43,7 +50,7 @@ def create_encoder(encoder: dict[str, Any], *, impl: str = "auto") -> Encoder:
     """
     kwargs = expand_size(encoder)
     name = kwargs.pop("name")
-    cls = ENCODERS[name]
+    cls: Any = ENCODERS[name]
     known = set(inspect.signature(cls).parameters) - {"impl"}
     unknown = sorted(set(kwargs) - known)
     if unknown:

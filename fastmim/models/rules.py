@@ -10,10 +10,13 @@ from .layers import to_pair
 from .positions import check_positions
 
 Pair = tuple[int, int]
+AUTOENCODERS = ("dvae", "dalle")
+"""Families of :mod:`.dvae` and :mod:`.dalle`: images in, images out, codes between."""
 
 
 MOST = {"img_size": 16384, "patch_size": 1024, "in_chans": 4096, "embed_dim": 65536, "depths": 1000, "depth": 1000,
-        "num_heads": 4096, "window_size": 1024, "pretrained_window_size": 1024, "mlp_ratio": 64}  # fmt: skip
+        "num_heads": 4096, "window_size": 1024, "pretrained_window_size": 1024, "mlp_ratio": 64,
+        "codes": 65536, "code_dim": 65536}  # fmt: skip
 """Beyond these no machine could hold the encoder, and rules that look for near values would not end."""
 
 
@@ -31,11 +34,26 @@ def check_architecture(settings: dict[str, Any]) -> None:
         if max(value if isinstance(value, (tuple, list)) else [value]) > most:
             raise ValueError(f"{key}={value}: at most {most}; no machine could hold such an encoder")
     patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
-    if settings["name"] == "vit":
+    if settings["name"] in AUTOENCODERS:
+        check_power("patch_size", settings["patch_size"], only=8 if settings["name"] == "dalle" else None)
+    elif settings["name"] == "vit":
         check_heads(settings["num_heads"], settings["embed_dim"])
         check_positions(settings["abs_pos_embed"], settings["embed_dim"])
     else:
         check_stages(settings["num_heads"], settings["depths"], settings["embed_dim"])
+
+
+def check_power(name: str, value: int, only: int | None = None) -> None:
+    """A code's edge is halved to one pixel; of a published architecture it is ``only`` one number.
+
+    Raises:
+        ValueError: Names the nearest values.
+    """
+    if only is not None and value != only:
+        raise ValueError(f"{name}={value}: must be {only}")
+    if value < 2 or value & (value - 1):
+        low = max(1 << value.bit_length() - 1, 2)
+        raise ValueError(f"{name}={value}: must be a power of two; use {low}" + (f" or {2 * low}" if value > 2 else ""))
 
 
 def patch_grid(img_size: Pair, patch_size: int) -> Pair:

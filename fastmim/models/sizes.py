@@ -28,7 +28,7 @@ _VIT: dict[str, dict[str, Any]] = {
 }
 _SIMMIM_VIT = dict(name="vit", img_size=224, patch_size=16, init_values=0.1, shared_rel_pos_bias=True)
 
-FAMILIES = ("swin", "swinv2", "vit")
+FAMILIES = ("swin", "swinv2", "vit", "dvae", "dalle")
 
 SIZES: dict[str, dict[str, Any]] = {
     # Swin-L was pretrained with window 12, the smaller ones with 6 (SimMIM, appendix).

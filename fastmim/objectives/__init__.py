@@ -17,6 +17,8 @@ OBJECTIVES = {
     "ibot": "ibot:IBOT",
     "dino": "dino:DINO",
     "moco": "moco:MoCo",
+    "beit": "beit:BEiT",
+    "dvae": "dvae:DVAE",
     "classify": "classify:Classify",
 }
 """Name → module of this package and class in it."""

@@ -7,12 +7,12 @@ the methods below; nothing reads an attribute that only one objective has.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..models import create_encoder
+from ..models import create_encoder, encoder_settings
 from .groups import split_parameters
 from .pictures import Picture
 from .views import Images, View, augmented
@@ -38,6 +38,9 @@ class Objective(nn.Module):
         ValueError: A value is out of range or does not fit the encoder, ``argument=value: what; fix`` in one line.
     """
 
+    #: Families of encoders that it can train.
+    families: ClassVar[tuple[str, ...]] = ("swin", "swinv2", "vit")
+
     mean: Tensor
     std: Tensor
     takes_labels = False
@@ -52,6 +55,7 @@ class Objective(nn.Module):
         std: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
+        self.check_family(encoder)
         self.encoder = create_encoder(dict(encoder), impl=impl)
         self.impl = impl
         self.img_size, self.in_chans = self.encoder.img_size, self.encoder.in_chans
@@ -68,6 +72,18 @@ class Objective(nn.Module):
         Raises:
             ValueError: ``argument=value: what; fix`` in one line.
         """
+
+    @classmethod
+    def check_family(cls, encoder: Mapping[str, Any]) -> None:
+        """Refuse an encoder of another family than it can train.
+
+        Raises:
+            ValueError: Names those that it can.
+        """
+        name = encoder_settings(encoder)["name"]
+        if name not in cls.families:
+            known = ", ".join(cls.families)
+            raise ValueError(f"encoder={name}: {cls.__name__} trains {known}; set model.name to one of them")
 
     def forward(self, images: Any, mask: Tensor) -> dict[str, Tensor]:
         """Loss of a micro-batch: traceable, no data-dependent shape, no collective but :func:`.across_ranks.gather`.
@@ -107,7 +123,7 @@ class Objective(nn.Module):
             files: (B,) integer, which file each image is of; not those of ids whose files are bad.
             seed, epoch: Further keys.
         """
-        images = augmented(images, self.views(), sample_ids, seed=seed, epoch=epoch)
+        images = self.prepare(images, sample_ids, seed=seed, epoch=epoch)
         return images, self.random_mask(sample_ids, seed=seed, epoch=epoch)
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
@@ -153,6 +169,28 @@ class Objective(nn.Module):
         """Optimiser groups of the trainable parameters, see :func:`~fastmim.objectives.groups.split_parameters`."""
         return split_parameters(self, weight_decay, policy)
 
+    def prepare(self, images: Images, sample_ids: Tensor, *, seed: int, epoch: int) -> Images:
+        """A loader's micro-batch as :meth:`forward` takes it in training, see :func:`.views.augmented`.
+
+        Outside of autograd, of compilation and of a captured step: the place for what depends on which samples these
+        are.
+        """
+        return augmented(images, self.views(), sample_ids, seed=seed, epoch=epoch)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run of it depends on beside the config and the images, as JSON values by config key.
+
+        A checkpoint is refused where they differ.
+
+        Raises:
+            ValueError: Training cannot begin for want of it.
+        """
+        return {}
+
+    def frozen_tensors(self) -> Iterable[Tensor]:
+        """Weights that every rank holds whole and nothing trains, beside parameters and buffers."""
+        return ()
+
     def picture(self, images: Tensor, mask: Tensor) -> Picture | None:
         """What the objective sees and predicts in (B, C, H, W) images, or None if it has nothing to show."""
         return None
@@ -187,6 +225,10 @@ class Objective(nn.Module):
     def denormalise(self, images: Tensor) -> Tensor:
         """Normalised images → [0, 1]."""
         return (images * self.std + self.mean).clamp(0, 1)
+
+    def zero_to_one(self, images: Tensor) -> Tensor:
+        """uint8, or float normalised by mean and std → float32 in [0, 1]."""
+        return images.float() / 255 if images.dtype == torch.uint8 else images * self.std + self.mean
 
     def check_inputs(self, images: Tensor, mask: Tensor) -> None:
         """Refuse images or masks of another shape than the encoder was built for.

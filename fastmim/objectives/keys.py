@@ -19,6 +19,7 @@ BLOCK_MASKS = 1
 PHOTOMETRIC = 2
 MIXING = 3
 ERASING = 4
+GUMBEL = 5
 
 
 def check_ids(sample_ids: Tensor) -> None:

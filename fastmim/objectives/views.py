@@ -19,7 +19,8 @@ Images = Tensor | tuple[Tensor, ...]
 class View:
     """``count`` crops of one kind that the loader makes of every image; None: as the data section says.
 
-    ``photometric`` is not the loader's: :func:`augmented` does it on the device.
+    ``same_crop``: the boxes, flips and colours of the view before, in another size, and nothing else of its own but
+    ``interpolation``. ``photometric`` is not the loader's: :func:`augmented` does it on the device.
     """
 
     size: tuple[int, int]
@@ -29,6 +30,7 @@ class View:
     hflip: float | None = None
     interpolation: str | None = None
     auto_augment: str | None = None
+    same_crop: bool = False
     photometric: Photometric | None = None
 
     def over(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +42,8 @@ class View:
 def augmented(images: Images, views: Sequence[View], sample_ids: Tensor, *, seed: int, epoch: int) -> Images:
     """The loader's images after the ``photometric`` of their views, in the same form.
 
-    Crops are numbered through all views, so that every crop of a sample draws its own.
+    Crops are numbered through all views, so that every crop of a sample draws its own; those of a view with
+    ``same_crop`` have the numbers of the view before.
 
     Args:
         images: uint8 :data:`Images` of ``views``, which are returned as they are where no view wants anything.
@@ -57,6 +60,7 @@ def augmented(images: Images, views: Sequence[View], sample_ids: Tensor, *, seed
         return _augmented(images[None], views[0], sample_ids, first=0, seed=seed, epoch=epoch)[0]
     done, first = [], 0
     for crops, view in zip(images, views, strict=True):
+        first -= view.count if view.same_crop else 0
         done.append(_augmented(crops, view, sample_ids, first=first, seed=seed, epoch=epoch))
         first += view.count
     return tuple(done)

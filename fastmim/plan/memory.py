@@ -142,6 +142,7 @@ def memory(
     """
     untrained = {"still": footprint.parameters - footprint.trained, "averaged": footprint.averaged}
     held = states(footprint.trained, stage, gpus, offload, layout, nvme, **untrained)
+    held = replace(held, weights=held.weights + footprint.frozen)
     growing = stage == 0 and grad_accum_steps == 1
     moment = footprint.peak(micro_batch, accumulating=not growing)
     gradients = moment.gradients if growing else held.gradients

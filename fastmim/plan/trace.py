@@ -56,6 +56,8 @@ class Trace:
     """Of the parameters those that have no gradients: teachers, and what is never trained."""
     averaged: int = 0
     """Of these the ones that follow a trained one as its moving average."""
+    frozen: int = 0
+    """Bytes of weights that nothing trains and every rank holds whole."""
 
 
 def trace(
@@ -88,7 +90,8 @@ def trace(
 def _traced(objective: Any, batch: int, precision: str) -> Trace:
     parameters = list(objective.parameters())
     images, mask = objective.example(batch)
-    live = LiveBytes([*parameters, *objective.buffers(), *tree_leaves(images), mask])
+    frozen = list(objective.frozen_tensors())
+    live = LiveBytes([*parameters, *objective.buffers(), *frozen, *tree_leaves(images), mask])
     counter = DispatchCounter(objective.shares(), live=live)
     with counter, _moves_to_the_host() as moved:
         with autocast_of(precision):
@@ -100,8 +103,9 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     objective.zero_grad(set_to_none=True)
     count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
     modules = sum(any(True for _ in module.parameters(recurse=False)) for module in objective.modules())
+    held = sum(tensor.nbytes for tensor in frozen)
     history = tuple(counter.launches), tuple(others), tuple(grads)
-    return Trace(batch, count, *history, kept, largest, host, modules, *_untrained(objective))
+    return Trace(batch, count, *history, kept, largest, host, modules, *_untrained(objective), held)
 
 
 def _untrained(objective: Any) -> tuple[int, int]:
@@ -163,6 +167,7 @@ class Footprint:
         self.small, self.large = small, large
         self.parameters, self.largest_block, self.modules = small.parameters, small.largest_block, small.modules
         self.trained, self.averaged = small.parameters - small.still, small.averaged
+        self.frozen = small.frozen
         phases = [x.phase for x in small.launches]
         self.launches = phases.count("forward"), phases.count("backward")
         self._times: dict[tuple[Gpu, str], tuple[dict[str, float], dict[str, float]]] = {}

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from fastmim.data.augment import Crop, apply_crop, centre_crop, draw_crop
+from fastmim.data.augment import Crop, View, apply_crop, centre_crop, check_views, draw_crop, draw_crops
 from fastmim.data.decode import decode_image
 from fastmim.data.order import augment_random
 
@@ -161,3 +161,28 @@ def test_sources_smaller_than_the_target_and_extreme_shapes():
         assert crop.height >= 1 and crop.width >= 1
         assert apply_crop(image, crop, (32, 48), "bicubic").shape == (3, 32, 48)
     assert isinstance(crop, Crop)
+
+
+def test_two_views_of_one_crop():
+    small = View((16, 16), 2, same_crop=True, interpolation="lanczos")
+    views = (View((32, 32), 2), small, View((8, 8), scale=(0.1, 0.2)))
+    drawn = draw_crops(views, 90, 70, augment_random(1, 2, 3))
+    assert drawn[2:4] == drawn[:2] and drawn[0] != drawn[1]
+    # The view takes no draws: those after it are as without it.
+    assert draw_crops((views[0], views[2]), 90, 70, augment_random(1, 2, 3)) == drawn[:2] + drawn[4:]
+    for wrong in (views[1:], (views[0], View((16, 16), same_crop=True))):
+        with pytest.raises(ValueError, match="same_crop=True: needs a view before it"):
+            check_views(wrong)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_lanczos_is_pils(channels):
+    generator = torch.Generator().manual_seed(channels)
+    image = torch.randint(0, 256, (channels, 50, 60), dtype=torch.uint8, generator=generator)
+    ours = apply_crop(image, Crop(3, 5, 40, 44, True), (16, 12), "lanczos")
+    box = image[:, 3:43, 5:49].permute(1, 2, 0).squeeze(-1).numpy()
+    theirs = np.asarray(Image.fromarray(box).resize((12, 16), Image.Resampling.LANCZOS))
+    theirs = theirs[:, ::-1].reshape(16, 12, channels).transpose(2, 0, 1)
+    # Of RGBA, PIL weighs the colours by alpha: every channel of ours is filtered alone.
+    kept = slice(3, 4) if channels == 4 else slice(None)
+    assert np.array_equal(ours.numpy()[kept], theirs[kept])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from fastmim.data import Loader, MultiBatch, View, build_loader, check_images
@@ -117,6 +118,19 @@ def test_every_augmentation_has_one_description(photos, views):
     if len(views) == 2:
         areas = a.crops[..., 2] * a.crops[..., 3]
         assert areas[:2].min() > areas[2:].max()  # global crops above the split, local ones below
+
+
+def test_two_views_of_one_crop(photos):
+    views = (View((32, 32), scale=(0.2, 1.0), interpolation="bicubic"),
+             View((16, 16), interpolation="lanczos", same_crop=True))  # fmt: skip
+    with load(photos, views=views) as dali, load(photos, views=views, loader="torchvision") as torchvision:
+        a, b = next(dali.epoch(0)), next(torchvision.epoch(0))
+    assert torch.equal(a.crops, b.crops) and torch.equal(a.crops[0], a.crops[1])
+    for batch in (a, b):
+        coarse = [F.avg_pool2d(view[0].float(), view.shape[-1] // 8) for view in batch.views]
+        assert (coarse[0] - coarse[1]).abs().max() <= 8
+    for x, y in zip(a.views, b.views, strict=True):
+        assert (x.int() - y.int()).abs().max() <= 16
 
 
 def test_the_region_holds_every_crop():

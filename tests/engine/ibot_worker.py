@@ -1,4 +1,4 @@
-"""Trains a tiny iBOT, or MoCo v3, several times in one process per rank: ``python ibot_worker.py RUNS.json [STEP]``.
+"""Trains tiny iBOT, MoCo v3, BEiT or DVAE several times a rank: ``python ibot_worker.py RUNS.json [STEP]``.
 
 RUNS.json holds a list of the arguments of :func:`train`. With STEP the last rank kills itself in that step, between the
 update of the student and that of the teacher.
@@ -41,15 +41,27 @@ DECAY = Schedule(name="cosine", base_lr=0.04, min_lr=0.4, total_steps=STEPS)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
+DVAE = {"name": "dvae", "img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "codes": 12, "code_dim": 6}
+BEIT = {"name": "vit", "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2,
+        "shared_rel_pos_bias": True, "init_values": 0.1}  # fmt: skip
+
+
 def new_objective(
     recompute: str = "none",
     momentum: float = MOMENTUM,
     encoder: str = "vit",
     name: str = "ibot",
     crop_chunks: int = 0,
+    tokenizer: str | None = None,
 ) -> Any:
     """4 × 4 tokens a crop; of iBOT 32 prototypes that are still in the first epoch, and temperatures that warm up."""
     torch.manual_seed(0)
+    if name == "dvae":
+        return create_objective("dvae", encoder=DVAE, temperature_end=0.3)
+    if name == "beit":
+        objective = create_objective("beit", encoder=BEIT, tokenizer=tokenizer, num_mask=6, min_block=2, impl="torch")
+        apply_recompute(objective, recompute)
+        return objective
     settings = {"name": encoder, "img_size": 32, **ENCODERS[encoder]}
     if name == "moco":
         settings |= {"abs_pos_embed": "sincos_moco", "init": "moco"}
@@ -80,6 +92,25 @@ def pairs_of(step: int) -> tuple[tuple[torch.Tensor], torch.Tensor]:
     colour = torch.randn(BATCH, 3, 1, 1, generator=generator)
     crops = 0.7 * torch.randn(2, BATCH, 3, 32, 32, generator=generator) + colour
     return (crops,), torch.zeros(2, BATCH, 4, 4, dtype=torch.bool)
+
+
+def inputs_of(name: str, step: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Crops (count, B, …) and mask of an objective; BEiT's masks hold 6 tokens each, so that all images count alike."""
+    (first, second), mask = batch_of(step)
+    if name == "ibot":
+        return [first, second], mask
+    if name == "dvae":
+        return [second[0]], None
+    if name == "moco":
+        pair, mask = pairs_of(step)
+        return list(pair), mask
+    order = torch.rand(BATCH, 16, generator=torch.Generator().manual_seed(step)).argsort(1).argsort(1)
+    return [first[:1], second[:1]], (order < 6).view(BATCH, 4, 4)
+
+
+def of_samples(crops: list[torch.Tensor], i: torch.Tensor) -> Any:
+    """Those of samples ``i``, as the objective takes them."""
+    return crops[0][i] if crops[0].ndim == 4 else [crop[:, i] for crop in crops]
 
 
 def new_engine(
@@ -147,11 +178,14 @@ def train(
         die_after_the_students_update(engine, kill_in)
     for step in range(engine.steps, STEPS):
         overflows = overflowing(engine) if step == overflow_in else nullcontext()
-        images, mask = batch_of(step) if len(engine.objective.views()) > 1 else pairs_of(step)
+        name = options.get("name", "ibot")
+        images, mask = inputs_of(name, step)
         size = BATCH // world.size // accum
         ids = [torch.arange(size) + size * (world.rank + world.size * micro) for micro in range(accum)]
-        batches = iter([(0, SimpleNamespace(images=[crop[:, i] for crop in images], sample_ids=i)) for i in ids])
-        engine.objective.random_mask = lambda i, seed, epoch, mask=mask: mask[:, i]
+        batches = iter([(0, SimpleNamespace(images=of_samples(images, i), sample_ids=i)) for i in ids])
+        if mask is not None:
+            engine.objective.random_mask = lambda i, seed, epoch, mask=mask: mask[:, i] if mask.ndim == 4 else mask[i]
+            engine.objective.prepare = lambda images, *_, **__: images
         lengths = {"total": STEPS, "steps_per_epoch": EPOCH}
         with overflows:
             train_step(engine, batches, lr=LR, weight_decay=DECAY(step), seed=0, **lengths)
@@ -162,7 +196,8 @@ def train(
         if engine.steps in save_at:
             extra = {"run": {}, "total": STEPS, "images": ""}
             save_checkpoint(folder / "checkpoints", engine, extra, keep=99, world=world)
-    publish(engine, folder, world, stage)
+    if engine.objective.ema():
+        publish(engine, folder, world, stage)
     if stage is not None:
         (folder / f"held-{world.rank}.json").write_text(json.dumps(engine.held_bytes()))
 

@@ -97,6 +97,14 @@ def test_components_of_a_step() -> None:
     assert three.buckets == 4 * 100 + 2 * (10 + 2 * 250)
 
 
+def test_frozen_weights_are_whole_on_every_rank() -> None:
+    plain, held = footprint(), footprint()
+    held.frozen = 10**6
+    for stage, gpus in ((0, 1), (2, 4), (3, 4)):
+        run = dict(stage=stage, gpus=gpus, micro_batch=50, grad_accum_steps=2)
+        assert memory(held, **run).weights - memory(plain, **run).weights == 10**6
+
+
 def test_offloaded_block_inputs_are_in_host_ram_and_cross_pcie_twice() -> None:
     moved = footprint(moved=10**6)
     need = memory(moved, stage=2, gpus=4, micro_batch=50, grad_accum_steps=3, offload="optimizer")

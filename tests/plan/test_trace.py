@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,11 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from fastmim.engine.cuda_autocast import cuda_autocast
 from fastmim.engine.recompute import apply_recompute
+from fastmim.models import create_encoder
 from fastmim.objectives import create_objective, simmim
 from fastmim.plan.counter import DispatchCounter, SavedTensors
 from fastmim.plan.trace import Footprint, trace
@@ -94,3 +97,22 @@ def test_kept_bytes_are_what_autograd_saves(model: str) -> None:
     with saved, cuda_autocast():
         objective(images, mask)
     assert saved.bytes == pytest.approx(kept(model, "none"), rel=0.05)
+
+
+def test_a_frozen_tokenizer_is_counted(tmp_path) -> None:
+    """Its weights once, float32 under bf16 too, and the products of its encoder, of 2 FLOPs each."""
+    settings = dict(name="dvae", img_size=32, patch_size=4, embed_dim=8, depth=0, codes=32, code_dim=4)
+    model = create_encoder(settings)
+    save_file(model.state_dict(), tmp_path / "tokenizer.safetensors", {"encoder": json.dumps(settings)})
+
+    def build(tokenizer: str | None) -> Callable[[], nn.Module]:
+        how = dict(codes=32, num_mask=20, min_block=4, impl="torch")
+        return lambda: create_objective("beit", encoder=MODELS["vit"], tokenizer=tokenizer, **how)
+
+    plain, held = (trace(build(path), (2, 4)) for path in (None, str(tmp_path / "tokenizer.safetensors")))
+    assert plain[0].frozen == 0 and held[0].frozen == 4 * sum(p.numel() for p in model.parameters())
+    assert plain[0].parameters == held[0].parameters
+    flops = [sum(launch.flops for launch in found[0].launches) for found in (plain, held)]
+    # Two 4 × 4 convolutions to 16² and 8² places, and the one to the codes.
+    by_hand = 2 * (16**2 * 8 * 3 * 16 + 8**2 * 8 * 8 * 16 + 8**2 * 32 * 8)
+    assert flops[1] - flops[0] == 2 * by_hand  # of two images
