@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("common",),
         ("distillation", "linear", "low_copies", "local_norm", "mask_tokens", "masked_loss", "patch_merge",
          "position_bias", "window_attention", "fusion"),
-        ("mlp", "residual_norm"),
+        ("mlp", "residual_norm", "visible_attention"),
         ("branches",),
         ("nn", "check", "triton"),
     ),

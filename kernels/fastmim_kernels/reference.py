@@ -77,6 +77,40 @@ def window_attention(
     return torch.roll(unpartition(out, window_size, height, width), shift_size, (1, 2))
 
 
+def visible_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    logit_scale: Tensor | None,
+    padding: Tensor | None,
+    slots: Tensor,
+    groups: Tensor | None,
+    num_heads: int,
+) -> Tensor:
+    """:func:`window_attention` of (B, T, 3C) tokens that stand at ``slots`` (B, W, N) of the windows, see the op."""
+    batch, _, c3 = qkv.shape
+    head_dim, dtype = c3 // 3 // num_heads, qkv.dtype
+    rows = torch.cat((qkv, qkv.new_zeros(batch, 2, c3)), 1)
+    if padding is not None:
+        rows[:, -2] = padding.to(dtype)
+    # The last row but one is padding (-2), the last one nobody (-1).
+    windows = torch.stack([own[slots[i]] for i, own in enumerate(rows)])
+    q, k, v = windows.unflatten(-1, (3, num_heads, head_dim)).permute(3, 0, 1, 4, 2, 5)
+    if logit_scale is None:
+        logits = (q @ k.mT) / math.sqrt(head_dim)
+    else:
+        scale = logit_scale.reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()
+        logits = F.normalize(q, dim=-1, eps=1e-12) @ F.normalize(k, dim=-1, eps=1e-12).mT * scale
+    logits = logits + bias
+    if groups is not None:
+        logits = logits + MASKED_LOGIT * (groups[:, None, :, None] != groups[:, None, None]).to(logits.dtype)
+    logits = logits.masked_fill((slots == -1)[:, :, None, None], torch.finfo(logits.dtype).min)
+    out = (logits.softmax(-1).to(dtype) @ v).transpose(2, 3).flatten(3)
+    taken = slots >= 0
+    image = torch.arange(batch, device=qkv.device)[:, None, None].expand_as(slots)
+    found = out.new_zeros(*qkv.shape[:2], c3 // 3)
+    return found.index_put((image[taken], slots[taken]), out[taken])
+
+
 def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
     """SwinV2's log-spaced continuous position bias of L blocks: 16·sigmoid(MLP(coords))[index]."""
     hidden = torch.relu(torch.einsum("tc,lkc->ltk", coords, weight1) + bias1[:, None])
