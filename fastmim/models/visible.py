@@ -53,15 +53,12 @@ class VisibleColumns(nn.Module):
     """Finds the places of visible tokens; tables of the encoder's geometry, no parameters.
 
     Args:
-        encoder: A Swin or SwinV2.
-
-    Raises:
-        ValueError: See :func:`check_columns`.
+        encoder: A Swin or SwinV2 of images whose edges its ``stride`` divides.
     """
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
-        check_columns(encoder.img_size, encoder.stride)
+        assert not any(edge % encoder.stride for edge in encoder.img_size), "an image is whole columns"
         self.count = math.prod(edge // encoder.stride for edge in encoder.img_size)
         self.edges: list[int] = []
         self.padded: list[bool] = []
@@ -90,20 +87,6 @@ class VisibleColumns(nn.Module):
         place = rank[:, column]
         slots = torch.where(place < 0, place, place * self.edges[stage] ** 2 + inner)
         return Windows(slots, groups, self.padded[stage])
-
-
-def check_columns(img_size: Pair, stride: int) -> None:
-    """An image is whole columns.
-
-    Raises:
-        ValueError: Names the nearest sizes that are.
-    """
-    if img_size[0] % stride or img_size[1] % stride:
-        low, high = ([max(round_(edge / stride), 1) * stride for edge in img_size] for round_ in (math.floor, math.ceil))
-        square = img_size[0] == img_size[1]
-        options = " or ".join(str(size[0] if square else size) for size in (low, high))
-        shown = img_size[0] if square else list(img_size)
-        raise ValueError(f"img_size={shown}: visible_only needs a multiple of the encoder's stride {stride}; use {options}")
 
 
 def _tables(size: Pair, edge: int, attn: Any) -> tuple[Tensor, Tensor, Tensor | None]:
