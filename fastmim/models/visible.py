@@ -24,7 +24,8 @@ class Windows(NamedTuple):
     """Arguments of :func:`fastmim_kernels.visible_attention` for one stage, shifted or not."""
 
     slots: Tensor
-    """(B, W, N) int64."""
+    """(B, W, N) int64, as the following."""
+    places: Tensor
     groups: Tensor | None
     """(W, N) int64."""
     padded: bool
@@ -86,7 +87,8 @@ class VisibleColumns(nn.Module):
         column, inner, groups = (getattr(self, f"{kind}_{name}_{stage}") for name in ("column", "inner", "groups"))
         place = rank[:, column]
         slots = torch.where(place < 0, place, place * self.edges[stage] ** 2 + inner)
-        return Windows(slots, groups, self.padded[stage])
+        places = (slots == -1).to(torch.uint8).argsort(dim=2, stable=True)
+        return Windows(slots.gather(2, places), places, groups, self.padded[stage])
 
 
 def _tables(size: Pair, edge: int, attn: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -74,16 +74,15 @@ class WindowAttention(nn.Module):
 
     def attend(self, qkv: Tensor, step: Step) -> Tensor:
         """(B, H, W, 3C) → (B, H, W, C): the heads' results side by side."""
-        how = {"num_heads": self.num_heads, "logit_scale": self.logit_scale, "impl": step.impl}
+        how: Any = {"num_heads": self.num_heads, "logit_scale": self.logit_scale, "impl": step.impl}
         if step.windows is None:
-            return fk.window_attention(
-                qkv, step.bias, window_size=self.window_size, shift_size=self.shift_size, **how
-            )
-        slots, groups, padded = step.windows
+            shape = {"window_size": self.window_size, "shift_size": self.shift_size}
+            return fk.window_attention(qkv, step.bias, **shape, **how)
+        slots, places, groups, padded = step.windows
         padding = self.qkv_bias(step) if padded else None
         if padded and padding is None:
             padding = qkv.new_zeros(qkv.shape[-1])
-        return fk.visible_attention(qkv, step.bias, slots, groups=groups, padding=padding, **how)
+        return fk.visible_attention(qkv, step.bias, slots, places, groups=groups, padding=padding, **how)
 
     def branch(self, y: Tensor, step: Step) -> Branch | None:
         """What :meth:`forward` makes of y, to be run with the norm behind it; None where more than ops must run."""

@@ -83,10 +83,12 @@ def visible_attention(
     logit_scale: Tensor | None,
     padding: Tensor | None,
     slots: Tensor,
+    places: Tensor,
     groups: Tensor | None,
     num_heads: int,
 ) -> Tensor:
-    """:func:`window_attention` of (B, T, 3C) tokens that stand at ``slots`` (B, W, N) of the windows, see the op."""
+    """:func:`window_attention` of (B, T, 3C) tokens, which ``slots`` and ``places`` put into windows, see the op."""
+    slots = torch.empty_like(slots).scatter(2, places, slots)
     batch, _, c3 = qkv.shape
     head_dim, dtype = c3 // 3 // num_heads, qkv.dtype
     rows = torch.cat((qkv, qkv.new_zeros(batch, 2, c3)), 1)

@@ -44,30 +44,30 @@ class _Part(NamedTuple):
 
 
 def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tensor | None, slots: Tensor,
-            groups: Tensor | None, num_heads: int) -> Tensor:
+            places: Tensor, groups: Tensor | None, num_heads: int) -> Tensor:
     """Arguments and result of the op ``fastmim::visible_attention``."""
     batch, tokens, c3 = qkv.shape
     narrow = product_dtype(qkv)
     # The last row takes what was computed for nobody.
     out = qkv.new_empty(batch * tokens + 1, num_heads, c3 // 3 // num_heads)
-    for part in _parts(slots, tokens, groups, padding is not None, num_heads):
+    for part in _parts(slots, places, tokens, groups, padding is not None, num_heads):
         x = _take(qkv, part, 3 * num_heads, padding).to(narrow)
         wide, alpha, _ = factors_of_logits(x[: 2 * num_heads], logit_scale)
         p = _weights(wide, part, bias, alpha)
         found = torch.bmm(p.to(narrow), x[2 * num_heads :].flatten(0, 2)).view(num_heads, -1, out.shape[-1])
-        out.index_copy_(0, part.rows.flatten(), found.to(out.dtype).transpose(0, 1))
+        out.index_copy_(0, part.rows.flatten(), found.to(out.dtype).transpose(0, 1).contiguous())
     return out[:-1].view(batch, tokens, c3 // 3)
 
 
 def backward(grad: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tensor | None, slots: Tensor,
-             groups: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+             places: Tensor, groups: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of ``fastmim::visible_attention_backward``."""
     batch, tokens, c3 = qkv.shape
     narrow, grad = product_dtype(qkv), grad.contiguous()
     dqkv = qkv.new_empty(batch * tokens + 1, 3 * num_heads, c3 // 3 // num_heads)
     dbias = bias.new_zeros(bias.shape, dtype=torch.promote_types(bias.dtype, torch.float32))
     dscale, dpadding = (dbias.new_zeros(0 if t is None else t.shape) for t in (logit_scale, padding))
-    for part in _parts(slots, tokens, groups, padding is not None, num_heads):
+    for part in _parts(slots, places, tokens, groups, padding is not None, num_heads):
         x = _take(qkv, part, 3 * num_heads, padding).to(narrow)
         do = _take(grad, part, num_heads, None).to(narrow)
         if part.nobody is not None:
@@ -80,7 +80,7 @@ def backward(grad: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None
             dscale += one
         if part.padded is not None:
             dpadding += (dx * part.padded[None, :, None, :, None]).sum((1, 2, 3), dtype=dbias.dtype).flatten()
-        dqkv.index_copy_(0, part.rows.flatten(), dx.to(qkv.dtype).flatten(1, 3).transpose(0, 1))
+        dqkv.index_copy_(0, part.rows.flatten(), dx.to(qkv.dtype).flatten(1, 3).transpose(0, 1).contiguous())
     return dqkv[:-1].view(qkv.shape), dbias, dscale, dpadding
 
 
@@ -140,20 +140,22 @@ def _add_to_bias(dbias: Tensor, ds: Tensor, part: _Part) -> None:
         dbias += sums.mT.view(dbias.shape)
 
 
-def _parts(slots: Tensor, tokens: int, groups: Tensor | None, padded: bool, heads: int) -> Iterator[_Part]:
+def _parts(slots: Tensor, places: Tensor, tokens: int, groups: Tensor | None, padded: bool, heads: int
+           ) -> Iterator[_Part]:
     """All windows that hold a token, in parts that stay in the cache."""
     batch, windows, n = slots.shape
     # Of which image and which of its windows each is.
     image = torch.arange(batch, device=slots.device)[:, None].expand(batch, windows).flatten()
     window = torch.arange(windows, device=slots.device).repeat(batch)
-    for chosen, width in _widths(slots.view(-1, n), tokens, padded):
+    slots, places = slots.view(-1, n), places.view(-1, n)
+    for chosen, width in _widths(slots, tokens, padded):
         total = len(image) if chosen is None else len(chosen)
         step = max(1, (CHUNK_CPU if slots.is_cpu else CHUNK_GPU) // (heads * width**2))
         step = math.ceil(total / math.ceil(total / step))
         for start in range(0, total, step):
             own = slice(start, start + step) if chosen is None else chosen[start : start + step]
             kinds = None if groups is None else groups[window[own]]
-            yield _part(slots.view(-1, n)[own], image[own], kinds, tokens, batch, width, padded)
+            yield _part(slots[own], places[own], image[own] * tokens, kinds, batch * tokens, width, padded)
 
 
 def _values_are_at_hand(x: Tensor) -> bool:
@@ -179,18 +181,18 @@ def _widths(slots: Tensor, tokens: int, padded: bool) -> Iterator[tuple[Tensor |
             yield chosen, int(held[chosen].max())
 
 
-def _part(slots: Tensor, image: Tensor, groups: Tensor | None, tokens: int, batch: int, width: int, padded: bool
+def _part(slots: Tensor, places: Tensor, first: Tensor, groups: Tensor | None, nowhere: int, width: int, padded: bool
           ) -> _Part:
-    """Of windows (M, N) of these images, their first ``width`` places that are taken, or the free ones behind these."""
-    n = slots.shape[1]
-    pairs = None
+    """Of windows (M, N) of images whose tokens begin at ``first`` (M,): their first places, or all in their order."""
+    n, pairs = slots.shape[1], None
     if width < n:
-        places = (slots == -1).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        slots = slots.gather(1, places)
+        slots, places = slots[:, :width], places[:, :width]
         groups = None if groups is None else groups.gather(1, places)
         pairs = (places[:, :, None] * n + places[:, None]).flatten()
+    else:
+        slots = torch.empty_like(slots).scatter_(1, places, slots)
     nobody, free, mask = slots < 0, slots == -1, None
-    rows = torch.where(nobody, batch * tokens, slots + image[:, None] * tokens)
+    rows = torch.where(nobody, nowhere, slots + first[:, None])
     if groups is not None:
         mask = (groups[:, :, None] != groups[:, None]).float().mul_(reference.MASKED_LOGIT)
     look = _values_are_at_hand(slots)

@@ -19,16 +19,18 @@ from ..common.rows import cast, statistics_dtype
 from . import on_torch
 
 
-@explained(slots="index", groups="index")
-def visible_attention(qkv: Tensor, bias: Tensor, slots: Tensor, *, num_heads: int, groups: Tensor | None = None,
-                      padding: Tensor | None = None, logit_scale: Tensor | None = None, impl: str = "auto") -> Tensor:
+@explained(slots="index", places="index", groups="index")
+def visible_attention(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, *, num_heads: int,
+                      groups: Tensor | None = None, padding: Tensor | None = None,
+                      logit_scale: Tensor | None = None, impl: str = "auto") -> Tensor:
     """Self-attention within the windows of an image of which only some tokens are given.
 
     Args:
         qkv: (B, …, 3C), T tokens of each image in any order, channels (q|k|v, head, head_dim). Autocast casts it.
         bias: (num_heads, N, N) added to the logits of a window's positions.
-        slots: (B, W, N) int64: which of the image's T tokens stands at each position of each window; −1 where none
-            does, −2 where the map is padded. Every token stands in exactly one place.
+        slots: (B, W, N) int64: which of the image's T tokens stand in each window, each in one; −2 is a position where
+            the map is padded. Behind them −1, for positions where nothing stands.
+        places: (B, W, N) int64: the position of each of these in the window; all N, each once.
         num_heads: Number of heads; divides C.
         groups: (W, N) int64; pairs of different groups, which only the shift brought together, get −100.
         padding: (3C,) what the projection makes of a padded position, which is a key to the others; None where
@@ -42,17 +44,17 @@ def visible_attention(qkv: Tensor, bias: Tensor, slots: Tensor, *, num_heads: in
     Raises:
         ValueError: An argument is not what is said here.
     """
-    _check(qkv, bias, slots, num_heads, groups, padding, logit_scale)
+    _check(qkv, bias, slots, places, num_heads, groups, padding, logit_scale)
     device = qkv.device.type
     if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         qkv = cast(qkv, torch.get_autocast_dtype(device))
     padding = None if padding is None else cast(padding, qkv.dtype)
-    out: Tensor = OP(qkv.flatten(1, -2), bias, logit_scale, padding, slots, groups, num_heads, impl=impl)
+    out: Tensor = OP(qkv.flatten(1, -2), bias, logit_scale, padding, slots, places, groups, num_heads, impl=impl)
     return out.view(*qkv.shape[:-1], -1)
 
 
-def _check(qkv: Tensor, bias: Tensor, slots: Tensor, num_heads: int, groups: Tensor | None, padding: Tensor | None,
-           logit_scale: Tensor | None) -> None:
+def _check(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, num_heads: int, groups: Tensor | None,
+           padding: Tensor | None, logit_scale: Tensor | None) -> None:
     op = "visible_attention"
     floating(op, qkv, bias, padding, logit_scale)
     if num_heads < 1:
@@ -61,6 +63,8 @@ def _check(qkv: Tensor, bias: Tensor, slots: Tensor, num_heads: int, groups: Ten
         raise wrong(op, "qkv", f"(B, …, 3C) with C divisible by num_heads={num_heads}", qkv)
     if slots.ndim != 3 or slots.shape[0] != qkv.shape[0] or slots.dtype != torch.int64:
         raise wrong(op, "slots", f"({qkv.shape[0]}, W, N) of int64", slots)
+    if places.shape != slots.shape or places.dtype != torch.int64:
+        raise wrong(op, "places", f"{tuple(slots.shape)} of int64, as slots", places)
     n = slots.shape[2]
     if bias.shape != (num_heads, n, n):
         raise wrong(op, "bias", f"{(num_heads, n, n)}, num_heads and twice the window's area", bias)
@@ -73,12 +77,12 @@ def _check(qkv: Tensor, bias: Tensor, slots: Tensor, num_heads: int, groups: Ten
 
 
 def _fake(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tensor | None, slots: Tensor,
-          groups: Tensor | None, num_heads: int, impl: str) -> Tensor:
+          places: Tensor, groups: Tensor | None, num_heads: int, impl: str) -> Tensor:
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
 def _backward_fake(grad: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tensor | None,
-                   slots: Tensor, groups: Tensor | None, num_heads: int, impl: str
+                   slots: Tensor, places: Tensor, groups: Tensor | None, num_heads: int, impl: str
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv, bias, logit_scale and padding, all but the first in float32 or better; empty without one."""
     wide = statistics_dtype(qkv.dtype)
