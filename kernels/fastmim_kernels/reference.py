@@ -89,13 +89,13 @@ def visible_attention(
 ) -> Tensor:
     """:func:`window_attention` of (B, T, 3C) tokens, which ``slots`` and ``places`` put into windows, see the op."""
     slots = torch.empty_like(slots).scatter(2, places, slots)
-    batch, _, c3 = qkv.shape
+    batch, tokens, c3 = qkv.shape
     head_dim, dtype = c3 // 3 // num_heads, qkv.dtype
-    rows = torch.cat((qkv, qkv.new_zeros(batch, 2, c3)), 1)
-    if padding is not None:
-        rows[:, -2] = padding.to(dtype)
-    # The last row but one is padding (-2), the last one nobody (-1).
-    windows = torch.stack([own[slots[i]] for i, own in enumerate(rows)])
+    padding = qkv.new_zeros(c3) if padding is None else padding.to(dtype)
+    # Behind the tokens padding (-2) and nobody (-1).
+    rows = torch.cat((qkv, padding.expand(batch, 1, -1), qkv.new_zeros(batch, 1, c3)), 1)
+    index = slots.flatten(1).remainder(tokens + 2)[..., None]
+    windows = rows.gather(1, index.expand(-1, -1, c3)).unflatten(1, slots.shape[1:])
     q, k, v = windows.unflatten(-1, (3, num_heads, head_dim)).permute(3, 0, 1, 4, 2, 5)
     if logit_scale is None:
         logits = (q @ k.mT) / math.sqrt(head_dim)
@@ -107,10 +107,8 @@ def visible_attention(
         logits = logits + MASKED_LOGIT * (groups[:, None, :, None] != groups[:, None, None]).to(logits.dtype)
     logits = logits.masked_fill((slots == -1)[:, :, None, None], torch.finfo(logits.dtype).min)
     out = (logits.softmax(-1).to(dtype) @ v).transpose(2, 3).flatten(3)
-    taken = slots >= 0
-    image = torch.arange(batch, device=qkv.device)[:, None, None].expand_as(slots)
-    found = out.new_zeros(*qkv.shape[:2], c3 // 3)
-    return found.index_put((image[taken], slots[taken]), out[taken])
+    found = out.new_zeros(batch, tokens + 2, c3 // 3)
+    return found.scatter(1, index.expand(-1, -1, c3 // 3), out.flatten(1, 2))[:, :tokens]
 
 
 def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:

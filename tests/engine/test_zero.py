@@ -38,16 +38,22 @@ RUNS = {
     "stage2 fc1": dict(efficiency__zero_stage=2, efficiency__recompute="fc1"),
     "stage3 fc1_qkv": dict(efficiency__zero_stage=3, efficiency__recompute="fc1_qkv", **CUT),
 }
+VISIBLE = dict(objective__visible_only="true", objective__decoder_dim=16, objective__decoder_num_heads=2)
+"""A Swin of visible tokens, whose blocks read other inputs, and a decoder."""
+VISIBLE_RUNS = {
+    f"visible {name}": {**RUNS[name], **VISIBLE} for name in ("ddp", "stage1", "stage2 offload", "stage3 full")
+}
 BF16 = {
     f"stage{stage} bf16": dict(efficiency__zero_stage=stage, efficiency__precision="bf16", **CUT) for stage in range(4)
 }
+VISIBLE_RUNS["visible stage3 bf16"] = {**BF16["stage3 bf16"], **VISIBLE}
 
 
 @pytest.fixture(scope="module")
 def alone(zero_run, launch, tmp_path_factory):
     """One process: without DeepSpeed, and ZeRO-3 with nobody to share with."""
     folder = tmp_path_factory.mktemp("alone")
-    runs = {"plain": {}, "stage3": dict(efficiency__zero_stage=3)}
+    runs = {"plain": {}, "stage3": dict(efficiency__zero_stage=3), "visible": VISIBLE}
     launch([zero_run(folder / name, 1, **changes) for name, changes in runs.items()], 1)
     return folder
 
@@ -56,7 +62,7 @@ def alone(zero_run, launch, tmp_path_factory):
 def two(zero_run, launch, tmp_path_factory):
     """All runs on two ranks. Validation and pictures once, at the stage where they need both ranks."""
     folder = tmp_path_factory.mktemp("two")
-    launch([zero_run(folder / name, 2, **changes) for name, changes in (RUNS | BF16).items()], 2)
+    launch([zero_run(folder / name, 2, **changes) for name, changes in (RUNS | BF16 | VISIBLE_RUNS).items()], 2)
     return folder
 
 
@@ -90,6 +96,11 @@ def test_equals_one_process_without_deepspeed(name, two, alone):
     compare(two / name, alone / "plain", rtol=1e-5, atol=1e-5)
     norms = torch.tensor(curve(two / name, "grad_norm")), torch.tensor(curve(alone / "plain", "grad_norm"))
     torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", VISIBLE_RUNS)
+def test_visible_tokens_only_equal_one_process(name, two, alone):
+    compare(two / name, alone / "visible", rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FOUR)
