@@ -28,13 +28,18 @@ MODELS: dict[str, dict[str, Any]] = {
                 shared_rel_pos_bias=True, drop_path_rate=0.1),
 }  # fmt: skip
 CASES = [(model, policy) for model in MODELS for policy in ("none", "fc1_qkv", "full")]
-CASES += [("swinv2", "fc1"), ("vit", "gemm")]
+MODELS["swin, visible tokens"] = MODELS["swin"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "swin, visible tokens": dict(visible_only=True, decoder_dim=64, decoder_num_heads=2)
+}
+CASES += [("swinv2", "fc1"), ("vit", "gemm"), ("swin, visible tokens", "none"), ("swin, visible tokens", "full")]
 BATCH = 6
 
 
 def builder(model: str, policy: str = "none", norm_target: int = 0) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        objective = create_objective("simmim", encoder=MODELS[model], norm_target=norm_target, impl="torch")
+        own = OPTIONS.get(model, {})
+        objective = create_objective("simmim", encoder=MODELS[model], norm_target=norm_target, impl="torch", **own)
         apply_recompute(objective, policy)
         return objective
 
