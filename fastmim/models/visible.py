@@ -21,7 +21,7 @@ Pair = tuple[int, int]
 
 
 class Windows(NamedTuple):
-    """Arguments of :func:`fastmim_kernels.visible_attention` for one stage, shifted or not."""
+    """Arguments of :mod:`fastmim_kernels.visible_attention` for one stage, shifted or not."""
 
     slots: Tensor
     """(B, W, N) int64, as the following."""

@@ -24,7 +24,6 @@ from .mlp.op import mlp, mlp_and_input
 from .patch_merge.op import patch_merge
 from .position_bias.op import bias_plan, cpb_bias, position_bias
 from .residual_norm.op import layer_norm, residual_norm
-from .visible_attention.op import visible_attention
 from .window_attention.op import window_attention
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ __all__ = [
     "position_bias",
     "residual_norm",
     "shape_may_follow",
-    "visible_attention",
     "window_attention",
 ]
 

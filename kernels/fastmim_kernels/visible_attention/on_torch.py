@@ -44,8 +44,8 @@ class _Part(NamedTuple):
 
 
 def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tensor | None, slots: Tensor,
-            places: Tensor, groups: Tensor | None, num_heads: int) -> Tensor:
-    """Arguments and result of the op ``fastmim::visible_attention``."""
+            places: Tensor, groups: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Arguments and results of the op ``fastmim::visible_attention``; the second is empty."""
     batch, tokens, c3 = qkv.shape
     narrow = product_dtype(qkv)
     # The last row takes what was computed for nobody.
@@ -56,12 +56,13 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tens
         p = _weights(wide, part, bias, alpha)
         found = torch.bmm(p.to(narrow), x[2 * num_heads :].flatten(0, 2)).view(num_heads, -1, out.shape[-1])
         out.index_copy_(0, part.rows.flatten(), found.to(out.dtype).transpose(0, 1).contiguous())
-    return out[:-1].view(batch, tokens, c3 // 3)
+    return out[:-1].view(batch, tokens, c3 // 3), qkv.new_empty(0, dtype=torch.float32)
 
 
 def backward(grad: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tensor | None, slots: Tensor,
-             places: Tensor, groups: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments and results of ``fastmim::visible_attention_backward``."""
+             places: Tensor, groups: Tensor | None, out: Tensor | None, lse: Tensor, num_heads: int
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results of ``fastmim::visible_attention_backward``; ``out`` and ``lse`` are not read."""
     batch, tokens, c3 = qkv.shape
     narrow, grad = product_dtype(qkv), grad.contiguous()
     dqkv = qkv.new_empty(batch * tokens + 1, 3 * num_heads, c3 // 3 // num_heads)
@@ -147,7 +148,7 @@ def _parts(slots: Tensor, places: Tensor, tokens: int, groups: Tensor | None, pa
     # Of which image and which of its windows each is.
     image = torch.arange(batch, device=slots.device)[:, None].expand(batch, windows).flatten()
     window = torch.arange(windows, device=slots.device).repeat(batch)
-    slots, places = slots.view(-1, n), places.view(-1, n)
+    slots, places = slots.reshape(-1, n), places.reshape(-1, n)
     for chosen, width in _widths(slots, tokens, padded):
         total = len(image) if chosen is None else len(chosen)
         step = max(1, (CHUNK_CPU if slots.is_cpu else CHUNK_GPU) // (heads * width**2))

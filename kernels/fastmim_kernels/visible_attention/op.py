@@ -36,7 +36,8 @@ def visible_attention(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, 
         padding: (3C,) what the projection makes of a padded position, which is a key to the others; None where
             ``slots`` has none.
         logit_scale: As of :func:`.window_attention.op.window_attention`.
-        impl: See :mod:`fastmim_kernels.common.dispatch`. There are no Triton kernels.
+        impl: See :mod:`fastmim_kernels.common.dispatch`. "triton" runs those of window attention, on windows
+            filled up with what is not there.
 
     Returns:
         (B, …, C) in the dtype of ``qkv``. Logits and softmax are in float32 whatever that is.
@@ -77,13 +78,15 @@ def _check(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, num_heads: 
 
 
 def _fake(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tensor | None, slots: Tensor,
-          places: Tensor, groups: Tensor | None, num_heads: int, impl: str) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+          places: Tensor, groups: Tensor | None, num_heads: int, impl: str) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp (B·W, heads, N) of each place where the implementation keeps it."""
+    lse = (slots.shape[0] * slots.shape[1], num_heads, slots.shape[2]) if impl == "triton" else (0,)
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3), qkv.new_empty(lse, dtype=torch.float32)
 
 
 def _backward_fake(grad: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tensor | None,
-                   slots: Tensor, places: Tensor, groups: Tensor | None, num_heads: int, impl: str
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                   slots: Tensor, places: Tensor, groups: Tensor | None, out: Tensor | None, lse: Tensor,
+                   num_heads: int, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv, bias, logit_scale and padding, all but the first in float32 or better; empty without one."""
     wide = statistics_dtype(qkv.dtype)
     return (qkv.new_empty(qkv.shape), bias.new_empty(bias.shape, dtype=wide),
@@ -93,7 +96,9 @@ def _backward_fake(grad: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor 
 
 def _save(inputs: Any, outputs: Any) -> Any:
     *tensors, num_heads, impl = inputs
-    return tuple(tensors), (num_heads, impl)
+    out, lse = outputs
+    # The projection behind it keeps the output anyway.
+    return (*tensors, out if impl == "triton" else None, lse), (num_heads, impl)
 
 
 def _gradients(backward: Callable, kept: Kept, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,6 +123,6 @@ def _backward_flops(grad: Any, qkv: Any, bias: Any, logit_scale: Any, padding: A
     return 5 * _products(qkv, slots)
 
 
-OP = define_op("visible_attention", on_torch, reference=reference.visible_attention, fake=_fake,
+OP = define_op("visible_attention", on_torch, ".on_triton", reference=reference.visible_attention, fake=_fake,
                backward_fake=_backward_fake, save=_save, gradients=_gradients, flops=_flops,
                backward_flops=_backward_flops)
