@@ -48,8 +48,8 @@ def shown_tokens(mask: Tensor, grid: tuple[int, int], count: int) -> Tensor:
         shown = (~hidden).sum(1)
         if bool((shown != count).any()) or not torch.equal(cells.all(4).all(2).flatten(1), hidden):
             raise ValueError(
-                f"mask: visible_only needs {count} visible tokens of {rows // grid[0]} x {columns // grid[1]} patches in "
-                f"every image and all others masked in full, got {sorted(set(shown.tolist()))}; use random_mask()"
+                f"mask: visible_only needs {count} visible tokens of {rows // grid[0]} x {columns // grid[1]} patches "
+                f"in every image and all others masked in full, got {sorted(set(shown.tolist()))}; use random_mask()"
             )
     return hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 

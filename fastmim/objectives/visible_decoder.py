@@ -15,7 +15,7 @@ from ..models.vit import NORM_EPS, Attention, VitBlock
 
 
 class VisibleDecoder(nn.Module):
-    """Mask tokens at hidden places, fixed sine and cosine positions, transformer blocks (MAE, He et al. 2022, section 3).
+    """Mask tokens at hidden places, fixed sine and cosine positions, transformer blocks (MAE, He et al. 2022, 3).
 
     GreenMIM (Huang et al. 2022, section 4.1) puts one block of 512 channels and 16 heads behind a Swin.
 

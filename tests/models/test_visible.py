@@ -1,6 +1,8 @@
-"""A Swin of visible tokens only: the plain encoder where nothing is hidden, and where something is, one that ignores it."""
+"""A Swin of visible tokens only: the plain encoder where nothing is hidden, else one that ignores what is."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -39,7 +41,8 @@ def with_gradients(tokens, encoder):
     """The tokens, and the gradient of each parameter but the mask token, of a sum that weighs every value."""
     weights = torch.linspace(-1, 1, tokens.numel(), dtype=tokens.dtype).view_as(tokens).cos()
     parameters = {name: p for name, p in encoder.named_parameters() if name != "mask_token"}
-    return {"tokens": tokens, **dict(zip(parameters, torch.autograd.grad((tokens * weights).sum(), parameters.values())))}
+    gradients = torch.autograd.grad((tokens * weights).sum(), list(parameters.values()))
+    return {"tokens": tokens, **dict(zip(parameters, gradients, strict=True))}
 
 
 @pytest.fixture
@@ -80,14 +83,14 @@ def windows(x, attn):
 
 def by_windows(qkv, bias, attn):
     """Window attention with a bias of each window's own, (B·windows, heads or 1, N or 1, N)."""
-    found = []
     cut = reference.partition(torch.roll(qkv, (-attn.shift_size[0], -attn.shift_size[1]), (1, 2)), attn.window_size)
     q, k, v = cut.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if attn.logit_scale is None:
         logits = q @ k.mT * q.shape[-1] ** -0.5
     else:
         unit = torch.nn.functional.normalize
-        logits = unit(q, dim=-1) @ unit(k, dim=-1).mT * attn.logit_scale.clamp(max=torch.tensor(100.0).double().log()).exp()
+        scale = attn.logit_scale.clamp(max=math.log(100)).exp()
+        logits = unit(q, dim=-1) @ unit(k, dim=-1).mT * scale
     if any(attn.shift_size):
         groups = reference.shift_groups(*qkv.shape[1:3], attn.shift_size, qkv.device)[None, ..., None]
         groups = reference.partition(groups, attn.window_size)[..., 0]

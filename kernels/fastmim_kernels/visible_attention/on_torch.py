@@ -1,4 +1,4 @@
-"""``visible_attention`` in torch: windows of about as many tokens together, each only as wide as the fullest of them."""
+"""``visible_attention`` in torch: windows of about as many tokens together, as wide as the fullest of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from ..window_attention.on_torch import (
     NEGLIGIBLE,
     chunk_backward,
     factors_of_logits,
-    fitted,
     normalise_backward,
     product_dtype,
 )

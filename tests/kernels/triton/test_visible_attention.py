@@ -9,13 +9,19 @@ import torch
 
 from fastmim_kernels.visible_attention.op import visible_attention
 from tests.kernels import oracle
-from tests.kernels.test_visible_attention import CASES, make
+from tests.kernels.test_visible_attention import make
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("padded and shifted", torch.float32),
+        ("one token in many windows", torch.float32),
+        ("every place is taken", torch.bfloat16),
+    ],
+)
 def test_accuracy(name, dtype, poison):
-    """Beside the oracle, and the torch implementation in float32, whose queries are not rounded once more."""
+    """Its queries are rounded once more than those of the torch implementation."""
     given, rest = make(name)
     dtypes = {key: dtype if key == "qkv" else torch.float32 for key in given}
     op, truth = (functools.partial(visible_attention, impl=impl) for impl in ("triton", "reference"))
