@@ -50,8 +50,9 @@ class VisibleDecoder(nn.Module):
         embedded = self.embed(tokens)
         everywhere = self.mask_token.to(embedded.dtype).expand(len(keep), math.prod(self.grid), -1)
         x = everywhere.scatter(1, keep[..., None].expand_as(embedded), embedded) + self.positions
-        x, y = normalise(x.to(stream_dtype(x, "auto")), self.blocks[0].norm1, self.impl)
-        for block, norm in zip(self.blocks, [*(b.norm1 for b in self.blocks[1:]), self.norm], strict=True):
+        blocks: Any = self.blocks
+        x, y = normalise(x.to(stream_dtype(x, "auto")), blocks[0].norm1, self.impl)
+        for block, norm in zip(blocks, [*(b.norm1 for b in blocks[1:]), self.norm], strict=True):
             x, y = block(x, y, None, Step(self.impl, next_norm=norm))
         return y.unflatten(1, self.grid)
 
