@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("common",),
         ("distillation", "linear", "low_copies", "local_norm", "mask_tokens", "patch_merge",
          "position_bias", "unshuffle", "window_attention", "fusion"),
-        ("mlp", "residual_norm", "masked_loss"),
+        ("mlp", "residual_norm", "masked_loss", "visible_attention"),
         ("branches",),
         ("nn", "check", "triton"),
     ),

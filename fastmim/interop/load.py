@@ -60,7 +60,8 @@ def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
     tensors = find_state_dict(state_dict).tensors
     own = {name for name, _ in objective.named_parameters()}
     lost = {"mask_token"} - {name.removeprefix("encoder.") for name in own}  # of a fine-tuning
-    skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith(("head.", "lm_head.", DECODER)) or k in lost}
+    apart = "head.", "lm_head.", DECODER
+    skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith(apart) or k in lost}
     skip |= {"mask_token"} if any(k.startswith(DECODER) for k in tensors) else set()  # of MAE's decoder
     report = LoadReport(skipped=sorted(skip))
     old = "layers.0.downsample.reduction.weight" in tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 import fastmim_kernels as fk
@@ -27,6 +28,30 @@ def masked_tokens(mask: Tensor, size: tuple[int, int], grid: tuple[int, int], st
     hit = token_cells(mask != 0, size, grid, stride).flatten(3).any(-1).flatten()
     rows = hit.nonzero().squeeze(1)
     return rows if 0 < len(rows) < len(hit) else None
+
+
+def shown_tokens(mask: Tensor, grid: tuple[int, int], count: int) -> Tensor:
+    """(B, count) numbers of the tokens of an (h, w) map that a mask of whole tokens shows, in order.
+
+    Args:
+        mask: (B, Hm, Wm) bool or 0/1; h and w divide Hm and Wm.
+        grid: (h, w).
+        count: Of the visible tokens of each image.
+
+    Raises:
+        ValueError: Another number is visible, or a part of one; said where a value may be looked at.
+    """
+    batch, rows, columns = mask.shape
+    cells = (mask != 0).view(batch, grid[0], rows // grid[0], grid[1], columns // grid[1])
+    hidden = cells.any(4).any(2).flatten(1)
+    if fk.shape_may_follow(mask):
+        shown = (~hidden).sum(1)
+        if bool((shown != count).any()) or not torch.equal(cells.all(4).all(2).flatten(1), hidden):
+            raise ValueError(
+                f"mask: visible_only needs {count} visible tokens of {rows // grid[0]} x {columns // grid[1]} patches "
+                f"in every image and all others masked in full, got {sorted(set(shown.tolist()))}; use random_mask()"
+            )
+    return hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fastmim_kernels.common.hooks import seen_by_nobody
 from fastmim_kernels.linear.op import product_dtype
 
 from .read_rows import take
+from .visible import Windows
 
 RESIDUAL_DTYPES = ("auto", "fp32")
 
@@ -78,6 +79,8 @@ class Step(NamedTuple):
     """Pre-norm blocks: the norm that reads the block's result, done in the pass that makes it."""
     merge: bool = False
     """SwinV2: the result is wanted as patch merging gathers it."""
+    windows: Windows | None = None
+    """Where the tokens stand that the stream holds, if it holds the visible ones alone."""
     rows: Tensor | None = None
     """Numbers of the only tokens whose results are wanted; these come as (rows, C)."""
 

@@ -16,6 +16,7 @@ from .read_rows import put
 from .rules import check_stages, patch_grid, window_sizes
 from .stream import Step, check_residual_dtype, normalise, start_stream, stream_dtype
 from .swin_shared import SharedInputs
+from .visible import Visible
 from .window_attention import WindowAttention
 
 Pair = tuple[int, int]
@@ -207,14 +208,23 @@ class SwinTransformer(nn.Module):
         """Those of all stages."""
         return [block for layer in self.layers for block in layer.blocks]
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        visible: Visible | None = None,
+    ) -> Tensor:
         """(B, C, H, W) images and (B, H/p, W/p) mask → (B, h, w, num_features) tokens of ``stride`` pixels.
 
-        With ``rows`` only tokens of these numbers are meant to be read; the others are zero.
+        With ``rows`` only tokens of these numbers are meant to be read; the others are zero. With ``visible`` only
+        these are computed, from their own pixels, and attend to each other: (B, U, num_features).
         """
-        patches = self.patch_embed.patches(images)
+        patches = self.patch_embed.patches(images if visible is None else visible.pixels(images, self.stride))
         proj, reductions = self.patch_embed.proj, [layer.downsample.reduction.weight for layer in self.layers[1:]]
         steps, low = self.shared(self.all_blocks(), [proj.weight.flatten(1), proj.bias, *reductions], patches)
+        if visible is not None:
+            steps = self._among(visible, steps)
         if rows is not None:
             steps[-1] = steps[-1].only(rows, math.prod(self.last_map))
         dtype = stream_dtype(patches, self.residual_dtype)
@@ -223,7 +233,15 @@ class SwinTransformer(nn.Module):
         for layer, low_reduction, norm in zip(self.layers, [None, *low[2:]], norms, strict=True):
             own, steps = steps[: len(layer.blocks)], steps[len(layer.blocks) :]
             x = y = layer(x, y, own, dtype, low_reduction, norm)
+        if visible is not None:
+            return x.flatten(1, 2)
         return x if rows is None else put(x, rows, (len(images), *self.last_map))
+
+    def _among(self, visible: Visible, steps: list[Step]) -> list[Step]:
+        """The steps of all blocks, in windows of visible tokens."""
+        windows = [own[any(block.attn.shift_size)] for layer, own in zip(self.layers, visible.stages, strict=True)
+                   for block in layer.blocks]  # fmt: skip
+        return [step._replace(windows=own) for step, own in zip(steps, windows, strict=True)]
 
     def forward_tokens(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) images of any size that the patch divides → (B, D) class and (B, h, w, D) patch tokens.

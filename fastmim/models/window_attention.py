@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 from fastmim_kernels.branches import Attention, Branch, attention
+from fastmim_kernels.visible_attention.op import visible_attention
 from fastmim_kernels.window_attention.layout import crop_shifted, pad_shifted
 
 from .layers import trunc_normal_
@@ -59,23 +60,34 @@ class WindowAttention(nn.Module):
         (result, y), where the product adds the gradient of the other reader of ``stream``, which y is too.
         """
         height, width = y.shape[1:3]
-        pad = self.padding(y)
         weights = self.qkv.weight, self.qkv_bias(step)
         how = {"low_weight": step.low_qkv, "low_bias": step.low_qkv_bias, "impl": step.impl}
         hand_on = step.hands_on(y, stream)
+        pad = (0, 0) if step.windows is not None else self.padding(y)
         if hand_on and not any(pad):
             qkv, y = fk.linear_and_input(y, *weights, **how)
         else:
             qkv = fk.linear(pad_shifted(y, pad, self.padded_after_shift) if any(pad) else y, *weights, **how)
-        shape = {"num_heads": self.num_heads, "window_size": self.window_size, "shift_size": self.shift_size}
-        out = fk.window_attention(qkv, step.bias, **shape, logit_scale=self.logit_scale, impl=step.impl)
+        out = self.attend(qkv, step)
         out = step.take(crop_shifted(out, height, width, self.padded_after_shift) if any(pad) else out)
         out = fk.linear(out, self.proj.weight, step.product_bias(self.proj), low_weight=step.low_proj, impl=step.impl)
         return (out, y) if hand_on else out
 
+    def attend(self, qkv: Tensor, step: Step) -> Tensor:
+        """(B, H, W, 3C) → (B, H, W, C): the heads' results side by side."""
+        how: Any = {"num_heads": self.num_heads, "logit_scale": self.logit_scale, "impl": step.impl}
+        if step.windows is None:
+            shape = {"window_size": self.window_size, "shift_size": self.shift_size}
+            return fk.window_attention(qkv, step.bias, **shape, **how)
+        slots, places, groups, padded = step.windows
+        padding = self.qkv_bias(step) if padded else None
+        if padded and padding is None:
+            padding = qkv.new_zeros(qkv.shape[-1])
+        return visible_attention(qkv, step.bias, slots, places, groups=groups, padding=padding, **how)
+
     def branch(self, y: Tensor, step: Step) -> Branch | None:
         """What :meth:`forward` makes of y, to be run with the norm behind it; None where more than ops must run."""
-        if step.rows is not None or any(self.padding(y)):
+        if step.rows is not None or step.windows is not None or any(self.padding(y)):
             return None
         qkv, proj = self.qkv, self.proj
         low = step.low_qkv, step.low_qkv_bias

@@ -19,9 +19,12 @@ from ..models.layers import trunc_normal_
 from .view_norm import ViewNorm
 
 
-def pixel_head(encoder: Encoder) -> nn.Linear:
-    """A linear map from a token to its ``stride`` × ``stride`` pixels, C·stride² (SimMIM, section 3.3)."""
-    return nn.Linear(encoder.num_features, encoder.stride**2 * encoder.in_chans)
+def pixel_head(encoder: Encoder, dim: int | None = None) -> nn.Linear:
+    """A linear map from a token to its ``stride`` × ``stride`` pixels, C·stride² (SimMIM, section 3.3).
+
+    ``dim``: channels of the token where a decoder makes it.
+    """
+    return nn.Linear(dim or encoder.num_features, encoder.stride**2 * encoder.in_chans)
 
 
 def predict_pixels(tokens: Tensor, head: nn.Linear, stride: int, size: tuple[int, int]) -> Tensor:

@@ -77,6 +77,40 @@ def window_attention(
     return torch.roll(unpartition(out, window_size, height, width), shift_size, (1, 2))
 
 
+def visible_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    logit_scale: Tensor | None,
+    padding: Tensor | None,
+    slots: Tensor,
+    places: Tensor,
+    groups: Tensor | None,
+    num_heads: int,
+) -> Tensor:
+    """:func:`window_attention` of (B, T, 3C) tokens, which ``slots`` and ``places`` put into windows, see the op."""
+    slots = torch.empty_like(slots).scatter(2, places, slots)
+    batch, tokens, c3 = qkv.shape
+    head_dim, dtype = c3 // 3 // num_heads, qkv.dtype
+    padding = qkv.new_zeros(c3) if padding is None else padding.to(dtype)
+    # Behind the tokens padding (-2) and nobody (-1).
+    rows = torch.cat((qkv, padding.expand(batch, 1, -1), qkv.new_zeros(batch, 1, c3)), 1)
+    index = slots.flatten(1).remainder(tokens + 2)[..., None]
+    windows = rows.gather(1, index.expand(-1, -1, c3)).unflatten(1, slots.shape[1:])
+    q, k, v = windows.unflatten(-1, (3, num_heads, head_dim)).permute(3, 0, 1, 4, 2, 5)
+    if logit_scale is None:
+        logits = (q @ k.mT) / math.sqrt(head_dim)
+    else:
+        scale = logit_scale.reshape(-1, 1, 1).clamp(max=math.log(100.0)).exp()
+        logits = F.normalize(q, dim=-1, eps=1e-12) @ F.normalize(k, dim=-1, eps=1e-12).mT * scale
+    logits = logits + bias
+    if groups is not None:
+        logits = logits + MASKED_LOGIT * (groups[:, None, :, None] != groups[:, None, None]).to(logits.dtype)
+    logits = logits.masked_fill((slots == -1)[:, :, None, None], torch.finfo(logits.dtype).min)
+    out = (logits.softmax(-1).to(dtype) @ v).transpose(2, 3).flatten(3)
+    found = out.new_zeros(batch, tokens + 2, c3 // 3)
+    return found.scatter(1, index.expand(-1, -1, c3 // 3), out.flatten(1, 2))[:, :tokens]
+
+
 def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
     """SwinV2's log-spaced continuous position bias of L blocks: 16·sigmoid(MLP(coords))[index]."""
     hidden = torch.relu(torch.einsum("tc,lkc->ltk", coords, weight1) + bias1[:, None])

@@ -14,14 +14,17 @@ from fastmim.objectives import create_objective
 ENCODERS = {
     "swinv2": dict(embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4, extra_norm_period=2),
     "swin": dict(embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4),
+    "swinv2 visible": dict(embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=3),
     "vit": dict(embed_dim=16, depth=3, num_heads=2, init_values=0.1, shared_rel_pos_bias=True),
 }
 
 
 def build(name, policy="none", **options):
     torch.manual_seed(3)
-    encoder = dict(name=name, img_size=32, patch_size=4, drop_path_rate=0.5, **ENCODERS[name])
-    objective = create_objective("simmim", encoder=encoder, unit=8)
+    family, *visible = name.split()
+    encoder = dict(name=family, img_size=32, patch_size=4, drop_path_rate=0.5, **ENCODERS[name])
+    how = dict(visible_only=True, decoder_dim=16, decoder_num_heads=2) if visible else {}
+    objective = create_objective("simmim", encoder=encoder, unit=8, **how)
     return objective, apply_recompute(objective, policy, **options)
 
 

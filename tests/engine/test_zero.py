@@ -38,9 +38,15 @@ RUNS = {
     "stage2 fc1": dict(efficiency__zero_stage=2, efficiency__recompute="fc1"),
     "stage3 fc1_qkv": dict(efficiency__zero_stage=3, efficiency__recompute="fc1_qkv", **CUT),
 }
+VISIBLE = dict(objective__visible_only="true", objective__decoder_dim=16, objective__decoder_num_heads=2)
+"""A Swin of visible tokens, whose blocks read other inputs, and a decoder."""
+VISIBLE_RUNS = {
+    f"visible {name}": {**RUNS[name], **VISIBLE} for name in ("ddp", "stage1", "stage2 offload", "stage3 full")
+}
 BF16 = {
     f"stage{stage} bf16": dict(efficiency__zero_stage=stage, efficiency__precision="bf16", **CUT) for stage in range(4)
 }
+BF16["visible stage3 bf16"] = {**BF16["stage3 bf16"], **VISIBLE}
 MAE = dict(
     model__name="vit", model__img_size=32, model__patch_size=8, model__embed_dim=16, model__depth=2,
     model__num_heads=2, model__depths=..., model__window_size=..., model__key_bias="true",
@@ -63,6 +69,7 @@ def alone(zero_run, launch, labelled, tmp_path_factory):
     """One process: without DeepSpeed, whose features are looked at, and ZeRO-3 with nobody to share with."""
     folder = tmp_path_factory.mktemp("alone")
     runs = {"plain": dict(data__labelled_path=str(labelled)), "stage3": dict(efficiency__zero_stage=3), "mae": MAE}
+    runs["visible"] = VISIBLE
     launch([zero_run(folder / name, 1, **changes) for name, changes in runs.items()], 1)
     return folder
 
@@ -71,7 +78,7 @@ def alone(zero_run, launch, labelled, tmp_path_factory):
 def two(zero_run, launch, labelled, tmp_path_factory):
     """All runs on two ranks; features are looked at where that needs both, and where it does not."""
     folder = tmp_path_factory.mktemp("two")
-    runs = RUNS | BF16 | MAE_RUNS | MAE_BF16
+    runs = RUNS | BF16 | MAE_RUNS | MAE_BF16 | VISIBLE_RUNS
     for name in WATCHED:
         runs[name] = runs[name] | dict(data__labelled_path=str(labelled))
     launch([zero_run(folder / name, 2, **changes) for name, changes in runs.items()], 2)
@@ -113,7 +120,8 @@ def test_equals_one_process_without_deepspeed(name, two, alone):
 @pytest.mark.parametrize("name", WATCHED)
 def test_features_of_all_ranks_are_those_of_one_process(name, two, alone):
     """23 images: the ranks have different numbers of them, and of batches."""
-    last = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (two / name, alone / "plain")]
+    rows = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (two / name, alone / "plain")]
+    last = [json.loads(lines[-1]) for lines in rows]
     assert last[0]["knn_top1"] == last[1]["knn_top1"] > 50
     assert last[0]["rankme"] == pytest.approx(last[1]["rankme"], rel=1e-3)
 
@@ -121,6 +129,11 @@ def test_features_of_all_ranks_are_those_of_one_process(name, two, alone):
 @pytest.mark.parametrize("name", MAE_RUNS)
 def test_mae_equals_one_process_without_deepspeed(name, two, alone):
     compare(two / name, alone / "mae", rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VISIBLE_RUNS)
+def test_visible_tokens_only_equal_one_process(name, two, alone):
+    compare(two / name, alone / "visible", rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FOUR)
@@ -145,7 +158,8 @@ def test_mae_in_bf16_stays_close(two, alone):
 # Products of 8 bits of mantissa; master weights and moments are fp32, so the error does not grow with the steps.
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_is_near_fp32(name, two, alone):
-    found, expected = torch.tensor(curve(two / name)), torch.tensor(curve(alone / "plain"))
+    reference = alone / ("visible" if "visible" in name else "plain")
+    found, expected = torch.tensor(curve(two / name)), torch.tensor(curve(reference))
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
 
 

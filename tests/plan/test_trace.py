@@ -33,7 +33,11 @@ MODELS: dict[str, dict[str, Any]] = {
                 abs_pos_embed="sincos", init="mae"),
 }  # fmt: skip
 CASES = [(model, policy) for model in MODELS for policy in ("none", "fc1_qkv", "full")]
-CASES += [("swinv2", "fc1"), ("vit", "gemm")]
+MODELS["swin, visible tokens"] = MODELS["swin"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "swin, visible tokens": dict(visible_only=True, decoder_dim=64, decoder_num_heads=2)
+}
+CASES += [("swinv2", "fc1"), ("vit", "gemm"), ("swin, visible tokens", "none"), ("swin, visible tokens", "full")]
 DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
 BATCH = 6
 
@@ -41,6 +45,7 @@ BATCH = 6
 def builder(model: str, policy: str = "none", norm_target: int = 0) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         name, own = ("mae", DECODER) if model == "mae" else ("simmim", dict(norm_target=norm_target))
+        own = own | OPTIONS.get(model, {})
         objective = create_objective(name, encoder=MODELS[model], **own, impl="torch")
         apply_recompute(objective, policy)
         return objective

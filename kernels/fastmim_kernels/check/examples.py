@@ -80,6 +80,19 @@ def _window_attention(shape: tuple[int, int, int], heads: int, edge: int, shift:
     return given | ({"logit_scale": 2 + normal(heads, scale=0.1)} if cosine else {})
 
 
+def _visible_attention(batch: int, windows: int, heads: int, edge: int, cosine: bool) -> dict[str, Any]:
+    """Two of five places of the windows are taken."""
+    n = edge**2
+    given = _window_attention((1, edge, edge), heads, edge, 0, cosine)
+    at = torch.arange(windows * n, device="cpu") * 7919 % (windows * n)
+    tokens = windows * n * 2 // 5
+    slots = torch.where(at < tokens, at, -1).view(1, windows, n).repeat(batch, 1, 1)
+    places = (slots == -1).to(torch.uint8).argsort(dim=2, stable=True)
+    groups = torch.arange(windows * n, device="cpu").view(windows, n) // 5 % 2
+    return {"qkv": normal(batch, tokens, 3 * heads * 32), "slots": slots.gather(2, places), "places": places,
+            "groups": groups, "num_heads": heads, **{k: given[k] for k in ("bias", "logit_scale") if k in given}}
+
+
 def _residual_norm(shape: tuple[int, ...], order: str, *, residual: bool = True, branch: bool = True,
                    bias: bool = False, gamma: bool = False, drop: bool = True, **settings: Any) -> dict[str, Any]:
     c = shape[-1]
@@ -156,6 +169,8 @@ SMALL = (
     Case("window_attention", "cosine", partial(_window_attention, (1, 24, 12), 2, 6, 3, True), ("qkv",), _COSINE),
     Case("window_attention", "cosine, 144 tokens", partial(_window_attention, (1, 24, 12), 2, 12, 6, True), ("qkv",),
          _COSINE),
+    Case("visible_attention", "scaled dot", partial(_visible_attention, 2, 3, 2, 6, False), ("qkv",), ("qkv", "bias")),
+    Case("visible_attention", "cosine", partial(_visible_attention, 1, 2, 2, 9, True), ("qkv",), _COSINE),
     Case("mlp", "", partial(_mlp, 37, 24), ("x",), _MLP),
     Case("linear", "", partial(_linear, 37, 24, 72), ("x",), _LINEAR),
     Case("mlp_and_input", "", partial(_mlp, 37, 24), ("x",), _MLP),
@@ -271,6 +286,8 @@ TIMED: dict[tuple[str, str], Build] = {
     ("window_attention", "scaled dot"): partial(_window_attention, (32, _H, _H), 4, 6, 3, False),
     ("window_attention", "cosine"): partial(_window_attention, (32, _H, _H), 4, 6, 3, True),
     ("window_attention", "cosine, 144 tokens"): partial(_window_attention, (32, _H, _H), 4, 12, 6, True),
+    ("visible_attention", "scaled dot"): partial(_visible_attention, 32, _H * _H // 36, 4, 6, False),
+    ("visible_attention", "cosine"): partial(_visible_attention, 32, _H * _H // 144, 4, 12, True),
     ("mlp", ""): partial(_mlp, _B * _H * _H, _C),
     ("linear", ""): partial(_linear, _B * _H * _H, _C, 3 * _C),
     ("mlp_and_input", ""): partial(_mlp, _B * _H * _H, _C),

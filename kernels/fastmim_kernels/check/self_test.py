@@ -34,6 +34,7 @@ from ..patch_merge.op import patch_merge
 from ..position_bias.op import BiasPlan, bias_plan, cpb_bias, position_bias
 from ..residual_norm.op import layer_norm, residual_norm
 from ..unshuffle.op import unshuffle
+from ..visible_attention.op import visible_attention
 from ..window_attention.op import window_attention
 from .examples import SHIPPED, SMALL, Case, normal
 
@@ -47,7 +48,7 @@ def table_bias(table: Tensor, index: Tensor, *, impl: str = "auto") -> Tensor:
 OPS: dict[str, Callable[..., Any]] = {op.__name__: op for op in (
     cpb_bias, distillation, distillation_and_entropy, gelu, layer_norm, linear, linear_and_input, linear_masked_l1,
     local_norm_target, low_copies, mask_tokens, mask_tokens_twice, masked_l1, mlp, mlp_and_input, patch_merge,
-    residual_norm, table_bias, unshuffle, window_attention)}
+    residual_norm, table_bias, unshuffle, visible_attention, window_attention)}
 
 FACTOR, FLOOR = 4.0, 1e-6
 """Wider than the tests' rule on errors (2 x plain torch): what is looked for is a kernel that is wrong."""

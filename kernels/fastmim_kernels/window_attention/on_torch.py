@@ -26,23 +26,23 @@ NEGLIGIBLE = 1e-20
 
 # Logits of a chunk. On a CPU the buffers of this many (10 bytes a logit at most) stay in the last cache; smaller ones,
 # in the cache of a core, were slower: 40 % at 2^17. A GPU wants larger launches.
-_CHUNK_CPU = 1 << 20
-_CHUNK_GPU = 1 << 26
+CHUNK_CPU = 1 << 20
+CHUNK_GPU = 1 << 26
 
 
 def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: Sequence[int],
             shift_size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::window_attention``; of the log-sum-exp nothing is kept."""
     qkv, window_size, shift_size = qkv.contiguous(), pair(window_size), pair(shift_size)
-    x = gather(qkv, 3 * num_heads, window_size, shift_size).to(_product_dtype(qkv))
+    x = gather(qkv, 3 * num_heads, window_size, shift_size).to(product_dtype(qkv))
     v = x[2 * num_heads :]
-    wide, alpha, _ = _factors_of_logits(x[: 2 * num_heads], logit_scale)
+    wide, alpha, _ = factors_of_logits(x[: 2 * num_heads], logit_scale)
     out, logits = torch.empty_like(v), _buffer(v, wide.dtype)
     low = logits if v.dtype == logits.dtype else _buffer(v, v.dtype)
     mask = shift_mask(*qkv.shape[1:3], window_size, shift_size, logits.dtype, qkv.device)
     for i in _chunks(v):
         p = _softmax(wide, i, bias, mask, alpha, logits)
-        torch.bmm(_cast(p, low), _matrices(v[i]), out=_matrices(out[i]))
+        torch.bmm(fitted(p, low), _matrices(v[i]), out=_matrices(out[i]))
     return scatter(out.to(qkv.dtype), qkv, window_size, shift_size), qkv.new_empty(0, dtype=torch.float32)
 
 
@@ -51,11 +51,11 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     """Arguments and results of ``fastmim::window_attention_backward``; ``out`` and ``lse`` are not read."""
     grad_out, qkv = grad_out.contiguous(), qkv.contiguous()
     window_size, shift_size = pair(window_size), pair(shift_size)
-    narrow = _product_dtype(qkv)
+    narrow = product_dtype(qkv)
     x = gather(qkv, 3 * num_heads, window_size, shift_size).to(narrow)
     grad = gather(grad_out, num_heads, window_size, shift_size).to(narrow)
     qk, v = x.split((2 * num_heads, num_heads))
-    wide, alpha, factor = _factors_of_logits(qk, logit_scale)
+    wide, alpha, factor = factors_of_logits(qk, logit_scale)
     q, k = (qk if logit_scale is None else wide.to(narrow)).chunk(2)
     dx, dbias = torch.empty_like(x), bias.new_zeros(bias.shape, dtype=wide.dtype)
     dqk, dv = dx.split((2 * num_heads, num_heads))
@@ -66,37 +66,37 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
         p = _softmax(wide, i, bias, mask, alpha, logits)
         operands = [_matrices(t[i]) for t in (grad, q, k, v)]
         found = [t[i].view(-1, *t.shape[3:]) for t in (*dqk.chunk(2), dv)]
-        ds = _chunk_backward(p, operands, found, alpha, products, low)
+        ds = chunk_backward(p, operands, found, alpha, products, low)
         dbias[i[0]] += ds.unflatten(0, (len(dbias[i[0]]), -1)).sum(1)
-    dscale = _normalise_backward(dqk, wide, factor, logit_scale)
+    dscale = normalise_backward(dqk, wide, factor, logit_scale)
     dqkv = scatter(dx.to(qkv.dtype), qkv, window_size, shift_size)
     return dqkv, dbias, dbias.new_empty(0) if dscale is None else dscale
 
 
-def _chunk_backward(p: Tensor, operands: list[Tensor], found: list[Tensor], alpha: float, products: Tensor,
+def chunk_backward(p: Tensor, operands: list[Tensor], found: list[Tensor], alpha: float, products: Tensor,
                     low: Tensor) -> Tensor:
     """Fill ``found``, dq, dk and dv of a chunk, from do, q, k and v (matrices, N, d); returns d logits in a buffer.
 
     ``products`` has the dtype of p, ``low`` that of the operands; they may be one.
     """
     (do, q, k, v), (dq, dk, dv) = operands, found
-    torch.bmm(_cast(p, low).mT, do, out=dv)
-    ds = _cast(torch.bmm(do, v.mT, out=low[: p.shape[0]]), products)
+    torch.bmm(fitted(p, low).mT, do, out=dv)
+    ds = fitted(torch.bmm(do, v.mT, out=low[: p.shape[0]]), products)
     torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)
-    scaled = _cast(ds if alpha == 1 else torch.mul(ds, alpha, out=p), low)
+    scaled = fitted(ds if alpha == 1 else torch.mul(ds, alpha, out=p), low)
     torch.bmm(scaled, k, out=dq)
     torch.bmm(scaled.mT, q, out=dk)
     return ds
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """Of the products but that of the logits."""
     if x.dtype == torch.bfloat16 and (x.device.type != "cpu" or has_bfloat16_units()):
         return x.dtype
     return statistics_dtype(x.dtype)
 
 
-def _factors_of_logits(qk: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, float, Tensor | None]:
+def factors_of_logits(qk: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, float, Tensor | None]:
     """[Q, K] in float32 or better and α of logits α·Q·Kᵀ, and what q and k (2·heads, …, d) were multiplied by."""
     if logit_scale is None:
         return qk.to(statistics_dtype(qk.dtype)), qk.shape[-1] ** -0.5, None
@@ -106,7 +106,7 @@ def _factors_of_logits(qk: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, 
     return qk * factor, 1.0, factor
 
 
-def _cast(x: Tensor, buffer: Tensor) -> Tensor:
+def fitted(x: Tensor, buffer: Tensor) -> Tensor:
     """x in the buffer's dtype; in the buffer where that is not its own."""
     return x if x.dtype == buffer.dtype else buffer[: x.shape[0]].copy_(x)
 
@@ -125,7 +125,7 @@ def _buffer(q: Tensor, dtype: torch.dtype) -> Tensor:
 def _chunks(q: Tensor) -> Iterator[tuple[slice, slice]]:
     """Even ranges of heads and windows, the largest first; several heads only with all their windows."""
     heads, windows, batch, n, _ = q.shape
-    budget = max(1, (_CHUNK_CPU if q.device.type == "cpu" else _CHUNK_GPU) // (batch * n * n))
+    budget = max(1, (CHUNK_CPU if q.device.type == "cpu" else CHUNK_GPU) // (batch * n * n))
     by_head, by_window = _even(heads, max(1, budget // windows)), _even(windows, budget)
     for h in range(0, heads, by_head):
         for w in range(0, windows, by_window):
@@ -158,7 +158,7 @@ def _scale(logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return logit_scale.reshape(-1, 1, 1, 1, 1).to(dtype).clamp(max=MAX_LOGIT_SCALE).exp()
 
 
-def _normalise_backward(grad: Tensor, y: Tensor, factor: Tensor | None, logit_scale: Tensor | None) -> Tensor | None:
+def normalise_backward(grad: Tensor, y: Tensor, factor: Tensor | None, logit_scale: Tensor | None) -> Tensor | None:
     """Turn the gradient of ``y = factor·x`` (q and k) into that of x, in place; returns that of the logit scale."""
     if factor is None or logit_scale is None:
         return None
