@@ -136,3 +136,18 @@ def test_flops_are_those_of_the_plain_layers() -> None:
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ValueError, match="weight1"):
         cpb_bias(**inputs_for(*CASES[0]) | {"bias1": torch.zeros(3, 15)})
+
+
+def test_a_block_that_nobody_reads_has_gradients_of_zero() -> None:
+    """Biases of 9·9 values have gaps behind them, and the gradient of one of them never comes."""
+    index = torch.arange(81).view(9, 9) % 25
+    plan, blocks = bias_plan([index], [3], [2], [25])
+    found = {}
+    for impl in ("torch", "reference"):
+        tables = [torch.linspace(-1, 1 + i, 50).view(25, 2).requires_grad_() for i in range(3)]
+        biases = position_bias(plan, blocks, [(table,) for table in tables], impl=impl)
+        (biases[0].square().sum() + biases[2].exp().sum()).backward()
+        found[impl] = [table.grad for table in tables]
+    assert not any(grads[1] is not None and grads[1].any() for grads in found.values())
+    found = {impl: [grads[0], grads[2]] for impl, grads in found.items()}
+    torch.testing.assert_close(found["torch"], found["reference"])
