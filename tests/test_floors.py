@@ -75,6 +75,7 @@ CONFIG_READERS = {
     "fastmim.commands.images",
     "fastmim.commands.machine",
     "fastmim.commands.own",
+    "fastmim.commands.probe",
     "fastmim.engine.build",
     "fastmim.engine.train",
     "fastmim.plan.command",
@@ -97,6 +98,7 @@ OPTIONAL = {
     "transformers",
     "skimage",
     "sklearn",
+    "mlxtend",
     "rich",
 }
 
