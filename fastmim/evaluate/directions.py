@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 
-
 class Momentum:
     """SGD with momentum (torch's, without dampening).
 
