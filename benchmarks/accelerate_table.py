@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 import fastmim_kernels as fk  # noqa: E402
-from benchmarks import command, harness, op_count  # noqa: E402
+from benchmarks import command, harness, step_count  # noqa: E402
 
 COUNTED = ("swin_base_patch4_window7_224", "swinv2_base_window8_256")
 COLUMNS = ("name", "img_size", "params_million", "replaced", "left", "output_difference", "gradient_difference",
@@ -93,7 +93,7 @@ def compare(name: str, float64_millions: float) -> dict[str, Any]:
         "replaced": " ".join(f"{kind}:{len(paths)}" for kind, paths in report.replaced.items()),
         "left": " ".join(sorted(set(report.left.values()))) or "nothing",
         "output_difference": f"{relative(ours['output'], plain['output']):.1e}",
-        "gradient_difference": f"{difference:.1e}", "gradient_of": whose, **op_count.versions()}
+        "gradient_difference": f"{difference:.1e}", "gradient_of": whose, **step_count.versions()}
     if truth is not None:
         for suffix, side in (("_timm", plain), ("", ours)):
             row[f"output_error{suffix}"] = f"{relative(side['output'], truth['output']):.1e}"
@@ -102,7 +102,7 @@ def compare(name: str, float64_millions: float) -> dict[str, Any]:
 
 
 class Step(nn.Module):
-    """A classifier's step in the form that ``op_count.count_step`` counts."""
+    """A classifier's step in the form that ``step_count.count_step`` counts."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -118,8 +118,8 @@ def builder(name: str, accelerated: bool) -> Callable[[], nn.Module]:
 
     def build() -> nn.Module:
         # timm reads these numbers out of a tensor, and a fake one has none.
-        with (mock.patch.object(swin_transformer, "calculate_drop_path_rates", op_count._no_drop_path),
-              mock.patch.object(swin_transformer_v2, "calculate_drop_path_rates", op_count._no_drop_path)):
+        with (mock.patch.object(swin_transformer, "calculate_drop_path_rates", step_count._no_drop_path),
+              mock.patch.object(swin_transformer_v2, "calculate_drop_path_rates", step_count._no_drop_path)):
             model = timm.create_model(name, pretrained=False)
         if accelerated:
             fk.accelerate(model)
@@ -134,11 +134,11 @@ def count(batch: int) -> list[dict[str, Any]]:
     for name in COUNTED:
         for side, accelerated in (("timm", False), ("accelerated", True)):
             size = timm.models.get_pretrained_cfg(name).input_size[-1]
-            found = op_count.count_step(builder(name, accelerated), batch=batch, img_size=size)
-            rows.append(op_count.row(name, side, found))
+            found = step_count.count_step(builder(name, accelerated), batch=batch, img_size=size)
+            rows.append(step_count.row(name, side, found))
             print(f"{name} {side}: {found.launches} launches, {found.megabytes:.0f} MB/img, saved "
                   f"{found.saved_megabytes:.0f} MB/img, modelled {found.microseconds():.0f} us/img on an "
-                  f"{op_count.GPUS[0].name}", flush=True)
+                  f"{step_count.GPUS[0].name}", flush=True)
     return rows
 
 
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("  ".join(f"{key}={row[key]}" for key in COLUMNS[:12] if row.get(key)), flush=True)
         write([row], args.out)
     if args.count:
-        op_count.write(count(args.batch or 128), args.out.with_name(f"{args.out.stem}_count.csv"))
+        step_count.write(count(args.batch or 128), args.out.with_name(f"{args.out.stem}_count.csv"))
     time_pairs(args.time, args.batch or 8, args.rounds)
     return 0
 

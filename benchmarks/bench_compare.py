@@ -1,8 +1,8 @@
-"""A whole SimMIM training step of every provider, in turns, on the same weights, images and masks.
+"""A whole training step of every provider, in turns, on the same weights, images and masks: SimMIM's, or iBOT's.
 
-A step is forward, backward, clipping at 5.0 and AdamW. A provider whose loss is not the judge's (Microsoft's where it
-is there, else timm's) is refused: it is not timed, and the exit status is 1. ``ratio`` is a provider's speed over
-the baseline's, round by round.
+A step is forward, backward, clipping at 5.0 and AdamW; iBOT's its recipe's, with its teacher. A provider whose
+loss is not the judge's (the published code's where it is there, else timm's) is refused: it is not timed, and the exit
+status is 1. ``ratio`` is a provider's speed over the baseline's, round by round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.providers import Case  # noqa: E402
 from benchmarks.seat import Caller, take_seats  # noqa: E402
 from fastmim.engine.distributed import World, distributed  # noqa: E402
 
-JUDGES = ("microsoft-swin", "microsoft-simmim", "timm")
+JUDGES = ("microsoft-swin", "microsoft-simmim", "timm", "bytedance-ibot")
 
 
 def measure_case(

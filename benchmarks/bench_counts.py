@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import command, harness, op_count, options, providers  # noqa: E402
+from benchmarks import command, harness, options, providers, step_count  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 
@@ -76,7 +76,7 @@ def modelled_seconds(case: Case, device_name: str) -> float | None:
     gpu = next((g for g in GPUS if g.name in device_name), None)
     if gpu is None:
         return None
-    count = op_count.count_step(builder("fastmim", case, None), batch=case.batch, img_size=case.encoder()["img_size"])
+    count = step_count.count_step(builder("fastmim", case, None), batch=case.batch, img_size=case.encoder()["img_size"])
     return count.counter.seconds(gpu) / case.batch
 
 
@@ -92,7 +92,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"  not counted: {reason}", file=sys.stderr)
             continue
         size = case.encoder()["img_size"]
-        count = op_count.count_step(build, batch=case.batch, img_size=size)
+        count = step_count.count_step(build, batch=case.batch, img_size=size)
         launches, moved, flops = count.counter.totals()
         rows.append(shared | {
             "provider": name, "launches": launches, "mb_per_image": f"{moved / case.batch / 1e6:.1f}",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 from benchmarks import command  # noqa: E402
-from benchmarks.op_count import versions, write  # noqa: E402
+from benchmarks.step_count import versions, write  # noqa: E402
 from fastmim.config import Config  # noqa: E402
 from fastmim.data import Batch  # noqa: E402
 from fastmim.engine.build import make_engine, recomputed_objective  # noqa: E402

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import command
 
@@ -97,9 +98,10 @@ def check_losses(losses: Mapping[str, float], tolerance: float) -> None:
         raise LossesDiffer(f"losses differ by more than {tolerance:g}: {shown}; no ratio is reported")
 
 
-def saved_bytes(objective: nn.Module, images: Tensor, mask: Tensor) -> int:
+def saved_bytes(objective: nn.Module, images: Any, mask: Tensor) -> int:
     """Bytes that autograd keeps between forward and backward: unique storages, parameters and inputs excluded."""
-    own = {t.untyped_storage().data_ptr() for t in [*objective.parameters(), *objective.buffers(), images, mask]}
+    given = [*objective.parameters(), *objective.buffers(), *tree_leaves(images), mask]
+    own = {t.untyped_storage().data_ptr() for t in given}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # a freed storage's address could be given out again
 
@@ -112,7 +114,7 @@ def saved_bytes(objective: nn.Module, images: Tensor, mask: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = objective(images, mask)["loss"]
-    with torch.autocast(images.device.type, enabled=False):  # a backward pass belongs outside
+    with torch.autocast(mask.device.type, enabled=False):  # a backward pass belongs outside
         loss.backward()
     return sum(kept.values())
 

@@ -231,7 +231,7 @@ def _distillation(size: dict[str, Any], batch: int, itemsize: int) -> Work:
     arguments = {"student": normal(rows, codes), "teacher": -normal(rows, codes), "centre": normal(codes, scale=0.1),
                  "student_temp": 0.1, "teacher_temp": 0.05, "weight": torch.full((rows,), 1 / rows)}  # fmt: skip
     moved = _moved(distillation_traffic(1, 1, rows, codes, itemsize=itemsize, teacher_itemsize=itemsize))
-    return Work(arguments, ("student", "teacher"), ("student",), *moved)
+    return Work(arguments, ("student", "teacher"), ("student",), *moved, together=True)
 
 
 WORKS: dict[str, Callable[[dict[str, Any], int, int], Work]] = {

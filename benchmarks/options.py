@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from benchmarks import command, harness, providers
+from benchmarks.ibot_case import CASES as IBOT_CASES
+from benchmarks.ibot_case import make_case
 from benchmarks.providers import Case
 from benchmarks.reference import commit_of, find_clones
 
 CASES = ("swinv2_base+47", "swinv2_base", "swin_base", "vit_base")
 PROVIDERS = (
     "fastmim", "fastmim-compiled", "timm", "timm-compiled", "microsoft-simmim", "microsoft-swin", "lightly",
-    "mmpretrain",
+    "mmpretrain", "bytedance-ibot",
 )  # fmt: skip
 
 
@@ -23,7 +25,7 @@ def add_shared(parser: command.Parser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case, provider, clone = map(command.checked, (_check_case, providers.check_name, find_clones))
     parser.add_argument("--cases", nargs="+", type=case, default=list(CASES), metavar="CASE",
-                        help="sizes; +47 = normalised target of 47 pixels")  # fmt: skip
+                        help="sizes; +47 = normalised target of 47 pixels; " + ", ".join(IBOT_CASES))  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", default=list(providers.DTYPES), choices=providers.DTYPES,
                         help="precisions")  # fmt: skip
     parser.add_argument("--batch", type=command.positive, nargs="+", default=[4 if device == "cpu" else 128],
@@ -32,7 +34,8 @@ def add_shared(parser: command.Parser) -> None:
                         help="edge of an image (default: the size's own)")  # fmt: skip
     parser.add_argument("--providers", nargs="+", type=provider, default=list(PROVIDERS), metavar="PROVIDER",
                         help="each also with -compiled")  # fmt: skip
-    parser.add_argument("--reference", metavar="DIR", type=clone, help="clone(s) of microsoft/SimMIM, Swin-Transformer")
+    parser.add_argument("--reference", metavar="DIR", type=clone,
+                        help="clone(s) of microsoft/SimMIM, Swin-Transformer, bytedance/ibot")  # fmt: skip
     parser.add_argument("--threads", type=command.positive,
                         help="CPU threads of torch, shared by --ranks (default: its own)")  # fmt: skip
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"), help="where the step runs")
@@ -40,13 +43,13 @@ def add_shared(parser: command.Parser) -> None:
 
 
 def _check_case(name: str) -> None:
-    Case(name).encoder()
+    make_case(name).encoder()
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """Every combination that the options ask for."""
     return [
-        Case(name, dtype, batch, size, args.device)
+        make_case(name, dtype, batch, size, args.device)
         for name in args.cases
         for size in args.img_size
         for batch in args.batch

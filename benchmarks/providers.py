@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baseline import timm_objective
+from benchmarks.ibot_reference import NAME as IBOT
+from benchmarks.ibot_reference import ReferenceIBOT, reference_step
 from benchmarks.reference import KINDS, build_reference, case_config, find_clones
 from benchmarks.third_party import lightly_objective, mmpretrain_objective
 from benchmarks.train_step import CLIP, LR, WEIGHT_DECAY, Provider, awake, engine_step, plain_step
@@ -127,6 +129,10 @@ def build(name: str, case: Case, source: nn.Module, *, reference: str | None = N
     if plain in PRESETS:
         return _ours(name, case, source, PRESETS[plain] | {"compile": compiled}, world)
     module = foreign_module(plain, case, source, reference).to(case.device).train()
+    if isinstance(module, ReferenceIBOT):
+        if compiled or (world is not None and world.size > 1):
+            raise Unavailable(f"{name}: only as it is, in one process")
+        return reference_step(module, case.config(), device=case.device, dtype=case.dtype)
     return _plain_step(name, module, case, compiled, world)
 
 
@@ -155,6 +161,12 @@ def foreign_module(name: str, case: Case, source: nn.Module, reference: str | No
     makers: dict[str, Callable[..., nn.Module]] = dict(
         zip(ELSEWHERE, (timm_objective, lightly_objective, mmpretrain_objective), strict=True)
     )
+    if (case.config().objective.name == "ibot") != (name == IBOT):
+        raise Unavailable(f"{name}: it does not train {case.config().objective.name}")
+    if name == IBOT:
+        if name not in _clones(reference):
+            raise Unavailable(f"{name}: give a clone of it with --reference DIR")
+        return ReferenceIBOT(_clones(reference)[name], case.config(), source)
     if name in KINDS:
         return _microsoft(name, case, source, reference)
     try:

@@ -1,7 +1,8 @@
 """Microsoft's own SimMIM models, loaders and optimisers from a local clone, which is read and never edited.
 
-``--reference DIR`` names a clone of https://github.com/microsoft/SimMIM or of
-https://github.com/microsoft/Swin-Transformer, or a folder that holds either or both. Their code asks for modules
+``--reference DIR`` names a clone of https://github.com/microsoft/SimMIM, of
+https://github.com/microsoft/Swin-Transformer or of https://github.com/bytedance/ibot (``ibot_reference.py``), or a
+folder that holds some of them. Their code asks for modules
 that current libraries no longer have; these stand in only while the clone is imported, and the clone's top-level
 names (``models``, ``data``, ``config``, …) leave ``sys.modules`` again, so that two clones do not meet.
 """
@@ -15,7 +16,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,15 +25,17 @@ from unittest import mock
 import yaml
 from torch import Tensor, nn
 
-# Provider: (a file that only this repository has, the model types of its build_simmim).
+# Provider: (files that only this repository has, the model types of its build_simmim).
 KINDS = {
-    "microsoft-simmim": ("main_simmim.py", ("swin", "vit")),
-    "microsoft-swin": ("main_simmim_pt.py", ("swin", "swinv2")),
+    "microsoft-simmim": (("main_simmim.py", "models/simmim.py"), ("swin", "vit")),
+    "microsoft-swin": (("main_simmim_pt.py", "models/simmim.py"), ("swin", "swinv2")),
+    "bytedance-ibot": (("main_ibot.py", "models/head.py"), ()),
 }
 # Published pretraining configs, from which a run starts; the sizes of the case are put over them.
 _CONFIGS = {"swin": "*pretrain__swin_base*800ep.yaml", "swinv2": "*pretrain__swinv2_base*800ep.yaml",
             "vit": "*pretrain__vit_base*800ep.yaml"}  # fmt: skip
-_TOP_LEVEL = ("models", "data", "config", "optimizer", "lr_scheduler", "utils", "logger", "kernels")
+_TOP_LEVEL = ("models", "data", "config", "optimizer", "lr_scheduler", "utils", "logger", "kernels", "loader",
+              "main_ibot", "evaluation")
 _KEYS = {"embed_dim": "EMBED_DIM", "depths": "DEPTHS", "num_heads": "NUM_HEADS", "window_size": "WINDOW_SIZE",
          "patch_size": "PATCH_SIZE", "in_chans": "IN_CHANS", "depth": "DEPTH", "init_values": "INIT_VALUES",
          "mlp_ratio": "MLP_RATIO", "qkv_bias": "QKV_BIAS", "abs_pos_embed": "USE_APE", "rel_pos_bias": "USE_RPB",
@@ -49,46 +52,46 @@ def find_clones(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder).resolve()
     places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())] if folder.is_dir() else []
     found: dict[str, Path] = {}
-    for name, (marker, _) in KINDS.items():
+    for name, (files, _) in KINDS.items():
         for place in places:
-            if (place / marker).is_file() and (place / "models" / "simmim.py").is_file():
+            if all((place / file).is_file() for file in files):
                 found.setdefault(name, place)
     if not found:
         raise ValueError(
-            f"--reference {folder}: no clone of microsoft/SimMIM (main_simmim.py) or microsoft/Swin-Transformer "
-            "(main_simmim_pt.py) in it; clone one of them and give its folder"
+            f"--reference {folder}: no clone of microsoft/SimMIM (main_simmim.py), microsoft/Swin-Transformer "
+            "(main_simmim_pt.py) or bytedance/ibot (main_ibot.py) in it; clone one of them and give its folder"
         )
     return found
 
 
-def load_modules(clone: Path, *names: str) -> list[ModuleType]:
-    """Import modules of a clone by their own top-level names."""
+def load_modules(clone: Path, *names: str, more: Mapping[str, ModuleType] | None = None) -> list[ModuleType]:
+    """Import modules of a clone by their own top-level names; ``more`` stand in for what they import."""
     import timm.data.transforms as transforms
 
     # Fine-tuning asks for a function that timm renamed, and sits in the same package as pretraining's loader.
     renamed = mock.patch.object(transforms, "_pil_interp", transforms.str_to_pil_interp, create=True)
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with _isolated(clone), renamed, quiet, warnings.catch_warnings():
+    with _isolated(clone, more or {}), renamed, quiet, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [importlib.import_module(name) for name in names]
 
 
 @contextlib.contextmanager
-def _isolated(clone: Path) -> Iterator[None]:
+def _isolated(clone: Path, more: Mapping[str, ModuleType]) -> Iterator[None]:
     """The clone first on the path, its names free, the shims in place; everything as before afterwards."""
-    path, modules = list(sys.path), dict(sys.modules)
+    path, modules, shims = list(sys.path), dict(sys.modules), {**_shims(), **more}
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no files in the clone
     for name in _of_clones(sys.modules):
         del sys.modules[name]
     sys.path.insert(0, str(clone))
-    sys.modules.update({k: v for k, v in _shims().items() if k not in sys.modules})
+    sys.modules.update({k: v for k, v in shims.items() if k not in sys.modules})
     importlib.invalidate_caches()
     try:
         yield
     finally:
         sys.path[:] = path
         sys.dont_write_bytecode = bytecode
-        for name in [*_of_clones(sys.modules), *_shims()]:
+        for name in [*_of_clones(sys.modules), *shims]:
             sys.modules.pop(name, None)
             if name in modules:
                 sys.modules[name] = modules[name]
@@ -103,10 +106,13 @@ def _shims() -> dict[str, ModuleType]:
     """Modules that the clones import and that their libraries have dropped, or that need not be installed."""
     import timm.layers
 
+    registry = ModuleType("timm.models.registry")
+    registry.register_model = lambda build: build  # type: ignore[attr-defined]
     six, yacs, yacs_config = ModuleType("torch._six"), ModuleType("yacs"), ModuleType("yacs.config")
     six.inf = float("inf")  # type: ignore[attr-defined]
     yacs_config.CfgNode = ConfigNode  # type: ignore[attr-defined]
-    return {"timm.models.layers": timm.layers, "torch._six": six, "yacs": yacs, "yacs.config": yacs_config}
+    return {"timm.models.layers": timm.layers, "timm.models.registry": registry, "torch._six": six,
+            "yacs": yacs, "yacs.config": yacs_config}  # fmt: skip
 
 
 class ConfigNode(dict):

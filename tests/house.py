@@ -36,9 +36,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "fastmim_kernels": (
         ("reference",),
         ("common",),
-        ("distillation", "linear", "low_copies", "local_norm", "mask_tokens", "masked_loss", "patch_merge",
+        ("distillation", "linear", "low_copies", "local_norm", "mask_tokens", "patch_merge",
          "position_bias", "window_attention", "fusion"),
-        ("mlp", "residual_norm"),
+        ("mlp", "residual_norm", "masked_loss"),
         ("branches",),
         ("nn", "check", "triton"),
     ),

@@ -89,10 +89,14 @@ def held_out(path: str | Sequence[str] | None, fraction: float | None) -> None:
         raise problem(f"data.val_fraction={fraction:g}: {given}; keep one and set the other to null")
 
 
-def labels(table: str | None, path: str | None) -> None:
+def labels(data: Any, objective: str) -> None:
     """A table of classes has images."""
-    if table is not None and path is None:
-        raise problem(f"data.labels={table}: names the classes of data.labelled_path, which is null; give that too")
+    from fastmim.objectives import find_objective
+
+    if data.labels is not None and data.labelled_path is None and not find_objective(objective).takes_labels:
+        raise problem(
+            f"data.labels={data.labels}: names the classes of data.labelled_path, which is null; give that too"
+        )
 
 
 def probe(every: int, data: Any) -> None:

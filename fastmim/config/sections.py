@@ -22,6 +22,7 @@ from fastmim.config.fields import (
     Loggers,
     Path,
     PathOrPaths,
+    Positions,
     Positive,
     Positives,
     Probability,
@@ -64,8 +65,12 @@ class ModelSection(Section):
     init_values: Rate | None = Field(None, description="vit: start of LayerScale, 0 = none")
     shared_rel_pos_bias: bool | None = Field(None, description="vit: one relative position bias for all blocks")
     rel_pos_bias: bool | None = Field(None, description="vit: a relative position bias in every block")
-    abs_pos_embed: bool | None = Field(None, description="vit: learned absolute positions")
-    init: Literal["simmim", "timm"] | None = Field(None, description="vit: first weights; timm = as DINO and iBOT")
+    abs_pos_embed: Positions | None = Field(
+        None, description="vit: absolute positions; true = learned, sincos = fixed (MAE), sincos_moco = MoCo v3's order"
+    )
+    init: Literal["simmim", "timm", "mae", "moco"] | None = Field(
+        None, description="vit: first weights; timm = as DINO and iBOT"
+    )
     init_from: Path | None = Field(
         None, description="weights to start from: .safetensors or .pth, timm's names or ours"
     )
@@ -101,7 +106,7 @@ class DataSection(Section):
         description="labelled images whose k-NN accuracy is watched: class folders, shards with .cls, or train and val"
         " of these",
     )
-    labels: Path | None = Field(None, description="CSV of file,class for labelled_path, instead of class folders")
+    labels: Path | None = Field(None, description="CSV of file,class for labelled_path, in fine-tuning for path")
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
     follow_links: bool = Field(False, description="follow linked folders, each once, and links that lead out of path")
     component: str | None = Field(
@@ -133,7 +138,6 @@ class DataSection(Section):
     def _check(self) -> DataSection:
         checks.weights(self.path, self.weights)
         checks.held_out(self.val_path, self.val_fraction)
-        checks.labels(self.labels, self.labelled_path)
         return self
 
 
@@ -293,6 +297,7 @@ class Config(Section):
         cfg = handler(value)
         encoder = cfg.model.encoder_kwargs()
         checks.probe(cfg.train.probe_every, cfg.data)
+        checks.labels(cfg.data, cfg.objective.name)
         checks.lamb(cfg.optim.name, cfg.efficiency.zero_stage)
         checks.objective(cfg.objective, encoder, value)
         checks.statistics(cfg.model.in_chans, mean=cfg.data.mean, std=cfg.data.std)

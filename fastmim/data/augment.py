@@ -32,6 +32,7 @@ class View:
     hflip: float = 0.5
     interpolation: str = "bilinear"
     margin: float = 1.0  # held-out images: edge that they are scaled to cover, over that of the crop
+    auto_augment: str | None = None  # timm's policy for the crop, see `rand_augment.py`
 
 
 def check_views(views: Sequence[View]) -> None:

@@ -17,6 +17,7 @@ from fastmim.data.held_out import split
 from fastmim.data.index import ImageIndex
 from fastmim.data.loader import Loader
 from fastmim.data.order import EpochOrder
+from fastmim.data.rand_augment import check_augmentation
 from fastmim.data.several import weighted_spans
 from fastmim.data.source import find_bad_files, open_index, overlaps
 from fastmim.data.survey import survey, warn
@@ -101,7 +102,10 @@ def build_loader(
         views = [replace(views[0], count=1)]  # held-out images: one centre crop
     if num_workers < 0:
         raise ValueError(f"data.num_workers={num_workers}: must not be negative")
-    chosen, why = choose_loader(loader, device=device, in_chans=in_chans, train=train)
+    policies = {view.auto_augment for view in views if view.auto_augment is not None}
+    chosen, why = choose_loader(loader, device=device, in_chans=in_chans, train=train, augments=bool(policies))
+    for policy in policies:
+        check_augmentation(policy, in_chans)
     if chosen == "synthetic" and not train and (path, index, val_fraction) != (None, None, None):
         chosen = "torchvision"  # held-out images that are there are read
     decoder = "pil" if chosen == "pil" else "auto"
@@ -150,7 +154,9 @@ def _refuse_overlaps(path: Any, val_fraction: float) -> None:
         )
 
 
-def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train: bool = True) -> tuple[str, str]:
+def choose_loader(
+    loader: str, *, device: torch.device, in_chans: int = 3, train: bool = True, augments: bool = False
+) -> tuple[str, str]:
     """The loader that `loader` means on this machine, and why.
 
     "auto" is DALI where images go to a GPU and DALI is installed, else torchvision, which is faster than DALI on a
@@ -167,15 +173,19 @@ def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train
             raise ValueError(f"data.loader=dali: DALI is not installed: {install_extra('dali')}; or use torchvision")
         if in_chans not in (1, 3):
             raise ValueError(f"data.loader=dali: model.in_chans={in_chans}: DALI gives 1 or 3; use torchvision")
+        if augments and train:
+            raise ValueError("data.loader=dali: objective.auto_augment runs on the host; use torchvision, or none")
     why = "as given"
     if loader == "auto":
-        loader, why = _fastest(device, in_chans)
+        loader, why = _fastest(device, in_chans, augments)
     if loader == "dali" and not train:
         return "torchvision", "held-out images are read alike everywhere"
     return loader, why
 
 
-def _fastest(device: torch.device, in_chans: int) -> tuple[str, str]:
+def _fastest(device: torch.device, in_chans: int, augments: bool) -> tuple[str, str]:
+    if augments:
+        return "torchvision", "objective.auto_augment is timm's, on the host"
     if device.type != "cuda":
         return "torchvision", "the fastest on a CPU"
     if in_chans not in (1, 3):

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastmim.data import shards
 from fastmim.data.decode import DecodeError
+from fastmim.data.held_out import PartIndex
 from fastmim.data.index import ImageIndex
 from fastmim.data.names import printable, shown
 from fastmim.data.several import SeveralIndex
@@ -37,8 +38,13 @@ class Labels:
     numbers: np.ndarray
 
 
-def read_labels(index: ImageIndex, table: str | os.PathLike[str] | None = None, field: str = "DIR") -> Labels:
-    """The classes of an index of one folder, of shards, or of several of these, which share their classes.
+def read_labels(
+    index: ImageIndex,
+    table: str | os.PathLike[str] | None = None,
+    field: str = "DIR",
+    classes: Sequence[str] | None = None,
+) -> Labels:
+    """The classes of an index of one folder, of shards, of several of these, which share their classes, or of a part.
 
     Args:
         index: as :func:`fastmim.data.source.open_index` gives it.
@@ -46,14 +52,15 @@ def read_labels(index: ImageIndex, table: str | os.PathLike[str] | None = None, 
             every image that has a class. None: of a folder the first folder below it is the class, of shards the
             ``.cls`` member of a sample.
         field: what messages about the images name.
+        classes: names of another set's, which these numbers shall be of; None: those that are found.
 
     Raises:
-        ValueError: an image has no class folder or ``.cls`` member; the table is missing, malformed, names a file
-            that is not there or one twice; there are fewer than two classes.
+        ValueError: a class is none of ``classes``; an image has no class folder or ``.cls`` member; the table is
+            missing, malformed, names a file that is not there or one twice; there are fewer than two classes.
     """
-    parts: Sequence[ImageIndex] = index.parts if isinstance(index, SeveralIndex) else [index]
-    own = (_of_part(part, field) for part in parts)
-    names = [name for one in own for name in one] if table is None else _from_table(parts, table)
+    names = _from_table(index, table) if table is not None else _of_index(index, field)
+    if classes is not None:
+        return _known(names, classes, f"{field}={printable(index.root)}")
     distinct = sorted({name for name in names if name is not None}, key=_in_order)
     if len(distinct) < 2:
         found = f"one class alone ({printable(os.fsdecode(distinct[0]))})" if distinct else "no class"
@@ -64,6 +71,26 @@ def read_labels(index: ImageIndex, table: str | os.PathLike[str] | None = None, 
         _LOG.warning("%s: %s without a class left out", field, plural(left_out, "image"))
     numbers = np.array([UNLABELLED if name is None else number[name] for name in names], dtype=np.int64)
     return Labels(tuple(printable(os.fsdecode(name)) for name in distinct), numbers)
+
+
+def _of_index(index: ImageIndex, field: str) -> list[bytes | None]:
+    if isinstance(index, SeveralIndex):
+        return [one for part in index.parts for one in _of_index(part, field)]
+    if isinstance(index, PartIndex):
+        whole = _of_index(index.whole, field)
+        return [whole[number] for number in index.numbers]
+    return _of_part(index, field)
+
+
+def _known(names: list[bytes | None], classes: Sequence[str], where: str) -> Labels:
+    number = {name: i for i, name in enumerate(classes)}
+    printed = [None if name is None else printable(os.fsdecode(name)) for name in names]
+    unknown = sorted({name for name in printed if name is not None and name not in number})
+    if unknown:
+        raise ValueError(f"{where}: {plural(len(unknown), 'class', 'classes')} not among those trained on"
+                         f" ({shown(unknown)}); take them out, or add images of them to both")  # fmt: skip
+    numbers = [UNLABELLED if name is None else number[name] for name in printed]
+    return Labels(tuple(classes), np.array(numbers, dtype=np.int64))
 
 
 def _in_order(name: bytes) -> tuple[int, bytes]:
@@ -100,15 +127,21 @@ def _key(index: shards.ShardIndex, i: int) -> str:
     return f"{index.shard(i)}!{sample_key(os.fsdecode(index.name(i)).partition('!')[2])}"
 
 
-def _from_table(parts: Sequence[ImageIndex], table: str | os.PathLike[str]) -> list[bytes | None]:
-    """Of every image of all parts; names are looked for in each of them."""
+def _from_table(index: ImageIndex, table: str | os.PathLike[str]) -> list[bytes | None]:
+    """Of every image; names are looked for in each of several folders."""
     where = f"data.labels={printable(os.fspath(table))}"
     classes = _read_table(table, where)
-    names = [os.fsdecode(part.name(i)) for part in parts for i in range(len(part))]
-    unknown = sorted(classes.keys() - set(names))
+    whole = index.whole if isinstance(index, PartIndex) else index
+    unknown = sorted(classes.keys() - set(_names(whole)))
     if unknown:
         raise ValueError(f"{where}: {plural(len(unknown), 'file')} not among the images ({shown(unknown)})")
-    return [os.fsencode(classes[name]) if name in classes else None for name in names]
+    return [os.fsencode(classes[name]) if name in classes else None for name in _names(index)]
+
+
+def _names(index: ImageIndex) -> list[str]:
+    if isinstance(index, SeveralIndex):
+        return [name for part in index.parts for name in _names(part)]
+    return [os.fsdecode(index.name(i)) for i in range(len(index))]
 
 
 def _read_table(table: str | os.PathLike[str], where: str) -> dict[str, str]:

@@ -118,12 +118,11 @@ def encoder_file(source: Path) -> Iterator[Path]:
     yield found[0]
 
 
-def load_encoder(file: Path) -> Objective:
-    """An encoder of a file that fastmim has written, with the statistics of its images, in an objective that does
-    nothing else.
+def encoder_facts(file: Path) -> dict[str, Any]:
+    """What the header of an encoder's file says of it: ``encoder``, its arguments, and ``statistics`` of its images.
 
     Raises:
-        ValueError: the file does not say what encoder it holds.
+        ValueError: the file is none, or does not say what encoder it holds.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -133,6 +132,17 @@ def load_encoder(file: Path) -> Objective:
     if not facts.get("encoder"):
         fix = f"fastmim pretrain CONFIG model.init_from={shlex.quote(str(file))} train.steps=1 optim.lr=0 makes one"
         raise ValueError(f"{file}: says nothing of its architecture; give a file that fastmim has exported ({fix})")
+    return facts
+
+
+def load_encoder(file: Path) -> Objective:
+    """An encoder of a file that fastmim has written, with the statistics of its images, in an objective that does
+    nothing else.
+
+    Raises:
+        ValueError: the file does not say what encoder it holds.
+    """
+    facts = encoder_facts(file)
     statistics = facts.get("statistics", {})
     means = {key: statistics[key] for key in ("mean", "std") if statistics.get(key)}
     objective = Objective(encoder=facts["encoder"], **means)

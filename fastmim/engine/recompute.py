@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fastmim.models.layers import Mlp
+from fastmim.models.recomputed import inside_repeated
 from fastmim.models.swin import SwinBlock
 from fastmim.models.vit import VitBlock
 
@@ -79,7 +80,7 @@ def _recomputed(forward: Callable[..., Any], policy: str, offload: bool) -> Call
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or inside_repeated():
             return forward(*args, **kwargs)
         # Without the early stop a repetition ends as a forward pass does: ZeRO-3's hooks come in pairs.
         with _offloaded(offload, args), set_checkpoint_early_stop(False):

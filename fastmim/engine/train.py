@@ -20,6 +20,7 @@ from fastmim.engine.build import Parts, build, encoder_arguments, make_loader
 from fastmim.engine.checkpoint import list_checkpoints, step_of
 from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
+from fastmim.engine.labels import find_classes, give_labels
 from fastmim.engine.loggers import check_loggers
 from fastmim.engine.loop import train_step
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
@@ -33,6 +34,8 @@ from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.models import encoder_settings
 from fastmim.models.rules import policy_matters
+from fastmim.objectives import find_objective
+from fastmim.wording import plural
 
 __all__ = ["TrainResult", "train"]
 
@@ -54,6 +57,7 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
         FloatingPointError: the loss or a gradient became non-finite; names the step and the module.
         OSError: a file of the run cannot be written, or ``output.dir`` was deleted meanwhile; names it.
     """
+    cfg, classes = settle_classes(cfg)
     zero = cfg.efficiency.zero_stage is not None
     with distributed.distributed(always=zero) as world, ExitStack() as stack:
         distributed.check_same(shared_settings(cfg))
@@ -69,13 +73,18 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
             "images": loader.fingerprint,
         }
         shown = held_out_images(cfg, parts, world, stack)
+        if classes:
+            held_out = "data.path" if cfg.data.val_path is None else "data.val_path"
+            found = loader, shown["val_loader"]
+            give_labels(parts.objective, classes, *found, table=cfg.data.labels, held_out=held_out)
         watch = make_watch(cfg, parts, world, stack, shown["val_loader"])
         distributed.check_same(shared_files(cfg, loader, shown["val_loader"], watch))
         distributed.on_main(lambda: stack.enter_context(own_folder(Path(cfg.output.dir))))
         start = resume(cfg, parts, world, stored)
-        run = stack.enter_context(closing(make_run(cfg, parts, world, stored, start, probe=watch, **shown)))
+        shown |= {"probe": watch, "classes": classes}
+        run = stack.enter_context(closing(make_run(cfg, parts, world, stored, start, **shown)))
         stop = stack.enter_context(StopRequest(ends_process=ends_process))
-        for waited_for in (loader, run.val_loader, watch and watch.loader):
+        for waited_for in (loader, run.val_loader, None if watch is None else watch.loader):
             if waited_for is not None:
                 waited_for.stop = lambda: stop.requested
         run.begin(banner(cfg, parts, world, start))
@@ -93,7 +102,15 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
             for step in range(start, total):
                 lr, decay = schedule(step), None if parts.weight_decay is None else parts.weight_decay(step)
                 whole = train_step(
-                    engine, batches, lr=lr, weight_decay=decay, seed=seed, phase=run.clock.phase, stops=stops, **lengths
+                    engine,
+                    batches,
+                    lr=lr,
+                    lr_floor=schedule.floor(step),
+                    weight_decay=decay,
+                    seed=seed,
+                    phase=run.clock.phase,
+                    stops=stops,
+                    **lengths,
                 )
                 if not whole:
                     return run.interrupted()
@@ -110,6 +127,24 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
             back = distributed.broadcast(earlier_checkpoint(run.folder / "checkpoints", error.step - 1))
             raise NonFiniteError(error.step, where, back) from None
         return run.finish()
+
+
+def settle_classes(cfg: Config) -> tuple[Config, tuple[str, ...]]:
+    """The config with the number of classes of ``data.path``, and their names; as it is where nobody needs labels.
+
+    Raises:
+        ValueError: no classes can be told, or others than ``objective.num_classes`` says.
+    """
+    data, given = cfg.data, cfg.objective.arguments().get("num_classes")
+    if not find_objective(cfg.objective.name).takes_labels or data.loader == "synthetic":
+        return cfg, ()
+    opening = data.model_dump(include={"follow_links", "component"})
+    classes = find_classes(data.path, data.file_list, data.labels, **opening)
+    if given not in (0, len(classes)):
+        found = plural(len(classes), "class", "classes")
+        raise ValueError(f"objective.num_classes={given}: data.path has {found}; leave it 0, or give that")
+    objective = cfg.objective.model_copy(update={"num_classes": len(classes)})
+    return cfg.model_copy(update={"objective": objective}), classes
 
 
 def banner(cfg: Config, parts: Parts, world: World, start: int) -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastmim.evaluate.classification import Counts
+
 # Not the training seed: validation losses of runs with different seeds stay comparable.
 MASK_SEED = 1_000_003
 
@@ -68,6 +70,38 @@ def validation_loss(
     if not count:
         raise ValueError("data.val_path: no readable image there; give another folder or leave it out")
     return loss / count
+
+
+def validation_counts(
+    objective: Any,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    max_batches: int | None = None,
+    autocast: AbstractContextManager[Any] | None = None,
+    collective: bool = False,
+) -> Counts:
+    """What a classifier gets right; arguments as of :func:`validation_loss`.
+
+    Args:
+        objective: with ``logits`` and ``held_out_labels``, see :class:`fastmim.objectives.classify.Classify`.
+
+    Raises:
+        ValueError: no rank has an image.
+    """
+    labels = objective.held_out_labels
+    counts = Counts(objective.num_classes, labels.device)
+    with evaluating(objective), autocast or nullcontext():
+        chosen = islice(batches, max_batches)
+        filler = objective.example(1)[0], torch.zeros(1, dtype=torch.int64, device=labels.device)
+        for images, sample_ids, count in in_step(chosen, filler) if collective else _counted(chosen):
+            logits = objective.logits(images)
+            counts.add(logits[:count], labels[sample_ids[:count]])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in counts.tensors():
+            dist.all_reduce(tensor)
+    if not counts.sums[2]:
+        raise ValueError("data.val_path: no readable image there; give another folder or leave it out")
+    return counts
 
 
 Counted = Iterator[tuple[Tensor, Tensor, int]]

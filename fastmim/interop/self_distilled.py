@@ -55,6 +55,8 @@ def save_self_distilled(objective: DINO) -> dict[str, dict[str, Tensor]]:
     student = {official_name(n, objective): t for n, t in own.items() if not n.startswith("teacher.")}
     inside = {n.removeprefix("teacher."): t for n, t in own.items() if n.startswith("teacher.")}
     teacher = {official_name(n, objective): t for n, t in inside.items()}
+    for name in [name for name in student if name.endswith("masked_embed")]:  # theirs is (1, D)
+        student[name] = student[name].flatten(0, 1)
     for tensors in (student, teacher):  # their shared head stands twice in a file
         for name in [name for name in tensors if name.startswith("head.last_layer.")]:
             tensors[name.replace("last_layer.", "last_layer2.")] = tensors[name]

@@ -238,6 +238,10 @@ class SwinTransformer(nn.Module):
         """See :func:`.features.pooled_features`."""
         return pooled_features(self, images, last, normed)
 
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """The (B, D) of :meth:`forward_tokens` alone."""
+        return self.forward_tokens(images)[0]
+
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
         """(B, C, H, W) → (B, 1, h, w) float32: cosine of each token and their mean, from which 0 is cut.

@@ -115,6 +115,21 @@ def most_masked(grid: tuple[int, int], ratios: Ratios = IBOT_RATIOS) -> int:
     return int(max(high for _, high in ratios) * (grid[0] * grid[1]))
 
 
+def most_rows(crops: int, grid: tuple[int, int], ratios: Ratios = IBOT_RATIOS) -> int:
+    """Masked cells of so many masks of :func:`ibot_mask` together, which one batch in 10^12 exceeds at most.
+
+    Chernoff's bound (1952), min over t of (n · log E exp(t·x) - log 1e-12) / t, for independent x of a mixture of
+    uniform distributions, which are what masks aim at and do not exceed; 52 cells of 196 each for 128 masks.
+    """
+    cells, least = grid[0] * grid[1], 1e12
+    for power in range(-60, 21):
+        t = 2 ** (power / 8)
+        terms = [(math.exp(t * low), t * (high - low)) for low, high in ratios]
+        mean = sum(start * (math.expm1(x) / x if x else 1.0) for start, x in terms) / len(terms)
+        least = min(least, (crops * math.log(mean) + math.log(1e12)) / t)
+    return max(min(math.ceil(least * cells), crops * most_masked(grid, ratios)), 1)
+
+
 def masked_rows(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """The masked rows of a batch in a fixed number of places, and the weights of a mean per image.
 
@@ -137,7 +152,7 @@ def masked_rows(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     mask = mask.flatten(1) != 0
     if not 0 < capacity <= mask.numel():
         raise ValueError(f"capacity={capacity}: must lie between 1 and the {mask.numel()} rows of the mask")
-    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    weight = row_weights(mask)
     flat, numbers = mask.flatten(), torch.arange(mask.numel(), device=mask.device)
     before = flat.cumsum(0)
     place = torch.where(flat, before - 1, before[-1] + numbers - before).clamp(max=capacity)
@@ -145,6 +160,11 @@ def masked_rows(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     rows = torch.zeros(capacity + 1, dtype=torch.int64, device=mask.device).scatter_(0, place, numbers)
     weights = torch.zeros(capacity + 1, device=mask.device).scatter_(0, place, weight.flatten())
     return rows[:capacity], weights[:capacity]
+
+
+def row_weights(mask: Tensor) -> Tensor:
+    """(B, L) bool → (B, L) float32: 1 / masked rows of its image, 0 for visible ones."""
+    return mask / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _check(grid: tuple[int, int], ratios: Ratios, shape: str) -> None:

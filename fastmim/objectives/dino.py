@@ -13,8 +13,9 @@ from fastmim_kernels.distillation.monitors import mean_target_entropy, view_agre
 
 from ..models import create_encoder, encoder_settings
 from ..models.layers import to_pair
+from ..models.recomputed import repeated
 from ..models.rules import patch_grid
-from .base import Objective
+from .base import Objective, at_least
 from .groups import split_by_rank
 from .heads import ProjectionHead
 from .photometric import Photometric
@@ -41,6 +42,7 @@ class DINO(Objective):
         norm_last_layer: prototypes keep length 1; ViT-S and Swin learn it
         local_crops: small crops an image
         local_size: pixels of their edge
+        crop_chunks: groups of small crops that are held one at a time, for a second forward pass of them; 0: hold all
         global_scale: area of a global crop as a share of the image
         local_scale: area of a local crop
         augment: change the colours of crops (jitter, grey, blur, solarise); false where colours have a meaning
@@ -54,6 +56,7 @@ class DINO(Objective):
         common: of every :class:`Objective`
     """
 
+    student_temp: Tensor
     teacher_temp: Tensor
 
     def __init__(
@@ -66,6 +69,7 @@ class DINO(Objective):
         norm_last_layer: bool = True,
         local_crops: int = 8,
         local_size: int = 96,
+        crop_chunks: int = 0,
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
         augment: bool = True,
@@ -82,7 +86,8 @@ class DINO(Objective):
         self.check(**{name: value for name, value in given.items() if name not in ("self", "common", "__class__")})
         super().__init__(encoder=encoder, **common)
         self.local_crops, self.local_size = local_crops, to_pair(local_size, "local_size")
-        self.global_scale, self.local_scale, self.student_temp = global_scale, local_scale, student_temp
+        self.crop_chunks = crop_chunks
+        self.global_scale, self.local_scale = global_scale, local_scale
         self.augment = augment
         if augment and self.in_chans not in (1, 3):
             raise ValueError(f"augment=true: changes colours of 1 or 3 channels, not of {self.in_chans}; use false")
@@ -91,12 +96,14 @@ class DINO(Objective):
         self._last_momentum, self._freeze, self._centre_momentum = momentum_teacher, freeze_last_layer, centre_momentum
         width, learnt = self.encoder.num_features, not norm_last_layer
         head: dict[str, Any] = dict(hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, learn_length=learnt)
+        head["impl"] = self.impl
         self.head = ProjectionHead(width, out_dim, **head)
         self._mask_token()
         still = create_encoder({**encoder, "drop_path_rate": 0.0}, impl=self.impl)
         self.teacher = Teacher(still, ProjectionHead(width, out_dim, **head))
         self.teacher.follow(self.encoder, self.head)
         self.centre = Centre((1, out_dim), centre_momentum)
+        self.register_buffer("student_temp", torch.tensor(student_temp, device="cpu"), persistent=False)
         self.register_buffer("teacher_temp", torch.tensor(teacher_temp, device="cpu"), persistent=False)
         self._epoch, self._momentum = 0, momentum_teacher
 
@@ -109,8 +116,10 @@ class DINO(Objective):
         """Sizes, temperatures and shares are possible, and local crops fit the encoder; see :meth:`Objective.check`."""
         for name in ("out_dim", "hidden_dim", "bottleneck_dim"):
             at_least(name, given[name], 1)
-        for name in ("local_crops", "warmup_teacher_temp_epochs", "freeze_last_layer"):
+        for name in ("local_crops", "crop_chunks", "warmup_teacher_temp_epochs", "freeze_last_layer"):
             at_least(name, given[name], 0)
+        if given["crop_chunks"] > given["local_crops"]:
+            raise ValueError(f"crop_chunks={given['crop_chunks']}: more groups than local_crops={given['local_crops']}")
         for name in (name for name in given if name.endswith("_temp")):
             if not given[name] > 0:
                 raise ValueError(f"{name}={given[name]}: must be > 0, for example 0.04 (teacher) or 0.1 (student)")
@@ -197,7 +206,7 @@ class DINO(Objective):
         if rows is not None:
             own, rest = read.tensor_split([count])
             read = torch.cat((own, rest.mean(0, keepdim=True), rest[rows]))
-        logits = head.last_layer(read)
+        (logits,) = head.last_layer(read)
         if self.training:
             self.centre.add(logits[:count])
         return logits[:count], logits[count:]
@@ -206,12 +215,27 @@ class DINO(Objective):
         self, crops: Tensor, local: Tensor | None, mask: Tensor | None = None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The student's logits of the class tokens of all crops ((2 + n)B, K), and of ``rows`` of patches (R, K)."""
+        # What is computed first is last in the backward pass, when the activations of the global crops are gone.
+        small = [] if local is None or not self.crop_chunks else self._in_groups(local)
         cls, patches = self.encoder.forward_tokens(crops, mask)
-        tokens = [cls] if local is None else [cls, self.encoder.forward_tokens(local)[0]]
-        count = sum(map(len, tokens))
+        if local is not None and not small:
+            small = [self._class_tokens(local)]
+        return self.predict([cls, *small], patches, rows)
+
+    def predict(self, tokens: list[Tensor], patches: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The student's logits of (n, D) class tokens, one after the other, and of ``rows`` of (B, h, w, D) patches."""
+        sizes = [sum(map(len, tokens)), 0 if rows is None else len(rows)]
         read = self.head.directions(torch.cat(tokens if rows is None else (*tokens, patches.flatten(0, 2)[rows])))
         # Two products: the gradients of slices of one result would be padded to all of it.
-        return self.head.last_layer(read[:count]), self.head.last_layer(read[count:])
+        classes, hidden = self.head.last_layer(*read.split(sizes))
+        return classes, hidden
+
+    def _in_groups(self, local: Tensor) -> list[Tensor]:
+        """The student's class tokens of each group of local crops (nB, C, h, w), whose activations are not kept."""
+        return [repeated(self._class_tokens, group) for group in local.chunk(self.crop_chunks)]
+
+    def _class_tokens(self, crops: Tensor) -> Tensor:
+        return self.encoder.forward_tokens(crops)[0]
 
     def views(self) -> tuple[View, ...]:
         """Two global crops, and the local ones; the second global crop is seldom blurred but may be solarised."""
@@ -275,8 +299,3 @@ class DINO(Objective):
     def groups(self, weight_decay: float, policy: str) -> list[dict[str, Any]]:
         """With "parity" every matrix decays, tokens and position tables too, as in the reference."""
         return split_by_rank(self, weight_decay) if policy == "parity" else super().groups(weight_decay, policy)
-
-
-def at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value}: must be at least {least}")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastmim_kernels as fk
+from fastmim_kernels.common.dispatch import picks_triton
+from fastmim_kernels.common.rows import cast, statistics_dtype
 from fastmim_kernels.reference import pixel_shuffle
 
 from ..models import Encoder
 from ..models.layers import trunc_normal_
+from .view_norm import ViewNorm
 
 
 def pixel_head(encoder: Encoder) -> nn.Linear:
@@ -37,9 +44,29 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=learn_length)
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
+    def forward(self, *parts: Tensor) -> list[Tensor]:
+        """(R, out_dim) for each part (R, in_dim), all with the weight that is normalised once."""
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
+        return [F.linear(part, weight) for part in parts]
+
+
+class HeadMlp(nn.Sequential):
+    """Linear – GELU – Linear – GELU – Linear with the fused ops, on the names of the plain sequence."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, impl: str) -> None:
+        widths = ((in_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim))
+        first, second, third = (nn.Linear(*width) for width in widths)
+        super().__init__(first, nn.GELU(), second, nn.GELU(), third)
+        self.impl = impl
+
     def forward(self, x: Tensor) -> Tensor:
         """(R, in_dim) → (R, out_dim)."""
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        if not picks_triton("mlp", self.impl, x.device):
+            out: Tensor = super().forward(x)  # a CPU would compute activations again for as long as it saves
+            return out
+        first, _, second, _, third = self
+        x = fk.mlp(x, first.weight, first.bias, second.weight, None, impl=self.impl)
+        return fk.linear(fk.gelu(x, second.bias, impl=self.impl), third.weight, third.bias, impl=self.impl)
 
 
 class ProjectionHead(nn.Module):
@@ -50,17 +77,21 @@ class ProjectionHead(nn.Module):
         out_dim: Prototypes.
         hidden_dim, bottleneck_dim: Of the MLP.
         learn_length: See :class:`Prototypes`.
+        impl: Implementation of the ops.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int, bottleneck_dim: int, learn_length: bool) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        learn_length: bool,
+        impl: str = "auto",
+    ) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
+        self.mlp = HeadMlp(in_dim, hidden_dim, bottleneck_dim, impl)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, learn_length)
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
@@ -69,9 +100,23 @@ class ProjectionHead(nn.Module):
 
     def directions(self, tokens: Tensor) -> Tensor:
         """(R, in_dim) → (R, bottleneck_dim) of length 1, float32: in half precision short vectors lose theirs."""
-        return F.normalize(self.mlp(tokens).float(), dim=-1, eps=1e-12)
+        out: Tensor = self.mlp(tokens)
+        return F.normalize(cast(out, statistics_dtype(out.dtype)), dim=-1, eps=1e-12)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(R, in_dim) → (R, out_dim) logits, in the dtype of the products."""
-        logits: Tensor = self.last_layer(self.directions(tokens))
-        return logits
+        logits: list[Tensor] = self.last_layer(self.directions(tokens))
+        return logits[0]
+
+
+def norm_mlp(widths: Sequence[int]) -> nn.Sequential:
+    """MoCo v3's MLP (Chen et al. 2021, section 4) of (V, B, widths[0]) rows: linear layers without bias.
+
+    Behind each a :class:`.ViewNorm`, then ReLU; behind the last one the norm alone, without scale and shift.
+    """
+    layers: list[nn.Module] = []
+    for i, (wide, out) in enumerate(pairwise(widths), start=1):
+        last = i == len(widths) - 1
+        layers += [nn.Linear(wide, out, bias=False), ViewNorm(out, affine=not last)]
+        layers += [] if last else [nn.ReLU()]
+    return nn.Sequential(*layers)

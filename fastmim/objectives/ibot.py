@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
-from .block_masks import IBOT_RATIOS, ibot_mask, masked_rows, most_masked
-from .dino import DINO, GLOBALS, at_least
-from .self_distillation import Centre, hidden_weights, warm_temperature
+from .base import at_least
+from .block_masks import IBOT_RATIOS, ibot_mask, masked_rows, most_rows, row_weights
+from .dino import DINO, GLOBALS
+from .self_distillation import Centre, warm_temperature
 from .views import Images
+
+TYPICAL_BATCH = 64
+"""Of which :meth:`IBOT.shares` tells; smaller ones have more places to spare."""
 
 
 class IBOT(DINO):
@@ -102,15 +106,25 @@ class IBOT(DINO):
         teacher_class, teacher_rows = self.teach(crops, rows)
         student_class, student_rows = self.learn(crops, local, self._patch_mask(mask), rows)
         cls, monitors = self.class_loss(student_class, teacher_class)
+        patch = self.patch_loss(student_rows, teacher_rows, weights)
+        parts = ((self.class_weight, cls), (self.patch_weight, patch))
+        first, second = (part if weight == 1 else weight * part for weight, part in parts)
+        return {"loss": first + second, "cls": cls.detach(), "patch": patch.detach(), **monitors}
+
+    def patch_loss(self, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+        """The mean over crops of the mean over their hidden patches, from the logits of these (R, K).
+
+        Args:
+            student, weights: Of the hidden patches; (R,).
+            teacher: (1 + R, K), before them the mean over all patches, which counts for the centre.
+        """
         temps: dict[str, Any] = dict(student_temp=self.student_temp, teacher_temp=self.teacher_patch_temp)
-        mean, teacher_rows = teacher_rows.tensor_split([1])
-        patch = fk.distillation(
-            student_rows, teacher_rows, self.patch_centre.value, **temps, weight=weights, impl=self.impl
-        )
+        mean, teacher = teacher.tensor_split([1])
+        centre = self.patch_centre.value
+        loss = fk.distillation(student, teacher, centre, **temps, weight=weights, impl=self.impl)
         if self.training:
             self.patch_centre.add(mean)
-        loss = self.class_weight * cls + self.patch_weight * patch
-        return {"loss": loss, "cls": cls.detach(), "patch": patch.detach(), **monitors}
+        return loss
 
     def _hidden(self, mask: Tensor, crops: int) -> tuple[Tensor, Tensor]:
         """Numbers (R,) of the hidden tokens among those of all global crops, and the weight of each in the loss."""
@@ -119,12 +133,13 @@ class IBOT(DINO):
             raise ValueError(f"mask must have shape {expected}, got {tuple(mask.shape)}")
         flat = mask.flatten(0, 1).flatten(1)
         if fk.shape_may_follow(mask):
-            weights = hidden_weights(flat.bool()).flatten()
+            weights = row_weights(flat.bool()).flatten()
             rows = weights.nonzero().squeeze(1)
-            return rows, weights[rows]
-        most = max(most_masked(self.token_grid, self.mask_ratios), 1)
-        rows, weights = masked_rows(flat, len(flat) * most)
-        return rows, weights / len(flat)
+            return rows, weights[rows] / len(flat)
+        most = most_rows(len(flat), self.token_grid, self.mask_ratios)
+        rows, weights = masked_rows(flat, most)
+        # Masks of another distribution: no row is left out in silence.
+        return rows, weights / torch.where(flat.sum() > most, torch.nan, len(flat))
 
     def _patch_mask(self, mask: Tensor) -> Tensor:
         """(2B, H/p, W/p): each hidden token over the patches that it is made of."""
@@ -142,6 +157,13 @@ class IBOT(DINO):
             crop = crops.repeat_interleave(len(sample_ids))
             mask = ibot_mask(ids, **how, seed=seed, epoch=epoch, crop=crop)
         return mask.unflatten(0, (GLOBALS, -1))
+
+    def shares(self) -> dict[str, float]:
+        """Masks hide on average the middle of their ratios; of the places for hidden rows as many are read."""
+        hidden = sum((low + high) / 2 for low, high in self.mask_ratios) / len(self.mask_ratios)
+        cells, crops = self.token_grid[0] * self.token_grid[1], 2 * TYPICAL_BATCH
+        most = most_rows(crops, self.token_grid, self.mask_ratios)
+        return {"mask_tokens": 1 - hidden, "distillation": hidden * cells * crops / most}
 
     def set_step(self, step: int, total: int, steps_per_epoch: int) -> None:
         """Temperatures follow the epoch, the teacher's momentum the step."""

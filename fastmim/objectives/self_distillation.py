@@ -81,9 +81,3 @@ def warm_temperature(epoch: int, *, start: float, end: float, warm_up: int, dela
     """From ``start`` linearly to ``end`` over ``warm_up`` epochs, both included, ``delay`` epochs late."""
     reached = min(max(epoch - delay, 0), max(warm_up - 1, 0))
     return end if epoch - delay >= warm_up else start + (end - start) * reached / max(warm_up - 1, 1)
-
-
-def hidden_weights(mask: Tensor) -> Tensor:
-    """(N, L) bool → (N, L) float32 weights of hidden tokens, 1/N of a crop's mean; all 0 of a crop without any."""
-    weight = 1 / (mask.sum(1, keepdim=True).clamp(min=1) * len(mask))
-    return mask * weight

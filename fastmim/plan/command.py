@@ -59,9 +59,11 @@ def make_plan(
         configured = model.option(gpu, setting)
         found = options(model, gpu, gpus, global_batch, setting.offload)
         fitting = [option for option in [*found, configured] if option.fits]
+        footprint = tracer.footprint(setting.policy, setting.stage > 0)
         return Plan(
             title=cfg.model.name,
-            parameters=tracer.footprint(setting.policy, setting.stage > 0).parameters,
+            parameters=footprint.parameters,
+            still=footprint.parameters - footprint.trained,
             gpu=gpu,
             gpus=gpus,
             configured=configured,

@@ -97,11 +97,20 @@ def op_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         inputs = []
     elif name in OVERWRITES:
         inputs = inputs[1:]
+    if _is_foreach(func):  # it returns nothing, and writes its first list
+        out = args[0]
     return sum(map(tensor_bytes, inputs)) + sum(map(tensor_bytes, tensors_of(out)))
+
+
+def _is_foreach(func: Any) -> bool:
+    name = func._schema.name.rpartition("::")[2]
+    return name.startswith("_foreach_") and name.endswith("_")
 
 
 def launches_nothing(func: Any) -> bool:
     """Views, allocations and questions about a tensor."""
+    if _is_foreach(func):
+        return False
     name = func._schema.name.rpartition("::")[2]
     returns = func._schema.returns
     view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)

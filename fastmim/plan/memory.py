@@ -7,6 +7,9 @@ States of P parameters in two layouts (Rajbhandari et al. 2020, section 3.1, cou
 - stages 1 to 3 are DeepSpeed's, see :data:`LAYOUTS`: low-precision weights, gradients, and a float32 copy of the
   weights with the two moments. Each stage divides one more of them by the number of GPUs: optimiser, gradients,
   weights.
+
+A teacher has weights as the student has them, no gradients and no moments. At stage 0 these are its moving average; at
+the others they are a copy of it, and the average, 4 bytes a weight, is cut and offloaded like the moments.
 """
 
 from __future__ import annotations
@@ -74,17 +77,22 @@ def states(
     offload: str = "none",
     layout: tuple[int, int, int] = LAYOUTS["bf16"],
     nvme: str = "none",
+    *,
+    still: int = 0,
+    averaged: int = 0,
 ) -> States:
     """Weights, gradients and optimiser states of one of ``gpus`` ranks.
 
     Args:
-        parameters: Elements.
+        parameters: Elements that are trained.
         stage: 0 to 3.
         gpus: Ranks that share what the stage divides.
         offload: What lives outside the GPU: "optimizer" (stages 1 to 3; with the rank's gradients from stage 2 on),
             "param" (the weights, stage 3), "all".
         layout: Bytes a parameter of weights, gradients and optimiser, for stages 1 to 3.
         nvme: What of it lives on a drive, in the same words; the rest is in host RAM.
+        still: Further elements, without gradients.
+        averaged: Of these those of which a moving average is kept.
 
     Raises:
         ValueError: The stage cannot offload that.
@@ -95,11 +103,11 @@ def states(
         raise ValueError("efficiency.offload_optimizer: needs efficiency.zero_stage 1, 2 or 3, not 0; or use none")
     assert offload in OFFLOADS, offload
     if stage == 0:
-        return States(4.0 * parameters, 4.0 * parameters, 8.0 * parameters)
+        return States(4.0 * (parameters + still), 4.0 * parameters, 8.0 * parameters)
     share = parameters / gpus
-    weights = layout[0] * (share if stage == 3 else parameters)
+    weights = layout[0] * (parameters + still) / (gpus if stage == 3 else 1)
     gradients = layout[1] * (share if stage >= 2 else parameters)
-    optimizer = layout[2] * share
+    optimizer = layout[2] * share + 4.0 * averaged / gpus
     moved = {"optimizer": 0.0, "param": 0.0}
     if offload in ("optimizer", "all"):
         moved["optimizer"], optimizer = optimizer + 4.0 * share, 0.0
@@ -132,11 +140,12 @@ def memory(
             they take the place of activations that are freed.
         buckets: Buffers of stages 1 to 3.
     """
-    held = states(footprint.parameters, stage, gpus, offload, layout, nvme)
+    untrained = {"still": footprint.parameters - footprint.trained, "averaged": footprint.averaged}
+    held = states(footprint.trained, stage, gpus, offload, layout, nvme, **untrained)
     growing = stage == 0 and grad_accum_steps == 1
     moment = footprint.peak(micro_batch, accumulating=not growing)
     gradients = moment.gradients if growing else held.gradients
-    extra = 0.0 if stage == 0 else 4.0 * min(buckets.reduce, footprint.parameters)
+    extra = 0.0 if stage == 0 else 4.0 * min(buckets.reduce, footprint.trained)
     if stage == 3:
         extra += layout[0] * (min(buckets.prefetch, footprint.parameters) + 2 * footprint.largest_block)
     work = moment.workspace + LIBRARIES
@@ -148,5 +157,5 @@ def memory(
 
 def _at_update(footprint: Footprint, held: States, stage: int, gpus: int, offload: str, buckets: float) -> Memory:
     """While the optimiser runs: all gradients, no activations; ZeRO makes a float32 copy of its share of them."""
-    copy = 4.0 * footprint.parameters / gpus if stage > 0 and offload in ("none", "param") else 0.0
+    copy = 4.0 * footprint.trained / gpus if stage > 0 and offload in ("none", "param") else 0.0
     return Memory(held.weights, held.gradients, held.optimizer, 0.0, copy + LIBRARIES, buckets)

@@ -40,6 +40,8 @@ class Plan:
     images: int
     images_from: str
     precision: str = "bf16"
+    still: int = 0
+    """Of the parameters those without gradients, as a teacher's."""
     notes: tuple[str, ...] = ()
 
     def gpu_days(self, option: Option) -> tuple[float, float]:
@@ -93,9 +95,11 @@ def binding(option: Option) -> str:
 
 def conclusions(plan: Plan) -> list[str]:
     """The lines under the table."""
+    trained, still = plan.parameters - plan.still, plan.still
     lines = [
-        f"{plan.parameters / 1e6:,.1f} M parameters; states at stage 0: 16 bytes each, "
-        f"{16 * plan.parameters / 1e9:.1f} GB; GB are 10^9 bytes",
+        f"{trained / 1e6:,.1f} M parameters; states at stage 0: 16 bytes each, "
+        + (f"4 of each of the {still / 1e6:,.1f} M of the teacher, " if still else "")
+        + f"{(16 * trained + 4 * still) / 1e9:.1f} GB; GB are 10^9 bytes",
         f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s in {plan.precision}, "
         f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s, "
         f"network {plan.gpu.network / 1e9:g} GB/s ({plan.gpu.source})",
@@ -169,6 +173,7 @@ def as_json(plan: Plan) -> str:
     tree = {
         "title": plan.title,
         "parameters": plan.parameters,
+        "untrained": plan.still,
         "gpu": plan.gpu.__dict__ | {"memory_bytes": plan.gpu.memory * GIB},
         "gpus": plan.gpus,
         "precision": plan.precision,

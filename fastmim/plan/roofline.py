@@ -35,6 +35,7 @@ PCIE = 25e9
 HOST_BANDWIDTH = 20e9
 """Bytes/s of a process's share of its machine's memory, for the update of offloaded states."""
 UPDATE = 28
+TEACHER = 12
 """Bytes a parameter that a fused AdamW moves: gradient, weight and two moments read, the last three written."""
 CLIP = 12
 """Bytes a float32 gradient: read for the norm, read and written to be scaled."""
@@ -98,7 +99,9 @@ def step_time(
     phases = [_with_host(roofs, launches, times * fetched) for roofs, launches, times in found]
 
     def parts(forward: float, backward: float, efficiency: Efficiency) -> tuple[float, float, float]:
-        update = _update(footprint.parameters / (gpus if stage else 1), gpu, stage, offload, efficiency)
+        # A teacher's update is TEACHER / UPDATE of one of as many weights.
+        moved = (footprint.trained + TEACHER / UPDATE * footprint.averaged) / (gpus if stage else 1)
+        update = _update(moved, gpu, stage, offload, efficiency)
         exposed = _exposed(footprint, gpu, stage, gpus, accum, forward, backward, gathers, bucket)
         return accum * (forward + backward), update, exposed + copies
 
@@ -141,10 +144,10 @@ def _exposed(
     if gpus == 1:
         return 0.0
     bandwidth = LINK * (gpu.link if gpus <= GPUS_PER_MACHINE else min(gpu.link, gpu.network))
-    parameters = footprint.parameters
+    parameters = footprint.trained
 
-    def all_of(size: float, messages: int) -> float:
-        return size * parameters * (gpus - 1) / gpus / bandwidth + messages * latency(gpus)
+    def all_of(size: float, messages: int, count: float = parameters) -> float:
+        return size * count * (gpus - 1) / gpus / bandwidth + messages * latency(gpus)
 
     if stage == 0:
         # float32 gradients, all-reduced under the last backward
@@ -153,8 +156,9 @@ def _exposed(
     messages = math.ceil(parameters / bucket)
     if stage < 3:
         reduced = accum if stage == 2 else 1
-        return reduced * _beside(backward, all_of(2, messages), messages) + all_of(2, messages)
-    fetch = all_of(2, footprint.modules)
+        publish = all_of(2, messages, parameters + footprint.averaged)
+        return reduced * _beside(backward, all_of(2, messages), messages) + publish
+    fetch = all_of(2, footprint.modules, footprint.parameters)
     back = (gathers - 1) * fetch + all_of(2, messages)
     return accum * (max(fetch - forward, SHOWN * fetch) + max(back - backward, SHOWN * back))
 

@@ -52,6 +52,10 @@ class Trace:
     """Bytes of recomputed blocks' inputs that forward moves to the CPU's memory; no part of ``kept``."""
     modules: int = 1
     """Modules with parameters of their own, which ZeRO-3 fetches one by one."""
+    still: int = 0
+    """Of the parameters those that have no gradients: teachers, and what is never trained."""
+    averaged: int = 0
+    """Of these the ones that follow a trained one as its moving average."""
 
 
 def trace(
@@ -96,7 +100,16 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     objective.zero_grad(set_to_none=True)
     count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
     modules = sum(any(True for _ in module.parameters(recurse=False)) for module in objective.modules())
-    return Trace(batch, count, tuple(counter.launches), tuple(others), tuple(grads), kept, largest, host, modules)
+    history = tuple(counter.launches), tuple(others), tuple(grads)
+    return Trace(batch, count, *history, kept, largest, host, modules, *_untrained(objective))
+
+
+def _untrained(objective: Any) -> tuple[int, int]:
+    """Parameters without gradients, and of these the teachers' whose students are trained."""
+    still = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
+    pairs = [(teacher, dict(student.named_parameters())) for teacher, student in objective.ema()]
+    follows = [p for teacher, own in pairs for name, p in teacher.named_parameters() if own[name].requires_grad]
+    return still, sum(p.numel() for p in follows)
 
 
 @contextmanager
@@ -149,6 +162,7 @@ class Footprint:
         assert len(small.others) == len(large.others) and small.batch < large.batch
         self.small, self.large = small, large
         self.parameters, self.largest_block, self.modules = small.parameters, small.largest_block, small.modules
+        self.trained, self.averaged = small.parameters - small.still, small.averaged
         phases = [x.phase for x in small.launches]
         self.launches = phases.count("forward"), phases.count("backward")
         self._times: dict[tuple[Gpu, str], tuple[dict[str, float], dict[str, float]]] = {}

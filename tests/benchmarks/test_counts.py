@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import bench_counts, harness, op_count  # noqa: E402
+from benchmarks import bench_counts, harness, step_count  # noqa: E402
 from benchmarks.providers import Case  # noqa: E402
 
 TINY = dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8))
@@ -17,7 +17,7 @@ TINY = dict(embed_dim=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8))
 @pytest.mark.parametrize("name", ["swin_base", "swinv2_base"])
 def test_a_foreign_module_is_counted_as_the_baseline(name: str) -> None:
     build = bench_counts.builder("timm", Case(name, overrides=tuple(TINY.items())), None)
-    found, expected = (op_count.count_step(b, batch=4) for b in (build, op_count.baseline(name, **TINY)))
+    found, expected = (step_count.count_step(b, batch=4) for b in (build, step_count.baseline(name, **TINY)))
     assert found.counter.totals() == expected.counter.totals()
     assert found.saved.bytes == expected.saved.bytes
 

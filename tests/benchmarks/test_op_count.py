@@ -21,7 +21,7 @@ from fastmim_kernels.window_attention.op import traffic as window_attention_traf
 
 pytest.importorskip("triton")
 
-from benchmarks import op_count  # noqa: E402
+from benchmarks import ibot_count, op_count, step_count  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
 from fastmim.plan.hardware import Gpu  # noqa: E402
@@ -87,7 +87,7 @@ class TestCounter:
         with DispatchCounter() as counter:
             torch.empty(10) + 1  # noqa: B018
         assert counter.seconds(gpu) == 80 / 10
-        ceilings = [(g.name, g.flops, g.bandwidth) for g in op_count.GPUS]
+        ceilings = [(g.name, g.flops, g.bandwidth) for g in step_count.GPUS]
         assert ceilings == [("H100", 798e12, 3.0e12), ("A100", 312e12, 1.75e12)]
 
     def test_saved_tensors(self) -> None:
@@ -169,7 +169,7 @@ class TestCustomOps:
         tokens, mask = torch.empty(8, 16, 16, 64, dtype=BF16), torch.empty(8, 16, 16, dtype=torch.bool)
         (_, moved, _), = counted(lambda: fk.mask_tokens(tokens, mask, torch.empty(64)))
         n = tokens.numel() * 2
-        with DispatchCounter(op_count.SHARES) as counter:
+        with DispatchCounter(step_count.SHARES) as counter:
             fk.mask_tokens(tokens, mask, torch.empty(64))
         assert moved > 2 * n and counter.totals()[1] == pytest.approx(1.4 * n, rel=0.02)
 
@@ -195,9 +195,9 @@ class TestCudaAutocast:
 
 
 @cache
-def step(name: str, side: str) -> op_count.Count:
-    return op_count.count_step(op_count.baseline(name)) if side == "eager" else op_count.count_step(
-        op_count.ours(name), casts_once=True)
+def step(name: str, side: str) -> step_count.Count:
+    return step_count.count_step(step_count.baseline(name)) if side == "eager" else step_count.count_step(
+        step_count.ours(name), casts_once=True)
 
 
 @pytest.mark.parametrize("name", ["swin_base", "swinv2_base"])
@@ -258,8 +258,24 @@ def test_no_score_matrix_per_window(name: str, window: int) -> None:
                 if square and tensor.numel() >= count * n * n:
                     found.add(f"{op} {tuple(tensor.shape)}")
 
-        op_count.count_step(build, batch=batch, watch=watch)
+        step_count.count_step(build, batch=batch, watch=watch)
         return found
 
-    assert matrices(op_count.baseline(name, **SMALL))
-    assert not matrices(op_count.ours(name, **SMALL))
+    assert matrices(step_count.baseline(name, **SMALL))
+    assert not matrices(step_count.ours(name, **SMALL))
+
+
+def test_what_ibot_costs_beside_its_encoders() -> None:
+    """ViT-S, 2 + 10 crops, 8192 codes, batch 64: loss 8 MB in 12 launches, heads 25 MB, 12 bytes a teacher's weight."""
+    parts = ibot_count.ours(64)
+    loss, heads, teacher = (parts[name] for name in ("loss", "student heads", "teacher, an update"))
+    assert loss.megabytes <= 8 and loss.launches <= 12
+    assert heads.megabytes <= 25
+    # ViT-S/16 (21.7 M) and its head (7.6 M), whose lengths of prototypes are learnt here.
+    assert teacher.megabytes * 64e6 == pytest.approx(12 * 29.24e6, rel=0.01)
+
+
+def test_a_foreach_op_writes_its_first_list() -> None:
+    with FakeTensorMode():
+        tensors, ends = ([torch.empty(n) for n in (3, 5)] for _ in range(2))
+        assert counted(lambda: torch._foreach_lerp_(tensors, ends, 0.5)) == [("_foreach_lerp_.Scalar", 12 * 8, 0)]

@@ -28,16 +28,6 @@ ENCODER = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Tiny tensors gain nothing from threads, and lose much where other programs use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """22 smooth pictures: not a multiple of any batch used, so that epochs end inside a run."""

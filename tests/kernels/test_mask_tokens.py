@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import mask_tokens
 from fastmim_kernels.mask_tokens.op import OP, traffic
-from tests.kernels.oracle import check
+from tests.kernels.oracle import check, watched
 
 # 5x3 is neither square nor a power of two, 40 channels pad to 64; one token of 2 channels is the smallest that has
 # a norm.
@@ -42,6 +42,13 @@ def test_against_float64(shape: tuple[int, ...], variant: str, dtype: torch.dtyp
     check(with_impl("torch"), with_impl("reference"), inputs, dict.fromkeys(names, dtype), wrt=names)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_whole_op_against_float64(dtype: torch.dtype) -> None:
+    """Without norm and position a CPU takes a shorter way where nobody watches."""
+    inputs, names = inputs_for(SHAPES[0], "plain")
+    check(watched(with_impl("torch")), with_impl("reference"), inputs, dict.fromkeys(names, dtype), wrt=names)
+
+
 @pytest.mark.parametrize("mask_value", [True, False])
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.float32])
 def test_all_or_nothing_hidden_and_mask_dtypes(mask_value: bool, mask_dtype: torch.dtype) -> None:
@@ -59,6 +66,18 @@ def test_masked_gradient_is_exactly_zero(variant: str) -> None:
         args["tokens"][args["mask"]] = float("inf")
     (grad,) = torch.autograd.grad(mask_tokens(**args, impl="torch").sum(), args["tokens"])
     assert grad[args["mask"]].eq(0).all() and torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_infinite_gradient_stays_with_its_token(variant: str) -> None:
+    inputs, names = inputs_for((2, 4, 4, 16), variant)
+    args = {k: v.float().requires_grad_() if k in names else v for k, v in inputs.items()}
+    hidden, seen = args["mask"].nonzero()[0], args["mask"].logical_not().nonzero()[0]
+    for where, others in ((hidden, "tokens"), (seen, "mask_token")):
+        cotangent = torch.ones(2, 4, 4, 16)
+        cotangent[tuple(where)] = float("inf")
+        (grad,) = torch.autograd.grad(mask_tokens(**args, impl="torch"), args[others], cotangent)
+        assert torch.isfinite(grad).all()
 
 
 def test_dtype_of_the_result() -> None:

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import linear_masked_l1, masked_l1
+from fastmim_kernels.masked_loss import linear_on_torch
 from fastmim_kernels.masked_loss.linear_op import OP as LINEAR_OP
 from fastmim_kernels.masked_loss.linear_op import linear_traffic
 from fastmim_kernels.masked_loss.op import OP, traffic
@@ -78,6 +78,32 @@ def test_uint8_target_is_the_normalised_image(op: Any) -> None:
         assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [3, 13])
+def test_what_is_not_masked_is_not_read(masked: int) -> None:
+    """Few tokens are picked out, of many all are worked on: in either case without a trace of the others."""
+    inputs = inputs_for(((2, 3, 32, 32), (4, 4), (4, 4), 8), linear=False)
+    mask = inputs["mask"] = (torch.arange(16) < masked).view(1, 4, 4).repeat(2, 1, 1)
+    clean = inputs["prediction"].float()
+    spoilt = clean.masked_fill(~mask[..., None], float("nan")).requires_grad_()
+    loss, truth = masked_l1(**inputs | {"prediction": spoilt}), masked_l1(**inputs | {"prediction": clean})
+    grad, = torch.autograd.grad(loss, spoilt)
+    assert torch.equal(loss, truth) and grad[~mask].eq(0).all() and grad[mask].ne(0).all()
+
+
+def test_a_kept_gradient_is_handed_out_by_the_graph_alone() -> None:
+    """A loss that is minimised by itself returns what it has kept, any other one a multiple."""
+    inputs = inputs_for(GEOMETRIES[0], linear=True)
+    args = [inputs[k].float().requires_grad_() for k in ("tokens", "weight", "bias")]
+    loss = linear_masked_l1(*args, inputs["target"], inputs["mask"], stride=inputs["stride"], impl="torch")
+    once = torch.autograd.grad(loss, args, retain_graph=True)
+    thrice = torch.autograd.grad(3 * loss, args, retain_graph=True)
+    torch.testing.assert_close([3 * g for g in once], [*thrice])
+    kept = torch.randn(4, 5)
+    found = LINEAR_OP.backward.op(torch.ones(()), torch.ones(()), torch.ones(2), kept, torch.ones(4), torch.float32,
+                                  torch.float32, "torch")
+    assert torch.equal(found[1], kept) and found[1].data_ptr() != kept.data_ptr()
+
+
 def test_equals_the_formula_pixel_by_pixel() -> None:
     """Against loops written from the definition, not against the oracle."""
     inputs = inputs_for(GEOMETRIES[3], linear=False)
@@ -118,7 +144,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_the_prediction_never_exists_as_a_whole() -> None:
+def test_the_prediction_never_exists_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """600 tokens of 64 values: the largest tensor is a chunk of 256 of them."""
     inputs = inputs_for(((6, 1, 80, 80), (10, 10), (10, 10), 8), linear=True)
     inputs |= {k: inputs[k].float().requires_grad_() for k in ("tokens", "weight", "bias")}
@@ -129,12 +155,9 @@ def test_the_prediction_never_exists_as_a_whole() -> None:
                              inputs["target"], inputs["mask"], None, None, 8, "l1", torch.float32, True, "torch")
     assert mode.largest <= target  # the target itself, laid out as tokens
     sizes: list[int] = []
-    linear = F.linear
-    try:
-        F.linear = lambda x, *rest: sizes.append(x.shape[0]) or linear(x, *rest)
-        linear_masked_l1(**inputs, impl="torch")
-    finally:
-        F.linear = linear
+    product = linear_on_torch.product
+    monkeypatch.setattr(linear_on_torch, "product", lambda x, *rest: sizes.append(x.shape[0]) or product(x, *rest))
+    linear_masked_l1(**inputs, impl="torch")
     assert sizes == [256, 256, 88]
 
 

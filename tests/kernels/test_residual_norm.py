@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import reference, residual_norm
+from fastmim_kernels.residual_norm import on_torch
 from fastmim_kernels.residual_norm.op import OP, traffic
-from tests.kernels.oracle import check
+from tests.kernels.oracle import check, watched
 
 # (order, what else is given)
 VARIANTS = [("pre", ""), ("pre", "scale"), ("pre", "gamma+branch_bias"), ("pre", "scale+gamma+branch_bias"),
@@ -74,6 +75,39 @@ def test_against_float64(order: str, given: str, stream: torch.dtype, branch: to
     dtypes = dtypes_for(inputs, stream, branch)
     check(with_impl("torch", order, branch), with_impl("reference", order, branch), inputs, dtypes,
           wrt=list(dtypes), plain=plain(order, branch))
+
+
+@pytest.mark.parametrize("stream, branch", STREAMS[:2])
+@pytest.mark.parametrize("order, given", VARIANTS)
+def test_the_whole_op_against_float64(order: str, given: str, stream: torch.dtype, branch: torch.dtype) -> None:
+    """Where nobody watches a CPU adds and normalises with torch's autograd; compilers see this."""
+    inputs = inputs_for(SHAPE, given)
+    dtypes = dtypes_for(inputs, stream, branch)
+    check(watched(with_impl("torch", order, branch)), with_impl("reference", order, branch), inputs, dtypes,
+          wrt=list(dtypes), plain=plain(order, branch))
+
+
+@pytest.mark.parametrize("given", ["", "scale+branch_bias"])
+def test_many_low_values_are_kept_as_they_are(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And widened a chunk at a time: of 105 rows 7, which fill the last chunk, or 8, which do not."""
+    monkeypatch.setattr(on_torch, "KEPT_WIDE", 0)
+    inputs = inputs_for(SHAPE, given)
+    dtypes = dtypes_for(inputs, F32, BF16)
+    for rows in (7, 8):
+        monkeypatch.setattr(on_torch, "CHUNK", rows * 40 + 39)
+        check(with_impl("torch", "post", BF16), with_impl("reference", "post", BF16), inputs, dtypes,
+              wrt=list(dtypes), plain=plain("post", BF16))
+    args = {n: inputs[n].to(d).requires_grad_() for n, d in dtypes.items()}
+    kept = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal kept
+        kept += t.nbytes if t.ndim > 2 else 0
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        residual_norm(**args, order="post", impl="torch")
+    assert kept == 2 * inputs["branch"].numel()
 
 
 def without(name: str, order: str, impl: str, out_dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -12,6 +13,7 @@ from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrStage
 
 from fastmim.interop import load_timm
 from fastmim.models import SIZES, create_encoder
+from fastmim.models.attend import attend
 from fastmim.objectives import create_objective
 
 # Backbone parameters in millions without mask token: recipes of the papers; ViT without its 1k head, and
@@ -264,3 +266,22 @@ def test_drop_path_keeps_the_expectation_and_is_off_in_eval():
 def test_errors_name_the_value(kwargs, message):
     with pytest.raises(ValueError, match=message):
         create_encoder(kwargs)
+
+
+def test_attention_in_bf16_is_as_exact_as_torchs_own():
+    """37 tokens, the local crops of a ViT/16; errors of the result and of every gradient against float64."""
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, 37, 16, dtype=torch.float64).bfloat16() for _ in range(3)]
+
+    def result(run, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in given]
+        out = run(*inputs)
+        return [t.double() for t in (out, *torch.autograd.grad(out.sin().sum(), inputs))]
+
+    def plain(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    exact, fused = result(plain, torch.float64), result(plain, torch.bfloat16)
+    own = result(lambda q, k, v: attend(q, k, v, None), torch.bfloat16)
+    for value, other, truth in zip(own, fused, exact, strict=True):
+        assert (value - truth).norm() <= 2 * (other - truth).norm()

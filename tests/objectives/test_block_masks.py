@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 import fastmim_kernels as fk
-from fastmim.objectives.block_masks import beit_mask, ibot_mask, masked_rows, most_masked
+from fastmim.objectives.block_masks import beit_mask, ibot_mask, masked_rows, most_masked, most_rows
 from fastmim.objectives.keys import PHOTOMETRIC, crop_keys, random_keys
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "block_masks.safetensors"
@@ -228,3 +228,15 @@ def test_a_mask_holds_what_its_capacity_says_at_most():
 def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.arange(4))
+
+
+def test_places_for_the_rows_of_a_batch():
+    """Enough for each of 300 batches of 64 crops, by some standard deviations (33.5 cells of one crop); for few crops as
+    many as their masks could hold."""
+    mask = ibot_mask(torch.arange(64 * 300), grid=(14, 14), shape="random")
+    most = mask.flatten(1).sum(1).unflatten(0, (300, 64)).sum(1).max()
+    mean, deviation = 64 * 29.4, 8 * 33.5
+    assert most < most_rows(64, (14, 14)) < 64 * most_masked((14, 14))
+    assert mean + 7 * deviation < most_rows(64, (14, 14)) < mean + 8.5 * deviation
+    assert most_rows(2, (14, 14)) == 2 * most_masked((14, 14)) == 196
+    assert most_rows(8, (4, 4), ((0.0, 0.0),)) == 1

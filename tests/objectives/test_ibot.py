@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
 
 import fastmim_kernels as fk
 from fastmim.engine.local import LocalEngine, clip_each_
@@ -45,6 +47,45 @@ def test_a_fixed_number_of_rows_gives_the_loss_of_the_hidden_ones_alone(encoder,
         found.append([loss, *(p.grad for p in objective.parameters() if p.grad is not None)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_more_hidden_rows_than_places_are_no_number(monkeypatch):
+    """Where shapes are fixed, masks denser than the objective draws must not lose rows in silence."""
+    objective = build(mask_ratios=((0.1, 0.3),))
+    images, mask = crops(objective)
+    monkeypatch.setattr(fk, "shape_may_follow", lambda *_: False)
+    assert objective(images, mask)["loss"].isfinite()
+    assert objective(images, torch.ones_like(mask))["loss"].isnan()
+
+
+def peak_bytes(run):
+    """The most that torch's CPU allocator had given out at once in ``run()``, which has run before."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    sizes = [event.nbytes() for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("encoder", [VIT, SWIN], ids=["vit", "swin"])
+def test_groups_of_local_crops_take_the_memory_of_the_global_ones_and_change_no_gradient(encoder):
+    """With positions that are not resampled, which is done in float32. Ten crops of a quarter are more than the two."""
+    size = dict(local_crops=10, local_size=32 if encoder is VIT else 16)
+    gradients, peaks = {}, {}
+    for chunks in (0, 2, 10):
+        objective = build(encoder=encoder, crop_chunks=chunks, **size).double()
+        images, mask = crops(objective, 4)
+        images = [objective.normalise(view.flatten(0, 1)).unflatten(0, view.shape[:2]).double() for view in images]
+
+        def step(objective=objective, images=images, mask=mask):
+            objective.zero_grad()
+            objective(images, mask)["loss"].backward()
+
+        peaks[chunks] = peak_bytes(step)
+        gradients[chunks] = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    for chunks in (2, 10):
+        torch.testing.assert_close(gradients[chunks], gradients[0], rtol=1e-12, atol=1e-12)
+    assert peaks[10] < 0.65 * peaks[0]
 
 
 def test_the_centre_of_patches_is_the_mean_over_all_of_them():
@@ -106,6 +147,7 @@ def test_a_checkpoint_in_official_names_goes_out_and_in(encoder):
     saved = save_self_distilled(objective)
     assert {"module.backbone.masked_embed", "module.head.last_layer2.weight_v"} <= saved["student"].keys()
     assert "backbone.masked_embed" not in saved["teacher"]
+    assert saved["student"]["module.backbone.masked_embed"].shape == (1, objective.encoder.embed_dim)
     load_reference(other, saved)
     for name, tensor in objective.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
@@ -148,6 +190,7 @@ def test_frozen_prototypes_have_no_moments_and_do_not_decay():
     [
         (dict(local_size=20), "local_size=20: not divisible by patch_size 8; use 16 or 24"),
         (dict(out_dim=0), "out_dim=0: must be at least 1"),
+        (dict(crop_chunks=3), "crop_chunks=3: more groups than local_crops=2"),
         (dict(teacher_temp=0.0), "teacher_temp=0.0: must be > 0"),
         (dict(momentum_teacher=1.5), r"momentum_teacher=1.5: must lie in \[0, 1\]"),
         (dict(local_scale=(0.5, 0.1)), r"local_scale=\[0.5, 0.1\]: must satisfy 0 < low <= high <= 1"),

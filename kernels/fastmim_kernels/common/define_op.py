@@ -63,10 +63,12 @@ class Pass:
         return self.functions[args[at]](*args[:at], *args[at + 1 :])
 
     def _run_apart(self, *args: Any) -> Any:
-        """The same for torch, which wants every result to be a new tensor: :func:`.rows.nothing` gives one to many."""
-        found = self.run(*args)
-        return tuple(t if t.numel() else torch.empty_like(t) for t in found) if isinstance(found, tuple) else found
-
+        """The same for torch, which wants every result to be a new tensor: :func:`.rows.nothing` gives one to many, and
+        a gradient that was kept may be what is asked for."""
+        found, given = self.run(*args), set(map(id, args))
+        if not isinstance(found, tuple):
+            return found
+        return tuple(t.clone() if id(t) in given else t if t.numel() else torch.empty_like(t) for t in found)
 
 
 class _Functions(dict[str, Callable]):
@@ -169,7 +171,9 @@ def define_op(
 
     Args:
         name: Of the op, as :func:`.dispatch.resolve` and messages have it.
-        on_torch: Module whose ``forward`` and ``backward`` take the arguments of the fakes, but for ``impl``.
+        on_torch: Module whose ``forward`` and ``backward`` take the arguments of the fakes, but for ``impl``. Its
+            ``composed``, where it has one, takes those of ``forward`` and returns the results (what ``readers`` hands
+            out, if given) with a graph of its own, or None where that would keep or move more than the op's.
         on_triton: Name of the same module for Triton, relative to that of ``fake``; imported when it is needed.
         reference: The oracle: takes the inputs of the op but for ``impl`` and returns its results.
         fake: The results without values. Its annotated parameters are the op's schema; the last is ``impl: str``.
@@ -198,9 +202,11 @@ def define_op(
     formula = partial(_formula, len(forward.op._schema.arguments), backward, gradients)
     _register_autograd(forward, save, formula, results)
 
-    def op(select: Callable, oracle: Callable, hand_on: Op | None = None) -> Op:
+    def op(select: Callable, oracle: Callable, hand_on: Op | None = None, composed: Callable | None = None) -> Op:
         function = _function(forward, save, formula, select)
-        eager: dict[str, Callable] = {impl: partial(function.apply, impl) for impl in modules}
+        eager: dict[str, Callable] = {impl: partial(_recorded, function, forward, select, impl) for impl in modules}
+        if composed is not None:
+            eager["torch"] = partial(_composed_or, composed, eager["torch"])
         compiled: dict[str, Callable] = {impl: partial(_compiled, forward, select, impl) for impl in modules}
         truth = {"reference": partial(_true, oracle)}
         formulas = Formulas(save, gradients, select)
@@ -209,9 +215,11 @@ def define_op(
     def chosen(_: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
         return outputs[0] if results == 1 else outputs[:results]
 
+    composed = getattr(on_torch, "composed", None)
     if readers is None:
-        return op(chosen, reference)
-    handed = op(readers, lambda *inputs: readers((*inputs, "reference"), tuple_of(reference(*inputs))))
+        return op(chosen, reference, composed=composed)
+    handed = op(readers, lambda *inputs: readers((*inputs, "reference"), tuple_of(reference(*inputs))),
+                composed=composed)
     return op(chosen, reference, handed)
 
 
@@ -242,6 +250,13 @@ def autograd_function(name: str, forward: Callable, backward: Callable) -> Any:
     return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(checked)})
 
 
+def _recorded(function: Any, forward: Pass, select: Callable, impl: str, plain: bool, *args: Any) -> Any:
+    """The autograd function, which costs the host as much as a small op; without a graph its forward pass alone."""
+    if not plain or torch.is_grad_enabled():
+        return function.apply(impl, plain, *args)
+    return apart(select((*args, impl), tuple_of(forward.functions[impl](*args))), args)
+
+
 def _register_autograd(forward: Pass, save: Callable, formula: Callable, results: int) -> None:
     """The same formula for those who see the op itself."""
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -252,6 +267,12 @@ def _register_autograd(forward: Pass, save: Callable, formula: Callable, results
 
     torch.library.register_autograd(forward.name, lambda ctx, *grads: formula(ctx, grads[:results]),
                                     setup_context=setup)
+
+
+def _composed_or(composed: Callable, apart: Callable, plain: bool, *args: Any) -> Any:
+    """Results with a graph that costs a CPU less than the op's, where there is one; who watches still sees the op."""
+    found = composed(*args) if plain else None
+    return apart(plain, *args) if found is None else found
 
 
 def _compiled(forward: Pass, select: Callable, impl: str, plain: bool, *args: Any) -> Any:
@@ -277,8 +298,10 @@ def _keep(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], needs: 
 def _formula(inputs: int, backward: Pass, gradients: Callable, ctx: Any, grads: Sequence[Tensor | None]
              ) -> tuple[Tensor | None, ...]:
     """Gradients of all inputs, and products in their own dtype where ``loss.backward()`` is called inside autocast."""
-    given = next((g for g in grads if g is not None), None)
-    if given is None:
+    for given in grads:
+        if given is not None:
+            break
+    else:
         return (None,) * inputs
     # The saved tensors once: checkpointing gives them out a single time.
     kept = Kept(ctx.saved_tensors, ctx.settings, ctx.needs)

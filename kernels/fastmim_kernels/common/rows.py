@@ -53,37 +53,53 @@ def column_sum(x: Tensor) -> Tensor:
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def zero_rows(x: Tensor, hidden: Tensor) -> Tensor:
-    """A copy of (…, C) with exact zeros, whatever x holds there, in the rows that the bool (…) ``hidden`` marks.
+def shown_bits(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """(…, 1) integers as wide as ``dtype``: all bits of a row that the bool (…) ``hidden`` does not mark, else none.
 
-    By the bits of x: ``torch.where`` with a condition of a row takes three times as long on a CPU.
+    With them rows are chosen by bits: ``torch.where`` with a condition of a row takes three times as long on a CPU.
     """
-    bits = _BITS[x.element_size()]
-    return x.view(bits).bitwise_and(hidden.to(bits).sub_(1).unsqueeze(-1)).view(x.dtype)
+    return hidden.to(_BITS[dtype.itemsize]).sub_(1).unsqueeze(-1)
 
 
-def replaced_rows(x: Tensor, hidden: Tensor, value: Tensor) -> Tensor:
-    """A copy of (…, C) with the (C,) ``value`` of the same dtype in the rows that ``hidden`` marks, bit for bit."""
-    bits = _BITS[x.element_size()]
-    value = value.view(bits)
-    shown = hidden.to(bits).sub_(1).unsqueeze(-1)
+def zero_rows(x: Tensor, shown: Tensor) -> Tensor:
+    """A copy of (…, C) with exact zeros, whatever x holds there, in the rows that :func:`shown_bits` hides."""
+    return x.view(shown.dtype).bitwise_and(shown).view(x.dtype)
+
+
+def zero_rows_(x: Tensor, shown: Tensor) -> Tensor:
+    """:func:`zero_rows` in x itself."""
+    x.view(shown.dtype).bitwise_and_(shown)
+    return x
+
+
+def replaced_rows(x: Tensor, shown: Tensor, value: Tensor) -> Tensor:
+    """A copy of (…, C) with the (C,) ``value`` of the same dtype in the rows that ``shown`` hides, bit for bit."""
+    bits, value = shown.dtype, value.view(shown.dtype)
     return x.view(bits).bitwise_xor(value).bitwise_and_(shown).bitwise_xor_(value).view(x.dtype)
 
 
-def marked_sum(x: Tensor, marked: Tensor) -> Tensor:
-    """(C,) sum of the rows of (…, C) that the bool (…) ``marked`` marks, in :func:`statistics_dtype`.
+def numbers_of(marked: Tensor) -> Tensor:
+    """Row numbers, in order, that a bool (…) marks; their count is data, for which a host waits on other devices."""
+    return marked.reshape(-1).nonzero().view(-1)
 
-    A CPU reads those rows alone, 64 at a time where their dtype is that of the sum.
+
+def sum_of_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """(C,) sum of the ``rows`` of (…, C), by number, in :func:`statistics_dtype`, on a CPU.
+
+    64 at a time where their dtype is that of the sum; bags would be rounded to another one.
     """
-    wide = statistics_dtype(x.dtype)
-    flat, marked = x.reshape(-1, x.shape[-1]), marked.reshape(-1)
-    if not x.is_cpu:  # where the host would wait for the number of rows
-        return torch.where(marked.unsqueeze(-1), flat, 0).sum(0, dtype=wide)
-    rows = marked.nonzero().squeeze(1)
-    if x.dtype != wide:  # bags would be rounded to it
+    wide, flat = statistics_dtype(x.dtype), x.view(-1, x.shape[-1])
+    if x.dtype != wide:
         return flat.index_select(0, rows).sum(0, dtype=wide)
-    bags = torch.arange(0, len(rows), 64)
-    return torch.embedding_bag(flat, rows, bags, mode=0)[0].sum(0, dtype=wide)
+    return torch.embedding_bag(flat, rows, torch.arange(0, len(rows), 64), mode=0)[0].sum(0)
+
+
+def marked_sum(x: Tensor, marked: Tensor) -> Tensor:
+    """(C,) sum of the rows of contiguous (…, C) that the bool (…) ``marked`` marks, in :func:`statistics_dtype`."""
+    if x.is_cpu:
+        return sum_of_rows(x, numbers_of(marked))
+    zero = torch.where(marked.unsqueeze(-1), x, 0)
+    return zero.flatten(0, -2).sum(0, dtype=statistics_dtype(x.dtype))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,8 +114,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
-                        ) -> tuple[Tensor, Tensor]:
-    """(d x in the dtype of x, (2, C) d weight and d bias in :func:`statistics_dtype`) of :func:`layer_norm`.
+                        ) -> tuple[Tensor, Tensor, Tensor]:
+    """(d x in the dtype of x, d weight and d bias (C,) in :func:`statistics_dtype`) of :func:`layer_norm`.
 
     Low precision is widened first: the mixed CPU kernel of torch adds the gradients of the parameters up in
     bfloat16, which is wrong by a tenth and more after some thousand rows.
@@ -109,4 +125,4 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, wei
     dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
         cast(grad, wide), cast(x, wide), weight.shape, mean.view(shape), rstd.view(shape), weight, weight,
         [True, True, True])
-    return cast(dx, x.dtype), torch.stack((d_weight, d_bias))
+    return cast(dx, x.dtype), d_weight, d_bias

@@ -16,9 +16,14 @@ EPS = 1e-5
 
 def patchify(images: Tensor, stride: int) -> Tensor:
     """(B, C, h·s, w·s) → (B, h, w, C·s²), the inverse of a pixel shuffle."""
+    return patches_of(images, stride).flatten(3)
+
+
+def patches_of(images: Tensor, stride: int) -> Tensor:
+    """(B, C, h·s, w·s) as (B, h, w, C, s, s), without a copy."""
     b, c, height, width = images.shape
     x = images.reshape(b, c, height // stride, stride, width // stride, stride)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3)
+    return x.permute(0, 2, 4, 1, 3, 5)
 
 
 def cover(grid: tuple[int, ...], images: Tensor, stride: int) -> Tensor:
@@ -47,7 +52,7 @@ def token_cells(mask: Tensor, size: tuple[int, ...], grid: tuple[int, ...], stri
 
 
 def normalised(patches: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(n, C, s, s) pixels in ``dtype``; uint8 ones normalised by (C,) statistics in [0, 1] units."""
+    """(…, C, s, s) pixels in ``dtype``; uint8 ones normalised by (C,) statistics in [0, 1] units."""
     if mean is None or std is None:
         return patches.to(dtype)
     mean, std = (v.reshape(-1, 1, 1).to(dtype) for v in (mean, std))
@@ -58,12 +63,19 @@ def masked_difference(prediction: Tensor, patches: Tensor, cells: Tensor) -> Ten
     """(n, C, s, s) prediction − target in the dtype of ``patches``, zero outside the (n, rows, cols) cells."""
     n, c, s, _ = patches.shape
     diff = prediction.reshape(n, c, s, s).to(patches.dtype).sub(patches)
+    # On a CPU a chunk holds no token without a masked pixel.
+    return diff if cells.is_cpu and cells[0].numel() == 1 else mask_cells_(diff, cells)
+
+
+def mask_cells_(difference: Tensor, cells: Tensor) -> Tensor:
+    """(n, C, s, s) with zeros outside the (n, rows, cols) cells, in place.
+
+    Of whole pixels, once for all channels: a product over cells of few pixels takes several times as long.
+    """
+    n, _, s, _ = difference.shape
     rows, cols = cells.shape[1:]
-    if rows == cols == 1 and cells.is_cpu:  # there a chunk holds no token without a masked pixel
-        return diff
-    # Of whole pixels, once for all channels: a product over cells of few pixels takes several times as long.
-    weight = cells.to(diff.dtype).view(n, rows, 1, cols, 1).expand(-1, -1, s // rows, -1, s // cols)
-    return diff.mul_(weight.reshape(n, 1, s, s))
+    weight = cells.to(difference.dtype).view(n, rows, 1, cols, 1).expand(-1, -1, s // rows, -1, s // cols)
+    return difference.mul_(weight.reshape(n, 1, s, s))
 
 
 def loss_sum(difference: Tensor, loss: str) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.define_op import autograd_function
 from ..common.rows import cast
 from .layout import mean_weight, teachers_of
 
@@ -17,7 +19,49 @@ VALUES = 1 << 19
 def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,
             teacher_temp: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::distillation``; nothing is kept for backward but the inputs."""
+    loss, entropy = _losses(student, teacher, centre, weight, student_temp, teacher_temp, own)
+    return loss, entropy, centre.new_empty(0), centre.new_empty(0)
+
+
+def composed(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,
+             teacher_temp: Tensor, own: bool) -> tuple[Tensor, Tensor] | None:
+    """Loss and entropy with a gradient that is made on the way, on a CPU, and kept in place of all logits.
+
+    Backward would repeat every softmax. Not in float16, where what the scale of the loss would lift is lost.
+    """
+    if not (student.is_cpu and student.requires_grad and torch.is_grad_enabled()) or student.dtype == torch.float16:
+        return None
+    found: tuple[Tensor, Tensor] = _WITH_GRADIENT.apply(student, teacher, centre, weight, student_temp, teacher_temp,
+                                                        own)
+    return found
+
+
+def _with_gradient(ctx: Any, student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None,
+                   student_temp: Tensor, teacher_temp: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    gradient = _empty_gradient(student, weight)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient)
+    return _losses(student, teacher, centre, weight, student_temp, teacher_temp, own, gradient)
+
+
+def _with_gradient_backward(ctx: Any, grad: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient, = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 7
+    if grad.item() != 1:  # as it is where this loss is the one that is minimised
+        gradient = cast(cast(gradient, grad.dtype) * grad, gradient.dtype)
+    return gradient, *(None,) * 6
+
+
+_WITH_GRADIENT = autograd_function("distillation_with_gradient", _with_gradient, _with_gradient_backward)
+
+
+def _losses(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,
+            teacher_temp: Tensor, own: bool, gradient: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(Loss, entropy), and the gradient of the loss into ``gradient``."""
+    given = weight is not None
     weight = _weights(student, teacher, centre, weight, own)
+    factor = weight / student_temp
     loss, entropies = centre.new_zeros(()), centre.new_zeros(())
     for groups in _chunks(weight, student.shape[2]):
         logits = _centred(teacher[:, groups], centre, teacher_temp)
@@ -28,10 +72,16 @@ def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | N
         for view, w in enumerate(weight[:, groups]):
             others = teachers_of(view, len(target), own)
             if others:
+                wanted = _sum(target, others)
                 logarithm = torch.log_softmax(_scaled(student[view, groups], student_temp), -1)
-                loss -= _weighted(torch.linalg.vecdot(_sum(target, others), logarithm), w)
+                loss -= _weighted(torch.linalg.vecdot(wanted, logarithm), w)
                 entropies += _weighted(each[others].sum(0), w)
-    return loss, entropies, centre.new_empty(0), centre.new_empty(0)
+                if gradient is not None:
+                    slope = _slope(logarithm.exp_(), wanted, len(others), factor[view, groups])
+                    gradient[view, groups] = _shown(slope, w, given, gradient.dtype)
+            elif gradient is not None:
+                gradient[view, groups] = 0
+    return loss, entropies
 
 
 def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None,
@@ -41,9 +91,7 @@ def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, wei
     given = weight is not None
     weight = _weights(student, teacher, centre, weight, own)
     factor = weight * (grad / student_temp)
-    # Rows that no chunk visits have weight 0.
-    out = torch.zeros_like(student, memory_format=torch.contiguous_format) if given else torch.empty_like(
-        student, memory_format=torch.contiguous_format)
+    out = _empty_gradient(student, weight if given else None)
     for groups in _chunks(weight, student.shape[2]):
         target = torch.softmax(_centred(teacher[:, groups], centre, teacher_temp), -1)
         for view in range(len(student)):
@@ -52,11 +100,26 @@ def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, wei
                 out[view, groups] = 0
                 continue
             slope = torch.softmax(_scaled(student[view, groups], student_temp), -1)
-            slope = slope.mul_(len(others)) if len(others) > 1 else slope
-            slope = slope.sub_(_sum(target, others)).mul_(factor[view, groups].unsqueeze(-1))
-            slope = slope.masked_fill_((weight[view, groups] == 0).unsqueeze(-1), 0) if given else slope
-            out[view, groups] = cast(slope, out.dtype)
+            slope = _slope(slope, _sum(target, others), len(others), factor[view, groups])
+            out[view, groups] = _shown(slope, weight[view, groups], given, out.dtype)
     return out
+
+
+def _empty_gradient(student: Tensor, weight: Tensor | None) -> Tensor:
+    # Rows that no chunk visits have weight 0.
+    out = torch.empty_like(student, memory_format=torch.contiguous_format)
+    return out if weight is None else out.zero_()
+
+
+def _slope(softmax: Tensor, wanted: Tensor, others: int, factor: Tensor) -> Tensor:
+    """(n·softmax − Σ target)·factor of the rows, in place of the softmax."""
+    softmax = softmax.mul_(others) if others > 1 else softmax
+    return softmax.sub_(wanted).mul_(factor.unsqueeze(-1))
+
+
+def _shown(slope: Tensor, weight: Tensor, given: bool, dtype: torch.dtype) -> Tensor:
+    # Never 0·NaN.
+    return cast(slope.masked_fill_((weight == 0).unsqueeze(-1), 0) if given else slope, dtype)
 
 
 def _weights(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, own: bool) -> Tensor:

@@ -158,19 +158,18 @@ def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, of_entropy: 
 
 
 def _moved(args: Sequence[Any], shown: float) -> tuple[int, int]:
-    student, teacher, _, weight, *_ = args
-    return traffic(*_sizes(student, teacher), weighted=weight is not None, shown=shown,
-                   itemsize=student.element_size(), teacher_itemsize=teacher.element_size())[0][:2]
+    return _traffic(*args[:2], args[3], shown)[0][:2]
 
 
 def _backward_moved(args: Sequence[Any], shown: float) -> tuple[int, int]:
-    _, student, teacher, _, weight, *_ = args
-    return traffic(*_sizes(student, teacher), weighted=weight is not None, shown=shown,
-                   itemsize=student.element_size(), teacher_itemsize=teacher.element_size())[1][:2]
+    return _traffic(*args[1:3], args[4], shown)[1][:2]
 
 
-def _sizes(student: Tensor, teacher: Tensor) -> tuple[int, int, int, int]:
-    return student.shape[0], teacher.shape[0], student.shape[1], student.shape[2]
+def _traffic(student: Tensor, teacher: Tensor, weight: Tensor | None, shown: float) -> Any:
+    weighted = weight is not None  # else every row is read
+    return traffic(student.shape[0], teacher.shape[0], *student.shape[1:], weighted=weighted,
+                   shown=shown if weighted else 1.0, itemsize=student.element_size(),
+                   teacher_itemsize=teacher.element_size())
 
 
 def _reference(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..common.arguments import check_norm, explained, floating, wrong
 from ..common.define_op import Kept, define_op
-from ..common.rows import statistics_dtype
+from ..common.rows import cast, statistics_dtype
 from . import on_torch
 
 
@@ -142,8 +142,8 @@ def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, more: Tensor
         grad, more = more, None
     params, dtype, impl = kept.settings
     d_tokens, sums, d_pos = backward(grad, more, *kept.tensors, params[3] is not None, dtype, impl)
-    found = [*sums, *(None,) * (3 - len(sums)), d_pos]
-    d_params = [None if like is None else d.reshape(like[0]).to(like[1]) for d, like in zip(found, params, strict=True)]
+    found = [*sums.unbind(0), *(None,) * (3 - len(sums)), d_pos]
+    d_params = [None if like is None else cast(d.view(like[0]), like[1]) for d, like in zip(found, params, strict=True)]
     return d_tokens, None, *d_params
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.cpu import onednn_multiplies
+from ..common.rows import cast
 from ..common.token_layout import (
     cover,
     loss_gradient_,
@@ -18,6 +18,7 @@ from ..common.token_layout import (
     token_cells,
     token_chunks,
 )
+from ..linear.on_torch import input_gradient, product, weight_gradient
 from .inputs import buffers, loss_dtype
 
 
@@ -36,37 +37,37 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     dtype, low = (torch.float32, dtype) if slow else (dtype, dtype)
     head, shift = weight.to(low).to(dtype), None if bias is None else bias.to(low).to(dtype)
     x, d_x = tokens.flatten(0, 2), d_tokens.flatten(0, 2) if grads else d_tokens
-    first = True
+    first, scale = True, pixel_scale(target, mask, wide)
     for rows, chosen in token_chunks(cells):
         chunk = x[rows].to(low).to(dtype)
         pixels = normalised(patches[rows].unflatten(1, (-1, stride, stride)), mean, std, wide)
-        difference = masked_difference(F.linear(chunk, head, shift).to(low), pixels, chosen)
+        difference = masked_difference(product(chunk, head, shift).to(low), pixels, chosen)
         total += loss_sum(difference, loss)
         if grads:
             slope = loss_gradient_(difference, loss).flatten(1)
             if bias is not None:
                 d_bias += slope.sum(0)
             slope = slope.to(low).to(dtype)
-            d_x[rows] = (slope @ head).to(d_x.dtype)
-            if dtype == wide:
-                # beta 0 ignores what the buffer holds.
-                d_weight.addmm_(slope.T, chunk, beta=0 if first else 1)
-            elif first:
-                d_weight.copy_(slope.T @ chunk)
+            d_x[rows] = input_gradient(slope, head, None).to(d_x.dtype)
+            if first:
+                d_weight = weight_gradient(slope, chunk, wide)
+            elif dtype == wide:
+                d_weight.addmm_(slope.T, chunk)
             else:
-                d_weight += slope.T @ chunk
+                d_weight += weight_gradient(slope, chunk, dtype)
             first = False
     if grads and first:
         d_weight.zero_()
-    scale = pixel_scale(target, mask, total.dtype)
-    return total * scale, scale, d_tokens, d_weight, d_bias
+    # The factor is left to backward where a low precision would round or lose what it scales.
+    return total * scale, scale, d_tokens, d_weight.mul_(scale), d_bias.mul_(scale)
 
 
 def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor,
              weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::linear_masked_l1_backward``."""
-    factor = grad * scale
     # A 0-d factor would be rounded to the dtype of the tensor it scales: widen first.
-    wide = factor.dtype
-    return (d_tokens.to(wide) * factor).to(d_tokens.dtype), (d_weight * factor).to(weight_dtype), \
-        (d_bias * factor).to(bias_dtype)
+    wide = scale.dtype
+    d_tokens = cast(cast(d_tokens, wide) * (grad * scale), d_tokens.dtype)
+    if not (grad.is_cpu and grad.item() == 1):  # as it is where this loss is the one that is minimised
+        d_weight, d_bias = d_weight * grad, d_bias * grad
+    return d_tokens, cast(d_weight, weight_dtype), cast(d_bias, bias_dtype)

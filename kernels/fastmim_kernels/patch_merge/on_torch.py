@@ -25,7 +25,8 @@ def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight:
     """Arguments and results of the op ``fastmim::patch_merge_backward``."""
     grad, sums = grad.contiguous(), mean.new_empty(0)
     if weight is not None and x is not None:
-        grad, sums = layer_norm_backward(grad, gather(x.contiguous(), dtype), mean, rstd, weight)
+        grad, *of_norm = layer_norm_backward(grad, gather(x.contiguous(), dtype), mean, rstd, weight)
+        sums = torch.stack(of_norm)
     return scatter(grad, height, width, dtype), sums
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.rows import cast, column_sum, layer_norm, layer_norm_backward, nothing
+from ..common.define_op import autograd_function
+from ..common.rows import cast, column_sum, layer_norm, layer_norm_backward, nothing, statistics_dtype
 from ..patch_merge.on_torch import gather, scatter
+
+KEPT_WIDE = 1 << 21
+"""Values of a low-precision branch that a CPU keeps in float32 for backward: with so few, widening them again costs a
+tenth of the pass and keeping them 4 MiB at most; with more, memory and page faults cost more than the widening."""
+CHUNK = 1 << 18
+"""Values that are widened at a time where they are more: a megabyte, which stays in cache."""
 
 
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
@@ -22,6 +32,8 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
         branch = branch + branch_bias.to(branch.dtype)
     factor = _factor(drop_scale, gamma, branch.ndim, branch.dtype)
     if order == "post":
+        # Widened before, not behind: torch's additions of two dtypes take as long as a pass more.
+        branch = branch if residual is None else cast(branch, torch.promote_types(branch.dtype, residual.dtype))
         branch, mean, rstd = layer_norm(branch, weight, bias, eps)
         if merge:
             added = gather(_add(residual, branch, factor, branch.dtype if residual is None else residual.dtype),
@@ -34,6 +46,31 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
     added = _add(residual, branch, factor, stream_dtype)
     out, mean, rstd = layer_norm(added, weight, bias, eps)
     return added, out.to(out_dtype), mean, rstd
+
+
+def composed(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
+             drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float, stream_dtype: torch.dtype,
+             out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor] | None:
+    """Both results where a CPU adds and normalises in float32 or better: there autograd keeps and moves as little.
+
+    Not with γ, whose gradient would be a map before it is summed.
+    """
+    if residual is None or branch is None or gamma is not None or merge or not weight.is_cpu:
+        return None
+    dtype = residual.dtype
+    if not dtype == weight.dtype == bias.dtype == statistics_dtype(dtype) == torch.promote_types(dtype, branch.dtype):
+        return None
+    x = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
+    factor = _factor(drop_scale, None, branch.ndim, branch.dtype if order == "pre" else dtype)
+    if order == "pre":
+        added = _add(residual, x, factor, dtype)
+        return added, cast(F.layer_norm(added, weight.shape, weight, bias, eps), out_dtype)
+    if x.dtype == dtype or x.numel() <= KEPT_WIDE:
+        x = F.layer_norm(cast(x, dtype), weight.shape, weight, bias, eps)
+    else:
+        x = _NORM_OF_LOW.apply(x, weight, bias, eps)
+    added = x.add_(residual) if factor is None else _add(residual, x, factor, dtype)
+    return added, cast(added, out_dtype)
 
 
 def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None, mean: Tensor,
@@ -55,6 +92,30 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
                          dtype, branch_dtype)
 
 
+def _norm_of_low(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of low-precision x in the dtype of its parameters, which keeps x as it is."""
+    out, mean, rstd = layer_norm(x.to(weight.dtype), weight, bias, eps)
+    ctx.save_for_backward(x, mean, rstd, weight)
+    return out
+
+
+def _norm_of_low_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, weight = ctx.saved_tensors
+    channels = x.shape[-1]
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums = weight.new_zeros((2, channels))
+    rows = max(CHUNK // channels, 1)
+    maps = (t.reshape(-1, channels).split(rows) for t in (grad, x, d_x))
+    for part, low, out, own_mean, own_rstd in zip(*maps, mean.split(rows), rstd.split(rows), strict=True):
+        found, *of_norm = layer_norm_backward(part, low.to(weight.dtype), own_mean, own_rstd, weight)
+        out.copy_(found)
+        sums += torch.stack(of_norm)
+    return d_x, *sums.unbind(0), None
+
+
+_NORM_OF_LOW = autograd_function("norm_of_low", _norm_of_low, _norm_of_low_backward)
+
+
 def _factor(drop_scale: Tensor | None, gamma: Tensor | None, ndim: int, dtype: torch.dtype
             ) -> Tensor | None:
     """s·γ, broadcastable to (B, …, C)."""
@@ -67,6 +128,8 @@ def _factor(drop_scale: Tensor | None, gamma: Tensor | None, ndim: int, dtype: t
 def _add(residual: Tensor | None, branch: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if residual is None:
         return (branch if factor is None else branch * factor).to(dtype)
+    if factor is None and branch.dtype != dtype == residual.dtype:
+        return branch.to(dtype).add_(residual)  # in half the time of an addition of two dtypes
     added = residual + branch if factor is None else torch.addcmul(residual, branch, factor)
     return added.to(dtype)
 
@@ -87,12 +150,12 @@ def _backward_post(grad_added: Tensor | None, grad_out: Tensor | None, branch: T
     factor = _factor(drop_scale, None, branch.ndim, mean.dtype)
     grad = grad if factor is None else grad * factor
     x = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
-    d_branch, sums = layer_norm_backward(grad, x, mean, rstd, weight)
-    return d_residual, d_branch, sums if branch_bias is None else _stacked(sums, column_sum(d_branch))
+    d_branch, *sums = layer_norm_backward(grad, x, mean, rstd, weight)
+    return d_residual, d_branch, _stacked(sums if branch_bias is None else [*sums, column_sum(d_branch)])
 
 
-def _stacked(sums: Tensor, *more: Tensor) -> Tensor:
-    return torch.cat((sums, torch.stack([cast(d, sums.dtype) for d in more]))) if more else sums
+def _stacked(sums: list[Tensor]) -> Tensor:
+    return torch.stack([cast(d, sums[0].dtype) for d in sums])
 
 
 def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Tensor, branch: Tensor | None,
@@ -101,9 +164,9 @@ def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Ten
                   branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     if grad_out is None:
         assert grad_added is not None
-        d_residual, sums = grad_added.clone(), mean.new_zeros((2, *weight.shape))
+        d_residual, d_params = grad_added.clone(), [*mean.new_zeros((2, *weight.shape))]
     else:
-        d_residual, sums = layer_norm_backward(grad_out, added, mean, rstd, weight)
+        d_residual, *d_params = layer_norm_backward(grad_out, added, mean, rstd, weight)
         if grad_added is not None:
             d_residual += grad_added
     factor = _factor(drop_scale, gamma, added.ndim, dtype)
@@ -111,7 +174,6 @@ def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Ten
         d_branch = nothing(added)
     else:
         d_branch = (d_residual if factor is None else d_residual * factor).to(branch_dtype)
-    d_params: list[Tensor] = []
     if branch_bias is not None:
         d_params.append(column_sum(d_branch if d_branch.numel() else d_residual))
     if gamma is not None:
@@ -120,4 +182,4 @@ def _backward_pre(grad_added: Tensor | None, grad_out: Tensor | None, added: Ten
         # Summed within each sample first: then the factor of the samples is a small product.
         products = (d_residual * branch).unsqueeze(1).flatten(1, -2).sum(1, dtype=mean.dtype)
         d_params.append(products.sum(0) if drop_scale is None else drop_scale @ products)
-    return d_residual, d_branch, _stacked(sums, *d_params)
+    return d_residual, d_branch, _stacked(d_params)
