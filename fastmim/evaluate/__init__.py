@@ -1,1 +1,1 @@
-"""Looking at what an objective has learnt: reconstruction pictures, validation loss, the loss curve."""
+"""Looking at what an objective has learnt: pictures, validation loss, the curve, probes of frozen features."""

@@ -22,10 +22,8 @@ def cloud(count, seed, classes=3, width=7):
 
 
 def votes_by_hand(train, labels, x, k, classes):
-    similar = sorted(
-        ((float(torch.cosine_similarity(x.double(), t.double(), dim=0)), int(y)) for t, y in zip(train, labels)),
-        reverse=True,
-    )
+    cosines = torch.cosine_similarity(x.double(), train.double()).tolist()
+    similar = sorted(zip(cosines, labels.tolist(), strict=True), reverse=True)
     return [sum(math.exp(s / 0.07) for s, y in similar[:k] if y == c) for c in range(classes)]
 
 
