@@ -231,7 +231,7 @@ def test_wrong_arguments_are_refused(call, message):
 
 
 def test_places_for_the_rows_of_a_batch():
-    """Enough for each of 300 batches of 64 crops, by some standard deviations (33.5 cells of one crop); for few crops as
+    """Enough for each of 300 batches of 64 crops, by some standard deviations (33.5 cells of a crop); for few crops as
     many as their masks could hold."""
     mask = ibot_mask(torch.arange(64 * 300), grid=(14, 14), shape="random")
     most = mask.flatten(1).sum(1).unflatten(0, (300, 64)).sum(1).max()
