@@ -21,7 +21,7 @@ from fastmim_kernels.window_attention.op import traffic as window_attention_traf
 
 pytest.importorskip("triton")
 
-from benchmarks import op_count  # noqa: E402
+from benchmarks import moco_count, op_count  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
 from fastmim.plan.hardware import Gpu  # noqa: E402
@@ -263,3 +263,12 @@ def test_no_score_matrix_per_window(name: str, window: int) -> None:
 
     assert matrices(op_count.baseline(name, **SMALL))
     assert not matrices(op_count.ours(name, **SMALL))
+
+
+def test_a_step_of_moco_beside_the_papers_pseudocode() -> None:
+    """Views of one batch in one pass, and of the last block class tokens alone: bounds above what was counted."""
+    size = dict(img_size=96, patch_size=8, embed_dim=64, depth=8, num_heads=2)
+    counts = moco_count.count(size, 8)
+    ours, eager = counts["fastmim"], counts["timm"]
+    assert len(ours.counter.launches) < 0.65 * len(eager.counter.launches)
+    assert ours.megabytes < 0.7 * eager.megabytes and ours.saved_megabytes < 0.9 * eager.saved_megabytes
