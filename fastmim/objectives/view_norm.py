@@ -57,10 +57,11 @@ class ViewNorm(nn.Module):
         rows = count * x.shape[1]
         if rows < 2:
             raise ValueError("train.micro_batch_size=1: a BatchNorm needs at least 2 images, over all ranks; use more")
-        # The mean and the variance of each rank, not sums of squares: these lose the variance of a large mean.
-        of_ranks = gather(torch.stack((x.mean(1), x.var(1, correction=0))), count)
-        means, variances = of_ranks.unbind(1)
-        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        variance, mean = torch.var_mean(x, 1, correction=0)
+        if count > 1:
+            # Mean and variance of each rank, not sums of squares: these lose the variance beside a large mean.
+            means, variances = gather(torch.stack((mean, variance)), count).unbind(1)
+            mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         self._keep(mean.detach(), variance.detach() * (rows / (rows - 1)))
         return mean, variance
 

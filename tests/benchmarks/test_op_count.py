@@ -21,7 +21,7 @@ from fastmim_kernels.window_attention.op import traffic as window_attention_traf
 
 pytest.importorskip("triton")
 
-from benchmarks import ibot_count, op_count, step_count  # noqa: E402
+from benchmarks import ibot_count, moco_count, op_count, step_count  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
 from fastmim.plan.hardware import Gpu  # noqa: E402
@@ -279,3 +279,12 @@ def test_a_foreach_op_writes_its_first_list() -> None:
     with FakeTensorMode():
         tensors, ends = ([torch.empty(n) for n in (3, 5)] for _ in range(2))
         assert counted(lambda: torch._foreach_lerp_(tensors, ends, 0.5)) == [("_foreach_lerp_.Scalar", 12 * 8, 0)]
+
+
+def test_a_step_of_moco_beside_the_papers_pseudocode() -> None:
+    """Views of one batch in one pass, and of the last block class tokens alone: bounds above what was counted."""
+    size = dict(img_size=96, patch_size=8, embed_dim=64, depth=8, num_heads=2)
+    counts = moco_count.count(size, 8)
+    ours, eager = counts["fastmim"], counts["timm"]
+    assert len(ours.counter.launches) < 0.65 * len(eager.counter.launches)
+    assert ours.megabytes < 0.7 * eager.megabytes and ours.saved_megabytes < 0.9 * eager.saved_megabytes
