@@ -35,8 +35,8 @@ class BEiT(Objective):
             images
         token_cache: folder that keeps the codes of crops, for crops that come again; null = none
         codes: size of the vocabulary, null = the tokenizer's
-        num_mask: patches that a mask hides at most
-        min_block: least area of a block of a mask in patches
+        num_mask: patches that a mask hides at most, null = 75 of 196
+        min_block: least area of a block of a mask in patches, null = 16 of 75 hidden ones
         jitter: strength of brightness, contrast and saturation, alike for encoder and tokenizer; 0 = none
         common: of every :class:`Objective`
     """
@@ -48,15 +48,16 @@ class BEiT(Objective):
         tokenizer: str | None = None,
         token_cache: str | None = None,
         codes: int | None = None,
-        num_mask: int = 75,
-        min_block: int = 16,
+        num_mask: int | None = None,
+        min_block: int | None = None,
         jitter: float = 0.4,
         **common: Any,
     ) -> None:
         own: dict[str, Any] = dict(tokenizer=tokenizer, token_cache=token_cache)
         self.check(encoder=encoder, codes=codes, num_mask=num_mask, min_block=min_block, jitter=jitter, **own)
         super().__init__(encoder=encoder, **common)
-        self.num_mask, self.min_block, self.jitter = num_mask, min_block, jitter
+        self.jitter = jitter
+        self.num_mask, self.min_block = mask_sizes(self.token_grid, num_mask, min_block)
         self.tokenizer = None if tokenizer is None else self._open(tokenizer, codes)
         self._cache_folder = token_cache
         self._cache: TokenCache | None = None
@@ -71,8 +72,8 @@ class BEiT(Objective):
         *,
         encoder: Mapping[str, Any],
         codes: int | None,
-        num_mask: int,
-        min_block: int,
+        num_mask: int | None,
+        min_block: int | None,
         jitter: float,
         tokenizer: str | None,
         token_cache: str | None,
@@ -82,10 +83,11 @@ class BEiT(Objective):
         settings = encoder_settings(encoder)
         stride = settings["patch_size"] * 2 ** (len(settings.get("depths", (1,))) - 1)
         rows, columns = (-(-edge // stride) for edge in to_pair(settings["img_size"], "img_size"))
+        num_mask, min_block = mask_sizes((rows, columns), num_mask, min_block)
         if min(rows, columns) < 2:
             raise ValueError(f"num_mask={num_mask}: blocks need two tokens in either direction, not {rows} × {columns}")
         if not 0 < num_mask < rows * columns:
-            fit = max(round(75 / 196 * rows * columns), 1)
+            fit, _ = mask_sizes((rows, columns), None, None)
             raise ValueError(f"num_mask={num_mask}: must lie in 1 … {rows * columns - 1}, for example {fit}")
         if not 1 <= min_block <= num_mask:
             raise ValueError(
@@ -266,3 +268,9 @@ class BEiT(Objective):
     def _drawn(self, ids: Tensor) -> Tensor:
         assert self.tokenizer is not None
         return to_rgb(self.tokenizer.pixels(ids)) if self.tokenizer.decodes else code_map(ids, 1)
+
+
+def mask_sizes(grid: tuple[int, int], num_mask: int | None, min_block: int | None) -> tuple[int, int]:
+    """Both, in tokens of ``grid``; what is None in the shares that are 75 and 16 of 14 × 14."""
+    count = max(round(75 / 196 * grid[0] * grid[1]), 1) if num_mask is None else num_mask
+    return count, max(round(16 / 75 * count), 1) if min_block is None else min_block

@@ -114,6 +114,13 @@ def test_masks_hold_at_most_so_many_and_are_of_their_sample():
     assert torch.equal(objective.random_mask(ids.flip(0), seed=1, epoch=2).flip(0), mask)
 
 
+def test_a_mask_of_another_grid_has_the_same_shares():
+    for size, expected in ((224, (75, 16)), (32, (6, 1)), ((112, 224), (38, 8))):
+        encoder = VIT | dict(img_size=size, patch_size=16 if size != 32 else 8)
+        objective = build(encoder, num_mask=None, min_block=None)
+        assert (objective.num_mask, objective.min_block) == expected
+
+
 def test_codes_of_an_image_alone_are_those_of_it_in_the_tokenizers_size(path):
     objective = build(tokenizer=str(path))
     flat = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
