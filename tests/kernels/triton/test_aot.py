@@ -18,10 +18,10 @@ import triton
 ROOT = Path(__file__).resolve().parents[3]
 OF_3_6 = (
     # Its pass over Blackwell's tensor memory fails; the self-test meets that, and torch's op is taken.
-    r"masked_loss\.linear_on_triton/loss +100 +does not compile: RuntimeError: PassManager::run failed",
+    r"masked_loss\.linear_on_triton/loss(/mae)? +100 +does not compile: RuntimeError: PassManager::run failed",
     r"window_attention\.triton_forward/window_attention/backward/swin_w7_sm80 +80 .*128-bit share 0\.4\d\d < 0\.50$",
 )
-"""What the oldest Triton makes of two cases, and no other: lines of the report."""
+"""What the oldest Triton makes of some cases, and no other: lines of the report."""
 
 
 def compile_report(out: Path, *args: str) -> tuple[list[dict], subprocess.CompletedProcess[str]]:
