@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import command, harness, op_count  # noqa: E402
+from benchmarks import command, harness, step_count  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 from fastmim.plan.counter import SavedTensors  # noqa: E402
 
@@ -45,7 +45,7 @@ def counted(case: str, ratio: float, batch: int) -> list[dict[str, Any]]:
     rows = []
     for way in WAYS:
         # The weights' copies, of which a step makes one set, are not in the counts.
-        found = op_count.count_step(lambda way=way: build(case, ratio, way), batch=batch, casts_once=True)
+        found = step_count.count_step(lambda way=way: build(case, ratio, way), batch=batch, casts_once=True)
         launches, moved, flops = found.counter.totals()
         rows.append({
             "kind": "counted", "dtype": "bf16", "way": way, "launches": launches, "gflop": flops / batch / 1e9,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks import command, op_count  # noqa: E402
+from benchmarks import command, step_count  # noqa: E402
 from benchmarks.bench_counts import on_fake_weights  # noqa: E402
 from benchmarks.train_step import Provider, plain_step  # noqa: E402
 from fastmim import create_objective  # noqa: E402
@@ -164,9 +164,9 @@ def counts(clone: Path, model: str, decoder: Sequence[int], batch: int = 64) -> 
     builders: dict[str, Callable[[], Any]] = {
         "": lambda: ours(encoder, decoder), "reference_": partial(on_fake_weights, reference)
     }  # fmt: skip
-    with mock.patch.object(op_count, "SHARES", {}):
+    with mock.patch.object(step_count, "SHARES", {}):
         for side, build in builders.items():
-            count = op_count.count_step(build, batch=batch, img_size=encoder["img_size"])
+            count = step_count.count_step(build, batch=batch, img_size=encoder["img_size"])
             found |= {
                 f"{side}launches": count.launches,
                 f"{side}mb_per_image": round(count.megabytes, 2),
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds {args.rounds}: give 2 at least")
     counted = counts(args.reference, args.model, args.decoder)
     shared = {"model": args.model, "decoder": "x".join(map(str, args.decoder)), "threads": torch.get_num_threads(),
-              "torch": torch.__version__, "commit": op_count.versions()["commit"]}  # fmt: skip
+              "torch": torch.__version__, "commit": step_count.versions()["commit"]}  # fmt: skip
     timed = [{}] if args.counts_only else [times(args.reference, args, dtype) for dtype in args.dtypes]
     rows = [shared | counted | found for found in timed]
     for row in rows:
