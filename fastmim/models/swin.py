@@ -223,8 +223,7 @@ class SwinTransformer(nn.Module):
         patches = self.patch_embed.patches(images if visible is None else visible.pixels(images, self.stride))
         proj, reductions = self.patch_embed.proj, [layer.downsample.reduction.weight for layer in self.layers[1:]]
         steps, low = self.shared(self.all_blocks(), [proj.weight.flatten(1), proj.bias, *reductions], patches)
-        if visible is not None:
-            steps = self._among(visible, steps)
+        steps = steps if visible is None else visible.into(steps)
         if rows is not None:
             steps[-1] = steps[-1].only(rows, math.prod(self.last_map))
         dtype = stream_dtype(patches, self.residual_dtype)
@@ -236,12 +235,6 @@ class SwinTransformer(nn.Module):
         if visible is not None:
             return x.flatten(1, 2)
         return x if rows is None else put(x, rows, (len(images), *self.last_map))
-
-    def _among(self, visible: Visible, steps: list[Step]) -> list[Step]:
-        """The steps of all blocks, in windows of visible tokens."""
-        windows = [own[any(block.attn.shift_size)] for layer, own in zip(self.layers, visible.stages, strict=True)
-                   for block in layer.blocks]  # fmt: skip
-        return [step._replace(windows=own) for step, own in zip(steps, windows, strict=True)]
 
     def forward_tokens(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) images of any size that the patch divides → (B, D) class and (B, h, w, D) patch tokens.

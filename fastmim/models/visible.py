@@ -37,8 +37,12 @@ class Visible(NamedTuple):
 
     keep: Tensor
     """(B, U) int64 numbers of columns, row by row."""
-    stages: list[tuple[Windows, Windows]]
-    """Of the blocks without and with a shift."""
+    windows: list[Windows]
+    """Of every block of the encoder."""
+
+    def into(self, steps: list[Any]) -> list[Any]:
+        """The :class:`.Step` of every block, with its windows."""
+        return [step._replace(windows=own) for step, own in zip(steps, self.windows, strict=True)]
 
     def pixels(self, images: Tensor, stride: int) -> Tensor:
         """(B, C, H, W) → (B, C, U·stride, stride): the columns, one below the other."""
@@ -63,14 +67,16 @@ class VisibleColumns(nn.Module):
         self.count = math.prod(edge // encoder.stride for edge in encoder.img_size)
         self.edges: list[int] = []
         self.padded: list[bool] = []
+        self.kinds: list[tuple[str, int]] = []
         for stage, layer in enumerate(encoder.layers):
             scale = encoder.patch_size * 2**stage
             self.edges.append(encoder.stride // scale)
             size = encoder.img_size[0] // scale, encoder.img_size[1] // scale
             attns = [block.attn for block in layer.blocks]
+            kinds = ["shifted" if any(attn.shift_size) else "plain" for attn in attns]
+            self.kinds += [(kind, stage) for kind in kinds]
             self.padded.append(any(size[i] % attns[0].window_size[i] for i in (0, 1)))
-            # A stage of a single block has no other.
-            for kind, attn in (("plain", attns[0]), ("shifted", attns[min(1, len(attns) - 1)])):
+            for kind, attn in dict(zip(kinds, attns, strict=True)).items():
                 for name, table in zip(("column", "inner", "groups"), _tables(size, self.edges[-1], attn), strict=True):
                     self.register_buffer(f"{kind}_{name}_{stage}", table, persistent=False)
 
@@ -80,8 +86,8 @@ class VisibleColumns(nn.Module):
         order = torch.arange(shown, device=keep.device).expand(batch, shown)
         rank = keep.new_full((batch, self.count), -1).scatter(1, keep, order)
         rank = torch.cat((rank, keep.new_full((batch, 1), -2)), 1)
-        stages = range(len(self.edges))
-        return Visible(keep, [(self._windows(rank, "plain", s), self._windows(rank, "shifted", s)) for s in stages])
+        found = {kind: self._windows(rank, *kind) for kind in dict.fromkeys(self.kinds)}
+        return Visible(keep, [found[kind] for kind in self.kinds])
 
     def _windows(self, rank: Tensor, kind: str, stage: int) -> Windows:
         column, inner, groups = (getattr(self, f"{kind}_{name}_{stage}") for name in ("column", "inner", "groups"))
