@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.layers import to_pair, trunc_normal_
-from ..models.stream import Step, normalise, stream_dtype
-from ..models.vit import NORM_EPS, Attention, VitBlock
+from ..models.positions import sincos_positions
+from ..models.stream import Step, stream_dtype
+from ..models.vit import NORM_EPS, Attention, VitBlock, run_blocks
 
 
 class VisibleDecoder(nn.Module):
@@ -34,7 +35,7 @@ class VisibleDecoder(nn.Module):
         self.grid, self.impl = grid, impl
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
+        self.register_buffer("positions", sincos_positions(grid, dim)[0, 1:], persistent=False)
         self.blocks = nn.ModuleList(
             VitBlock(dim, Attention(dim, num_heads, True, True, None), 4.0, None) for _ in range(depth)
         )
@@ -50,20 +51,9 @@ class VisibleDecoder(nn.Module):
         embedded = self.embed(tokens)
         everywhere = self.mask_token.to(embedded.dtype).expand(len(keep), math.prod(self.grid), -1)
         x = everywhere.scatter(1, keep[..., None].expand_as(embedded), embedded) + self.positions
-        blocks: Any = self.blocks
-        x, y = normalise(x.to(stream_dtype(x, "auto")), blocks[0].norm1, self.impl)
-        for block, norm in zip(blocks, [*(b.norm1 for b in blocks[1:]), self.norm], strict=True):
-            x, y = block(x, y, None, Step(self.impl, next_norm=norm))
+        drops = [(None, None)] * len(self.blocks)
+        _, y = run_blocks(x.to(stream_dtype(x, "auto")), self.blocks, self.norm, drops, Step(self.impl))
         return y.unflatten(1, self.grid)
-
-
-def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """(h·w, dim) sines and cosines of rows and of columns, wavelengths 2π to 10000·2π (Vaswani et al. 2017, 3.5)."""
-    quarter = dim // 4
-    frequency = 10000 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
-    rows, columns = (torch.arange(edge, dtype=torch.float64, device="cpu")[:, None] * frequency for edge in grid)
-    angles = torch.cat((rows.repeat_interleave(grid[1], 0), columns.repeat(grid[0], 1)), 1)
-    return torch.cat((angles.sin(), angles.cos()), 1).float()
 
 
 def check_visible(settings: Mapping[str, Any], unit: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fastmim.objectives import create_objective
-from fastmim.objectives.visible_decoder import VisibleDecoder, sincos_positions
+from fastmim.objectives.visible_decoder import VisibleDecoder
 from fastmim_kernels import reference
 
 TINY = dict(patch_size=4, in_chans=2, embed_dim=8, depths=(2, 1, 1), num_heads=(1, 2, 4), window_size=3)
@@ -78,17 +78,6 @@ def test_the_decoder_is_a_pre_norm_transformer_over_all_places():
         x = x + block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
         x = x + block.mlp.fc2(torch.nn.functional.gelu(block.mlp.fc1(block.norm2(x))))
     torch.testing.assert_close(decoder(tokens, keep).flatten(1, 2), decoder.norm(x))
-
-
-def test_positions_tell_all_places_apart():
-    """Of neighbours in rows and in columns alike, and each is 1 long per pair of sine and cosine."""
-    positions = sincos_positions((4, 7), 16)
-    assert torch.cdist(positions, positions).fill_diagonal_(1).min() > 0.1
-    torch.testing.assert_close(positions[:, :8] ** 2 + positions[:, 8:] ** 2, torch.ones(28, 8))
-    # A step of a row moves the first half of each, a step of a column the second.
-    down, right = positions[7] - positions[0], positions[1] - positions[0]
-    assert torch.equal(down.view(2, 2, 4)[:, 0], right.view(2, 2, 4)[:, 1])
-    assert not down.view(2, 2, 4)[:, 1].any() and not right.view(2, 2, 4)[:, 0].any()
 
 
 @pytest.mark.parametrize("family", ["swin", "swinv2"])
