@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,7 +62,8 @@ class HeadMlp(nn.Sequential):
         if not picks_triton("mlp", self.impl, x.device):
             out: Tensor = super().forward(x)  # a CPU would compute activations again for as long as it saves
             return out
-        first, _, second, _, third = self
+        layers: list[Any] = list(self)
+        first, second, third = layers[::2]
         x = fk.mlp(x, first.weight, first.bias, second.weight, None, impl=self.impl)
         return fk.linear(fk.gelu(x, second.bias, impl=self.impl), third.weight, third.bias, impl=self.impl)
 
