@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,8 @@ class HeadMlp(nn.Sequential):
         if not picks_triton("mlp", self.impl, x.device):
             out: Tensor = super().forward(x)  # a CPU would compute activations again for as long as it saves
             return out
-        first, _, second, _, third = self
+        layers: list[Any] = list(self)
+        first, second, third = layers[::2]
         x = fk.mlp(x, first.weight, first.bias, second.weight, None, impl=self.impl)
         return fk.linear(fk.gelu(x, second.bias, impl=self.impl), third.weight, third.bias, impl=self.impl)
 

@@ -158,11 +158,11 @@ def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, of_entropy: 
 
 
 def _moved(args: Sequence[Any], shown: float) -> tuple[int, int]:
-    return _traffic(*args[:2], args[3], shown)[0][:2]
+    return _traffic(args[0], args[1], args[3], shown)[0][:2]
 
 
 def _backward_moved(args: Sequence[Any], shown: float) -> tuple[int, int]:
-    return _traffic(*args[1:3], args[4], shown)[1][:2]
+    return _traffic(args[1], args[2], args[4], shown)[1][:2]
 
 
 def _traffic(student: Tensor, teacher: Tensor, weight: Tensor | None, shown: float) -> Any:
