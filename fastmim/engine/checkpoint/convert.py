@@ -30,7 +30,7 @@ _OTHER_FORMATS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pth")
 def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False, student: bool = False) -> Path:
     """Write the encoder of a checkpoint under timm's names, as ``encoder.safetensors`` of a finished run is.
 
-    Of an objective with a teacher it is the teacher's.
+    Of iBOT and DINO it is the teacher's; of MoCo v3 the base encoder's, as in the reference.
 
     Whatever the number of ranks and the ZeRO stage that wrote it, one tensor is in memory at a time.
 
