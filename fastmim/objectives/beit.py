@@ -87,12 +87,10 @@ class BEiT(Objective):
         if min(rows, columns) < 2:
             raise ValueError(f"num_mask={num_mask}: blocks need two tokens in either direction, not {rows} × {columns}")
         if not 0 < num_mask < rows * columns:
-            fit, _ = mask_sizes((rows, columns), None, None)
-            raise ValueError(f"num_mask={num_mask}: must lie in 1 … {rows * columns - 1}, for example {fit}")
+            example = mask_sizes((rows, columns), None, None)[0]
+            raise ValueError(f"num_mask={num_mask}: must lie in 1 … {rows * columns - 1}, for example {example}")
         if not 1 <= min_block <= num_mask:
-            raise ValueError(
-                f"min_block={min_block}: must lie in 1 … num_mask={num_mask}, for example {num_mask // 5 or 1}"
-            )
+            raise ValueError(f"min_block={min_block}: must lie in 1 … num_mask={num_mask}, or null")
         if token_cache is not None and tokenizer is None:
             raise ValueError(f"token_cache={token_cache}: keeps the codes of a tokenizer; give one, or null")
         if codes is not None and codes < 2:
