@@ -18,7 +18,8 @@ from fastmim.engine.distributed import World
 from fastmim.engine.loop import train_step
 from fastmim.interop import load_reference
 from fastmim.interop.self_distilled import own_name
-from fastmim.objectives.self_distillation import Centre, hidden_weights, warm_temperature
+from fastmim.objectives.block_masks import row_weights
+from fastmim.objectives.self_distillation import Centre, warm_temperature
 
 from .common import Errors, encoder_of, ends, overrides, relative, weights
 
@@ -144,7 +145,7 @@ def ibot_loss(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl
         crops = torch.cat((student, local)).unflatten(0, (-1, batch)), teacher.unflatten(0, (2, batch))
         how = [dict(student_temp=temps["student_temp"], teacher_temp=value, impl=impl) for value in heat]
         cls = fk.distillation(*crops, centre.value, pairs="views", **how[0])
-        weight = hidden_weights(mask)
+        weight = row_weights(mask) / len(mask)
         patch = fk.distillation(student_patch, teacher_patch, patch_centre.value, weight=weight, **how[1])
         loss = meta["lambda1"] * cls + meta["lambda2"] * patch
         loss.backward()
