@@ -65,8 +65,13 @@ OBJECTIVES = {
     "simmim": ["objective.name=simmim", "objective.unit={stride}", "optim.lr=2e-3"],
     "dino": ["objective.name=dino", *_SELF_DISTILLATION],
     "ibot": ["objective.name=ibot", *_SELF_DISTILLATION],
+    "moco": ["objective.name=moco", "objective.hidden_dim=128", "objective.out_dim=32", "objective.augment=false",
+             "objective.scale=[0.4,1.0]", "optim.clip_grad=null", "optim.lr=5e-4"],
 }
-"""Overrides of each; ``{stride}`` is that of the encoder's tokens."""
+"""Overrides of each: a new objective is a line here. ``{stride}`` is that of the encoder's tokens, ``{local}`` the
+edge of a local crop. MoCo v3 is for ViT alone, and is passed over for others."""
+ONLY = {"moco": ("vit",)}
+"""The encoders of an objective that does not take all."""
 POOLS = {"simmim": "mean"}
 """What stands for an image, where it is not the class token of a ViT: its loss reads patches alone."""
 STRIDES = {"vit": 7, "swin": 8}
@@ -135,6 +140,8 @@ def rows(args: Any, folder: Path, labelled: Path) -> Iterator[dict[str, Any]]:
                 first = judged(untrained(cfg, world), images, args.protocol, pool)
                 yield _row(UNTRAINED, encoder, seed) | first
             for objective in args.objectives:
+                if encoder not in ONLY.get(objective, ENCODERS):
+                    continue
                 if (objective, encoder) not in costs:
                     costs[objective, encoder] = cost_of_a_step(objective, encoder, unlabelled)
                 cost = costs[objective, encoder]

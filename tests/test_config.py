@@ -138,6 +138,8 @@ MISTAKES = [
     ("data.mean=[0.5, 0.5]", ["data.mean=[0.5, 0.5]: 2 values for model.in_chans=3"]),
     ("train.epochs=null", ["give train.steps or train.epochs"]),
     ("data={val_path: /v, val_fraction: 0.1}", ["data.val_fraction=0.1: data.val_path=/v is given too; keep one"]),
+    ("data.labels=/c.csv", ["data.labels=/c.csv: names the classes of data.labelled_path, which is null"]),
+    ("train.probe_every=5", ["train.probe_every=5: nothing to probe; give data.labelled_path"]),
     ("data.val_fraction=0", ["data.val_fraction=0: must be > 0"]),
     ("data.val_fraction=1", ["data.val_fraction=1: must be < 1"]),
     ("train={steps: 5, epochs: 5}", ["train.steps=5: train.epochs=5 is given too"]),
