@@ -67,13 +67,26 @@ OBJECTIVES = {
     "ibot": ["objective.name=ibot", *_SELF_DISTILLATION],
     "moco": ["objective.name=moco", "objective.hidden_dim=128", "objective.out_dim=32", "objective.augment=false",
              "objective.scale=[0.4,1.0]", "optim.clip_grad=null", "optim.lr=5e-4"],
-}
+    "mae": ["objective.name=mae", "objective.mask_ratio=0.6", "objective.decoder_embed_dim=32",
+            "objective.decoder_depth=1", "objective.decoder_num_heads=2", "optim.clip_grad=null", "optim.lr=2e-3"],
+    "beit": ["objective.name=beit", "objective.tokenizer={tokenizer}", "objective.num_mask=8", "objective.min_block=2",
+             "optim.clip_grad=3.0", "optim.lr=1e-3"],
+    "visible": ["objective.name=simmim", "objective.visible_only=true", "objective.unit={stride}",
+                "objective.decoder_dim=32", "objective.decoder_num_heads=2", "optim.lr=2e-3"],
+}  # fmt: skip
 """Overrides of each: a new objective is a line here. ``{stride}`` is that of the encoder's tokens, ``{local}`` the
-edge of a local crop. MoCo v3 is for ViT alone, and is passed over for others."""
-ONLY = {"moco": ("vit",)}
-"""The encoders of an objective that does not take all."""
-POOLS = {"simmim": "mean"}
+edge of a local crop, ``{tokenizer}`` a discrete autoencoder of the same images, whose training comes on top."""
+ONLY = {"moco": ("vit",), "mae": ("vit",), "visible": ("swin",)}
+"""The encoders of an objective that does not take all; for others it is passed over."""
+POOLS = {"simmim": "mean", "mae": "mean", "beit": "mean"}
 """What stands for an image, where it is not the class token of a ViT: its loss reads patches alone."""
+TOKENIZER = [
+    "model.name=dvae", "model.img_size=16", "model.patch_size=4", "model.embed_dim=24", "model.depth=1",
+    "model.codes=64", "model.code_dim=16", "objective.name=dvae", "objective.temperature_end=0.2",
+    "objective.balance_weight=0.001", "optim.lr=3e-3", "optim.weight_decay=0", "optim.clip_grad=1.0",
+]  # fmt: skip
+"""4 × 4 codes an image, a code a token of either encoder."""
+TOKENIZER_STEPS = 400
 STRIDES = {"vit": 7, "swin": 8}
 LOCAL = {"vit": 14, "swin": 16}
 COLUMNS = (
@@ -86,10 +99,18 @@ _TIMED = (4, 16)
 
 def config(objective: str, encoder: str, seed: int, images: Path, out: Path, steps: int) -> Config:
     """The run of a row."""
-    own = [word.format(stride=STRIDES[encoder], local=LOCAL[encoder]) for word in OBJECTIVES[objective]]
+    places = {"stride": STRIDES[encoder], "local": LOCAL[encoder], "tokenizer": out.parent / "tokenizer"}
+    own = [word.format(**places) for word in OBJECTIVES[objective]]
     given = [f"data.path={images}", f"train.steps={steps}", f"optim.warmup_steps={max(1, min(20, steps // 5))}",
              f"train.seed={seed}", f"output.dir={out}"]  # fmt: skip
     return load_config(None, [*COMMON, *ENCODERS[encoder], *own, *given])
+
+
+def train_tokenizer(images: Path, folder: Path) -> float:
+    """Into ``folder/tokenizer``, once for all seeds; returns the CPU seconds."""
+    given = [f"data.path={images}", f"train.steps={TOKENIZER_STEPS}", "optim.warmup_steps=20",
+             f"output.dir={folder / 'tokenizer'}"]  # fmt: skip
+    return cpu_seconds(load_config(None, [*COMMON, *TOKENIZER, *given]))[0]
 
 
 def cpu_seconds(cfg: Config) -> tuple[float, Any]:
@@ -99,12 +120,13 @@ def cpu_seconds(cfg: Config) -> tuple[float, Any]:
     return time.process_time() - began, result
 
 
-def cost_of_a_step(objective: str, encoder: str, images: Path) -> float:
+def cost_of_a_step(objective: str, encoder: str, images: Path, folder: Path) -> float:
     """CPU seconds: the difference of two short runs, so that what a run costs at its ends does not count."""
     found = []
     for steps in (1, *_TIMED):  # the first pays for imports
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(cpu_seconds(config(objective, encoder, 0, images, Path(folder, "run"), steps))[0])
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            cfg = config(objective, encoder, 0, images, folder / "run", steps)
+            found.append(cpu_seconds(cfg.model_copy(update={"output": cfg.output.model_copy(update={"dir": out})}))[0])
     return (found[2] - found[1]) / (_TIMED[1] - _TIMED[0])
 
 
@@ -133,17 +155,19 @@ def rows(args: Any, folder: Path, labelled: Path) -> Iterator[dict[str, Any]]:
     """One a run, the untrained encoder of a seed first."""
     unlabelled, images = labelled / "train", LabelledImages(labelled)
     world, costs = World(0, 1, 0, torch.device("cpu")), {}
+    if "beit" in args.objectives:
+        spent = train_tokenizer(unlabelled, folder)
+        print(f"tokenizer of beit: {TOKENIZER_STEPS} steps in {spent:.0f} CPU seconds, on top of its runs'", flush=True)
     for encoder in args.encoders:
         for seed in range(args.seeds):
-            cfg = config(args.objectives[0], encoder, seed, unlabelled, folder, 1)
-            for pool in dict.fromkeys(POOLS.get(name) if encoder == "vit" else None for name in args.objectives):
+            own = [name for name in args.objectives if encoder in ONLY.get(name, ENCODERS)]
+            cfg = config(own[0], encoder, seed, unlabelled, folder, 1)
+            for pool in dict.fromkeys(POOLS.get(name) if encoder == "vit" else None for name in own):
                 first = judged(untrained(cfg, world), images, args.protocol, pool)
                 yield _row(UNTRAINED, encoder, seed) | first
-            for objective in args.objectives:
-                if encoder not in ONLY.get(objective, ENCODERS):
-                    continue
+            for objective in own:
                 if (objective, encoder) not in costs:
-                    costs[objective, encoder] = cost_of_a_step(objective, encoder, unlabelled)
+                    costs[objective, encoder] = cost_of_a_step(objective, encoder, unlabelled, folder)
                 cost = costs[objective, encoder]
                 steps = args.steps or max(10, round(args.seconds / cost))
                 out = folder / f"{objective}-{encoder}-{seed}"
