@@ -158,7 +158,7 @@ def test_its_section_has_the_words_of_its_docstring(folder, capsys):
     assert "# Predict the mean colour of an image.\nobjective:\n" in text
     assert "# power of the error; above 1, large errors count more (number; default 1.0)\n  sharpness: 2.0\n" in text
     assert "# layers of the head (integer; required)\n  depth: 1\n" in text
-    assert ", or package.module:Class of your own" in text and "mask_ratio" not in text
+    assert "package.module:Class of your own" in text and "mask_ratio" not in text
 
 
 def test_a_config_reaches_another_process(folder):
