@@ -5,6 +5,8 @@ STAMP := $(VENV)/.fastmim-installed
 DEMO_STAMP := $(VENV)/.fastmim-demo
 # Where torch comes from, for example https://download.pytorch.org/whl/cpu; empty: PyPI's, which brings CUDA on Linux.
 TORCH_INDEX ?=
+# Two processes use about 4 GiB; "-n 0" runs the tests one after the other.
+TEST_JOBS ?= -n 2 --dist loadfile
 INSTALL = $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -37,10 +39,11 @@ demo: $(DEMO_STAMP)
 	$(BIN)/fastmim data demo demo/data
 	$(BIN)/fastmim pretrain configs/demo.yaml
 
-# Triton's interpreter is switched on for a whole process: its tests run in one of their own.
+# Triton's interpreter is switched on for a whole process: its tests run in processes of their own. A file's tests stay
+# in one process, in which they share what they build.
 test: setup
-	$(BIN)/python -m pytest --ignore=tests/kernels/triton
-	$(BIN)/python -m pytest tests/kernels/triton
+	$(BIN)/python -m pytest $(TEST_JOBS) --ignore=tests/kernels/triton
+	$(BIN)/python -m pytest $(TEST_JOBS) tests/kernels/triton
 
 lint: setup
 	$(BIN)/ruff check .

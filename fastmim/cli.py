@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastmim._version import __version__
-from fastmim.commands import configs, images, machine, own
+from fastmim.commands import configs, finetune, images, machine, own, probe
 from fastmim.commands.console import let_go_of_stdout, log_to_stderr, own_rank, say, shown_on_a_terminal, to_stderr
 from fastmim.commands.own import own_images, sort_words
 from fastmim.engine.launcher import rank_or_none
@@ -38,6 +38,8 @@ examples:
   torchrun --nproc_per_node 8 -m fastmim pretrain CONFIG data.path=/path/to/images
   deepspeed --num_gpus 8 --module fastmim pretrain CONFIG data.path=/path/to/images
   fastmim convert runs/short encoder.safetensors
+  fastmim finetune configs/finetune/small.yaml --encoder runs/short data.path=/path/to/class/folders
+  fastmim probe runs/short /path/to/class/folders
 """
 
 
@@ -104,7 +106,10 @@ def _pretrain(options: argparse.Namespace) -> int:
 def _pretrain_here(options: argparse.Namespace) -> int:
     from fastmim.config import load_config
 
-    cfg = load_config(options.config, options.overrides) if options.images is None else own_images(options)
+    if hasattr(options, "read"):
+        cfg = options.read(options)
+    else:
+        cfg = load_config(options.config, options.overrides) if options.images is None else own_images(options)
     if cfg.data.path is None and cfg.data.file_list is None and cfg.data.loader != "synthetic":
         raise ValueError("data.path=null: give a folder of images, for example data.path=/path/to/images")
     with shown_on_a_terminal("loading libraries …"):
@@ -129,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     own.takes_images(pretrain, "DIR", "choose for the images in this folder, and for this machine, what CONFIG (if "
                      "given) and key=value do not say; print it as a config with reasons, and train")
     pretrain.set_defaults(command=_pretrain)
-    for group in (configs, images, machine):
+    finetune.add(commands, common, _pretrain)
+    for group in (configs, images, machine, probe):
         group.add(commands, common)
     return parser
 

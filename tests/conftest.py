@@ -7,30 +7,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 import pytest
 import torch
 
-# Fixed, so that sums are added in the same order on every machine that runs the tests.
-torch.set_num_threads(2)
+# Two processes run the tests; tiny tensors gain nothing from threads anyway. Fixed, so that sums are added in the same
+# order on every machine.
+torch.set_num_threads(1)
 # Subprocesses start with the same, whatever the caller's shell says.
-os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["OMP_NUM_THREADS"] = "1"
 # What is measured on a GPU at first use may be another way in another run.
 os.environ["FASTMIM_TUNE"] = "0"
 
 _NO_GPU = "no CUDA GPU on this machine"
 _MAY_LACK = re.compile(r"^E +ModuleNotFoundError: (No module named '(?:pydantic|deepspeed|nvidia|hypothesis)\b.*')$",
                        re.MULTILINE)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose much where other programs use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

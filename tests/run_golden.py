@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.golden_kinds import self_distilled, simmim, tables
+from tests.golden_kinds import downstream, moco, self_distilled, simmim, tables
 from tests.golden_kinds.common import Errors, read
 
 
@@ -36,7 +36,10 @@ CHECKS: list[tuple[Callable[[Mapping[str, Any]], bool], Callable[..., Errors]]] 
     (lambda meta: "mask_patch_size" in meta and "encoder_stride" in meta, simmim.simmim),
     (lambda meta: "bytedance/ibot" in meta.get("source", "") and "arch" in meta, self_distilled.ibot),
     (lambda meta: "bytedance/ibot" in meta.get("source", "") and "temps" in meta, self_distilled.ibot_loss),
+    (lambda meta: "facebookresearch/moco-v3" in meta.get("source", "") and "momentum" in meta, moco.moco),
     (lambda meta: meta.get("case") == "block_masks", tables.block_masks),
+    (lambda meta: meta.get("case") == "downstream", downstream.downstream),
+    (lambda meta: any("by_layer" in row for row in meta.values() if isinstance(row, dict)), downstream.layer_decay),
     (lambda meta: "ibot" in meta and "iters_per_epoch" in meta, tables.schedules),
 ]
 

@@ -72,6 +72,7 @@ CONFIG_READERS = {
     "fastmim",
     "fastmim.cli",
     "fastmim.commands.configs",
+    "fastmim.commands.finetune",
     "fastmim.commands.images",
     "fastmim.commands.machine",
     "fastmim.commands.own",

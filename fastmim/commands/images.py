@@ -1,4 +1,4 @@
-"""``fastmim data``: the demo's photographs, a check of images, and shards."""
+"""``fastmim data``: the demo's photographs, labelled digits, a check of images, and shards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from .console import bar, write
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``data`` and its commands to the command line."""
-    data = commands.add_parser("data", help="make the demo's photographs, check a folder, pack and index shards")
+    data = commands.add_parser("data", help="make example images, check a folder, pack and index shards")
     data_commands = data.add_subparsers(metavar="COMMAND", required=True)
     demo = data_commands.add_parser("demo", parents=[common], help="write a few hundred real photograph tiles")
     demo.add_argument("folder", metavar="DIR", help="gets the folders train and val")
     demo.set_defaults(command=data_demo)
+    digits = data_commands.add_parser("digits", parents=[common], help="write 5,000 labelled handwritten digits")
+    digits.add_argument("folder", metavar="DIR", help="gets train/0 … 9 and val/0 … 9")
+    digits.set_defaults(command=data_digits)
     check = data_commands.add_parser("check", parents=[common], help="decode every image, name the bad files")
     check.add_argument("folder", metavar="DIR", help="folder of images, nested or flat, or tar shards")
     check.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.in_chans=1, data.value_range=…")
@@ -40,6 +43,15 @@ def data_demo(options: argparse.Namespace) -> int:
 
     counts = make_demo(options.folder)
     write(f"{options.folder}: {plural(counts.train, 'photograph')} in train, {counts.val} in val\n")
+    return 0
+
+
+def data_digits(options: argparse.Namespace) -> int:
+    """Write the digits."""
+    from fastmim.data.digits import make_digits
+
+    counts = make_digits(options.folder)
+    write(f"{options.folder}: {plural(counts.train, 'digit')} in train, {plural(counts.val, 'digit')} in val\n")
     return 0
 
 

@@ -89,6 +89,25 @@ def held_out(path: str | Sequence[str] | None, fraction: float | None) -> None:
         raise problem(f"data.val_fraction={fraction:g}: {given}; keep one and set the other to null")
 
 
+def labels(data: Any, objective: str) -> None:
+    """A table of classes has images."""
+    from fastmim.objectives import find_objective
+
+    if data.labels is not None and data.labelled_path is None and not find_objective(objective).takes_labels:
+        raise problem(
+            f"data.labels={data.labels}: names the classes of data.labelled_path, which is null; give that too"
+        )
+
+
+def probe(every: int, data: Any) -> None:
+    """There is something to look at: images with labels, or held-out ones for RankMe alone."""
+    if every and (data.labelled_path, data.val_path, data.val_fraction) == (None, None, None):
+        raise problem(
+            f"train.probe_every={every}: nothing to probe; give data.labelled_path, or data.val_fraction=0.1 for RankMe"
+            " alone, which needs no labels"
+        )
+
+
 def either(section: Any, first: str, second: str, default: Any = None) -> Any:
     """Let a given `first` replace the default of `second`; where neither is given as null, use `default`."""
     if not isinstance(section, dict):

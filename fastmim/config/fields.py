@@ -95,6 +95,12 @@ def _fused(value: Any) -> Any:
         raise ValueError("expected auto, true, false, apex or cpu_adam") from None
 
 
+def _positions(value: Any) -> Any:
+    if value is None or isinstance(value, bool) or value in ("sincos", "sincos_moco"):
+        return value
+    raise ValueError("expected true, false, sincos or sincos_moco")
+
+
 def _path(value: str) -> str:
     if not value.strip():
         raise ValueError("expected a path")
@@ -147,6 +153,7 @@ Loggers = Annotated[
 Tree = Annotated[dict[str, Any], BeforeValidator(lambda v: {} if v is None else v)]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
+Positions = Annotated[bool | Literal["sincos", "sincos_moco"], BeforeValidator(_positions)]
 Fused = Annotated[Literal["auto", "apex", "cpu_adam"] | bool, BeforeValidator(_fused)]
 
 

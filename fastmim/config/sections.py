@@ -22,6 +22,7 @@ from fastmim.config.fields import (
     Loggers,
     Path,
     PathOrPaths,
+    Positions,
     Positive,
     Positives,
     Probability,
@@ -64,8 +65,12 @@ class ModelSection(Section):
     init_values: Rate | None = Field(None, description="vit: start of LayerScale, 0 = none")
     shared_rel_pos_bias: bool | None = Field(None, description="vit: one relative position bias for all blocks")
     rel_pos_bias: bool | None = Field(None, description="vit: a relative position bias in every block")
-    abs_pos_embed: bool | None = Field(None, description="vit: learned absolute positions")
-    init: Literal["simmim", "timm"] | None = Field(None, description="vit: first weights; timm = as DINO and iBOT")
+    abs_pos_embed: Positions | None = Field(
+        None, description="vit: absolute positions; true = learned, sincos = fixed (MAE), sincos_moco = MoCo v3's order"
+    )
+    init: Literal["simmim", "timm", "mae", "moco"] | None = Field(
+        None, description="vit: first weights; timm = as DINO and iBOT"
+    )
     init_from: Path | None = Field(
         None, description="weights to start from: .safetensors or .pth, timm's names or ours"
     )
@@ -96,6 +101,12 @@ class DataSection(Section):
     val_fraction: Fraction | None = Field(
         None, description="instead of val_path: share of path's images held out, by a hash of each name; null = none"
     )
+    labelled_path: Path | None = Field(
+        None,
+        description="labelled images whose k-NN accuracy is watched: class folders, shards with .cls, or train and val"
+        " of these",
+    )
+    labels: Path | None = Field(None, description="CSV of file,class for labelled_path, in fine-tuning for path")
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
     follow_links: bool = Field(False, description="follow linked folders, each once, and links that lead out of path")
     component: str | None = Field(
@@ -189,6 +200,8 @@ class TrainSection(Section):
     keep: Positive = Field(2, description="checkpoints kept, the newest")
     val_every: Count = Field(0, description="steps between validations, 0 = at the end only")
     val_batches: Positive | None = Field(None, description="micro-batches per validation, null = all held-out images")
+    probe_every: Count = Field(0, description="steps between k-NN and RankMe of labelled_path, 0 = at the end only")
+    probe_images: Positive | None = Field(10_000, description="of labelled_path, evenly spread; null = all")
     picture_every: Count = Field(0, description="steps between reconstruction pictures, 0 = at the end only")
     resume: Path = Field(
         "auto", description="auto: newest checkpoint in output.dir; last_whole: newest undamaged one; none; or a path"
@@ -283,6 +296,8 @@ class Config(Section):
     def _check(cls, value: Any, handler: ModelWrapValidatorHandler[Config]) -> Config:
         cfg = handler(value)
         encoder = cfg.model.encoder_kwargs()
+        checks.probe(cfg.train.probe_every, cfg.data)
+        checks.labels(cfg.data, cfg.objective.name)
         checks.lamb(cfg.optim.name, cfg.efficiency.zero_stage)
         checks.objective(cfg.objective, encoder, value)
         checks.statistics(cfg.model.in_chans, mean=cfg.data.mean, std=cfg.data.std)

@@ -31,6 +31,8 @@ class View:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the box
     hflip: float = 0.5
     interpolation: str = "bilinear"
+    margin: float = 1.0  # held-out images: edge that they are scaled to cover, over that of the crop
+    auto_augment: str | None = None  # timm's policy for the crop, see `rand_augment.py`
 
 
 def check_views(views: Sequence[View]) -> None:
@@ -48,6 +50,8 @@ def check_views(views: Sequence[View]) -> None:
             raise ValueError(f"data.ratio={list(view.ratio)}: must satisfy 0 < low <= high")
         if not 0 <= view.hflip <= 1:
             raise ValueError(f"data.hflip={view.hflip}: must lie in [0, 1]")
+        if not view.margin >= 1:
+            raise ValueError(f"View.margin={view.margin}: must be at least 1")
         if view.interpolation not in INTERPOLATIONS:
             known = ", ".join(INTERPOLATIONS)
             raise ValueError(f"data.interpolation={view.interpolation!r}: unknown; use one of {known}")
@@ -107,16 +111,17 @@ def apply_crop(image: Tensor, crop: Crop, size: tuple[int, int], interpolation: 
     return out.flip(-1) if crop.flip else out
 
 
-def centre_crop(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """uint8 (C, H, W) -> uint8 (C, *size): scaled until it just covers `size`, then cropped in the middle.
+def centre_crop(image: Tensor, size: tuple[int, int], interpolation: str, margin: float = 1.0) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, *size): scaled until it just covers `margin` · `size`, then cropped in the middle.
 
-    For a square `size` that is torchvision's Resize(size) + CenterCrop(size).
+    For a square `size` that is torchvision's Resize(round(margin · size)) + CenterCrop(size).
     """
     height, width = image.shape[-2:]
-    if size[0] * width >= size[1] * height:
-        scaled = (size[0], max(size[1], int(size[0] * width / height)))
+    rows, columns = round(margin * size[0]), round(margin * size[1])
+    if rows * width >= columns * height:
+        scaled = (rows, max(columns, int(rows * width / height)))
     else:
-        scaled = (max(size[0], int(size[1] * height / width)), size[1])
+        scaled = (max(rows, int(columns * height / width)), columns)
     return tv.center_crop(_resize(image, scaled, interpolation), list(size))
 
 

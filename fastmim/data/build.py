@@ -14,8 +14,10 @@ from fastmim.data import dali
 from fastmim.data.augment import View, check_views
 from fastmim.data.decode import check_decode_options
 from fastmim.data.held_out import split
+from fastmim.data.index import ImageIndex
 from fastmim.data.loader import Loader
 from fastmim.data.order import EpochOrder
+from fastmim.data.rand_augment import check_augmentation
 from fastmim.data.several import weighted_spans
 from fastmim.data.source import find_bad_files, open_index, overlaps
 from fastmim.data.survey import survey, warn
@@ -29,7 +31,8 @@ _LOG = logging.getLogger("fastmim")
 
 def build_loader(
     *,
-    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    index: ImageIndex | None = None,
     weights: Sequence[float] | None = None,
     file_list: str | os.PathLike[str] | None = None,
     val_fraction: float | None = None,
@@ -63,6 +66,7 @@ def build_loader(
     Args:
         path: folder of images, searched recursively, or shards (``shards.py``); with `file_list`, what its entries
             are relative to. Several of them are one set of images, in this order.
+        index: instead of `path`: images that :func:`~fastmim.data.source.open_index` has listed, or some of them.
         weights: of several: the share of the training samples that each gives; None: by its number of images.
         val_fraction: the share of the images that train=False reads and train=True leaves out (``held_out.py``);
             None: each reads all.
@@ -76,7 +80,7 @@ def build_loader(
         scale, ratio: range of the crop's area (fraction of the image) and of its aspect (width / height).
         hflip: probability of the horizontal flip.
         views: instead of `img_size` and `scale` to `interpolation`: several crops an image, in MultiBatch. With
-            train=False only the size and interpolation of the first count.
+            train=False only the size, interpolation and margin of the first count.
         max_bad_fraction: stop when more than this fraction of the files cannot be used.
         verify: "full" decodes every file first, "none" none, "auto" up to 2000 files.
         min_size: images with a shorter side below this many pixels are bad.
@@ -98,13 +102,15 @@ def build_loader(
         views = [replace(views[0], count=1)]  # held-out images: one centre crop
     if num_workers < 0:
         raise ValueError(f"data.num_workers={num_workers}: must not be negative")
-    chosen, why = choose_loader(loader, device=device, in_chans=in_chans, train=train)
-    if chosen == "synthetic" and not train and (path is not None or val_fraction is not None):
+    policies = {view.auto_augment for view in views if view.auto_augment is not None}
+    chosen, why = choose_loader(loader, device=device, in_chans=in_chans, train=train, augments=bool(policies))
+    for policy in policies:
+        check_augmentation(policy, in_chans)
+    if chosen == "synthetic" and not train and (path, index, val_fraction) != (None, None, None):
         chosen = "torchvision"  # held-out images that are there are read
     decoder = "pil" if chosen == "pil" else "auto"
     check_decode_options(in_chans, decoder, value_range, alpha)
-    index = None
-    if chosen != "synthetic":
+    if chosen != "synthetic" and index is None:
         index = open_index(path, file_list, follow_links=follow_links, component=component, field=field)
         if val_fraction is not None:
             _refuse_overlaps(path, val_fraction)
@@ -148,7 +154,9 @@ def _refuse_overlaps(path: Any, val_fraction: float) -> None:
         )
 
 
-def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train: bool = True) -> tuple[str, str]:
+def choose_loader(
+    loader: str, *, device: torch.device, in_chans: int = 3, train: bool = True, augments: bool = False
+) -> tuple[str, str]:
     """The loader that `loader` means on this machine, and why.
 
     "auto" is DALI where images go to a GPU and DALI is installed, else torchvision, which is faster than DALI on a
@@ -165,15 +173,19 @@ def choose_loader(loader: str, *, device: torch.device, in_chans: int = 3, train
             raise ValueError(f"data.loader=dali: DALI is not installed: {install_extra('dali')}; or use torchvision")
         if in_chans not in (1, 3):
             raise ValueError(f"data.loader=dali: model.in_chans={in_chans}: DALI gives 1 or 3; use torchvision")
+        if augments and train:
+            raise ValueError("data.loader=dali: objective.auto_augment runs on the host; use torchvision, or none")
     why = "as given"
     if loader == "auto":
-        loader, why = _fastest(device, in_chans)
+        loader, why = _fastest(device, in_chans, augments)
     if loader == "dali" and not train:
         return "torchvision", "held-out images are read alike everywhere"
     return loader, why
 
 
-def _fastest(device: torch.device, in_chans: int) -> tuple[str, str]:
+def _fastest(device: torch.device, in_chans: int, augments: bool) -> tuple[str, str]:
+    if augments:
+        return "torchvision", "objective.auto_augment is timm's, on the host"
     if device.type != "cuda":
         return "torchvision", "the fastest on a CPU"
     if in_chans not in (1, 3):

@@ -201,7 +201,7 @@ class DaliLoader(Loader):
                     self._decoder.feed(entry.batch)
                 continue
             batch = pending.popleft().batch
-            yield Result(views, batch.crops, batch.sample_ids, news + batch.bad, "", batch.notes)
+            yield Result(views, batch.crops, batch.sample_ids, news + batch.bad, "", batch.notes, batch.files)
             news = []
 
     def _screened(self, entry: _Pending) -> _Pending:
@@ -228,7 +228,7 @@ class DaliLoader(Loader):
             else:
                 if not self._dali_decodes(file):
                     refused.add(file)
-                    _LOG.warning("DALI cannot decode %s: decoded by torchvision", self._index.label(file))
+                    _LOG.warning("DALI cannot decode %s: decoded by torchvision", self.index.label(file))
         if not refused:
             raise err
         self._refused |= refused

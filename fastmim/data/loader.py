@@ -20,7 +20,7 @@ from torch import Tensor
 from fastmim.data.order import EpochOrder
 from fastmim.data.pool import WorkerPool
 from fastmim.data.source import check_bad_fraction
-from fastmim.data.worker import Request, Result, SampleDataset
+from fastmim.data.worker import NO_FILES, Request, Result, SampleDataset
 from fastmim.data.worker_error import DataWorkerError, with_fix
 
 _LOG = logging.getLogger("fastmim")
@@ -40,19 +40,29 @@ def _close_all() -> None:
         loader.close()
 
 
-class Batch(NamedTuple):
-    """One micro-batch on the loader's device."""
-
+class _Pair(NamedTuple):
     images: Tensor  # uint8 (B, C, H, W)
     sample_ids: Tensor  # int64 (B,)
 
 
-class MultiBatch(NamedTuple):
-    """One micro-batch of several crops an image, on the loader's device; the crops stay on the host."""
+class Batch(_Pair):
+    """One micro-batch on the loader's device: ``images, sample_ids``."""
 
+    #: int64 (B,), numbers in the loader's index of the files that were used; of a bad one its stand-in's.
+    files: Tensor = NO_FILES
+
+
+class _Crops(NamedTuple):
     views: tuple[Tensor, ...]  # one a View, uint8 (count, B, C, h, w)
     crops: Tensor  # int32 (sum of counts, B, 5): top, left, height, width in source pixels, flip
     sample_ids: Tensor  # int64 (B,)
+
+
+class MultiBatch(_Crops):
+    """One micro-batch of several crops an image, on the loader's device; the crops stay on the host."""
+
+    #: As :class:`Batch` has them.
+    files: Tensor = NO_FILES
 
 
 class _Requests:
@@ -88,6 +98,7 @@ class Loader:
         bad_files: {path: reason} of the files found unusable so far, by verification or while training.
         noted_files: {path: what its decoder warned of} of files that are used all the same.
         stop: looked at while waiting for data; once it is true, WaitInterrupted is raised instead of waiting on.
+        index: the images, in the order of their numbers.
         fingerprint: hex digest of file names and order; a restart on a changed folder can be told by it.
     """
 
@@ -108,7 +119,7 @@ class Loader:
         self.noted_files: dict[str, str] = {}
         self.stop: Callable[[], bool] = lambda: False
         self._met, self._failed = 0, 0
-        self._index, self._device, self._max_bad_fraction = dataset.index, device, max_bad_fraction
+        self.index, self._device, self._max_bad_fraction = dataset.index, device, max_bad_fraction
         self._note_bad(list(bad.items()))
         self._requests = _Requests(order)
         self._multi = len(dataset.views) > 1 or dataset.views[0].count > 1
@@ -148,14 +159,16 @@ class Loader:
             self._note(result.notes)
             self._check_rate(len(result.sample_ids), len(result.bad))
             if result.error:
-                raise ValueError(f"data.path={self._index.root}: {result.error}; run `fastmim data check` on it")
+                raise ValueError(f"data.path={self.index.root}: {result.error}; run `fastmim data check` on it")
             if len(result.sample_ids):
                 yield self._batch(result)
 
     def _batch(self, result: Result) -> Any:
         views = tuple(self._to_device(view) for view in result.views)
-        sample_ids = self._to_device(result.sample_ids)
-        return MultiBatch(views, result.crops, sample_ids) if self._multi else Batch(views[0][0], sample_ids)
+        ids = self._to_device(result.sample_ids)
+        batch = MultiBatch(views, result.crops, ids) if self._multi else Batch(views[0][0], ids)
+        batch.files = self._to_device(result.files)
+        return batch
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._copies is None or tensor.device == self._device:
@@ -180,7 +193,7 @@ class Loader:
                 self._source,
                 self._num_workers,
                 ahead=PREFETCH,
-                label=self._index.label,
+                label=self.index.label,
                 crashed=lambda file, reason: self._note_bad([(file, reason)]),
             )
             self._pool.stop = lambda: self.stop()
@@ -198,11 +211,11 @@ class Loader:
         except DataWorkerError:
             raise
         except OSError as err:
-            raise DataWorkerError(f"data.path={self._index.root}: cannot be read: {with_fix(err)}") from None
+            raise DataWorkerError(f"data.path={self.index.root}: cannot be read: {with_fix(err)}") from None
 
     def _note_bad(self, bad: list[tuple[int, str]]) -> None:
         for file, reason in bad:
-            label = self._index.label(file)
+            label = self.index.label(file)
             if label in self.bad_files:
                 continue
             self.bad_files[label] = reason
@@ -214,7 +227,7 @@ class Loader:
 
     def _note(self, notes: Iterable[tuple[int, str]]) -> None:
         for file, said in notes:
-            label = self._index.label(file)
+            label = self.index.label(file)
             if label not in self.noted_files:
                 self.noted_files[label] = said
                 if len(self.noted_files) <= _NAMES_LOGGED:
@@ -227,7 +240,7 @@ class Loader:
             label, reason = next(reversed(self.bad_files.items()))
             raise ValueError(
                 f"data.max_bad_fraction={self._max_bad_fraction:g}: {self._failed} of the first {self._met} files read"
-                f" cannot be used (the last: {label}: {reason}); run `fastmim data check` on {self._index.root}"
+                f" cannot be used (the last: {label}: {reason}); run `fastmim data check` on {self.index.root}"
             )
 
     def close(self) -> None:

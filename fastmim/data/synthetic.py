@@ -43,7 +43,9 @@ class SyntheticLoader:
         ids = self._order.sample_ids(epoch).to(self._device)
         for i in range(start, self.micro_batches):
             mine = ids[self._order.slice_of(i)]
-            yield Batch(self._pool[i % _POOL, : len(mine)], mine)
+            batch = Batch(self._pool[i % _POOL, : len(mine)], mine)
+            batch.files = mine % self.num_images
+            yield batch
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -19,8 +19,10 @@ from fastmim.data.index import ImageIndex
 from fastmim.data.notes import with_notes
 from fastmim.data.order import Span, augment_random, substitute_file
 from fastmim.data.pool import nothing_held
+from fastmim.data.rand_augment import rand_augment
 
 _SUBSTITUTES = 64
+NO_FILES = torch.zeros(0, dtype=torch.int64)
 T = TypeVar("T")
 
 
@@ -40,6 +42,7 @@ class Result(NamedTuple):
     bad: list[tuple[int, str]]  # (file index, reason) of files met and not used
     error: str  # not empty: no substitute was found
     notes: Sequence[tuple[int, str]] = ()  # (file index, what its decoder warned of) of files used
+    files: Tensor = NO_FILES  # int64 (B,), the files used, stand-ins included
 
 
 class Encoded(NamedTuple):
@@ -133,17 +136,19 @@ class ImageDataset(SampleDataset):
         crops = torch.zeros((sum(v.count for v in self.views), count, 5), dtype=torch.int32)
         bad: list[tuple[int, str]] = []
         kept: list[int] = []
+        files: list[int] = []
         for sample_id in request.sample_ids.tolist():
             found = self.usable(request.epoch, sample_id, bad, self._decode)
             if found is not None:
                 self._write(found[1], request.epoch, sample_id, views, crops, len(kept))
                 kept.append(sample_id)
+                files.append(found[0])
             elif self.train:
                 return Result([], crops, request.sample_ids[:0], bad, self.no_substitute(bad))
         ids = torch.tensor(kept, dtype=torch.int64)
         if len(kept) < count:
             views, crops = [view[:, : len(kept)].clone() for view in views], crops[:, : len(kept)].clone()
-        return Result(views, crops, ids, bad, "", self.notes())
+        return Result(views, crops, ids, bad, "", self.notes(), torch.tensor(files, dtype=torch.int64))
 
     def _decode(self, file: int) -> Tensor:
         return decode_image(self.index.read(file), **self.decode_options)
@@ -152,14 +157,18 @@ class ImageDataset(SampleDataset):
         self, image: Tensor, epoch: int, sample_id: int, views: list[Tensor], crops: Tensor, place: int
     ) -> None:
         if not self.train:
-            views[0][0, place] = centre_crop(image, self.views[0].size, self.views[0].interpolation)
+            view = self.views[0]
+            views[0][0, place] = centre_crop(image, view.size, view.interpolation, view.margin)
             return
         drawn = self.crops(epoch, sample_id, image.shape[-2], image.shape[-1])
         crops[:, place] = torch.tensor(drawn, dtype=torch.int32)
         rest = iter(drawn)
         for view, out in zip(self.views, views, strict=True):
             for k in range(view.count):
-                out[k, place] = apply_crop(image, next(rest), view.size, view.interpolation)
+                crop = apply_crop(image, next(rest), view.size, view.interpolation)
+                if view.auto_augment:
+                    crop = rand_augment(crop, view.auto_augment, augment_random(self.seed, epoch, sample_id))
+                out[k, place] = crop
 
 
 class EncodedDataset(SampleDataset):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -101,10 +101,15 @@ class Engine(ABC):
         dtype = _DTYPES.get(self.precision)
         return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
-    def set_lr(self, lr: float) -> None:
-        """Learning rate of the next update; a group's ``lr_scale`` multiplies it."""
+    def set_lr(self, lr: float, floor: float = 0.0) -> None:
+        """Learning rate of the next update; a group's ``lr_scale`` multiplies it.
+
+        Args:
+            lr: of a group of scale 1.
+            floor: what remains of it at scale 0, for groups whose ``scale_peak_only`` is true.
+        """
         for group in self._base.param_groups:
-            rate = lr * group.get("lr_scale", 1.0)
+            rate = scaled_lr(group, lr, floor)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)  # where a captured step reads it
             else:
@@ -264,3 +269,9 @@ class Engine(ABC):
         Raises:
             RuntimeError: a weight is missing, left over or has another shape.
         """
+
+
+def scaled_lr(group: Mapping[str, Any], lr: float, floor: float) -> float:
+    """Learning rate of an optimiser's group, see :meth:`Engine.set_lr`."""
+    least = floor if group.get("scale_peak_only") else 0.0
+    return least + (lr - least) * float(group.get("lr_scale", 1.0))

@@ -39,8 +39,8 @@ from fastmim.objectives.schedule import Schedule, scale_lr
 log = logging.getLogger("fastmim")
 
 _OF_A_CROP = {"scale", "ratio", "hflip", "interpolation"}
-# The keys of the data section that are not arguments of build_loader: the validation's folder, and the objective's.
-_NOT_THE_LOADERS = {"val_path", "mean", "std"}
+# Keys of the data section that are not arguments of build_loader: of images that are looked at, and the objective's.
+_NOT_THE_LOADERS = {"val_path", "labelled_path", "labels", "mean", "std"}
 
 
 @dataclass(frozen=True)

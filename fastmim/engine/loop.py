@@ -14,6 +14,7 @@ def train_step(
     batches: Iterator[tuple[int, Any]],
     *,
     lr: float,
+    lr_floor: float = 0.0,
     weight_decay: float | None = None,
     seed: int,
     total: int,
@@ -27,6 +28,7 @@ def train_step(
         engine: of an objective with ``random_mask`` and ``set_micro_batch``; its ``steps`` tells which step this is.
         batches: (epoch, micro-batch with ``images`` (B, C, H, W) and ``sample_ids`` (B,)), on the device.
         lr: learning rate of the update.
+        lr_floor: of groups that scale the schedule's peak only, see :meth:`.Engine.set_lr`.
         weight_decay: of the update, where it follows a schedule.
         seed: of the masks.
         total, steps_per_epoch: length of the run and of an epoch in updates, for the objective's schedules.
@@ -42,7 +44,7 @@ def train_step(
     objective: Any = engine.objective
     if isinstance(objective, Paced):
         objective.set_step(engine.steps, total, steps_per_epoch)
-    engine.set_lr(lr)
+    engine.set_lr(lr, lr_floor)
     if weight_decay is not None:
         engine.set_weight_decay(weight_decay)
     engine.begin_step()

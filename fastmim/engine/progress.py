@@ -37,6 +37,7 @@ def format_row(row: Mapping[str, Any], total_steps: int, *, eta: str = "", width
         "epoch": f"epoch {row['epoch']:.2f}",
         "loss": f"loss {row['loss']:.4f}",
         "val": f"val {row['val_loss']:.4f}" if "val_loss" in row else "",
+        "knn": f"k-NN {row['knn_top1']:.1f} %" if "knn_top1" in row else "",
         "lr": f"lr {row['lr']:.2e}",
         "grad": f"grad {row['grad_norm']:.3g}",
         "speed": f"{rate:.0f} img/s" if rate >= 10 else f"{rate:.2g} img/s",

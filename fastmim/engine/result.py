@@ -14,6 +14,10 @@ class TrainResult:
     loss: float | None
     val_loss: float | None
     output_dir: Path
+    val_top1: float | None = None
+    """Share of held-out images of which the class is right, of a fine-tuning."""
+    knn_top1: float | None = None
+    """Per cent, of ``data.labelled_path``."""
     encoder_path: Path | None = None
     picture_path: Path | None = None
     checkpoint_path: Path | None = None

@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ from torch import Tensor
 from fastmim._version import __version__
 from fastmim.engine import distributed
 from fastmim.engine.base import Engine
-from fastmim.engine.checkpoint import export, save_checkpoint
+from fastmim.engine.checkpoint import consolidate, export, save_checkpoint
 from fastmim.engine.distributed import World
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
 from fastmim.engine.progress import Progress, clock
 from fastmim.engine.result import TrainResult
+from fastmim.evaluate.classification import Counts, save_confusion
 from fastmim.evaluate.curve import save_curve
 from fastmim.evaluate.reconstruct import save_picture
-from fastmim.evaluate.validation import validation_loss
+from fastmim.evaluate.validation import validation_counts, validation_loss
 from fastmim.files import write_text
 
+BEST_FILE = "best.safetensors"
 _NAMED_BAD_FILES = 50
 
 
@@ -41,6 +43,7 @@ class Intervals:
     save: int = 0
     validate: int = 0
     picture: int = 0
+    probe: int = 0
 
 
 class LostFolderError(FileNotFoundError, RuntimeError):
@@ -62,6 +65,8 @@ class Run:
         loader: the training images, for the length of an epoch and the files that could not be used.
         val_loader: held-out images, or None.
         val_batches: micro-batches of a validation; None: all.
+        probe: measures the features of the encoder, on every rank, or None.
+        classes: names, where the objective learns them.
         picture_batch: (images, sample_ids) to draw, or None.
         loggers: where numbers and pictures go beside ``metrics.jsonl``, by name.
         settings: every key of the config, for them.
@@ -84,6 +89,8 @@ class Run:
         loader: Any,
         val_loader: Any = None,
         val_batches: int | None = None,
+        probe: Callable[[], dict[str, float]] | None = None,
+        classes: Sequence[str] = (),
         picture_batch: tuple[Tensor, Tensor] | None = None,
         loggers: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
@@ -94,6 +101,9 @@ class Run:
         self.global_batch_size, self.every, self.keep, self.stored = global_batch_size, every, keep, stored
         self.loader, self.val_loader, self.val_batches = loader, val_loader, val_batches
         self.picture_batch, self.encoder, self.statistics = picture_batch, encoder, statistics
+        self.probe, self.classes = probe, classes
+        self._counts: Counts | None = None
+        self._best = max((row.get("val_top1", 0.0) for row in read_rows(folder / "metrics.jsonl")), default=0.0)
         self.progress = Progress(total_steps=total, start=start, enabled=world.is_main)
         enabled = world.is_main
         self.metrics = Metrics(folder, start=start, loggers=loggers, settings=settings or {}, enabled=enabled)
@@ -123,14 +133,26 @@ class Run:
         """
         self.progress.advance(step)
         validate = self.val_loader is not None and self._due(self.every.validate, step)
-        due = validate or self._due(self.every.log, step)
+        probe = self.probe is not None and self._due(self.every.probe, step)
+        due = validate or probe or self._due(self.every.log, step)
         if due or self.row_wanted or step == self._first:
-            self._log(step, lr, validate, due)
+            self._log(step, lr, due, validate=validate, probe=probe)
         with self.clock.paused():
             if self._due(self.every.picture, step):
                 self._picture(step)
             if self._due(self.every.save, step):
                 self.save()
+            if self.classes and validate:
+                self._keep_best()
+
+    def _keep_best(self) -> None:
+        """``best.safetensors``: encoder and classifier of the step of the highest accuracy; every rank calls it."""
+        top1 = distributed.broadcast(self._counts and self._counts.scores()["val_top1"])
+        if top1 is not None and top1 > self._best:
+            self._best, folder = top1, self.save()
+            if self.world.is_main:
+                said: dict[str, Any] = dict(encoder=self.encoder, statistics=self.statistics)
+                consolidate(folder, self.folder / BEST_FILE, **said, whole=True)
 
     def _due(self, every: int, step: int) -> bool:
         return step == self.total or (every > 0 and step % every == 0)
@@ -142,7 +164,7 @@ class Run:
         self._asked = time.monotonic() - self._shown_at >= self.every.seconds
         return self._asked
 
-    def _log(self, step: int, lr: float, validate: bool, due: bool) -> None:
+    def _log(self, step: int, lr: float, due: bool, *, validate: bool, probe: bool) -> None:
         """Write and show the row of a step.
 
         One that is not ``due`` is a look at the interval so far, which goes on: rows that are due stay what they
@@ -157,7 +179,10 @@ class Run:
         row |= {**means, **rates, "peak_memory_gib": memory, "memory_kind": kind}
         if validate:
             with self.clock.paused():
-                row["val_loss"] = self._validate()
+                row |= self._validate()
+        if probe and self.probe is not None:
+            with self.clock.paused():
+                row |= self.probe()
         self._look_for_folder()
         with self.clock.paused():
             if due or self.row_wanted:
@@ -173,11 +198,14 @@ class Run:
             there = self.folder.is_dir() and os.path.samestat(self.folder.stat(), os.fstat(self._home))
             self.lost = not there
 
-    def _validate(self) -> float:
+    def _validate(self) -> dict[str, float]:
         batches, autocast = self.val_loader.epoch(0), self.engine.autocast()
-        objective, most = self.engine.objective, self.val_batches
-        everyone = self.engine.collective
-        return validation_loss(objective, batches, max_batches=most, autocast=autocast, collective=everyone)
+        objective: Any = self.engine.objective
+        how: dict[str, Any] = dict(max_batches=self.val_batches, autocast=autocast, collective=self.engine.collective)
+        if not self.classes:
+            return {"val_loss": validation_loss(objective, batches, **how)}
+        self._counts = validation_counts(objective, batches, **how)
+        return self._counts.scores()
 
     def picture_path(self, step: int) -> Path:
         """Where the picture of a step lies."""
@@ -230,6 +258,7 @@ class Run:
             self._picture(self.total)  # resumed at the very end
         if self.world.is_main:
             export(checkpoint, encoder, encoder=self.encoder, statistics=self.statistics)
+            self._write_classes()
             curve = save_curve(read_rows(self.folder / "metrics.jsonl"), self.folder / "loss.png")
         distributed.barrier()
         result = self._result(
@@ -242,9 +271,18 @@ class Run:
         self.progress.close()
         loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
         val = f", validation {result.val_loss:.4f}" if result.val_loss is not None else ""
-        self.progress.say(f"{clock()} done: {result.steps} steps{loss}{val}")
+        val += f", top-1 {100 * result.val_top1:.1f} %" if result.val_top1 is not None else ""
+        knn = f", k-NN {result.knn_top1:.1f} %" if result.knn_top1 is not None else ""
+        self.progress.say(f"{clock()} done: {result.steps} steps{loss}{val}{knn}")
         self.progress.table(result.places())
         return result
+
+    def _write_classes(self) -> None:
+        """What the last validation says of each class, and of its confidence."""
+        if self._counts is not None:
+            content = {"scores": self._counts.scores(), "classes": self._counts.table(self.classes)}
+            write_text(self.folder / "classes.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            save_confusion(self._counts, self.classes, self.folder / "confusion.png")
 
     def _result(self, **paths: Any) -> TrainResult:
         merged: dict[str, str] = {}
@@ -260,6 +298,8 @@ class Run:
             steps=self.engine.steps,
             loss=last.get("loss"),
             val_loss=last.get("val_loss"),
+            val_top1=last.get("val_top1"),
+            knn_top1=last.get("knn_top1"),
             output_dir=self.folder,
             images_seen=self.engine.steps * self.global_batch_size,
             bad_files=merged,

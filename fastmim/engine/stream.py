@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastmim.objectives import Objective
-from fastmim.objectives.views import Images, augmented
+from fastmim.objectives.views import Images
 
 
 class Loads(Protocol):
@@ -34,16 +34,16 @@ def stream(loader: Loads, *, start: int, stop: int, grad_accum_steps: int) -> It
 
 
 def inputs_of(objective: Any, batch: Any, *, seed: int, epoch: int) -> tuple[Images, Tensor]:
-    """(images, mask) that an objective takes for a loader's micro-batch: crops with their colours changed, and masks.
+    """(images, mask) that an objective takes for a loader's micro-batch.
 
     Args:
-        objective: with ``random_mask``, and ``views`` if it wants more of a crop than the loader does.
+        objective: an :class:`Objective`, or any module with ``random_mask``.
         batch: ``sample_ids`` (B,), and ``images`` (B, C, H, W) or several ``views``, on the device.
         seed, epoch: of masks and colours.
     """
     images, ids = batch.views if hasattr(batch, "views") else batch.images, batch.sample_ids
     if isinstance(objective, Objective):
-        images = augmented(images, objective.views(), ids, seed=seed, epoch=epoch)
+        return objective.inputs(images, ids, getattr(batch, "files", ids), seed=seed, epoch=epoch)
     return images, objective.random_mask(ids, seed=seed, epoch=epoch)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from fastmim._version import __version__
 from fastmim.config import Config, save_config
+from fastmim.data.labelled import LabelledImages
 from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
 from fastmim.engine.banner import start_rows
@@ -19,10 +20,12 @@ from fastmim.engine.build import Parts, build, encoder_arguments, make_loader
 from fastmim.engine.checkpoint import list_checkpoints, step_of
 from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
+from fastmim.engine.labels import find_classes, give_labels
 from fastmim.engine.loggers import check_loggers
 from fastmim.engine.loop import train_step
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
 from fastmim.engine.owner import own_folder
+from fastmim.engine.probe import Watch
 from fastmim.engine.progress import said_if_slow
 from fastmim.engine.result import TrainResult
 from fastmim.engine.resume import find_start, go_on
@@ -31,6 +34,8 @@ from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.models import encoder_settings
 from fastmim.models.rules import policy_matters
+from fastmim.objectives import find_objective
+from fastmim.wording import plural
 
 __all__ = ["TrainResult", "train"]
 
@@ -52,6 +57,7 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
         FloatingPointError: the loss or a gradient became non-finite; names the step and the module.
         OSError: a file of the run cannot be written, or ``output.dir`` was deleted meanwhile; names it.
     """
+    cfg, classes = settle_classes(cfg)
     zero = cfg.efficiency.zero_stage is not None
     with distributed.distributed(always=zero) as world, ExitStack() as stack:
         distributed.check_same(shared_settings(cfg))
@@ -67,12 +73,18 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
             "images": loader.fingerprint,
         }
         shown = held_out_images(cfg, parts, world, stack)
-        distributed.check_same(shared_files(cfg, loader, shown["val_loader"]))
+        if classes:
+            held_out = "data.path" if cfg.data.val_path is None else "data.val_path"
+            found = loader, shown["val_loader"]
+            give_labels(parts.objective, classes, *found, table=cfg.data.labels, held_out=held_out)
+        watch = make_watch(cfg, parts, world, stack, shown["val_loader"])
+        distributed.check_same(shared_files(cfg, loader, shown["val_loader"], watch))
         distributed.on_main(lambda: stack.enter_context(own_folder(Path(cfg.output.dir))))
         start = resume(cfg, parts, world, stored)
+        shown |= {"probe": watch, "classes": classes}
         run = stack.enter_context(closing(make_run(cfg, parts, world, stored, start, **shown)))
         stop = stack.enter_context(StopRequest(ends_process=ends_process))
-        for waited_for in (loader, run.val_loader):
+        for waited_for in (loader, run.val_loader, watch and watch.loader):
             if waited_for is not None:
                 waited_for.stop = lambda: stop.requested
         run.begin(banner(cfg, parts, world, start))
@@ -90,7 +102,15 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
             for step in range(start, total):
                 lr, decay = schedule(step), None if parts.weight_decay is None else parts.weight_decay(step)
                 whole = train_step(
-                    engine, batches, lr=lr, weight_decay=decay, seed=seed, phase=run.clock.phase, stops=stops, **lengths
+                    engine,
+                    batches,
+                    lr=lr,
+                    lr_floor=schedule.floor(step),
+                    weight_decay=decay,
+                    seed=seed,
+                    phase=run.clock.phase,
+                    stops=stops,
+                    **lengths,
                 )
                 if not whole:
                     return run.interrupted()
@@ -107,6 +127,24 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
             back = distributed.broadcast(earlier_checkpoint(run.folder / "checkpoints", error.step - 1))
             raise NonFiniteError(error.step, where, back) from None
         return run.finish()
+
+
+def settle_classes(cfg: Config) -> tuple[Config, tuple[str, ...]]:
+    """The config with the number of classes of ``data.path``, and their names; as it is where nobody needs labels.
+
+    Raises:
+        ValueError: no classes can be told, or others than ``objective.num_classes`` says.
+    """
+    data, given = cfg.data, cfg.objective.arguments().get("num_classes")
+    if not find_objective(cfg.objective.name).takes_labels or data.loader == "synthetic":
+        return cfg, ()
+    opening = data.model_dump(include={"follow_links", "component"})
+    classes = find_classes(data.path, data.file_list, data.labels, **opening)
+    if given not in (0, len(classes)):
+        found = plural(len(classes), "class", "classes")
+        raise ValueError(f"objective.num_classes={given}: data.path has {found}; leave it 0, or give that")
+    objective = cfg.objective.model_copy(update={"num_classes": len(classes)})
+    return cfg.model_copy(update={"objective": objective}), classes
 
 
 def banner(cfg: Config, parts: Parts, world: World, start: int) -> list[tuple[str, str]]:
@@ -136,8 +174,9 @@ def earlier_checkpoint(root: Path, step: int) -> str | None:
 def shared_settings(cfg: Config) -> dict[str, Any]:
     """What must be the same on every rank: versions, and all settings but those that name a machine's own folders."""
     tree = cfg.model_dump(mode="json")
-    for section, key in (("data", "path"), ("data", "file_list"), ("data", "val_path"), ("efficiency", "nvme_path")):
-        tree[section].pop(key)
+    for key in ("path", "file_list", "val_path", "labelled_path", "labels"):
+        tree["data"].pop(key)
+    tree["efficiency"].pop("nvme_path")
     return {"version of fastmim": __version__, "version of torch": torch.__version__, **flat(tree)}
 
 
@@ -146,11 +185,12 @@ def flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
 
 
-def shared_files(cfg: Config, loader: Any, val_loader: Any) -> dict[str, Any]:
+def shared_files(cfg: Config, loader: Any, val_loader: Any, watch: Watch | None) -> dict[str, Any]:
     """The images that every rank must find, as counts and fingerprints of their names and order."""
     found = {"data.path" if cfg.data.path else "data.file_list" if cfg.data.file_list else "data.loader": loader}
     held_out = "data.val_path" if cfg.data.val_path is not None else "data.val_fraction"
     found |= {held_out: val_loader} if val_loader is not None else {}
+    found |= {"data.labelled_path": watch.loader} if watch is not None else {}
     return {key: f"{one.num_images} images (names {one.fingerprint[:12]})" for key, one in found.items()}
 
 
@@ -203,6 +243,32 @@ def held_out_images(cfg: Config, parts: Parts, world: World, stack: ExitStack) -
     return {"val_loader": val_loader, "picture_batch": batch}
 
 
+def make_watch(cfg: Config, parts: Parts, world: World, stack: ExitStack, val_loader: Any) -> Watch | None:
+    """What ``train.probe_every`` measures: of labelled images, or without them RankMe of the held-out ones."""
+    data, train = cfg.data, cfg.train
+    if data.labelled_path is None:
+        return Watch(parts.engine, val_loader) if train.probe_every else None
+    images = LabelledImages(
+        data.labelled_path,
+        table=data.labels,
+        most=train.probe_images,
+        field="data.labelled_path",
+        follow_links=data.follow_links,
+        component=data.component,
+    )
+    how = data.model_dump(include={"min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"})
+    loader = images.loader(
+        parts.objective.img_size,
+        in_chans=cfg.model.in_chans,
+        micro_batch_size=train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        **how,
+    )
+    return Watch(parts.engine, stack.enter_context(closing(loader)), images)
+
+
 def resume(cfg: Config, parts: Parts, world: World, stored: dict[str, Any]) -> int:
     """Load the checkpoint that ``train.resume`` or ``train.branch_from`` means, if any; returns the steps done."""
     folder, train = Path(cfg.output.dir), cfg.train
@@ -222,7 +288,7 @@ def resume(cfg: Config, parts: Parts, world: World, stored: dict[str, Any]) -> i
 
 
 def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], start: int, **images: Any) -> Run:
-    """The outputs of the run; ``images`` holds what :func:`held_out_images` has found."""
+    """The outputs of the run; ``images`` holds what :func:`held_out_images` and :func:`make_watch` have found."""
     train = cfg.train
     return Run(
         folder=Path(cfg.output.dir),
@@ -237,6 +303,7 @@ def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], st
             save=train.save_every,
             validate=train.val_every,
             picture=train.picture_every,
+            probe=train.probe_every,
         ),
         keep=train.keep,
         stored=stored,

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastmim.evaluate.classification import Counts
+
 # Not the training seed: validation losses of runs with different seeds stay comparable.
 MASK_SEED = 1_000_003
 
@@ -57,7 +59,8 @@ def validation_loss(
     total = torch.zeros(2, dtype=torch.float64, device=next(objective.parameters()).device)
     with evaluating(objective), autocast or nullcontext():
         chosen = islice(batches, max_batches)
-        for images, sample_ids, count in _in_step(objective, chosen) if collective else _counted(chosen):
+        filler = objective.example(1)[0], torch.zeros(1, dtype=torch.int64, device=total.device)
+        for images, sample_ids, count in in_step(chosen, filler) if collective else _counted(chosen):
             mask = objective.random_mask(sample_ids, seed=MASK_SEED, epoch=0)
             total[0] += objective(images, mask)["loss"].double() * count
             total[1] += count
@@ -69,6 +72,38 @@ def validation_loss(
     return loss / count
 
 
+def validation_counts(
+    objective: Any,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    max_batches: int | None = None,
+    autocast: AbstractContextManager[Any] | None = None,
+    collective: bool = False,
+) -> Counts:
+    """What a classifier gets right; arguments as of :func:`validation_loss`.
+
+    Args:
+        objective: with ``logits`` and ``held_out_labels``, see :class:`fastmim.objectives.classify.Classify`.
+
+    Raises:
+        ValueError: no rank has an image.
+    """
+    labels = objective.held_out_labels
+    counts = Counts(objective.num_classes, labels.device)
+    with evaluating(objective), autocast or nullcontext():
+        chosen = islice(batches, max_batches)
+        filler = objective.example(1)[0], torch.zeros(1, dtype=torch.int64, device=labels.device)
+        for images, sample_ids, count in in_step(chosen, filler) if collective else _counted(chosen):
+            logits = objective.logits(images)
+            counts.add(logits[:count], labels[sample_ids[:count]])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in counts.tensors():
+            dist.all_reduce(tensor)
+    if not counts.sums[2]:
+        raise ValueError("data.val_path: no readable image there; give another folder or leave it out")
+    return counts
+
+
 Counted = Iterator[tuple[Tensor, Tensor, int]]
 
 
@@ -77,15 +112,16 @@ def _counted(batches: Iterable[tuple[Tensor, Tensor]]) -> Counted:
         yield images, sample_ids, len(images)
 
 
-def _in_step(objective: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> Counted:
-    """The batches with their number of samples, on every rank as many as on the rank that has most."""
+def in_step(batches: Iterable[tuple[Any, Tensor]], filler: tuple[Any, Tensor]) -> Iterator[tuple[Any, Tensor, int]]:
+    """The batches with their number of samples, on every rank as many as on the rank that has most.
+
+    A rank that has none left repeats its last one, or ``filler`` if it had none, with 0.
+    """
     remaining = _counted(batches)
-    device = next(objective.parameters()).device
-    images, _ = objective.example(1)
-    sample_ids = torch.zeros(1, dtype=torch.int64, device=device)
+    images, sample_ids = filler
     while True:
         images, sample_ids, count = next(remaining, (images, sample_ids, 0))
-        left = torch.tensor(count, device=device)
+        left = torch.tensor(count, device=sample_ids.device)
         dist.all_reduce(left)
         if not int(left):
             return

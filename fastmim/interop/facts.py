@@ -15,7 +15,7 @@ from ..models.rules import policy_matters, window_sizes
 # Weights fit into a model that differs in these, and mean the same there.
 _FREE = {
     "img_size", "drop_path_rate", "residual_dtype", "init_values", "window_size", "pretrained_window_size",
-    "extra_norm_scope", "policy",
+    "extra_norm_scope", "policy", "shared_rel_pos_bias", "rel_pos_bias", "init",
 }  # fmt: skip
 _TABLE = "relative_coords_table"
 Span = tuple[int, int]
@@ -57,14 +57,15 @@ def check_facts(objective: nn.Module, facts: Mapping[str, Any], tensors: Mapping
     own = getattr(objective.encoder, "settings", None)
     if own is None:
         return []
-    stored = _stored_settings(facts)
+    stored = stored_settings(facts)
     if stored:
         _same_architecture(stored, own)
     notes = _check_windows(own, _spans_of_tensors(tensors) or _stored_spans(stored))
     return [*notes, *_policy(own, stored), *_statistics(objective, facts.get("statistics", {}))]
 
 
-def _stored_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+def stored_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What built the encoder, of :func:`fastmim.models.encoder_settings`; {} where the file does not say."""
     try:
         settings = encoder_settings(facts["encoder"])
         if "policy" in settings:  # a file that does not say it is of a version that knew timm's way alone
@@ -88,10 +89,15 @@ def _plain(value: Any) -> Any:
 def _same_architecture(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     if stored["name"] != own["name"]:
         raise ValueError(f"holds the weights of a {stored['name']}; set model.name to one, not {own['name']}")
-    other = [k for k in own if k in stored and k not in _FREE and stored[k] != _plain(own[k])]
+    other = [k for k in own if k in stored and k not in _FREE and not _fits(k, stored[k], _plain(own[k]))]
     if other:
         told = "; ".join(f"model.{key}={_show(own[key])}, the file's is {_show(stored[key])}" for key in other)
         raise ValueError(f"holds the weights of another encoder: {told}")
+
+
+def _fits(key: str, stored: Any, own: Any) -> bool:
+    """The same; learned positions may begin as fixed ones."""
+    return stored == own or (key == "abs_pos_embed" and bool(stored) and own is True)
 
 
 def _check_windows(own: Mapping[str, Any], stored: list[Span]) -> list[str]:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from fastmim._version import __version__
 from fastmim.objectives import Objective
 
-from .facts import check_facts, read_facts
+from .facts import check_facts, read_facts, stored_settings
 from .inert import read_torch_file
 from .names import find_state_dict, split_prefix
+from .resize import fit_sizes
 
 log = logging.getLogger("fastmim")
 
@@ -90,13 +91,14 @@ def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
         ValueError: A tensor of the encoder is unknown, missing or of another shape; all are named.
     """
     tensors = find_state_dict(state_dict).tensors
-    skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith("head.")}
+    own = {name for name, _ in objective.named_parameters()}
+    lost = {"mask_token"} - {name.removeprefix("encoder.") for name in own}
+    skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith("head.") or k in lost}
     report = LoadReport(skipped=sorted(skip))
     old = "layers.0.downsample.reduction.weight" in tensors
     for key in tensors:
         if key not in skip:
             report.names[key] = "encoder." + (shift_downsample(key) if old else key)
-    own = [name for name, _ in objective.named_parameters()]
     optional = [n for n in own if n == "encoder.mask_token" or not n.startswith("encoder.")]
     copy_strictly(objective, tensors, report, optional)
     return report
@@ -116,26 +118,45 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
         found = find_state_dict(content)
         tensors, prefix = _under_prefix(objective, found.tensors)
         notes = check_facts(objective, facts, tensors)
-        report = _load_kind(objective, tensors)
-        if isinstance(objective, Objective) and not any(name.startswith("teacher.") for name in report.names.values()):
+        fitted, resized = _fitted(objective, tensors, facts)
+        report = _load_kind(objective, fitted)
+        if isinstance(objective, Objective) and not _averages(objective).intersection(report.names.values()):
             objective.after_loading()
     except ValueError as error:
         beside = f" (the file also holds {_some(replaced)}, which is not run)" if replaced else ""
         raise ValueError(f"{path}: {error}{beside}") from None
-    report.place, report.prefix, report.notes = found.place, prefix, notes
+    report.place, report.prefix, report.notes = found.place, prefix, notes + resized
     report.not_read = found.passed_over + replaced
     report.skipped += [name for name in found.tensors if name.removeprefix(prefix) not in tensors]
     written = f"; written by fastmim {facts['version']}" if facts.get("version", __version__) != __version__ else ""
     log.info("%s: %s%s", path, report, written)
-    for note in notes:
+    for note in report.notes:
         log.warning("%s: %s", path, note)
     return report
 
 
+def _fitted(
+    objective: nn.Module, tensors: dict[str, Tensor], facts: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What depends on image or window size, for that of the objective's encoder, whose weights alone these are."""
+    encoder: Any = getattr(objective, "encoder", None)
+    if not hasattr(encoder, "settings") or "patch_embed.proj.weight" not in tensors:
+        return tensors, []
+    return fit_sizes(encoder, tensors, stored_settings(facts))
+
+
+def _averages(objective: Objective) -> set[str]:
+    """Names of the parameters that are the moving average of others."""
+    averages = {id(param) for teacher, _ in objective.ema() for param in teacher.parameters()}
+    return {name for name, param in objective.named_parameters() if id(param) in averages}
+
+
 def _under_prefix(objective: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The tensors of the objective, or else of the encoder alone, without the prefix of their names."""
-    prefix = split_prefix(tensors)
     own = {name for name, _ in objective.named_parameters()}
+    if own <= tensors.keys():
+        return tensors, ""
+    prefix = split_prefix(tensors)
     outer = prefix.removesuffix("encoder.")
     whole = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name.startswith(outer)}
     if own <= whole.keys() or "decoder.0.weight" in whole:
@@ -194,13 +215,18 @@ def copy_strictly(
 ) -> None:
     """Copy what ``report.names`` says; every parameter that is not ``optional`` must be there, in its shape.
 
+    Persistent buffers (centres, statistics of BatchNorm) may be there too, then all of them.
+
     Raises:
         ValueError: A tensor is unknown, missing or of another shape; all are named.
     """
-    own = dict(objective.named_parameters())
-    _check_numbers({key: tensors[key] for key in report.names})
+    own = objective.state_dict(keep_vars=True)
+    buffers = {name for name in own if not isinstance(own[name], nn.Parameter)}
+    given = set(report.names.values())
+    none = optional if given.intersection(buffers) else {*optional, *buffers}
+    _check_numbers({key: tensors[key] for key, name in report.names.items() if name not in buffers})
     unknown = [k for k, v in report.names.items() if v not in own]
-    missing = [k for k in own if k not in set(report.names.values()) and k not in optional]
+    missing = [k for k in own if k not in given and k not in none]
     shapes = [
         f"{k} {tuple(tensors[k].shape)} against {tuple(own[v].shape)}"
         for k, v in report.names.items()

@@ -56,12 +56,14 @@ def find_state_dict(content: Any) -> Found:
 def split_prefix(names: Collection[str]) -> str:
     """What stands before the names of the encoder, such as ``backbone.``; empty where there is nothing, or no encoder.
 
+    Of MoCo v3 it is the base encoder's, which its authors evaluate, not that of the momentum encoder.
+
     Raises:
         ValueError: Two encoders, neither of them a teacher or a moving average.
     """
     prefixes = [name.removesuffix(_PATCHES) for name in names if f".{name}".endswith(f".{_PATCHES}")]
     for mark in ("ema", "teacher", "student", ""):
-        marked = [prefix for prefix in prefixes if mark in prefix]
+        marked = [prefix for prefix in prefixes if mark in prefix and "momentum_encoder" not in prefix]
         if len(marked) == 1:
             return marked[0]
         if len(marked) > 1:

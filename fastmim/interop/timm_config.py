@@ -36,8 +36,8 @@ def why_not_timm(encoder: Mapping[str, Any]) -> str | None:
     if settings.get("norm_eps", _SWIN_EPS) != _SWIN_EPS:
         return f"a config.json cannot say that norms have another epsilon (model.norm_eps) than timm's {_SWIN_EPS:g}"
     if settings.get("key_bias"):
-        learnt = settings["abs_pos_embed"] and not (settings["shared_rel_pos_bias"] or settings["rel_pos_bias"])
-        if not learnt or settings["init_values"]:
+        absolute = settings["abs_pos_embed"] and not (settings["shared_rel_pos_bias"] or settings["rel_pos_bias"])
+        if not absolute or settings["init_values"]:
             return "timm's ViT with a bias on keys has absolute positions alone, and LayerScale under other names"
     for rows, columns in _tables(settings):
         offsets = (2 * rows - 1) * (2 * columns - 1)
@@ -121,7 +121,7 @@ def _vit_args(settings: Mapping[str, Any]) -> dict[str, Any]:
         "init_values": settings["init_values"] or 0,  # null would be dropped on the way, and the name's taken
         "use_shared_rel_pos_bias": settings["shared_rel_pos_bias"],
         "use_rel_pos_bias": settings["rel_pos_bias"],
-        "use_abs_pos_emb": settings["abs_pos_embed"],
+        "use_abs_pos_emb": bool(settings["abs_pos_embed"]),
         "use_fc_norm": False,  # the norm of pretraining stands before the pooling
     }
 

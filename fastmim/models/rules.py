@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .layers import to_pair
+from .positions import check_positions
 
 Pair = tuple[int, int]
 
@@ -32,6 +33,7 @@ def check_architecture(settings: dict[str, Any]) -> None:
     patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
     if settings["name"] == "vit":
         check_heads(settings["num_heads"], settings["embed_dim"])
+        check_positions(settings["abs_pos_embed"], settings["embed_dim"])
     else:
         check_stages(settings["num_heads"], settings["depths"], settings["embed_dim"])
 

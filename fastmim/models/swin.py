@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
+from .features import Pooled, pooled_features
 from .layers import Mlp, PatchEmbed, drop_path_rates, to_pair, trunc_normal_
 from .read_rows import put
 from .rules import check_stages, patch_grid, window_sizes
@@ -232,6 +233,14 @@ class SwinTransformer(nn.Module):
         """
         x = self(images, mask)
         return x.mean((1, 2)), x
+
+    def features(self, images: Tensor, last: int = 1, normed: bool = True) -> list[Pooled]:
+        """See :func:`.features.pooled_features`."""
+        return pooled_features(self, images, last, normed)
+
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """The (B, D) of :meth:`forward_tokens` alone."""
+        return self.forward_tokens(images)[0]
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:

@@ -11,68 +11,42 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
+from .features import Pooled, pooled_features
 from .layers import (
     DropPaths,
     Mlp,
     PatchEmbed,
     drop_path_rates,
-    relative_position_index,
     to_pair,
-    trunc_normal_,
+)
+from .positions import (
+    RelativePositionBias,
+    absolute_positions,
+    bias_table,
+    check_positions,
+    cls_position_index,
+    look_up,
+    resize_positions,
 )
 from .read_rows import put
 from .rules import check_heads, patch_grid
 from .stream import Step, check_residual_dtype, normalise, stream_dtype
+from .vit_init import check_init, init_vit
 
 NORM_EPS = 1e-6
-
-
-def cls_position_index(grid: tuple[int, int]) -> Tensor:
-    """(L + 1, L + 1) int64 rows of BEiT's bias table: patch offsets, then cls→patch, patch→cls, cls→cls."""
-    inner = relative_position_index(grid)
-    distances = (2 * grid[0] - 1) * (2 * grid[1] - 1)
-    index = inner.new_empty(inner.shape[0] + 1, inner.shape[0] + 1)
-    index[1:, 1:] = inner
-    index[0, :] = distances
-    index[:, 0] = distances + 1
-    index[0, 0] = distances + 2
-    return index
-
-
-class RelativePositionBias(nn.Module):
-    """Learned bias of every patch offset and of the class token (BEiT, section 2.4)."""
-
-    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
-        super().__init__()
-        entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, num_heads))
-
-    def forward(self, index: Tensor) -> Tensor:
-        """(num_heads, L + 1, L + 1)."""
-        return _look_up(self.relative_position_bias_table, index)
-
-
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    return table.T.index_select(1, index.reshape(-1)).unflatten(1, index.shape)
 
 
 class Attention(nn.Module):
     """Global attention with an additive bias; queries and values have a bias, keys with ``key_bias`` only."""
 
-    def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool, key_bias: bool, grid: tuple[int, int] | None
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, key_bias: bool, grid: tuple[int, int] | None) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and key_bias)
         apart = qkv_bias and not key_bias
         self.q_bias = nn.Parameter(torch.zeros(dim)) if apart else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if apart else None
-        if grid is not None:
-            entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, num_heads))
-        else:
-            self.relative_position_bias_table = None
+        self.relative_position_bias_table = None if grid is None else bias_table(grid, num_heads)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, y: Tensor, index: Tensor | None, *, step: Step) -> Tensor:
@@ -82,7 +56,7 @@ class Attention(nn.Module):
         q, k, v = qkv.reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         bias = step.bias
         if self.relative_position_bias_table is not None:
-            own = _look_up(self.relative_position_bias_table, index)
+            own = look_up(self.relative_position_bias_table, index)
             bias = own if bias is None else own + bias
         out = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
         return self.proj(step.take(out.transpose(1, 2).reshape(b, n, c)))
@@ -131,8 +105,9 @@ class VisionTransformer(nn.Module):
         init_values: Start of LayerScale; None for none.
         shared_rel_pos_bias: One relative position bias for all blocks (SimMIM pretraining).
         rel_pos_bias: One per block.
-        abs_pos_embed: Learned absolute positions; interpolated for images of another size.
-        init: Of the weights, "simmim", or "timm" as DINO and iBOT have it.
+        abs_pos_embed: Absolute positions: learned, or fixed as "sincos" (MAE) or "sincos_moco" (MoCo v3), see
+            :func:`.positions.sincos_positions`; interpolated for images of another size.
+        init: Of the weights, a key of :data:`.vit_init.INITS`.
         residual_dtype: "auto" or "fp32", see :func:`fastmim.models.stream.stream_dtype`.
     """
 
@@ -155,13 +130,14 @@ class VisionTransformer(nn.Module):
         init_values: float | None = None,
         shared_rel_pos_bias: bool = False,
         rel_pos_bias: bool = False,
-        abs_pos_embed: bool = False,
+        abs_pos_embed: bool | str = False,
         init: str = "simmim",
         residual_dtype: str = "auto",
         impl: str = "auto",
     ) -> None:
         super().__init__()
         check_init(init)
+        check_positions(abs_pos_embed, embed_dim)
         self.impl, self.residual_dtype = fk.check_impl(impl), check_residual_dtype(residual_dtype)
         check_heads(num_heads, embed_dim)
         self.img_size = to_pair(img_size, "img_size")
@@ -171,8 +147,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=False, impl=impl)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        positions = self.grid[0] * self.grid[1] + 1
-        self.pos_embed = nn.Parameter(torch.empty(1, positions, embed_dim)) if abs_pos_embed else None
+        self.pos_embed = absolute_positions(abs_pos_embed, self.grid, embed_dim)
         self.rel_pos_bias = RelativePositionBias(self.grid, num_heads) if shared_rel_pos_bias else None
         index = cls_position_index(self.grid) if shared_rel_pos_bias or rel_pos_bias else None
         self.register_buffer("bias_index", index, persistent=False)
@@ -187,7 +162,7 @@ class VisionTransformer(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
-        self.reset_parameters(init)
+        init_vit(self, init)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """(B, C, H, W) images and (B, H/p, W/p) mask → (B, H/p, W/p, embed_dim) patch tokens (no class token).
@@ -199,14 +174,31 @@ class VisionTransformer(nn.Module):
         x, grid = self._embed(images, mask)
         # The class token stands before the patches of each sample.
         count = math.prod(grid)
-        y = self._blocks(x, rows + rows.div(count, rounding_mode="floor") + 1)
+        _, y = self._blocks(x, rows + rows.div(count, rounding_mode="floor") + 1)
         return put(y, rows, (len(images), *grid))
 
     def forward_tokens(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) images of any size that the patch divides → (B, D) class and (B, H/p, W/p, D) patch tokens."""
         x, grid = self._embed(images, mask)
-        y = self._blocks(x)
+        _, y = self._blocks(x)
         return y[:, 0], y[:, 1:].unflatten(1, grid)
+
+    def forward_stream(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, 1 + L, D) tokens after the last block, before the norm."""
+        return self._blocks(self._embed(images, None)[0])[0]
+
+    def all_blocks(self) -> list[VitBlock]:
+        """Those that :meth:`features` counts."""
+        return list(self.blocks)
+
+    def features(self, images: Tensor, last: int = 1, normed: bool = True) -> list[Pooled]:
+        """See :func:`.features.pooled_features`."""
+        return pooled_features(self, images, last, normed)
+
+    def class_tokens(self, images: Tensor) -> Tensor:
+        """The (B, D) of :meth:`forward_tokens` alone: the last block projects no patches, and has no MLP of them."""
+        x, _ = self._embed(images, None)
+        return self._blocks(x, torch.arange(len(x), device=x.device) * x.shape[1])[1]
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
@@ -237,8 +229,8 @@ class VisionTransformer(nn.Module):
             x = x + resize_positions(self.pos_embed, self.grid, grid)
         return x.to(stream_dtype(x, self.residual_dtype)), grid
 
-    def _blocks(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The normed tokens after all blocks, or of the last one only these rows of all B·(1 + L)."""
+    def _blocks(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens after all blocks and their norm, or of the last one only these rows of all B·(1 + L)."""
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
         tokens = x.shape[1]
         x, y = normalise(x, self.blocks[0].norm1, self.impl)
@@ -251,49 +243,7 @@ class VisionTransformer(nn.Module):
             steps[-1] = steps[-1].only(rows, tokens)
         for block, step in zip(self.blocks, steps, strict=True):
             x, y = block(x, y, self.bias_index, step)
-        return y
+        return x, y
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""
-
-    @torch.no_grad()
-    def reset_parameters(self, init: str) -> None:
-        """Normal of std 0.02, biases 0.
-
-        SimMIM: truncated at ±std, the residual outputs of block i divided by √(2i). timm's ViT: truncated at ±2, and
-        the patch projection as torch makes it.
-        """
-        std, bound = 0.02, 0.02 if init == "simmim" else 2.0
-        for module in self.modules():
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and init == "simmim"):
-                trunc_normal_(module.weight, std=std, bound=bound)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for token in (self.cls_token, self.mask_token, self.pos_embed):
-            if token is not None:
-                trunc_normal_(token, std=std, bound=bound)
-        if init == "simmim":
-            for i, block in enumerate(self.blocks, start=1):
-                block.attn.proj.weight.div_(math.sqrt(2.0 * i))
-                block.mlp.fc2.weight.div_(math.sqrt(2.0 * i))
-
-
-def check_init(init: str) -> None:
-    """Refuse an unknown initialisation."""
-    if init not in ("simmim", "timm"):
-        raise ValueError(f"init={init!r}: must be 'simmim' or 'timm'")
-
-
-def resize_positions(positions: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """(1, 1 + L, D) positions of the class token and of a grid of patches, for another grid, as DINO and iBOT do.
-
-    Bicubic, without antialiasing, at the scale (n + 0.1)/N of each edge, which is not quite a resize to n: published
-    weights were trained so.
-    """
-    if grid == to:
-        return positions
-    inner = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2).float()
-    scale = [(new + 0.1) / old for new, old in zip(to, grid, strict=True)]
-    resized = F.interpolate(inner, scale_factor=scale, mode="bicubic", align_corners=False)
-    resized = resized.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
-    return torch.cat((positions[:, :1], resized), 1)

@@ -11,7 +11,13 @@ from typing import Any
 
 from .base import Objective
 
-OBJECTIVES = {"simmim": "simmim:SimMIM", "ibot": "ibot:IBOT", "dino": "dino:DINO"}
+OBJECTIVES = {
+    "simmim": "simmim:SimMIM",
+    "ibot": "ibot:IBOT",
+    "dino": "dino:DINO",
+    "moco": "moco:MoCo",
+    "classify": "classify:Classify",
+}
 """Name → module of this package and class in it."""
 
 __all__ = ["OBJECTIVES", "Objective", "create_objective", "find_objective"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models import create_encoder
 from .groups import split_parameters
 from .pictures import Picture
-from .views import Images, View
+from .views import Images, View, augmented
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,6 +40,8 @@ class Objective(nn.Module):
 
     mean: Tensor
     std: Tensor
+    takes_labels = False
+    """Whether it learns classes; it then has ``give_labels`` and ``counts``, see :class:`.classify.Classify`."""
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class Objective(nn.Module):
         """
 
     def forward(self, images: Any, mask: Tensor) -> dict[str, Tensor]:
-        """Loss of a micro-batch: traceable, no data-dependent shape, no collective.
+        """Loss of a micro-batch: traceable, no data-dependent shape, no collective but :func:`.across_ranks.gather`.
 
         Args:
             images: :data:`Images`, as :meth:`views` asked for them.
@@ -80,6 +82,10 @@ class Objective(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
+    def exported(self) -> Any:
+        """The encoder that a run leaves behind and that probes look at: a teacher's, where that is what is wanted."""
+        return self.encoder
+
     @property
     def token_grid(self) -> tuple[int, int]:
         """(rows, columns) of the tokens that the encoder makes of an image of ``img_size``."""
@@ -89,6 +95,20 @@ class Objective(nn.Module):
     def views(self) -> tuple[View, ...]:
         """The crops of every image that :meth:`forward` takes."""
         return (View(self.img_size),)
+
+    def inputs(
+        self, images: Images, sample_ids: Tensor, files: Tensor, *, seed: int, epoch: int
+    ) -> tuple[Images, Tensor]:
+        """What :meth:`forward` takes of a loader's micro-batch: crops with their colours changed, and masks.
+
+        Args:
+            images: As the loader gives them, on the device.
+            sample_ids: (B,) integer, the keys of what is drawn.
+            files: (B,) integer, which file each image is of; not those of ids whose files are bad.
+            seed, epoch: Further keys.
+        """
+        images = augmented(images, self.views(), sample_ids, seed=seed, epoch=epoch)
+        return images, self.random_mask(sample_ids, seed=seed, epoch=epoch)
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B, H/p, W/p) bool, true = masked, a function of (seed, epoch, sample id) alone; here nothing is hidden."""
@@ -180,6 +200,12 @@ class Objective(nn.Module):
             raise ValueError(f"images must have shape (B, {shape}), got {tuple(images.shape)}")
         if tuple(mask.shape) != (images.shape[0], *self.encoder.grid):
             raise ValueError(f"mask must have shape {(images.shape[0], *self.encoder.grid)}, got {tuple(mask.shape)}")
+
+
+def at_least(argument: str, value: float, least: float) -> None:
+    """Refuse a smaller value."""
+    if value < least:
+        raise ValueError(f"{argument}={value}: must be at least {least}")
 
 
 def one_of(argument: str, value: Any, choices: Collection[str]) -> None:

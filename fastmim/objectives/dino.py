@@ -14,7 +14,7 @@ from fastmim_kernels.distillation.monitors import mean_target_entropy, view_agre
 from ..models import create_encoder, encoder_settings
 from ..models.layers import to_pair
 from ..models.rules import patch_grid
-from .base import Objective
+from .base import Objective, at_least
 from .groups import split_by_rank
 from .heads import ProjectionHead
 from .photometric import Photometric
@@ -248,6 +248,10 @@ class DINO(Objective):
         """It stays."""
         self.centre.forget()
 
+    def exported(self) -> Any:
+        """The teacher's."""
+        return self.teacher.encoder
+
     def after_loading(self) -> None:
         """The teacher starts as the student."""
         self.teacher.follow(self.encoder, self.head)
@@ -271,8 +275,3 @@ class DINO(Objective):
     def groups(self, weight_decay: float, policy: str) -> list[dict[str, Any]]:
         """With "parity" every matrix decays, tokens and position tables too, as in the reference."""
         return split_by_rank(self, weight_decay) if policy == "parity" else super().groups(weight_decay, policy)
-
-
-def at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value}: must be at least {least}")

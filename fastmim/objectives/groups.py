@@ -51,11 +51,35 @@ def split_parameters(obj: nn.Module, weight_decay: float, policy: str = "parity"
 
 
 def split_by_rank(obj: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """As DINO, iBOT and MoCo v3 split: every tensor of two or more dimensions decays, unless it is called a bias.
+    """As DINO and iBOT split: every tensor of two or more dimensions decays, unless it is called a bias.
 
     Arguments and groups are those of :func:`split_parameters`.
     """
     return _grouped(_trainable(obj), weight_decay, lambda name, param: _ndim(param) <= 1 or _last(name) == "bias")
+
+
+def split_for_tuning(obj: nn.Module, weight_decay: float, spare_tables: bool) -> list[dict[str, Any]]:
+    """As the published fine-tunings split: vectors, biases, class token and positions do not decay.
+
+    Args:
+        spare_tables: Nor do tables of position biases, SwinV2's ``cpb_mlp`` and ``logit_scale``.
+
+    Other arguments and groups are those of :func:`split_parameters`.
+    """
+
+    def spares(name: str, param: Tensor) -> bool:
+        parts = name.split(".")
+        listed = parts[-1] in ("bias", "cls_token", "pos_embed")
+        return _ndim(param) <= 1 or listed or (spare_tables and not _DEFAULT_PARTS.isdisjoint(parts))
+
+    return _grouped(_trainable(obj), weight_decay, spares)
+
+def all_decay(obj: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """As MoCo v3: every trainable tensor decays, norms and biases too.
+
+    Arguments and groups are those of :func:`split_parameters`.
+    """
+    return _grouped(_trainable(obj), weight_decay, lambda name, param: False)
 
 
 def split_freezable(groups: list[dict[str, Any]], freezable: Iterable[nn.Parameter]) -> list[dict[str, Any]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from fastmim_kernels.reference import pixel_shuffle
 
 from ..models import Encoder
 from ..models.layers import trunc_normal_
+from .view_norm import ViewNorm
 
 
 def pixel_head(encoder: Encoder) -> nn.Linear:
@@ -75,3 +79,16 @@ class ProjectionHead(nn.Module):
         """(R, in_dim) → (R, out_dim) logits, in the dtype of the products."""
         logits: Tensor = self.last_layer(self.directions(tokens))
         return logits
+
+
+def norm_mlp(widths: Sequence[int]) -> nn.Sequential:
+    """MoCo v3's MLP (Chen et al. 2021, section 4) of (V, B, widths[0]) rows: linear layers without bias.
+
+    Behind each a :class:`.ViewNorm`, then ReLU; behind the last one the norm alone, without scale and shift.
+    """
+    layers: list[nn.Module] = []
+    for i, (wide, out) in enumerate(pairwise(widths), start=1):
+        last = i == len(widths) - 1
+        layers += [nn.Linear(wide, out, bias=False), ViewNorm(out, affine=not last)]
+        layers += [] if last else [nn.ReLU()]
+    return nn.Sequential(*layers)

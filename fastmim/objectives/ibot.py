@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
+from .base import at_least
 from .block_masks import IBOT_RATIOS, ibot_mask, masked_rows, most_masked
-from .dino import DINO, GLOBALS, at_least
+from .dino import DINO, GLOBALS
 from .self_distillation import Centre, hidden_weights, warm_temperature
 from .views import Images
 

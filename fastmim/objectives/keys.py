@@ -17,6 +17,8 @@ _MIX2 = 0x94D049BB133111EB
 # Purposes that draw for a crop of a sample: one must not repeat the numbers of another.
 BLOCK_MASKS = 1
 PHOTOMETRIC = 2
+MIXING = 3
+ERASING = 4
 
 
 def check_ids(sample_ids: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SCHEDULES = ("cosine", "step", "multistep", "constant")
 
@@ -100,6 +100,13 @@ class Schedule:
         if self.name == "step":
             return self.base_lr * self.gamma ** (step // self.decay_steps)
         return self.base_lr
+
+    def floor(self, step: int) -> float:
+        """What a peak of 0 would leave at update ``step``: start of the warm-up and end of the decay, in their shares.
+
+        The rate is affine in the peak, so that of a peak scaled by s is floor + s·(rate − floor).
+        """
+        return replace(self, base_lr=0.0)(step)
 
     def _cosine(self, step: int) -> float:
         start = self.warmup_steps if self.cosine_after_warmup else 0

@@ -28,6 +28,7 @@ class View:
     ratio: tuple[float, float] | None = None
     hflip: float | None = None
     interpolation: str | None = None
+    auto_augment: str | None = None
     photometric: Photometric | None = None
 
     def over(self, defaults: Mapping[str, Any]) -> dict[str, Any]:

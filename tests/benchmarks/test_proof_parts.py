@@ -18,7 +18,6 @@ from fastmim.models.sizes import SIZES
 DRY = Setting("cpu", True)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Reads(nn.Module):

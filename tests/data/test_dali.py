@@ -164,7 +164,7 @@ def test_shapes_and_types(photos, in_chans):
 def test_zoo(zoo, verify):
     whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
     with load(zoo.root, micro_batch_size=5, verify=verify, **whole) as loader:
-        names = [os.path.relpath(loader._index.path(i), zoo.root) for i in range(15)]
+        names = [os.path.relpath(loader.index.path(i), zoo.root) for i in range(15)]
         batches = list(loader.epoch(0))
         bad = {os.path.relpath(path, zoo.root): reason for path, reason in loader.bad_files.items()}
     assert set(bad) == set(zoo.bad) and all(zoo.bad[name] in reason for name, reason in bad.items())

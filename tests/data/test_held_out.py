@@ -24,7 +24,7 @@ def expected_side(name: str) -> bool:
 
 
 def names(loader) -> list[str]:
-    return [loader._index.name(i).decode() for i in range(loader.num_images)]
+    return [loader.index.name(i).decode() for i in range(loader.num_images)]
 
 
 def test_both_sides_of_a_folder(photos):
@@ -85,7 +85,7 @@ def test_several_folders_keep_their_weights(photos, tmp_path):
     both, share = [photos, tmp_path / "other"], dict(val_fraction=FRACTION, weights=[1, 1])
     with load(both, **share) as kept, load(both, **share, train=False) as held_out:
         assert kept.num_images + held_out.num_images == 57
-        own = len(kept._index.parts[0])
+        own = len(kept.index.parts[0])
         ids = torch.cat([batch.sample_ids for batch in kept.epoch(0)]) % kept.num_images
         assert abs(int((ids < own).sum()) - int((ids >= own).sum())) <= 4  # an incomplete batch is dropped
     with pytest.raises(ValueError, match=r"data.val_fraction=0.3: what is in .* could be held out of one alone"):

@@ -29,7 +29,7 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 
 
 def names_of(loader: Loader, root) -> list[str]:
-    index = loader._index
+    index = loader.index
     return [os.path.relpath(index.path(i), root) for i in range(len(index))]
 
 

@@ -28,16 +28,6 @@ ENCODER = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Tiny tensors gain nothing from threads, and lose much where other programs use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """22 smooth pictures: not a multiple of any batch used, so that epochs end inside a run."""
@@ -46,6 +36,18 @@ def pictures(tmp_path_factory) -> Path:
     for i in range(22):
         coarse = generator.integers(0, 255, (5, 6, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """23 pictures of two classes, one lighter than the other: an odd number, for two ranks."""
+    folder = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(1)
+    for i in range(23):
+        coarse = generator.integers(90 * (i % 2), 150 + 90 * (i % 2), (4, 4, 3), dtype=np.uint8)
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(coarse).resize((40, 48), Image.Resampling.BICUBIC).save(folder / "ab"[i % 2] / f"{i:02d}.png")
     return folder
 
 

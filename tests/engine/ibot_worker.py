@@ -1,4 +1,4 @@
-"""Trains a tiny iBOT several times in one process per rank: ``python ibot_worker.py RUNS.json [STEP]``.
+"""Trains a tiny iBOT, or MoCo v3, several times in one process per rank: ``python ibot_worker.py RUNS.json [STEP]``.
 
 RUNS.json holds a list of the arguments of :func:`train`. With STEP the last rank kills itself in that step, between the
 update of the student and that of the teacher.
@@ -41,13 +41,21 @@ DECAY = Schedule(name="cosine", base_lr=0.04, min_lr=0.4, total_steps=STEPS)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def new_objective(recompute: str = "none", momentum: float = MOMENTUM, encoder: str = "vit") -> Any:
-    """With 32 prototypes that are still in the first epoch, and temperatures that warm up; 4 × 4 tokens a crop."""
+def new_objective(
+    recompute: str = "none", momentum: float = MOMENTUM, encoder: str = "vit", name: str = "ibot"
+) -> Any:
+    """4 × 4 tokens a crop; of iBOT 32 prototypes that are still in the first epoch, and temperatures that warm up."""
     torch.manual_seed(0)
+    settings = {"name": encoder, "img_size": 32, **ENCODERS[encoder]}
+    if name == "moco":
+        settings |= {"abs_pos_embed": "sincos_moco", "init": "moco"}
+        own = {"hidden_dim": 24, "out_dim": 12, "momentum": momentum, "augment": False}
+        objective = create_objective(name, encoder=settings, impl="torch", **own)
+        apply_recompute(objective, recompute)
+        return objective
     own = {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_size": 16, "augment": False}
     schedules = {"warmup_teacher_temp_epochs": 2, "momentum_teacher": momentum, "freeze_last_layer": 1}
-    settings = {"name": encoder, "img_size": 32, **ENCODERS[encoder]}
-    objective = create_objective("ibot", encoder=settings, impl="torch", **own, **schedules)
+    objective = create_objective(name, encoder=settings, impl="torch", **own, **schedules)
     apply_recompute(objective, recompute)
     return objective
 
@@ -59,6 +67,14 @@ def batch_of(step: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor
         torch.randint(0, 256, (2, BATCH, 3, edge, edge), generator=generator, dtype=torch.uint8) for edge in (32, 16)
     ]
     return (crops[0], crops[1]), torch.rand(2, BATCH, 4, 4, generator=generator) < 0.4
+
+
+def pairs_of(step: int) -> tuple[tuple[torch.Tensor], torch.Tensor]:
+    """MoCo's two crops, and no mask. Images differ in their colour: BatchNorm divides by how much they do."""
+    generator = torch.Generator().manual_seed(step)
+    colour = torch.randn(BATCH, 3, 1, 1, generator=generator)
+    crops = 0.7 * torch.randn(2, BATCH, 3, 32, 32, generator=generator) + colour
+    return (crops,), torch.zeros(2, BATCH, 4, 4, dtype=torch.bool)
 
 
 def new_engine(
@@ -126,7 +142,7 @@ def train(
         die_after_the_students_update(engine, kill_in)
     for step in range(engine.steps, STEPS):
         overflows = overflowing(engine) if step == overflow_in else nullcontext()
-        images, mask = batch_of(step)
+        images, mask = batch_of(step) if len(engine.objective.views()) > 1 else pairs_of(step)
         size = BATCH // world.size // accum
         ids = [torch.arange(size) + size * (world.rank + world.size * micro) for micro in range(accum)]
         batches = iter([(0, SimpleNamespace(images=[crop[:, i] for crop in images], sample_ids=i)) for i in ids])
@@ -148,7 +164,8 @@ def train(
 
 def publish(engine: Any, folder: Path, world: World, stage: int | None) -> None:
     """Write what the forward pass reads of the teacher."""
-    params = dict(engine.objective.teacher.named_parameters())
+    teachers = {id(param) for teacher, _ in engine.objective.ema() for param in teacher.parameters()}
+    params = {name: param for name, param in engine.objective.named_parameters() if id(param) in teachers}
     gathered: Any = nullcontext()
     if stage == 3:
         gathered = import_deepspeed(world.device).zero.GatheredParameters(list(params.values()))

@@ -43,20 +43,26 @@ BF16 = {
 }
 
 
+WATCHED = ("ddp", "stage2", "stage3")
+
+
 @pytest.fixture(scope="module")
-def alone(zero_run, launch, tmp_path_factory):
-    """One process: without DeepSpeed, and ZeRO-3 with nobody to share with."""
+def alone(zero_run, launch, labelled, tmp_path_factory):
+    """One process: without DeepSpeed, whose features are looked at, and ZeRO-3 with nobody to share with."""
     folder = tmp_path_factory.mktemp("alone")
-    runs = {"plain": {}, "stage3": dict(efficiency__zero_stage=3)}
+    runs = {"plain": dict(data__labelled_path=str(labelled)), "stage3": dict(efficiency__zero_stage=3)}
     launch([zero_run(folder / name, 1, **changes) for name, changes in runs.items()], 1)
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(zero_run, launch, tmp_path_factory):
-    """All runs on two ranks. Validation and pictures once, at the stage where they need both ranks."""
+def two(zero_run, launch, labelled, tmp_path_factory):
+    """All runs on two ranks; features are looked at where that needs both, and where it does not."""
     folder = tmp_path_factory.mktemp("two")
-    launch([zero_run(folder / name, 2, **changes) for name, changes in (RUNS | BF16).items()], 2)
+    runs = RUNS | BF16
+    for name in WATCHED:
+        runs[name] = runs[name] | dict(data__labelled_path=str(labelled))
+    launch([zero_run(folder / name, 2, **changes) for name, changes in runs.items()], 2)
     return folder
 
 
@@ -90,6 +96,14 @@ def test_equals_one_process_without_deepspeed(name, two, alone):
     compare(two / name, alone / "plain", rtol=1e-5, atol=1e-5)
     norms = torch.tensor(curve(two / name, "grad_norm")), torch.tensor(curve(alone / "plain", "grad_norm"))
     torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_features_of_all_ranks_are_those_of_one_process(name, two, alone):
+    """23 images: the ranks have different numbers of them, and of batches."""
+    last = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (two / name, alone / "plain")]
+    assert last[0]["knn_top1"] == last[1]["knn_top1"] > 50
+    assert last[0]["rankme"] == pytest.approx(last[1]["rankme"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", FOUR)

@@ -29,7 +29,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def relative(found: Any, wanted: Any) -> float:
     """Largest difference over the largest wanted number."""
-    found, wanted = (np.asarray(torch.as_tensor(v), dtype=np.float64) for v in (found, wanted))
+    found, wanted = (
+        np.asarray(v.detach() if isinstance(v, torch.Tensor) else v, dtype=np.float64) for v in (found, wanted)
+    )
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
     return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-12))
 

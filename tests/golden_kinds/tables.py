@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastmim.engine.base import scaled_lr
 from fastmim.objectives.block_masks import beit_mask, ibot_mask
 from fastmim.objectives.schedule import Schedule
 from fastmim.objectives.self_distillation import warm_temperature
@@ -16,24 +17,58 @@ from .common import Errors, relative
 
 
 def schedules(table: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl: str) -> Errors:
-    """Those of iBOT; of the objectives that are not built yet there is nothing to compare."""
-    length, per_epoch = table["epochs"] * table["iters_per_epoch"], table["iters_per_epoch"]
-    found = {}
-    for name, values in table["ibot"].items():
-        numbers = [float(word) for word in name.replace(",", "").split() if word.replace(".", "").isdigit()]
-        if name == "lr":
-            rate = Schedule(name="cosine", base_lr=table["base_lr"], min_lr=table["min_lr"], total_steps=length,
-                            warmup_steps=table["warmup_epochs"] * per_epoch, warmup_inclusive=True)  # fmt: skip
-            own = [rate(step) for step in range(length)]
-        elif "temp" in name:
-            start, end, warm_up, *delay = numbers
-            how = dict(start=start, end=end, warm_up=int(warm_up), delay=int(delay[0]) if delay else 0)
-            own = [warm_temperature(epoch, **how) for epoch in range(table["epochs"])]
-        else:
-            curve = Schedule(name="cosine", base_lr=numbers[0], min_lr=numbers[1], total_steps=length)
-            own = [curve(step) for step in range(length)]
-        found[f"ibot {name.split()[0]}"] = (relative(own, values), 1e-9)
+    """Rates, momenta, weight decay and temperatures of every recipe in the table."""
+    found: Errors = {}
+    for family, columns in table.items():
+        if not isinstance(columns, dict):
+            continue
+        for name, values in columns.items():
+            if not isinstance(values, list):
+                continue
+            own = rates(table, family, columns, name) if name.startswith("lr") else curve(table, name)
+            key = f"{family} {name if ' lr' in name or 'scale' in name else name.split()[0]}"
+            found[key] = (relative(own, values), 1e-9)
     return found
+
+
+RATES: dict[str, dict[str, Any]] = {
+    "ibot": dict(warmup_inclusive=True),
+    "beit": dict(warmup_inclusive=True),
+    "mae": {},
+    "moco_v3": dict(min_lr=0.0),
+    "simmim_finetune (microsoft/SimMIM)": dict(cosine_after_warmup=False, lag=True),
+    "simmim_finetune (microsoft/Swin-Transformer)": dict(lag=True),
+}
+"""How each recipe's rate differs from a linear warm-up and a cosine to the end."""
+
+
+def rates(table: Mapping[str, Any], family: str, columns: Mapping[str, Any], name: str) -> list[float]:
+    """Of the group whose scale the column's name says; SimMIM's fine-tuning scales the peak alone."""
+    per_epoch = table["iters_per_epoch"]
+    how: dict[str, Any] = dict(
+        name="cosine",
+        base_lr=table["base_lr"],
+        min_lr=table["min_lr"],
+        warmup_lr=columns.get("warmup_lr", 0.0),
+        warmup_steps=table["warmup_epochs"] * per_epoch,
+        total_steps=table["epochs"] * per_epoch,
+    )
+    schedule = Schedule(**how | RATES[family])
+    said = re.search(r"lr_scale ([\d.e-]+)", name)
+    group = {"lr_scale": float(said[1]) if said else 1.0, "scale_peak_only": family.startswith("simmim")}
+    return [scaled_lr(group, schedule(step), schedule.floor(step)) for step in range(schedule.total_steps)]
+
+
+def curve(table: Mapping[str, Any], name: str) -> list[float]:
+    """What follows a cosine by step, or a temperature by epoch; the name says from where to where."""
+    numbers = [float(word) for word in name.replace(",", "").split() if word.replace(".", "").isdigit()]
+    if "temp" in name:
+        start, end, warm_up, *delay = numbers
+        how = dict(start=start, end=end, warm_up=int(warm_up), delay=int(delay[0]) if delay else 0)
+        return [warm_temperature(epoch, **how) for epoch in range(table["epochs"])]
+    total = table["epochs"] * table["iters_per_epoch"]
+    cosine = Schedule(name="cosine", base_lr=numbers[0], min_lr=numbers[1], total_steps=total)
+    return [cosine(step) for step in range(total)]
 
 
 def block_masks(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], impl: str) -> Errors:

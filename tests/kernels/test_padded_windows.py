@@ -19,7 +19,6 @@ MAPS: dict[str, tuple[tuple[int, int], int]] = {
 }  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name: str, grid: tuple[int, int], window: int, **options: Any) -> torch.nn.Module:

@@ -23,15 +23,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, and lose much where other programs use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pair(name, grid, window):
     """An objective's encoder, and timm's model with the same weights."""
     encoder = dict(SMALL, name=name, img_size=(2 * grid[0], 2 * grid[1]), patch_size=2, window_size=window)

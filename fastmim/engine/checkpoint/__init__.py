@@ -1,7 +1,7 @@
 """Checkpoints: written and found again (save), read through (whole), in pieces of any number of ranks (shards), as one
 file (convert)."""
 
-from fastmim.engine.checkpoint.convert import convert, export
+from fastmim.engine.checkpoint.convert import consolidate, convert, export
 from fastmim.engine.checkpoint.save import (
     check_same_run,
     find_resume,
@@ -17,6 +17,7 @@ from fastmim.engine.checkpoint.whole import check_whole, whole_checkpoint
 __all__ = [
     "check_same_run",
     "check_whole",
+    "consolidate",
     "convert",
     "export",
     "find_resume",

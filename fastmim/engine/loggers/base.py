@@ -13,6 +13,8 @@ from fastmim.files import write_text
 GROUPED = {
     "loss": "loss/train",
     "val_loss": "loss/val",
+    "knn_top1": "probe/knn_top1",
+    "rankme": "probe/rankme",
     "lr": "schedule/lr",
     "epoch": "schedule/epoch",
     "grad_norm": "gradient/norm",

@@ -22,13 +22,16 @@ class Forward:
 
     def __init__(self, impl: str, given: Plain) -> None:
         self._impl, self._given = impl, given
+        self._chosen: dict[str, str] = {}
         self.tensors: list[Tensor | None] = []
         self.kept: list[tuple[Op, int, Any]] = []
 
     def run(self, op: Op, *args: Any) -> Any:
         """The results of ``op``, whose arguments are checked."""
         assert op.formulas is not None
-        impl = op.choose(self._impl, self._given, op.forward.functions.names)
+        impl = self._chosen.get(op.name)
+        if impl is None:
+            impl = self._chosen[op.name] = op.choose(self._impl, self._given, op.forward.functions.names)
         inputs, outputs = (*args, impl), tuple_of(op.forward.functions[impl](*args))
         tensors, settings = op.formulas.save(inputs, outputs)
         self.kept.append((op, len(tensors), settings))

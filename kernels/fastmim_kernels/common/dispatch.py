@@ -62,10 +62,10 @@ def resolve(op: str, impl: str, implementations: Mapping[str, R], device: torch.
     Raises:
         ValueError: ``impl`` is unknown, or this op has no such implementation.
     """
-    check_impl(impl)
     if impl == "auto":
-        picked = "triton" in implementations and picks_triton(op, impl, device, dtype)
+        picked = "triton" in implementations and not no_triton(device) and not failed_self_test(op, dtype, device)
         return implementations["triton" if picked else "torch"]
+    check_impl(impl)
     if impl not in implementations:
         have = ", ".join(["auto", *implementations])
         raise ValueError(f"impl={impl!r}: {op} has no such implementation; use one of {have}")

@@ -61,4 +61,4 @@ def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: b
 
 def _rows(x: Tensor) -> Tensor:
     """(…, C) as a matrix."""
-    return x if x.ndim == 2 else x.flatten(0, -2)
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])

@@ -70,14 +70,15 @@ def table(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     cuda = device.type == "cuda"
     stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
-    key = stream, *(value for t in tensors for value in (t.data_ptr(), t.numel()))
+    key = stream, *[t.data_ptr() for t in tensors], *[t.numel() for t in tensors]
     if cuda and torch.cuda.is_current_stream_capturing():
         return _for_graph(key[1:])
-    if key not in _tables:
+    found = _tables.get(key)
+    if found is None:
         while len(_tables) >= 8:
             _tables.pop(next(iter(_tables)))
-        _tables[key] = _rows(tensors).to(device)
-    return _tables[key]
+        found = _tables[key] = _rows(tensors).to(device)
+    return found
 
 
 def _for_graph(addresses: tuple[int, ...]) -> Tensor:

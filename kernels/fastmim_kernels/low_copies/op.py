@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..common.arguments import FLOATING, explained, wrong
 from ..common.define_op import define_op
-from ..common.rows import exactly
 from . import on_torch
-from .layout import padded, total
+from .layout import total, views
 
 
 @explained()
@@ -34,13 +33,12 @@ def low_copies(tensors: Sequence[Tensor], dtype: torch.dtype, *, impl: str = "au
     if isinstance(tensors, Tensor):  # which is a sequence of its rows
         raise wrong("low_copies", "tensors", "a sequence of tensors", tensors)
     wide = [t for t in tensors if t.dtype != dtype]
-    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in wide):
-        other = next(t for t in wide if t.dtype != torch.float32 or not t.is_contiguous())
-        raise wrong("low_copies", "tensors", f"contiguous, of float32 or {str(dtype).removeprefix('torch.')}", other)
+    if others := [t for t in wide if t.dtype != torch.float32 or not t.is_contiguous()]:
+        takes = f"contiguous, of float32 or {str(dtype).removeprefix('torch.')}"
+        raise wrong("low_copies", "tensors", takes, others[0])
     if not wide:
         return list(tensors)
-    parts = OP(wide, dtype, impl=impl).split([padded(t.numel()) for t in wide])
-    rest = iter([exactly(part, t.shape) for part, t in zip(parts, wide, strict=True)])
+    rest = iter(views(OP(wide, dtype, impl=impl), wide))
     return [t if t.dtype == dtype else next(rest) for t in tensors]
 
 

@@ -136,8 +136,9 @@ def head_loss_kernel(
             b_mean = tl.load(p_mean + i_c, mask=m_n, other=0)
             b_t = b_t * (1 / (255 * b_std))[None, :] - (b_mean / b_std)[None, :]
         b_d = tl.where(m_hit, acc - b_t, 0.0)
-        a_loss = tl.sum(tl.sum(loss_of(b_d, LOSS), 1), 0)
-        a_pixels = tl.sum(tl.sum((m_hit & (i_c == 0)[None, :]).to(tl.float32), 1), 0)
+        # Not axis after axis: of a product's tile on sm_100 that ends in an assertion of Triton 3.6.
+        a_loss = tl.sum(loss_of(b_d, LOSS))
+        a_pixels = tl.sum((m_hit & (i_c == 0)[None, :]).to(tl.float32))
         if p_slope is not None:
             b_slope = slope_of(b_d, LOSS)
             a_bias = tl.sum(b_slope, 0)

@@ -274,7 +274,7 @@ def backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tenso
     d_hidden, d_bias1, activation = hidden_gradient(grad, weight2, pre, bias1 is not None)
     d_weight2, d_bias2 = parameter_gradients(grad, activation, weight2_dtype, has_bias2)
     del activation
-    d_weight1 = weight_gradient(d_hidden, x.flatten(0, -2), weight1_dtype)
+    d_weight1 = weight_gradient(d_hidden, x.reshape(-1, x.shape[-1]), weight1_dtype)
     return input_gradient(d_hidden, weight1, add).view(x.shape), d_weight1, d_bias1, d_weight2, d_bias2
 
 

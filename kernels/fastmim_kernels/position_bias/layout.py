@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -43,10 +44,15 @@ class BiasPlan(NamedTuple):
     """(blocks, 9) int64: :class:`Block` of each, for the kernels."""
 
 
-def unflatten(layout: Sequence[int]) -> list[Block]:
+def unflatten(layout: Sequence[int]) -> tuple[Block, ...]:
     """The blocks of an op's ``layout``."""
+    return _blocks(tuple(layout))
+
+
+@lru_cache(maxsize=64)
+def _blocks(layout: tuple[int, ...]) -> tuple[Block, ...]:
     size = len(Block._fields)
-    return [Block(*layout[i : i + size]) for i in range(0, len(layout), size)]
+    return tuple(Block(*layout[i : i + size]) for i in range(0, len(layout), size))
 
 
 def sizes(blocks: Sequence[Block], hidden: int) -> tuple[int, int]:

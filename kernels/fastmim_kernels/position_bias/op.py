@@ -79,15 +79,10 @@ def position_bias(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tupl
         ValueError: An argument is not what is said here.
     """
     hidden = _check(plan, blocks, params)
-    shapes = [tuple(p.shape) for own in params for p in own]
     given = [p for own in params for p in own]
     layout = [value for block in blocks for value in block]
-    bias = _OF_PARAMETERS(impl, _How(plan, layout, hidden, shapes), *given)
-    if bias is None:
-        bias = OP(_flat(given), *plan, layout, hidden, impl=impl)
-    ends = [block.bias for block in blocks[1:]] + [bias.numel()]
-    parts = bias.split([end - block.bias for block, end in zip(blocks, ends, strict=True)])
-    return [exactly(p, (b.heads, math.isqrt(b.pairs), math.isqrt(b.pairs))) for p, b in zip(parts, blocks, strict=True)]
+    found = _OF_PARAMETERS(impl, _How(plan, blocks, layout, hidden, [p.shape for p in given]), *given)
+    return _apart(OP(_flat(given), *plan, layout, hidden, impl=impl), blocks) if found is None else list(found)
 
 
 @explained(index="index")
@@ -164,7 +159,7 @@ def _check(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tuple[Tenso
     for own, block in zip(params, blocks, strict=True):
         floating(op, *own)
         wanted = [(hidden, 2), (hidden,), (block.heads, hidden)] if hidden else [(block.rows, block.heads)]
-        if [tuple(p.shape) for p in own] != wanted:
+        if [p.shape for p in own] != wanted:
             raise wrong(op, "params", f"(weight1, bias1, weight2) or (table,) of {wanted} for each block", own)
     return hidden
 
@@ -243,24 +238,49 @@ OP = define_op("position_bias", on_torch, ".on_triton", reference=_reference, fa
 
 class _How(NamedTuple):
     plan: BiasPlan
+    blocks: Sequence[Block]
     layout: list[int]
     hidden: int
-    shapes: list[tuple[int, ...]]
+    shapes: list[torch.Size]
     """Of the parameters."""
 
 
 def _flat(params: Sequence[Tensor]) -> Tensor:
-    return torch.cat([p.reshape(-1) for p in params]).to(statistics_dtype(params[0].dtype))
+    return torch._utils._flatten_dense_tensors(params).to(statistics_dtype(params[0].dtype))
 
 
-def _of_parameters(way: Forward, how: _How, *params: Tensor) -> Tensor:
-    """The op with what makes its input, which as nodes of their own would be two and two views for each parameter."""
-    bias: Tensor = way.run(OP, _flat(params), *how.plan, how.layout, how.hidden)
-    return bias
+def _gaps(blocks: Sequence[Block], values: int) -> list[int]:
+    """Values of each bias with what follows it, of as many in all."""
+    ends = [block.bias for block in blocks[1:]] + [values]
+    return [end - block.bias for block, end in zip(blocks, ends, strict=True)]
 
 
-def _of_parameters_gradients(way: Backward, how: _How, needs: tuple[bool, ...], grad: Tensor) -> list[Tensor]:
-    flat: Any = way.run(grad)[0]
+def _apart(bias: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
+    """(heads, N, N) of each block, of the flat biases."""
+    parts = bias.split(_gaps(blocks, bias.numel()))
+    sides = [math.isqrt(block.pairs) for block in blocks]
+    return [exactly(p, (b.heads, n, n)) for p, b, n in zip(parts, blocks, sides, strict=True)]
+
+
+def _together(grads: Sequence[Tensor | None], blocks: Sequence[Block], hidden: int, like: Tensor) -> Tensor:
+    """The reverse for their gradients; nothing reads what lies between two blocks."""
+    found = []
+    for grad, block, size in zip(grads, blocks, _gaps(blocks, sizes(blocks, hidden)[0]), strict=True):
+        count = block.heads * block.pairs
+        found.append(like.new_zeros(count) if grad is None else grad.reshape(-1))
+        if size != count:
+            found.append(like.new_zeros(size - count))
+    return torch.cat(found)
+
+
+def _of_parameters(way: Forward, how: _How, *params: Tensor) -> list[Tensor]:
+    """The op with what makes its input and takes its result apart: else nodes of their own for each block."""
+    return _apart(way.run(OP, _flat(params), *how.plan, how.layout, how.hidden), how.blocks)
+
+
+def _of_parameters_gradients(way: Backward, how: _How, needs: tuple[bool, ...], *grads: Tensor | None) -> list[Tensor]:
+    like = next(grad for grad in grads if grad is not None)
+    flat: Any = way.run(_together(grads, how.blocks, how.hidden, like))[0]
     parts = flat.split([math.prod(shape) for shape in how.shapes])
     return [part.view(shape) for part, shape in zip(parts, how.shapes, strict=True)]
 

@@ -227,7 +227,7 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
             stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::residual_norm``."""
-    residual, branch = (None if t is None else t.contiguous() for t in (residual, branch))
+    residual, branch = [None if t is None else t.contiguous() for t in (residual, branch)]
     like = given(residual, branch)
     channels, device = like.shape[-1], like.device
     rows = like.numel() // channels
@@ -253,7 +253,7 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
              drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,
              branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::residual_norm_backward``."""
-    grad_added, grad_out, branch = (None if t is None else t.contiguous() for t in (grad_added, grad_out, branch))
+    grad_added, grad_out, branch = [None if t is None else t.contiguous() for t in (grad_added, grad_out, branch)]
     saved = saved.contiguous()
     channels, device = saved.shape[-1], saved.device
     rows = saved.numel() // channels
@@ -262,15 +262,15 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
     d_branch = torch.empty_like(saved, dtype=branch_dtype) if own_branch else None
     shape = config(channels)
     count = programs(cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "backward", device)
-    sums = torch.empty(2 + (branch_bias is not None) + (gamma is not None), channels, dtype=torch.float32,
-                       device=device)
-    partial = torch.empty(count, *sums.shape, dtype=torch.float32, device=device)
+    vectors_summed = 2 + (branch_bias is not None) + (gamma is not None)
+    sums = torch.empty(vectors_summed, channels, dtype=torch.float32, device=device)
+    partial = torch.empty(count, vectors_summed, channels, dtype=torch.float32, device=device)
     vectors = [None if v is None else v.contiguous() for v in (weight, branch_bias, gamma, drop_scale)]
     residual_norm_backward[(count,)](
         grad_added, grad_out, saved, branch, mean, rstd, *vectors,
         d_residual, d_branch, partial,
         arrival.counters(1 + count, device), sums, rows, rows // saved.shape[0], *_map(saved, merge),
-        POST=order == "post", MERGE=merge, SUMS=len(sums), C=channels, GROUP=GROUP, **shape)
+        POST=order == "post", MERGE=merge, SUMS=vectors_summed, C=channels, GROUP=GROUP, **shape)
     return (nothing(saved, dtype) if d_residual is None else d_residual,
             nothing(saved, branch_dtype) if d_branch is None else d_branch, sums)
 

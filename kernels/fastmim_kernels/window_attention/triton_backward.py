@@ -205,10 +205,10 @@ def single_tile(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bo
     """Whether ``backward_kernel`` takes windows of ``n`` tokens, not ``backward_large_kernel``.
 
     That one keeps only a tile of queries and of keys on chip: for more than 64 tokens, for wide rows (float32,
-    heads of 64), and where one tile would spill registers: cosine attention on sm_80 and, by a Triton before 3.7, both
-    that and plain attention on sm_80, and cosine attention everywhere.
+    heads of 64), and where one tile would spill registers: cosine attention on sm_80, and everywhere by a Triton
+    before 3.7.
     """
-    spills = (arch < 90 and OLD) or (cosine and (arch < 90 or OLD))
+    spills = cosine and (arch < 90 or OLD)
     return n <= 64 and dtype != torch.float32 and head_dim <= 32 and not spills
 
 
@@ -217,7 +217,9 @@ def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -
     """Tile sizes of the kernel that :func:`single_tile` chooses: the largest that do not spill."""
     if single_tile(n, head_dim, dtype, arch, cosine):
         rows, warps = next_power(n), max(next_power(n) // 16, 1)
-        return Tiling(rows, 1, rows, True, 2 * warps if cosine else warps, 1, 1, blocks_per_sm=1 if cosine else 2)
+        # Twice the warps of one block are as many as those of two, and hold half as much each.
+        alone = cosine or (arch < 90 and OLD)
+        return Tiling(rows, 1, rows, True, 2 * warps if alone else warps, 1, 1, blocks_per_sm=1 if alone else 2)
     if dtype == torch.float32 or head_dim > 32:
         return Tiling(32, 1, 16, False, 4, 1, 1, blocks_per_sm=2)
     return Tiling(64 if arch >= 90 and n > 64 else 32, 1, 32, False, 4, 1, 1, blocks_per_sm=2)

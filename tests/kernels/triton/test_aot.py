@@ -13,15 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import triton
 
 ROOT = Path(__file__).resolve().parents[3]
-OF_3_6 = (
-    # Its pass over Blackwell's tensor memory fails; the self-test meets that, and torch's op is taken.
-    r"masked_loss\.linear_on_triton/loss +100 +does not compile: RuntimeError: PassManager::run failed",
-    r"window_attention\.triton_forward/window_attention/backward/swin_w7_sm80 +80 .*128-bit share 0\.4\d\d < 0\.50$",
-)
-"""What the oldest Triton makes of two cases, and no other: lines of the report."""
 
 
 def compile_report(out: Path, *args: str) -> tuple[list[dict], subprocess.CompletedProcess[str]]:
@@ -60,8 +53,6 @@ def test_every_shipped_configuration(
     mine = [row for row in rows if row["module"] == module]
     assert {row["arch"] for row in mine} == {80, 90, 100}, done.stderr
     bad = [line for line in done.stdout.splitlines() if line.startswith(f"{module}/") and not line.endswith("  -")]
-    if triton.__version__.startswith("3.6."):
-        bad = [line for line in bad if not any(re.match(known, line) for known in OF_3_6)]
     assert not bad, "\n".join(bad)
 
 

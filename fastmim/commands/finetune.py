@@ -1,0 +1,76 @@
+"""``fastmim finetune``: an encoder learns the classes of labelled images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .configs import takes_config
+
+if TYPE_CHECKING:
+    from fastmim.config import Config
+
+OBJECTIVE = "classify"
+ENCODER_FILE = "encoder.safetensors"
+# What a fine-tuning may have in another way than the encoder's file says.
+_NOT_OF_THE_FILE = {"drop_path_rate", "residual_dtype", "init"}
+
+
+def add(commands: Any, common: argparse.ArgumentParser, train: Any) -> None:
+    """Add ``finetune`` to the command line; ``train`` runs it, by the config of its ``read``."""
+    finetune = commands.add_parser("finetune", parents=[common], help="train an encoder on labelled images")
+    takes_config(finetune)
+    finetune.add_argument("--encoder", metavar="RUN|FILE", help="a pretraining's output folder, or the "
+                          "encoder.safetensors of one: weights to start from; the model section is what it says")
+    finetune.set_defaults(command=train, read=finetune_config)
+
+
+def finetune_config(options: argparse.Namespace) -> Config:
+    """The config, with the model of ``--encoder`` where neither it nor an override says another.
+
+    Raises:
+        ValueError: there is no encoder, its file does not say what it is, or the config is no fine-tuning.
+    """
+    from fastmim.config import config_of, merge_trees, read_tree
+
+    tree = read_tree(options.config, options.overrides)
+    if options.encoder is not None:
+        tree = merge_trees(_of_encoder(_file(Path(options.encoder))), tree)
+    cfg = config_of(tree)
+    if cfg.objective.name != OBJECTIVE:
+        name = cfg.objective.name
+        raise ValueError(f"objective.name={name}: finetune learns classes; use {OBJECTIVE}, or `fastmim pretrain`")
+    return cfg
+
+
+def _file(encoder: Path) -> Path:
+    file = encoder / ENCODER_FILE if encoder.is_dir() else encoder
+    if not file.is_file():
+        fix = f"fastmim convert {encoder} {encoder / ENCODER_FILE}" if encoder.is_dir() else "give one of fastmim's"
+        raise ValueError(f"--encoder {encoder}: no {ENCODER_FILE} there; {fix}")
+    return file
+
+
+def _of_encoder(file: Path) -> dict[str, Any]:
+    """The tree of a config whose model is that of a file; a ViT's table for all blocks becomes one for each."""
+    from safetensors import SafetensorError, safe_open
+
+    from fastmim.interop.facts import read_facts
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            facts = read_facts(opened.metadata())
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--encoder {file}: not a readable .safetensors file ({reason})") from None
+    settings = {key: value for key, value in facts.get("encoder", {}).items() if key not in _NOT_OF_THE_FILE}
+    if not settings:
+        raise ValueError(f"--encoder {file}: says nothing of its architecture; give model.… and model.init_from={file}")
+    if settings.pop("shared_rel_pos_bias", False):
+        settings |= {"shared_rel_pos_bias": False, "rel_pos_bias": True}
+    if settings.get("name") == "swinv2" and not settings.get("pretrained_window_size"):
+        settings["pretrained_window_size"] = settings["window_size"]
+    statistics = {key: value for key, value in facts.get("statistics", {}).items() if key in ("mean", "std") and value}
+    model = {key: value for key, value in settings.items() if value is not None}
+    return {"model": model | {"init_from": str(file)}, "data": statistics}

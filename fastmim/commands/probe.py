@@ -1,0 +1,115 @@
+"""``fastmim probe``: k-NN, RankMe and a linear probe of an encoder on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from fastmim.wording import plural
+
+from .console import shown_on_a_terminal, write
+
+_PROTOCOLS = ("dino", "ibot", "mae", "moco", "beit", "none")
+_KEYS = {"follow_links", "component", "min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"}
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add ``probe`` to the command line."""
+    probe = commands.add_parser("probe", parents=[common], help="k-NN, RankMe and linear accuracy of an encoder")
+    probe.add_argument("source", metavar="RUN|ENCODER", help="a run's output folder, a step-… folder, or the "
+                       "encoder.safetensors that a run or `fastmim convert` has written")
+    probe.add_argument("labelled", metavar="DIR", help="class folders, or shards with .cls members; or a folder with "
+                       "train and val, each of these")
+    probe.add_argument("overrides", metavar="key=value", nargs="*",
+                       help="how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
+    probe.add_argument("--val", metavar="DIR", help="to try it on (default: DIR/val, else a fifth of each class)")
+    probe.add_argument("--labels", metavar="CSV", help="lines file,class, instead of class folders")
+    probe.add_argument("--protocol", choices=_PROTOCOLS, default="dino", help="whose linear probe (default dino)")
+    probe.add_argument("--pool", choices=("cls", "mean"), help="what stands for an image (default: the class token of "
+                       "a ViT with key_bias, else the mean)")
+    probe.add_argument("--epochs", type=_positive, metavar="N", help="of the linear probe (default: the protocol's)")
+    probe.add_argument("--augment", type=_positive, metavar="N", default=0, help="N passes over random crops and flips "
+                       "for the linear probe; the protocols make one an epoch (default: centre crops, one pass)")
+    probe.add_argument("--most", type=_positive, metavar="N", help="use so many, evenly spread (default: all)")
+    probe.add_argument("--batch", type=_positive, metavar="B", default=64, help="images in a forward pass (default 64)")
+    probe.add_argument("--seed", type=int, default=0, metavar="S", help="of the linear probe (default 0)")
+    probe.add_argument("--json", action="store_true", help="print the report as JSON")
+    probe.set_defaults(command=run_probe)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def run_probe(options: argparse.Namespace) -> int:
+    """Probe an encoder and print what was found."""
+    from fastmim.config import load_config
+
+    other = [word for word in options.overrides if word.partition("=")[0].removeprefix("data.") not in _KEYS]
+    if other:
+        known = ", ".join(f"data.{key}" for key in sorted(_KEYS))
+        raise ValueError(f"{other[0]}: probe takes {known}; what the encoder is, its file says")
+    data = load_config(None, options.overrides).data
+    with shown_on_a_terminal("loading libraries …"):
+        from fastmim.data.labelled import LabelledImages
+        from fastmim.engine.distributed import distributed
+        from fastmim.engine.probe import probe_encoder
+
+    with distributed() as world:
+        images = LabelledImages(
+            options.labelled,
+            options.val,
+            table=options.labels,
+            most=options.most,
+            follow_links=data.follow_links,
+            component=data.component,
+        )
+        report, encoder = probe_encoder(
+            options.source,
+            images,
+            world,
+            micro_batch_size=options.batch,
+            reading=data.model_dump(include=_KEYS - {"follow_links", "component"}),
+            protocol=None if options.protocol == "none" else options.protocol,
+            pool=options.pool,
+            epochs=options.epochs,
+            augment=options.augment,
+            seed=options.seed,
+        )
+    write(_as_json(report, encoder, options) if options.json else _as_text(report, encoder, options))
+    return 0
+
+
+def _as_text(report: Any, encoder: dict[str, Any], options: argparse.Namespace) -> str:
+    images = f"{plural(report.train_images, 'image')} to learn from, {report.test_images:,} to try it on"
+    what = "class token" if report.pool == "cls" else "mean of the tokens"
+    lines = [
+        f"{options.source}: {encoder['name']}, {report.width} channels ({what} behind the last block)",
+        f"{options.labelled}: {plural(report.classes, 'class', 'classes')}, {images}",
+        "",
+        *(f"k-NN, k = {k:<4} {first:5.1f} % top-1  {five:5.1f} % top-5" for k, (first, five) in report.knn.items()),
+        f"RankMe       {report.rankme:5.1f} of {report.width}",
+    ]
+    if report.linear:
+        best = max(report.linear, key=lambda one: one.top1)
+        lines.append(f"linear, {options.protocol:<5}{best.top1:5.1f} % top-1  {best.top5:5.1f} % top-5")
+        crops = f"{options.augment} passes of random crops" if options.augment else "centre crops"
+        many = f"; the best of {len(report.linear)} on the images tried" if len(report.linear) > 1 else ""
+        lines.append(f"             rate {best.rate:g} per 256 images, features {best.features + 1}, {crops}{many}")
+    return "\n".join(lines) + "\n"
+
+
+def _as_json(report: Any, encoder: dict[str, Any], options: argparse.Namespace) -> str:
+    found = report._asdict() | {
+        "source": options.source,
+        "labelled": options.labelled,
+        "protocol": options.protocol,
+        "knn": {str(k): {"top1": first, "top5": five} for k, (first, five) in report.knn.items()},
+        "linear": [one._asdict() for one in report.linear],
+        "encoder": encoder,
+    }
+    return json.dumps(found, indent=2, default=list) + "\n"
