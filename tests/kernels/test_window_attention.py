@@ -96,7 +96,8 @@ def test_negligible_weights_are_zero_not_subnormal():
     qk = torch.zeros(2, 1, 1, 4, 8)
     mask = torch.zeros(1, 4, 4)
     mask[:, :2, 2:] = -100.0
-    p = plain._softmax(qk, (slice(0, 1), slice(0, 1)), torch.zeros(1, 4, 4), mask, 1.0, torch.empty(1, 4, 4))
+    p = plain._softmax(qk, (slice(0, 1), slice(0, 1)), torch.zeros(1, 4, 4), mask, 1.0,
+                       *torch.empty(2, 1, 4, 4))
     assert torch.equal(p[0, :2, 2:], torch.zeros(2, 2))
     assert torch.equal(p[0, 2:], torch.full((2, 4), 0.25))
 
