@@ -71,45 +71,58 @@ def kept_weights(qkv: Tensor, num_heads: int, window_size: Pair) -> Tensor:
 
 def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor | None, lse: Tensor,
              num_heads: int, window_size: Sequence[int], shift_size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results of ``fastmim::window_attention_backward``; ``out`` is not read, ``lse`` is the kept weights.
-    """
+    """Arguments and results of ``fastmim::window_attention_backward``; ``out`` is not read, ``lse`` are kept weights."""
     grad_out, qkv = grad_out.contiguous(), qkv.contiguous()
     window_size, shift_size = pair(window_size), pair(shift_size)
     x = gather(qkv, 3 * num_heads, window_size, shift_size).to(_product_dtype(qkv))
     grad = gather(grad_out, num_heads, window_size, shift_size).to(x.dtype)
     qk, v = x.split((2 * num_heads, num_heads))
     scaled, alpha, factor = _factors_of_logits(qk, logit_scale)
-    q, k = scaled.to(x.dtype).chunk(2)
-    dbias = bias.new_zeros(bias.shape, dtype=statistics_dtype(x.dtype))
-    buffers = [_buffer(v, dbias.dtype) for _ in range(3)]  # apart, since softmax is slow over what it reads
-    low = buffers[1] if x.dtype == dbias.dtype else _buffer(v, x.dtype)
-    mask = shift_mask(*qkv.shape[1:3], window_size, shift_size, dbias.dtype, qkv.device)
-    for i in _chunks(v):
-        p = _matrices(lse[i]) if lse.numel() else _softmax(scaled, i, bias, mask, alpha, buffers[1], buffers[0])
-        operands = [_matrices(t[i]) for t in (grad, q, k, v)]
-        ds = _chunk_backward(p, operands, _matrices(qk.chunk(2)[1][i]), alpha, buffers, low)
-        dbias[i[0]] += ds.unflatten(0, (len(dbias[i[0]]), -1)).sum(1)
+    mask = shift_mask(*qkv.shape[1:3], window_size, shift_size, statistics_dtype(x.dtype), qkv.device)
+    dbias = _attention_backward(grad, scaled, qk.chunk(2)[1], v, bias, mask, alpha, lse)
     x[:num_heads] = grad
+    del grad
     dscale = _normalise_backward(qk, scaled, factor, logit_scale)
     dqkv = scatter(x.to(qkv.dtype), qkv, window_size, shift_size)
     return dqkv, dbias, dbias.new_empty(0) if dscale is None else dscale
 
 
+def _attention_backward(grad: Tensor, scaled: Tensor, dk: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None,
+                        alpha: float, kept: Tensor) -> Tensor:
+    """Write dq, dk and dv over ``grad``, ``dk`` and v, (heads, windows, B, N, d) each; returns d bias.
+
+    Of what is multiplied, ``scaled`` is [Q, K] and may share memory with ``dk``. Nothing else is left behind, so that
+    an allocator has the buffers back for the result.
+    """
+    q, k = scaled.to(v.dtype).chunk(2)
+    dbias = bias.new_zeros(bias.shape, dtype=statistics_dtype(v.dtype))
+    buffers = [_buffer(v, dbias.dtype) for _ in range(3)]  # apart, since softmax is slow over what it reads
+    low = buffers[1] if v.dtype == dbias.dtype else _buffer(v, v.dtype)
+    for i in _chunks(v):
+        p = _matrices(kept[i]) if kept.numel() else _softmax(scaled, i, bias, mask, alpha, buffers[1], buffers[0])
+        operands = [_matrices(t[i]) for t in (grad, q, k, v)]
+        ds = _chunk_backward(p, operands, _matrices(dk[i]), alpha, buffers, low)
+        dbias[i[0]] += ds.unflatten(0, (len(dbias[i[0]]), -1)).sum(1)
+    return dbias.div_(alpha)
+
+
 def _chunk_backward(p: Tensor, operands: list[Tensor], dk: Tensor, alpha: float, buffers: list[Tensor], low: Tensor
                     ) -> Tensor:
-    """Write dq, dk and dv of a chunk over do, ``dk`` and v, from do, q, k and v (matrices, N, d); returns d logits.
+    """Write dq, dk and dv of a chunk over do, ``dk`` and v, from do, q, k and v (matrices, N, d); returns α·d logits.
 
     ``dk`` may be k. The weights p have the dtype of the operands or that of the three ``buffers``, and may lie in the
     first of those; ``low`` has the dtype of the operands and may be the second.
     """
     do, q, k, v = operands
     weights, products, ds = (b[: p.shape[0]] for b in buffers)
-    dp = _cast(torch.bmm(do, v.mT, out=low[: p.shape[0]]), products)
+    low = low[: p.shape[0]]
+    # α·dp, so that α is part of a product: all behind it is linear.
+    dp = _cast(torch.baddbmm(low, do, v.mT, beta=0, alpha=alpha, out=low), products)
     torch.bmm(_cast(p, low).mT, do, out=v)
     torch.ops.aten._softmax_backward_data.out(dp, _cast(p, weights), -1, ds.dtype, grad_input=ds)
-    scaled = _cast(ds if alpha == 1 else torch.mul(ds, alpha, out=products), low)
-    torch.bmm(scaled, k, out=do)
-    torch.bmm(scaled.mT, q, out=dk)
+    d_logits = _cast(ds, low)
+    torch.bmm(d_logits, k, out=do)
+    torch.bmm(d_logits.mT, q, out=dk)
     return ds
 
 
