@@ -71,7 +71,7 @@ def kept_weights(qkv: Tensor, num_heads: int, window_size: Pair) -> Tensor:
 
 def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor | None, lse: Tensor,
              num_heads: int, window_size: Sequence[int], shift_size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results of ``fastmim::window_attention_backward``; ``out`` is not read, ``lse`` are kept weights."""
+    """Arguments and results of ``fastmim::window_attention_backward``; ``out`` is not read, ``lse`` is kept weights."""
     grad_out, qkv = grad_out.contiguous(), qkv.contiguous()
     window_size, shift_size = pair(window_size), pair(shift_size)
     x = gather(qkv, 3 * num_heads, window_size, shift_size).to(_product_dtype(qkv))
