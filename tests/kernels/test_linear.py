@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim_kernels as fk
 from fastmim_kernels.common import cpu
+from fastmim_kernels.linear import on_torch
 
 # rows, in, out
 SHAPES = {"few rows: the gradient is copied": (5, 7, 640), "short rows: copied": (300, 24, 33),
@@ -47,6 +48,16 @@ def test_error_is_at_most_twice_that_of_plain_torch(name, dtype, bias):
     for ours, plain_torch, exact in zip(*both, truth, strict=True):
         floor = torch.finfo(torch.float32).eps * max(rms(exact), 1e-3)
         assert rms(ours - exact) <= 2 * rms(plain_torch - exact) + floor
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_weight_gradient_that_is_cast_in_parts_is_the_same(name, monkeypatch):
+    (x, weight, _), grad = make(name, torch.bfloat16)
+    monkeypatch.setattr(on_torch, "CAST", 3 * x.shape[-1])  # three rows at a time; one where there is one
+    found = on_torch.weight_gradient(grad[0], x[0], torch.float32)
+    truth = grad[0].double().t() @ x[0].double()
+    assert found.dtype == torch.float32 and found.shape == weight.shape
+    assert rms(found - truth) <= 2**-8 * rms(truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import mlp
+from fastmim_kernels.mlp import on_torch
 from fastmim_kernels.mlp.op import OP, traffic
 from tests.kernels.oracle import check
 
@@ -98,10 +99,31 @@ def test_keeps_input_and_pre_activation_only() -> None:
     assert saved_sizes(lambda: mlp(**args, impl="torch", recompute_fc1=True)) == sorted([*parameters, 100 * 24])
 
 
-def test_backward_twice_gives_the_same() -> None:
+@pytest.mark.parametrize("change, kept", [({}, True), ({"KEPT_ACTIVATION": 100 * 40 - 1}, False),
+                                          ({"KEPT_CHANNELS": 23}, False)])
+def test_keeps_a_small_activation_of_narrow_bfloat16(change: dict[str, int], kept: bool,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_torch, "onednn_multiplies", lambda dtype: True)
+    inputs, names = inputs_for((100, 24), 40, 16)
+    args = {n: inputs[n].bfloat16().requires_grad_() for n in names}
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(mlp(**args, impl="torch").float().sum(), list(args.values()))
+
+    expected = gradients()
+    for name, value in change.items():
+        monkeypatch.setattr(on_torch, name, value)
+    own = [40, 16 * 40, 40 * 24, 100 * 24, 100 * 40]
+    assert saved_sizes(lambda: mlp(**args, impl="torch")) == sorted([*own, *[100 * 40] * kept])
+    assert saved_sizes(lambda: mlp(**args, impl="torch", recompute_fc1=True)) == sorted(own[:-1])
+    assert all(map(torch.equal, gradients(), expected))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_backward_twice_gives_the_same(dtype: torch.dtype) -> None:
     """Backward writes over its own buffers, never over what was kept."""
     inputs, names = inputs_for((9, 24), 40, 16)
-    args = {n: inputs[n].float().requires_grad_() for n in names}
+    args = {n: inputs[n].to(dtype).requires_grad_() for n in names}
     out = mlp(**args)
     first = torch.autograd.grad(out.sum(), list(args.values()), retain_graph=True)
     second = torch.autograd.grad(out.sum(), list(args.values()))

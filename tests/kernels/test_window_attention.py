@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import pytest
@@ -86,7 +87,7 @@ def test_several_chunks_give_the_same(dtype, tolerance, monkeypatch):
         whole = run("torch", inputs, grad, options)
         # One window · one head · three of eight heads with all their windows · several heads.
         for size in (1, 5000, 4 * 2 * 24 * 24 * 3, 50_000):
-            monkeypatch.setattr(plain, "_CHUNK_CPU", size)
+            monkeypatch.setattr(plain, "CHUNK_CPU", size)
             for key, t in run("torch", inputs, grad, options).items():
                 assert (t - whole[key]).norm() <= tolerance * whole[key].norm(), (name, size, key)
 
@@ -96,7 +97,8 @@ def test_negligible_weights_are_zero_not_subnormal():
     qk = torch.zeros(2, 1, 1, 4, 8)
     mask = torch.zeros(1, 4, 4)
     mask[:, :2, 2:] = -100.0
-    p = plain._softmax(qk, (slice(0, 1), slice(0, 1)), torch.zeros(1, 4, 4), mask, 1.0, torch.empty(1, 4, 4))
+    p = plain._softmax(qk, (slice(0, 1), slice(0, 1)), torch.zeros(1, 4, 4), mask, 1.0,
+                       *torch.empty(2, 1, 4, 4))
     assert torch.equal(p[0, :2, 2:], torch.zeros(2, 2))
     assert torch.equal(p[0, 2:], torch.full((2, 4), 0.25))
 
@@ -111,8 +113,9 @@ def test_repeated_backward_is_bitwise_equal(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_every_value_is_written(dtype, monkeypatch):
-    inputs, grad, options = make("swinv2 shifted", dtype)
+@pytest.mark.parametrize("name", ["swinv2 shifted", "swin shifted"])
+def test_every_value_is_written(name, dtype, monkeypatch):
+    inputs, grad, options = make(name, dtype)
     expected = run("torch", inputs, grad, options)
 
     def poisoned(function):
@@ -138,17 +141,54 @@ def _unpoisoned_rows(monkeypatch, qkv, options):
     return lambda b, h, w, parts, *rest: rows[parts]
 
 
-@pytest.mark.parametrize("name", ["swinv2 shifted", "swinv2 plain, window of 12"])
-def test_nothing_of_the_size_of_the_logits_is_saved(name):
-    inputs, _, options = make(name)
-    qkv, bias, scale = (t.clone().requires_grad_() for t in inputs)
+def saved_beside_inputs(name, dtype=torch.float32):
+    """Values that autograd keeps of the op, beside its inputs; storages counted once."""
+    inputs, _, options = make(name, dtype)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in inputs]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fk.window_attention(qkv, bias, logit_scale=scale, impl="torch", **options)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-    given = {t.untyped_storage().data_ptr() for t in (qkv, bias, scale)}
-    rows = qkv.numel() // qkv.shape[-1] * options["num_heads"]
-    assert sum(size for pointer, size in storages.items() if pointer not in given) <= 4 * rows
+        fk.window_attention(*leaves[:2], logit_scale=leaves[2], impl="torch", **options)
+    sizes = {t.untyped_storage().data_ptr(): t.numel() for t in saved}
+    given = {t.untyped_storage().data_ptr() for t in leaves if t is not None}
+    return sum(size for pointer, size in sizes.items() if pointer not in given)
+
+
+@pytest.mark.parametrize("name", ["swinv2 shifted", "swinv2 plain, window of 12"])
+def test_nothing_of_the_size_of_the_logits_is_saved(name):
+    shape, heads, *_ = CASES[name]
+    assert saved_beside_inputs(name) <= math.prod(shape) * heads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["swin shifted", "rectangular window, shifted along one axis"])
+def test_weights_of_small_windows_are_kept_up_to_a_limit(name, dtype, monkeypatch):
+    monkeypatch.setattr(plain, "has_bfloat16_units", lambda: True)
+    shape, heads, _, window, *_ = CASES[name]
+    weights = math.prod(shape) * heads * math.prod(window)
+    inputs, grad, options = make(name, dtype)
+    kept = run("torch", inputs, grad, options)
+    monkeypatch.setattr(plain, "KEPT_WEIGHTS", weights)
+    assert saved_beside_inputs(name, dtype) == weights <= 2 * inputs[0].numel() / 3
+    monkeypatch.setattr(plain, "KEPT_WEIGHTS", weights - 1)
+    assert saved_beside_inputs(name, dtype) == 0
+    # Kept in bfloat16 they have its rounding.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for key, t in run("torch", inputs, grad, options).items():
+        assert (t - kept[key]).norm() <= tolerance * kept[key].norm(), key
+
+
+def test_weights_are_not_kept_in_another_dtype_than_the_inputs(monkeypatch):
+    monkeypatch.setattr(plain, "has_bfloat16_units", lambda: False)
+    assert saved_beside_inputs("swin shifted", torch.bfloat16) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_backward_again_through_kept_weights_is_bitwise_equal(dtype):
+    (qkv, bias, _), grad, options = make("swin shifted", dtype)
+    leaves = qkv.requires_grad_(), bias.requires_grad_()
+    out = fk.window_attention(*leaves, impl="torch", **options)
+    first, second = (torch.autograd.grad(out, leaves, grad, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("name", ["rectangular window, shifted along one axis", "one window, as in the last stages",
@@ -199,8 +239,16 @@ def test_flops_are_the_products_of_the_plain_form():
         run("reference", inputs, grad, options)
     forward, backward = traffic(inputs[0].shape, options["num_heads"], options["window_size"])
     assert ours.get_total_flops() == forward[2] + backward[2]
-    # The backward computes q·kᵀ once more.
+    # The backward computes q·kᵀ once more,
     assert ours.get_total_flops() * 6 == plain_torch.get_total_flops() * 7
+    # but where the weights are kept.
+    inputs, grad, options = make("swin shifted")
+    found = []
+    for impl in ("torch", "reference"):
+        with FlopCounterMode(display=False) as counter:
+            run(impl, inputs, grad, options)
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("change, message", [

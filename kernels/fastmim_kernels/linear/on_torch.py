@@ -13,6 +13,10 @@ from torch import Tensor
 from ..common.cpu import has_amx, onednn_multiplies
 from ..common.rows import cast, column_sum, nothing, statistics_dtype
 
+CAST = 1 << 20
+"""Values of a weight's gradient that a CPU multiplies before they are cast: 2 MiB, which are there again for the next
+ones, where a whole gradient's pages have to be given anew by the system, at up to a third of the product's time."""
+
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor | None, low_bias: Tensor | None
             ) -> tuple[Tensor, Tensor]:
@@ -48,10 +52,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
     """``grad·W`` of (M, N) and (N, K), plus ``add`` (…, K) of as many values where there is one."""
+    if _is_onednn(grad):
+        # The weight as it is: in bfloat16 up to 7 % faster; in float32 it would be MKL's.
+        d_x = grad @ weight if grad.dtype == torch.bfloat16 else product(grad, weight.t(), None)
+        return d_x if add is None else d_x.add_(add.reshape(d_x.shape))
     if add is None:
         return product(grad, weight.t(), None)
-    add = add.reshape(-1, add.shape[-1])
-    return product(grad, weight.t(), None).add_(add) if _is_onednn(grad) else torch.addmm(add, grad, weight)
+    return torch.addmm(add.reshape(-1, add.shape[-1]), grad, weight)
 
 
 def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool) -> tuple[Tensor, Tensor]:
@@ -74,7 +81,12 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     # AMX wants its left operand in rows; a copy of few rows or short ones costs less than what the product gains.
     if (rows <= 256 or outputs <= 512) and grad.dtype == torch.bfloat16 and _is_onednn(grad) and has_amx():
         transposed = transposed.contiguous()
-    return (transposed @ x).to(dtype)
+    if grad.dtype == dtype or not grad.is_cpu or outputs * x.shape[1] <= CAST:
+        return (transposed @ x).to(dtype)
+    d_weight = x.new_empty(outputs, x.shape[1], dtype=dtype)
+    for rows_of_weight, out in zip(*(t.split(max(1, CAST // x.shape[1])) for t in (transposed, d_weight)), strict=True):
+        out.copy_(rows_of_weight @ x)
+    return d_weight
 
 
 def _is_onednn(x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 Only tokens that contain masked pixels are projected, a chunk at a time. What is kept for backward are sums of
 ``l'(x̂ − x)·m`` times the head or the tokens, without the factor 1/(count·C)·grad: for the L1 loss the first
 are products with −1, 0 and 1, exact in any precision, and no half-precision value is driven to underflow.
+In torch those of the head, which are float32 at least, are scaled by 1/(count·C) at once.
 """
 
 from __future__ import annotations

@@ -257,14 +257,14 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool, tiles: 
 
 def forward(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
             low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::mlp``; the second product is cuBLAS's."""
     (low1, cast1), (low2, cast2) = in_dtype_of(x, weight1, low_weight1), in_dtype_of(x, weight2, low_weight2)
     pre, activation = hidden(x, low1, bias1, pre=not recompute_fc1, gelu=True)
-    return product(activation, low2, bias2), pre, cast1, cast2
+    return product(activation, low2, bias2), pre, cast1, cast2, nothing(x)
 
 
-def backward(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
+def backward(grad: Tensor, x: Tensor, pre: Tensor, _: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
              has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, add: Tensor | None
              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of the op ``fastmim::mlp_backward``."""

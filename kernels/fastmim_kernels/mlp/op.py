@@ -1,8 +1,8 @@
 """The MLP of a transformer block: linear, exact GELU, linear, with only its input and pre-activation kept.
 
 Autograd would keep the activation too. Here backward computes it again in the pass that it makes over the
-pre-activation anyway (on a GPU within the product that gives its gradient); with ``recompute_fc1`` it also
-repeats the first product and keeps the input alone.
+pre-activation anyway (on a GPU within the product that gives its gradient), but for small bfloat16 ones on a CPU; with
+``recompute_fc1`` it also repeats the first product and keeps the input alone.
 """
 
 from __future__ import annotations
@@ -111,18 +111,19 @@ def traffic(rows: int, channels: int, hidden: int, out_channels: int | None = No
 
 def _fake(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
           low_weight1: Tensor | None, low_weight2: Tensor | None, recompute_fc1: bool, impl: str
-          ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(result, pre-activation, W1, W2 in the dtype of x); empty: recomputed, given, or already in that dtype."""
+          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(result, pre-activation, W1, W2 in the dtype of x, activation); empty: recomputed, given, or in that dtype."""
     pre = (0,) if recompute_fc1 else (x.numel() // x.shape[-1], weight1.shape[0])
     low1, low2 = (x.new_empty((0,) if w.dtype == x.dtype or given is not None else w.shape)
                   for w, given in ((weight1, low_weight1), (weight2, low_weight2)))
-    return x.new_empty((*x.shape[:-1], weight2.shape[0])), x.new_empty(pre), low1, low2
+    kept = pre if impl == "torch" and on_torch.keeps_activation(x, weight1.shape[0], recompute_fc1) else (0,)
+    return x.new_empty((*x.shape[:-1], weight2.shape[0])), x.new_empty(pre), low1, low2, x.new_empty(kept)
 
 
-def _backward_fake(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor,
-                   has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str,
+def _backward_fake(grad: Tensor, x: Tensor, pre: Tensor, activation: Tensor, weight1: Tensor, bias1: Tensor | None,
+                   weight2: Tensor, has_bias2: bool, weight1_dtype: torch.dtype, weight2_dtype: torch.dtype, impl: str,
                    add: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(d x + ``add``, d W1, d b1, d W2, d b2), the weights' in the dtypes given; ``pre`` empty is recomputed."""
+    """(d x + ``add``, d W1, d b1, d W2, d b2), the weights' in the dtypes given; what is empty is recomputed."""
     wide = statistics_dtype(x.dtype)
     return (x.new_empty(x.shape), weight1.new_empty(weight1.shape, dtype=weight1_dtype),
             x.new_empty((0,) if bias1 is None else bias1.shape, dtype=wide),
@@ -132,11 +133,12 @@ def _backward_fake(grad: Tensor, x: Tensor, pre: Tensor, weight1: Tensor, bias1:
 
 def _save(inputs: Any, outputs: Any) -> Any:
     x, weight1, bias1, weight2, bias2, given1, given2, _, impl = inputs
-    _, pre, low1, low2 = outputs
+    _, pre, low1, low2, activation = outputs
     low1, low2 = (low if low.numel() else weight if given is None else given
                   for low, given, weight in ((low1, given1, weight1), (low2, given2, weight2)))
     bias_dtypes = [None if b is None else b.dtype for b in (bias1, bias2)]
-    return (x, pre, low1, bias1, low2), (bias_dtypes, (bias2 is not None, weight1.dtype, weight2.dtype, impl))
+    settings = bias2 is not None, weight1.dtype, weight2.dtype, impl
+    return (x, pre, activation, low1, bias1, low2), (bias_dtypes, settings)
 
 
 def _gradients(backward: Callable, kept: Kept, grad: Tensor | None, add: Tensor | None = None
@@ -153,7 +155,8 @@ def _flops(x: Any, weight1: Any, bias1: Any, weight2: Any, *_: Any) -> int:
     return 2 * math.prod(x[:-1]) * weight1[0] * (weight1[1] + weight2[0])
 
 
-def _backward_flops(grad: Any, x: Any, pre: Any, weight1: Any, bias1: Any, weight2: Any, *_: Any) -> int:
+def _backward_flops(grad: Any, x: Any, pre: Any, activation: Any, weight1: Any, bias1: Any, weight2: Any, *_: Any
+                    ) -> int:
     recomputed = 2 * math.prod(x) * weight1[0] if pre[0] == 0 else 0
     return 2 * _flops(x, weight1, bias1, weight2) + recomputed
 

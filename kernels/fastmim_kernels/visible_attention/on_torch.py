@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.rows import statistics_dtype
 from ..window_attention.on_torch import (
     CHUNK_CPU,
     CHUNK_GPU,
     NEGLIGIBLE,
-    chunk_backward,
     factors_of_logits,
+    fitted,
     normalise_backward,
     product_dtype,
 )
@@ -51,7 +52,7 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tens
     out = qkv.new_empty(batch * tokens + 1, num_heads, c3 // 3 // num_heads)
     for part in _parts(slots, places, tokens, groups, padding is not None, num_heads):
         x = _take(qkv, part, 3 * num_heads, padding).to(narrow)
-        wide, alpha, _ = factors_of_logits(x[: 2 * num_heads], logit_scale)
+        wide, alpha, _ = factors_of_logits(x[: 2 * num_heads].to(statistics_dtype(x.dtype)), logit_scale)
         p = _weights(wide, part, bias, alpha)
         found = torch.bmm(p.to(narrow), x[2 * num_heads :].flatten(0, 2)).view(num_heads, -1, out.shape[-1])
         out.index_copy_(0, part.rows.flatten(), found.to(out.dtype).transpose(0, 1).contiguous())
@@ -72,7 +73,7 @@ def backward(grad: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None
         do = _take(grad, part, num_heads, None).to(narrow)
         if part.nobody is not None:
             do.masked_fill_(part.nobody[None, :, None, :, None], 0)
-        wide, alpha, factor = factors_of_logits(x[: 2 * num_heads], logit_scale)
+        wide, alpha, factor = factors_of_logits(x[: 2 * num_heads].to(statistics_dtype(x.dtype)), logit_scale)
         dx, ds = _part_backward(x, do, wide, _weights(wide, part, bias, alpha), alpha, logit_scale is not None)
         _add_to_bias(dbias, ds, part)
         one = normalise_backward(dx[: 2 * num_heads], wide, factor, logit_scale)
@@ -94,7 +95,23 @@ def _part_backward(x: Tensor, do: Tensor, wide: Tensor, p: Tensor, alpha: float,
     found = [t.flatten(0, 2) for t in dx.chunk(3)]
     products = torch.empty_like(p)
     low = products if p.dtype == x.dtype else torch.empty_like(p, dtype=x.dtype)
-    return dx, chunk_backward(p, operands, found, alpha, products, low)
+    return dx, _products_backward(p, operands, found, alpha, products, low)
+
+
+def _products_backward(p: Tensor, operands: list[Tensor], found: list[Tensor], alpha: float, products: Tensor,
+                       low: Tensor) -> Tensor:
+    """Fill ``found``, dq, dk and dv, from do, q, k and v (matrices, K, d); returns d logits in ``products``.
+
+    ``products`` has the dtype of p, ``low`` that of the operands; they may be one.
+    """
+    (do, q, k, v), (dq, dk, dv) = operands, found
+    torch.bmm(fitted(p, low).mT, do, out=dv)
+    ds = fitted(torch.bmm(do, v.mT, out=low[: p.shape[0]]), products)
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)
+    scaled = fitted(ds if alpha == 1 else torch.mul(ds, alpha, out=p), low)
+    torch.bmm(scaled, k, out=dq)
+    torch.bmm(scaled.mT, q, out=dk)
+    return ds
 
 
 def _take(x: Tensor, part: _Part, pieces: int, padding: Tensor | None) -> Tensor:

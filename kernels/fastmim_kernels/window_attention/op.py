@@ -17,6 +17,7 @@ from ..common.arguments import explained, floating, shown, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
 from . import on_torch
+from .layout import pair
 
 
 @explained()
@@ -99,11 +100,14 @@ def check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, int
 
 def _fake(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int, window_size: Sequence[int],
           shift_size: Sequence[int], impl: str) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp (B·windows, heads, N) of each row where the implementation keeps it."""
+    """The output, and Triton's log-sum-exp (B·windows, heads, N) of each row or torch's kept weights, if any."""
     batch, height, width, c3 = qkv.shape
     n = window_size[0] * window_size[1]
-    lse = (batch * height * width // n, num_heads, n) if impl == "triton" else (0,)
-    return qkv.new_empty(batch, height, width, c3 // 3), qkv.new_empty(lse, dtype=torch.float32)
+    if impl == "triton":
+        lse = qkv.new_empty((batch * height * width // n, num_heads, n), dtype=torch.float32)
+    else:
+        lse = on_torch.kept_weights(qkv, num_heads, pair(window_size))
+    return qkv.new_empty(batch, height, width, c3 // 3), lse
 
 
 def _backward_fake(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor | None,
@@ -134,7 +138,9 @@ def _flops(qkv: Any, bias: Any, logit_scale: Any, num_heads: int, window_size: A
 
 def _backward_flops(grad: Any, qkv: Any, bias: Any, logit_scale: Any, out: Any, lse: Any, num_heads: int,
                     window_size: Any, *_: Any) -> int:
-    return traffic(qkv, num_heads, window_size)[1][2]
+    flops = traffic(qkv, num_heads, window_size)[1][2]
+    # With its weights kept (heads, windows, B, N, N) it has four products.
+    return flops // 5 * 4 if len(lse) == 5 else flops
 
 
 OP = define_op("window_attention", on_torch, ".triton_forward", reference=reference.window_attention, fake=_fake,
