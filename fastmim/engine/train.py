@@ -195,6 +195,7 @@ def shared_files(cfg: Config, loader: Any, val_loader: Any, watch: Watch | None)
 
 
 _LATER = {
+    "objective": ("visible_only", "decoder_dim", "decoder_depth", "decoder_num_heads", "crop_chunks"),
     "data": ("alpha", "val_fraction"), "optim": ("scale_min_lr", "weight_decay_end", "clip_each", "warmup_inclusive")
 }  # fmt: skip
 """Keys that older checkpoints lack: their default is not recorded, and such a checkpoint goes on."""
@@ -210,7 +211,7 @@ def run_identity(cfg: Config, global_batch: int, objective: Any) -> dict[str, An
     tree["model"]["policy"] = encoder_arguments(cfg).get("policy")
     for section, keys in _LATER.items():
         fields = type(getattr(cfg, section)).model_fields
-        for key in [key for key in keys if tree[section][key] == fields[key].default]:
+        for key in [key for key in keys if key in fields and tree[section][key] == fields[key].default]:
             del tree[section][key]
     own = objective.identity() if isinstance(objective, Objective) else {}
     return flat(tree) | own | {"train.seed": cfg.train.seed, "train.global_batch_size": global_batch}

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastmim_kernels as fk
-
 MOST_TOKENS = 512
 """Up to which the scores of all heads may be in memory."""
 
@@ -19,8 +17,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     (37 to 197 tokens); in float32 it is the faster one.
     """
     few = q.shape[2] <= MOST_TOKENS
-    if bias is None and few and q.dtype == torch.bfloat16 and fk.shape_may_follow(q):
+    if bias is None and few and q.dtype == torch.bfloat16 and _is_a_cpus(q):
         with torch.autocast("cpu", enabled=False):  # which would make the scores float32
             scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.mT
             return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+
+
+def _is_a_cpus(q: Tensor) -> bool:
+    """Whatever watches, so that recomputation takes the same way; compilers and traces, which are of a GPU, do not."""
+    return q.is_cpu and type(q) is Tensor and not torch.compiler.is_compiling()
