@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import transfer
 
-
 PAIRS = [(name, encoder) for name in transfer.OBJECTIVES for encoder in transfer.ONLY.get(name, transfer.ENCODERS)]
 
 
