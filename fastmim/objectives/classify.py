@@ -170,8 +170,8 @@ class Classify(Objective):
         return mix(images, smooth(labels, self.num_classes, smoothing), sample_ids, self.mixing, **keys)
 
     def views(self) -> tuple[View, ...]:
-        """One crop, changed by timm's policy."""
-        return (View(self.img_size, auto_augment=self.auto_augment),)
+        """One crop, changed by timm's policy; held-out images are scaled to cover 256/224 of it."""
+        return (View(self.img_size, auto_augment=self.auto_augment, margin=256 / 224),)
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B,) labels, any: there are no files to look them up by. For traces and benchmarks."""

@@ -30,6 +30,7 @@ class View:
     hflip: float | None = None
     interpolation: str | None = None
     auto_augment: str | None = None
+    margin: float | None = None
     same_crop: bool = False
     photometric: Photometric | None = None
 
