@@ -54,8 +54,7 @@ ENCODERS = {
         "model.num_heads=[2,4]", "model.window_size=4", "model.norm_eps=1e-6", "model.policy=default",
     ],
 }  # fmt: skip
-# Without changes of contrast, and blur, the strength of its strokes tells that two crops are of one digit: that is
-# learnt, and k-NN falls.
+# Perhaps the strength of its strokes tells that two crops are of one digit, where colours stay: k-NN fell further.
 _SELF_DISTILLATION = [
     "objective.hidden_dim=128", "objective.bottleneck_dim=32", "objective.out_dim=256", "objective.augment=true",
     "objective.local_crops=2", "objective.local_size={local}", "objective.global_scale=[0.3,1.0]",
