@@ -51,21 +51,25 @@ def launches_left_out() -> Iterator[list[int]]:
     def product(x: Any, weight: Any, *bias_and_more: Any) -> Any:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
-    def weight_gradient(x: Any, y: Any) -> Any:
-        # In float32 at once, as on a GPU: on a CPU a cast follows, whose time is not the host's.
-        return x.new_empty((len(x), y.shape[1]), dtype=torch.float32)
+    def matmul(x: Any, y: Any) -> Any:
+        # A weight's gradient, of a transposed x, in float32 at once, as on a GPU: on a CPU a cast follows, whose time is
+        # not the host's.
+        dtype = x.dtype if x.is_contiguous() else torch.float32
+        return x.new_empty((*x.shape[:-1], y.shape[-1]), dtype=dtype)
 
     with ExitStack() as stack:
         # cuBLAS' products cost the host an allocation and a launch; here the allocation is left.
         stack.enter_context(mock.patch.object(torch.nn.functional, "linear", product))
         stack.enter_context(mock.patch.object(torch.ops.mkldnn, "_linear_pointwise", product))
-        stack.enter_context(mock.patch.object(torch.Tensor, "__matmul__", weight_gradient))
+        stack.enter_context(mock.patch.object(torch.Tensor, "__matmul__", matmul))
         for function in (JITFunction, InterpretedFunction):
             stack.enter_context(mock.patch.object(function, "run", run))
         for name, answer in (("get_device_properties", properties), ("get_device_capability", (9, 0))):
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda device=None, answer=answer: answer))
         # Before there was a direct path for CUDA tensors, only those of a CPU went past the dispatcher.
         ours = [module for name, module in list(sys.modules.items()) if name.startswith("fastmim_kernels")]
+        for module in (module for module in ours if hasattr(module, "CAST")):
+            stack.enter_context(mock.patch.object(module, "CAST", sys.maxsize))
         for module in ours if not any(hasattr(module, "PASSES") for module in ours) else []:
             if hasattr(module, "unwatched"):
                 stack.enter_context(mock.patch.object(module, "unwatched", lambda args: False))

@@ -35,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import fastmim_kernels as fk  # noqa: E402
 from benchmarks import command, harness  # noqa: E402
 from benchmarks.kernel_works import WORKS, Work, normal, ops_of, own_shape, position_bias  # noqa: E402
+from fastmim.engine.host_memory import keep_freed_memory  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
 
 # A backward pass is timed again and again on one graph: the compiler must not reuse what it keeps.
@@ -286,6 +287,8 @@ def shapes(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], list
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as train() does; else page faults, which depend on what ran before, hide the ops
     copy, red = copy_bandwidth(device, args.rounds), 0
     for size, shape, ops in shapes(args):
         for op in ops:

@@ -86,11 +86,13 @@ def numbers_of(marked: Tensor) -> Tensor:
 def sum_of_rows(x: Tensor, rows: Tensor) -> Tensor:
     """(C,) sum of the ``rows`` of (…, C), by number, in :func:`statistics_dtype`, on a CPU.
 
-    64 at a time where their dtype is that of the sum; bags would be rounded to another one.
+    64 at a time, of few rows all at once, where their dtype is that of the sum; bags would be rounded to another one.
     """
     wide, flat = statistics_dtype(x.dtype), x.view(-1, x.shape[-1])
     if x.dtype != wide:
         return flat.index_select(0, rows).sum(0, dtype=wide)
+    if 0 < len(rows) <= 256:
+        return torch.embedding_bag(flat, rows, rows.new_zeros(1), mode=0)[0].squeeze(0)
     return torch.embedding_bag(flat, rows, torch.arange(0, len(rows), 64), mode=0)[0].sum(0)
 
 
