@@ -52,8 +52,8 @@ def launches_left_out() -> Iterator[list[int]]:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
     def matmul(x: Any, y: Any) -> Any:
-        # A weight's gradient, of a transposed x, in float32 at once, as on a GPU: on a CPU a cast follows, whose time is
-        # not the host's.
+        # A weight's gradient, of a transposed x, in float32 at once, as on a GPU: on a CPU a cast follows, whose time
+        # is not the host's.
         dtype = x.dtype if x.is_contiguous() else torch.float32
         return x.new_empty((*x.shape[:-1], y.shape[-1]), dtype=dtype)
 
