@@ -140,16 +140,19 @@ class Run:
         with self.clock.paused():
             if self._due(self.every.picture, step):
                 self._picture(step)
-            if self._due(self.every.save, step):
-                self.save()
+            saved = self.save() if self._due(self.every.save, step) else None
             if self.classes and validate:
-                self._keep_best()
+                self._keep_best(saved)
 
-    def _keep_best(self) -> None:
-        """``best.safetensors``: encoder and classifier of the step of the highest accuracy; every rank calls it."""
+    def _keep_best(self, saved: Path | None) -> None:
+        """``best.safetensors``: encoder and classifier of the step of the highest accuracy; every rank calls it.
+
+        Args:
+            saved: this step's checkpoint, if there is one already.
+        """
         top1 = distributed.broadcast(self._counts and self._counts.scores()["val_top1"])
         if top1 is not None and top1 > self._best:
-            self._best, folder = top1, self.save()
+            self._best, folder = top1, saved or self.save()
             if self.world.is_main:
                 said: dict[str, Any] = dict(encoder=self.encoder, statistics=self.statistics)
                 consolidate(folder, self.folder / BEST_FILE, **said, whole=True)

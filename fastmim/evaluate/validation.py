@@ -58,9 +58,7 @@ def validation_loss(
     """
     total = torch.zeros(2, dtype=torch.float64, device=next(objective.parameters()).device)
     with evaluating(objective), autocast or nullcontext():
-        chosen = islice(batches, max_batches)
-        filler = objective.example(1)[0], torch.zeros(1, dtype=torch.int64, device=total.device)
-        for images, sample_ids, count in in_step(chosen, filler) if collective else _counted(chosen):
+        for images, sample_ids, count in _chosen(objective, batches, max_batches, collective):
             mask = objective.random_mask(sample_ids, seed=MASK_SEED, epoch=0)
             total[0] += objective(images, mask)["loss"].double() * count
             total[1] += count
@@ -91,9 +89,7 @@ def validation_counts(
     labels = objective.held_out_labels
     counts = Counts(objective.num_classes, labels.device)
     with evaluating(objective), autocast or nullcontext():
-        chosen = islice(batches, max_batches)
-        filler = objective.example(1)[0], torch.zeros(1, dtype=torch.int64, device=labels.device)
-        for images, sample_ids, count in in_step(chosen, filler) if collective else _counted(chosen):
+        for images, sample_ids, count in _chosen(objective, batches, max_batches, collective):
             logits = objective.logits(images)
             counts.add(logits[:count], labels[sample_ids[:count]])
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -105,6 +101,17 @@ def validation_counts(
 
 
 Counted = Iterator[tuple[Tensor, Tensor, int]]
+
+
+def _chosen(
+    objective: Any, batches: Iterable[tuple[Tensor, Tensor]], max_batches: int | None, collective: bool
+) -> Counted:
+    """The batches of this rank with their number of samples; with ``collective`` as many on every rank."""
+    chosen = islice(batches, max_batches)
+    if not collective:
+        return _counted(chosen)
+    device = next(objective.parameters()).device
+    return in_step(chosen, (objective.example(1)[0], torch.zeros(1, dtype=torch.int64, device=device)))
 
 
 def _counted(batches: Iterable[tuple[Tensor, Tensor]]) -> Counted:

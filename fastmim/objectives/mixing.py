@@ -7,6 +7,7 @@ the same place from the batch's end.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -103,19 +104,20 @@ def _beta(u: Tensor, alpha: float) -> Tensor:
     """The quantile u of Beta(alpha, alpha), from a table; 1 for alpha 0, which never mixes."""
     if not alpha:
         return torch.ones_like(u)
-    table = torch.as_tensor(_quantiles(alpha), device=u.device, dtype=u.dtype)
+    table = _quantiles(alpha, u.device, u.dtype)
     place = u * (_QUANTILES - 1)
     low = place.floor().long().clamp(max=_QUANTILES - 2)
     return torch.lerp(table[low], table[low + 1], place - low)
 
 
-def _quantiles(alpha: float) -> list[float]:
+@functools.cache
+def _quantiles(alpha: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Beta(alpha, alpha) at evenly spaced probabilities, by its density in the angle: x = sin²t has none that is
     infinite at the ends."""
     angle = (np.arange(1 << 16) + 0.5) / (1 << 16) * (math.pi / 2)
     mass = np.cumsum((np.sin(angle) * np.cos(angle)) ** (2 * alpha - 1))
     wanted = np.interp(np.linspace(0, 1, _QUANTILES), mass / mass[-1], np.sin(angle) ** 2)
-    return [float(value) for value in wanted]
+    return torch.as_tensor(wanted, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)
