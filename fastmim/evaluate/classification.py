@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmim.evaluate.figure import empty_figure
 from fastmim.files import replacing
-from fastmim.wording import install_packages
-
-log = logging.getLogger("fastmim")
 
 BINS = 15
 """Of confidence, as Guo et al. 2017 have them."""
@@ -85,14 +82,9 @@ def save_confusion(counts: Counts, names: Sequence[str], path: Path) -> Path | N
     Returns:
         The path, or None where matplotlib is not installed (a warning says so).
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning("no confusion picture; %s", install_packages("matplotlib"))
+    figure = empty_figure((11, 5), "confusion picture")
+    if figure is None:
         return None
-    figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     _matrix(left, counts.confusion.cpu(), names, figure)
     _reliability(right, counts.bins.cpu())

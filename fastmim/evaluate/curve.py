@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastmim.evaluate.figure import empty_figure
 from fastmim.files import replacing
-from fastmim.wording import install_packages
-
-log = logging.getLogger("fastmim")
 
 
 def save_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path | None:
@@ -23,17 +20,9 @@ def save_curve(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path | No
     Returns:
         The path, or None where matplotlib is not installed (a warning says so) or there is nothing to draw.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning("matplotlib is not installed: no loss curve; %s", install_packages("matplotlib"))
+    figure = empty_figure((6, 4), "loss curve")
+    if figure is None or not rows:
         return None
-    if not rows:
-        return None
-    # Figure and canvas directly: pyplot would pick a window system and keep the figure alive.
-    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     lines = axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="training")
     lines += _dotted(axes, rows, "val_loss", "C1", "validation")
