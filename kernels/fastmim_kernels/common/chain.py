@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .define_op import Kept, Op, apart, autograd_function, tuple_of
-from .direct import Plain, outside_autocast, plain_to_all, unwatched
+from .direct import Plain, as_given, plain_to_all, unwatched
 
 
 class Forward:
@@ -82,7 +82,7 @@ def define_chain(name: str, forward: Callable, backward: Callable) -> Callable[.
         if given is None:
             return (None,) * len(needs)
         way = Backward(ctx.saved_tensors, ctx.kept, unwatched(grads))
-        found = outside_autocast(given, backward, way, ctx.how, needs[2:], *grads)
+        found = as_given(given, backward, way, ctx.how, needs[2:], *grads)
         return None, None, *found, *(None,) * (len(needs) - 2 - len(found))
 
     function = autograd_function(f"fastmim::{name}", run, gradients)
@@ -91,6 +91,6 @@ def define_chain(name: str, forward: Callable, backward: Callable) -> Callable[.
         given = None if impl == "reference" else plain_to_all(tensors)
         if given is None or torch.autograd._profiler_enabled():
             return None
-        return outside_autocast(given.like, function.apply, Forward(impl, given), how, *tensors)
+        return as_given(given.like, function.apply, Forward(impl, given), how, *tensors)
 
     return call

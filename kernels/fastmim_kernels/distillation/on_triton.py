@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.sizes import cdiv, next_power_of_2
 from .layout import mean_weight
 
@@ -291,7 +291,6 @@ def each_of(groups: int, chunks: int, device: torch.device) -> int:
     return cdiv(groups, min(groups, MOST, cdiv(BLOCKS * processors(device), chunks)))
 
 
-@on_own_device
 def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,
             teacher_temp: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernel; arguments and results as the op ``fastmim::distillation``."""
@@ -318,7 +317,6 @@ def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | N
     return loss, entropy, *found
 
 
-@on_own_device
 def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None,
              student_temp: Tensor, teacher_temp: Tensor, student_rows: Tensor, teacher_rows: Tensor, own: bool
              ) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device
 from ..common.sizes import cdiv, next_power_of_2
 
 
@@ -149,7 +148,6 @@ def config(channels: int, positions: int, batch: int) -> dict[str, int]:
             "splits": cdiv(batch, per_program), "num_warps": 4 if block_c * block_p <= 2048 else 8}
 
 
-@on_own_device
 def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
             pos_embed: Tensor | None, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::mask_tokens``."""
@@ -168,7 +166,6 @@ def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | N
     return out, mean, rstd
 
 
-@on_own_device
 def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
              weight: Tensor | None, pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::mask_tokens_backward``."""

@@ -20,7 +20,6 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase, in_dtype
 from ..common.arrival import arrive
-from ..common.device import on_own_device
 from ..common.matmul import precision
 from ..common.sizes import cdiv, next_power_of_2
 from ..common.token_layout import EPS
@@ -342,7 +341,6 @@ def chunk_rows(tokens: int, row_bytes: int) -> int:
     return max(64, min(SLOPE_BYTES // row_bytes, tokens + 63) // 64 * 64)
 
 
-@on_own_device
 def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, mean: Tensor | None,
             std: Tensor | None, stride: int, loss: str, target_eps: float, count_eps: float, dtype: torch.dtype,
             grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -407,7 +405,6 @@ def ordered(mask: Tensor, shape: Sequence[int], cell: tuple[int, int], stride: i
     return order, hits, zeros
 
 
-@on_own_device
 def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor,
              weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The three gradients times ``grad``·``scale``."""

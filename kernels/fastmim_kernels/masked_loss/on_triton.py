@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device
 from ..common.sizes import next_power_of_2
 
 EPS = tl.constexpr(1e-5)
@@ -165,7 +164,6 @@ def _flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.reshape(-1).contiguous()
 
 
-@on_own_device
 def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, stride: int,
             loss: str) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as the op ``fastmim::masked_l1``."""
@@ -180,7 +178,6 @@ def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | Non
     return result, scale
 
 
-@on_own_device
 def backward(grad: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None,
              std: Tensor | None, scale: Tensor, stride: int, loss: str) -> Tensor:
     """Launch the kernel; arguments and result as the op ``fastmim::masked_l1_backward``."""

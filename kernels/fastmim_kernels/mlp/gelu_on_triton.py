@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.rows import nothing
 from ..common.sizes import cdiv, next_power_of_2
 
@@ -121,7 +121,6 @@ def gelu_backward(
         tl.store(p_partial + tl.program_id(0) * N + o_n, tl.sum(b_sum, 0), mask=m_n)
 
 
-@on_own_device
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Launch the forward kernel; argument and result as the op ``fastmim::gelu``."""
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
@@ -132,13 +131,11 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@on_own_device
 def backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::gelu_backward``."""
     return _launch(grad, x, bias, None, bias is not None)
 
 
-@on_own_device
 def backward_and_output(grad: Tensor, x: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(d x, with ``sums`` that of its rows in fp32 or else empty, GELU(x)) of (…, N) grad and x, in one pass."""
     out = torch.empty_like(grad)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
-from ..common.device import on_own_device, sm_of
+from ..common.device import sm_of
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -177,7 +177,6 @@ def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> di
     return for_two_blocks({**tiles, "BN": max(tiles["BN"], 64), "SHARE": TOGETHER})
 
 
-@on_own_device
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool,
                 tiles: dict[str, int] | None = None) -> tuple[Tensor, Tensor]:
     """(z = x·Wᵀ + b as (M, N), GELU(z) as (…, N)) of (…, K), (N, K) and (N,), each empty where not wanted.
@@ -196,7 +195,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, ge
     return nothing(x) if z is None else z, nothing(x) if out is None else out
 
 
-@on_own_device
 def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool) -> tuple[Tensor, Tensor]:
     """As :func:`linear_gelu`, in one launch or as cuBLAS' product and a pass behind it, whichever is faster."""
     columns, depth = weight.shape
@@ -211,7 +209,6 @@ def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: b
     return make("linear_gelu", x.numel() // depth, columns, depth, x, fused, apart)
 
 
-@on_own_device
 def hidden_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`gelu_gradient`, in one launch or as cuBLAS' product and a pass behind it, whichever is faster."""
     depth, columns = weight.shape
@@ -225,7 +222,6 @@ def hidden_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tu
     return make("gelu_gradient", len(pre), columns, depth, grad, fused, apart)
 
 
-@on_own_device
 def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool, tiles: dict[str, int] | None = None
                   ) -> tuple[Tensor, Tensor, Tensor]:
     """(d pre = (grad·W)·GELU'(pre), its sum over the rows in fp32 or empty, GELU(pre)) in one launch.

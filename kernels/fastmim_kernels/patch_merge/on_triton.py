@@ -18,7 +18,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.sizes import cdiv, next_power_of_2
 
 ELEMENTS_PER_THREAD = 8
@@ -156,7 +156,6 @@ def patch_merge_backward(
         sum_partials(p_partial, p_counter, p_sums, tl.program_id(0), tl.num_programs(0), 8 * C, GROUP)
 
 
-@on_own_device
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
             ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::patch_merge``."""
@@ -173,7 +172,6 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, o
     return out, mean, rstd
 
 
-@on_own_device
 def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor | None, height: int,
              width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::patch_merge_backward``."""

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device
 from ..common.sizes import cdiv, next_power_of_2
 from .layout import sizes, unflatten
 
@@ -188,7 +187,6 @@ def parameter_tiles(heads: int) -> dict[str, int]:
     return {"BT": 32 if block_h <= 32 else 16, "BK": 16, "BH": block_h, "num_warps": 4}
 
 
-@on_own_device
 def forward(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Tensor, table: Tensor,
             layout: Sequence[int], hidden: int) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as the op ``fastmim::position_bias``."""
@@ -204,7 +202,6 @@ def forward(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords:
     return bias, sigmoids
 
 
-@on_own_device
 def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, order: Tensor, start: Tensor,
              coords: Tensor, table: Tensor, layout: Sequence[int], hidden: int) -> Tensor:
     """Launch the kernels; arguments and result as the op ``fastmim::position_bias_backward``."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.rows import nothing
 from ..common.sizes import cdiv, next_power_of_2
 from .layout import given, merged_shape, owned, written
@@ -222,7 +222,6 @@ def residual_norm_backward(
     sum_partials(p_partial, p_counter, p_sums, tl.program_id(0), tl.num_programs(0), SUMS * C, GROUP)
 
 
-@on_own_device
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
             stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -247,7 +246,6 @@ def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias
             mean, rstd)
 
 
-@on_own_device
 def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
              mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
              drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,

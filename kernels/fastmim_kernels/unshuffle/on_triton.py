@@ -17,7 +17,6 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device
 from ..common.sizes import cdiv, next_power_of_2
 
 
@@ -103,7 +102,6 @@ def config(channels: int, length: int, batch: int) -> dict[str, int]:
             "splits": cdiv(batch, per_program), "num_warps": 4 if block_c * block_p <= 2048 else 8}
 
 
-@on_own_device
 def forward(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Launch the forward kernel; arguments and result as the op ``fastmim::unshuffle``."""
     batch, kept, c = tokens.shape
@@ -116,7 +114,6 @@ def forward(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Tenso
     return out
 
 
-@on_own_device
 def backward(grad: Tensor, places: Tensor, kept: int, pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::unshuffle_backward``."""
     batch, length, c = grad.shape

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.device import on_own_device, processors, sm_of
+from ..common.device import processors, sm_of
 from ..common.rows import nothing
 from ..common.sizes import cdiv
 from .layout import pair
@@ -225,7 +225,6 @@ def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -
     return Tiling(64 if arch >= 90 and n > 64 else 32, 1, 32, False, 4, 1, 1, blocks_per_sm=2)
 
 
-@on_own_device
 def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor,
              lse: Tensor, num_heads: int, window_size: Sequence[int], shift_size: Sequence[int],
              bias_grad: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:

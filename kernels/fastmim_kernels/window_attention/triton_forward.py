@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.sizes import cdiv
 from .layout import pair
 from .triton_backward import backward, backward_kernel, backward_large_kernel, reduce_kernel, single_tile
@@ -195,7 +195,6 @@ def config(n: int, head_dim: int, dtype: torch.dtype) -> Tiling:
     return Tiling(32 if dtype == torch.float32 else 64, 1, 16 if wide else 32, False, 4, 1, 1, blocks_per_sm=3)
 
 
-@on_own_device
 def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int,
             window_size: Sequence[int], shift_size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::window_attention``.

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import arrival
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from .triton_fragments import BLOCKS_PER_SM, KEY_PROGRAMS, WARPS, by_rows, parts
 from .triton_rows_backward import rows_backward_kernel
 from .triton_tiles import LN2, MASKED_LOGIT, common_constexprs, token_sides, window_groups
@@ -75,7 +75,6 @@ def bias_tables(bias: Tensor, window_size: tuple[int, int], shift_size: tuple[in
     return bias if table is None else table, turned
 
 
-@on_own_device
 def rows_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor, lse: Tensor,
                   num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int], bias_grad: bool
                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
