@@ -22,21 +22,23 @@ class Forward:
 
     def __init__(self, impl: str, given: Plain) -> None:
         self._impl, self._given = impl, given
-        self._chosen: dict[str, str] = {}
+        self._chosen: dict[Op, tuple[str, Callable]] = {}
         self.tensors: list[Tensor | None] = []
         self.kept: list[tuple[Op, int, Any]] = []
 
     def run(self, op: Op, *args: Any) -> Any:
         """The results of ``op``, whose arguments are checked."""
-        assert op.formulas is not None
-        impl = self._chosen.get(op.name)
-        if impl is None:
-            impl = self._chosen[op.name] = op.choose(self._impl, self._given, op.forward.functions.names)
-        inputs, outputs = (*args, impl), tuple_of(op.forward.functions[impl](*args))
-        tensors, settings = op.formulas.save(inputs, outputs)
+        chosen = self._chosen.get(op)
+        if chosen is None:
+            impl = op.choose(self._impl, self._given, op.forward.functions.names)
+            chosen = self._chosen[op] = impl, op.forward.functions[impl]
+        impl, function = chosen
+        save, _, select = op.formulas  # type: ignore[misc]
+        inputs, outputs = (*args, impl), tuple_of(function(*args))
+        tensors, settings = save(inputs, outputs)
         self.kept.append((op, len(tensors), settings))
         self.tensors += tensors
-        return op.formulas.select(inputs, outputs)
+        return select(inputs, outputs)
 
 
 class Backward:

@@ -1,7 +1,8 @@
 """Kernels run where their tensors are, whichever device is current; and what a launch asks of a device.
 
 Triton launches on the current device and stream. Every way into an op makes that of its tensors current, once for all
-that it launches (:func:`.direct.as_given`); a launcher need not ask, and nobody else calls one.
+that it launches (:func:`.direct.as_given`); a launcher need not ask, and nobody else calls one. It calls
+``kernel.run(…, grid=grid, warmup=False)``, as ``kernel[grid](…)`` would after it has packed all arguments once more.
 """
 
 from __future__ import annotations

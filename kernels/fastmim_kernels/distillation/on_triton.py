@@ -309,11 +309,11 @@ def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | N
     each = each_of(groups, chunks, device)
     shares = cdiv(groups, each)
     loss, entropy, end = make(), make(), finish(chunks)
-    distillation_forward[(shares, chunks)](
+    distillation_forward.run(
         *_plain(student, teacher, centre, weight, student_temp, teacher_temp),
         make(2 + teachers, views * groups, end["CHUNKS"]), make(3, teachers * groups, end["CHUNKS"]), make(2, shares),
         arrival.counters(1 + shares, device), *found, loss, entropy, groups, each, codes,
-        mean_weight(views, teachers, groups, own), OWN=own, **end, **cfg)
+        mean_weight(views, teachers, groups, own), OWN=own, **end, **cfg, grid=(shares, chunks), warmup=False)
     return loss, entropy, *found
 
 
@@ -327,9 +327,10 @@ def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, wei
         cfg = config(views, len(teacher), codes)
         chunks = cdiv(codes, cfg["BLOCK"])
         each = each_of(groups, chunks, student.device)
-        distillation_backward[(cdiv(groups, each), chunks)](
+        distillation_backward.run(
             grad, *_plain(student, teacher, centre, weight, student_temp, teacher_temp), student_rows, teacher_rows,
-            out, groups, each, codes, mean_weight(views, len(teacher), groups, own), OWN=own, **cfg)
+            out, groups, each, codes, mean_weight(views, len(teacher), groups, own), OWN=own, **cfg,
+            grid=(cdiv(groups, each), chunks), warmup=False)
     return out
 
 

@@ -77,8 +77,8 @@ def product_add(x: Tensor, weight: Tensor, add: Tensor, tiles: dict[str, int] | 
     tiles = narrow_config(columns, depth, x.dtype, sm_of(x.device)) if tiles is None else tiles
     out = torch.empty_like(add)
     grid = (cdiv(rows, tiles["BM"]) * cdiv(columns, tiles["BN"]),)
-    product_add_kernel[grid](x, weight, add, out, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP,
-                             PRECISION=precision(x.dtype), **tiles)
+    product_add_kernel.run(x, weight, add, out, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP,
+                           PRECISION=precision(x.dtype), **tiles, grid=grid, warmup=False)
     return out
 
 

@@ -177,9 +177,9 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor
         scratch = (torch.empty(splits, columns, depth, dtype=torch.float32, device=device),
                    torch.empty(splits, columns, dtype=torch.float32, device=device),
                    arrival.counters(blocks * (1 + cdiv(splits, share)), device))
-    weight_gradient_kernel[(blocks, splits)](
+    weight_gradient_kernel.run(
         grad, x, dw, d_bias, *scratch, rows, N=columns, K=depth, GROUP=GROUP, SPLITS=splits, SHARE=share,
-        PRECISION=precision(grad.dtype), **tiles)
+        PRECISION=precision(grad.dtype), **tiles, grid=(blocks, splits), warmup=False)
     return dw, d_bias
 
 

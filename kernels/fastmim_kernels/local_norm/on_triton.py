@@ -92,10 +92,12 @@ def forward(images: Tensor, kernel_size: int) -> Tensor:
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     rows, cols = config(width, height), config(height, width)
     # Along x: the other two axes of a grid end at 65,535.
-    row_kernel[(cdiv(height, rows["LINES"]) * b * c,)](
-        images, sums, squares, height, width, R=kernel_size // 2, **rows)
-    column_kernel[(cdiv(width, cols["LINES"]) * b * c,)](
-        images, sums, squares, out, height, width, R=kernel_size // 2, **cols)
+    row_kernel.run(
+        images, sums, squares, height, width, R=kernel_size // 2, **rows,
+        grid=(cdiv(height, rows["LINES"]) * b * c,), warmup=False)
+    column_kernel.run(
+        images, sums, squares, out, height, width, R=kernel_size // 2, **cols,
+        grid=(cdiv(width, cols["LINES"]) * b * c,), warmup=False)
     return out
 
 

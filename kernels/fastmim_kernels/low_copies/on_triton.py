@@ -55,7 +55,7 @@ def forward(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def copy(tensors: Sequence[Tensor], flat: Tensor) -> None:
     """Write each contiguous float32 tensor into ``flat``, one after the other, padded."""
     rows = table(tensors)
-    copy_kernel[(len(rows),)](rows, flat, PIECE=PIECE, BLOCK=2048, num_warps=8)
+    copy_kernel.run(rows, flat, PIECE=PIECE, BLOCK=2048, num_warps=8, grid=(len(rows),), warmup=False)
 
 
 def table(tensors: Sequence[Tensor]) -> Tensor:

@@ -155,9 +155,9 @@ def _launch(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | Non
     b, h, w, _ = prediction.shape
     _, c, height, width = target.shape
     cfg = config(stride, (height // mask.shape[1], width // mask.shape[2]))
-    masked_l1_kernel[(b * h * w,)](
+    masked_l1_kernel.run(
         prediction, target, mask.view(torch.uint8), _flat(mean), _flat(std), factor, out, count,
-        h, w, height, width, mask.shape[1], mask.shape[2], C=c, LOSS=loss, **cfg)
+        h, w, height, width, mask.shape[1], mask.shape[2], C=c, LOSS=loss, **cfg, grid=(b * h * w,), warmup=False)
 
 
 def _flat(values: Tensor | None) -> Tensor | None:
@@ -174,7 +174,7 @@ def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | Non
     _launch(prediction, target, mask, mean, std, stride, loss, None, sums, count)
     result = torch.empty((), dtype=torch.float32, device=prediction.device)
     scale = torch.empty((), dtype=torch.float32, device=prediction.device)
-    finish_kernel[(1,)](sums, count, result, scale, tokens, target.shape[1], BLOCK=1024)
+    finish_kernel.run(sums, count, result, scale, tokens, target.shape[1], BLOCK=1024, grid=(1,), warmup=False)
     return result, scale
 
 

@@ -127,7 +127,8 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     columns = x.shape[-1]
     rows = x.numel() // columns
     out = torch.empty_like(x)
-    gelu_forward[programs(rows, columns, "forward", x.device)](x, bias, out, rows, N=columns, **config(columns))
+    gelu_forward.run(x, bias, out, rows, N=columns, **config(columns),
+                     grid=programs(rows, columns, "forward", x.device), warmup=False)
     return out
 
 
@@ -149,7 +150,7 @@ def _launch(grad: Tensor, x: Tensor, bias: Tensor | None, out: Tensor | None, su
     dx = torch.empty_like(x)
     grid = programs(rows, columns, "backward", x.device)
     partial = torch.empty(grid[0], columns, dtype=torch.float32, device=x.device) if sums else None
-    gelu_backward[grid](grad, x, bias, dx, out, partial, rows, N=columns, **config(columns))
+    gelu_backward.run(grad, x, bias, dx, out, partial, rows, N=columns, **config(columns), grid=grid, warmup=False)
     return dx, nothing(x, torch.float32) if partial is None else partial.sum(0)
 
 

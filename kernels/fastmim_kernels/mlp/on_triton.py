@@ -190,8 +190,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, ge
     z = x.new_empty(rows, columns) if pre else None
     out = x.new_empty((*x.shape[:-1], columns)) if gelu else None
     grid = (cdiv(rows, tiles["BM"]) * cdiv(columns, tiles["BN"]),)
-    linear_gelu_kernel[grid](x, weight, bias, z, out, rows, depth, N=columns,
-                             EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP, PRECISION=precision(x.dtype), **tiles)
+    linear_gelu_kernel.run(x, weight, bias, z, out, rows, depth, N=columns,
+                           EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP, PRECISION=precision(x.dtype), **tiles,
+                           grid=grid, warmup=False)
     return nothing(x) if z is None else z, nothing(x) if out is None else out
 
 
@@ -245,9 +246,9 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool, tiles: 
         d_bias = torch.empty(columns, dtype=torch.float32, device=device)
         partial = torch.empty(blocks, columns, dtype=torch.float32, device=device)
         count = arrival.counters(across * (1 + cdiv(blocks, tiles["SHARE"])), device)
-    gelu_gradient_kernel[(blocks * across,)](
+    gelu_gradient_kernel.run(
         grad, weight, pre, dx, out, d_bias, partial, count, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0,
-        GROUP=GROUP, PRECISION=precision(grad.dtype), **tiles)
+        GROUP=GROUP, PRECISION=precision(grad.dtype), **tiles, grid=(blocks * across,), warmup=False)
     return dx, nothing(dx, torch.float32) if d_bias is None else d_bias, out
 
 

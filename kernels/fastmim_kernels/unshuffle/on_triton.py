@@ -108,9 +108,10 @@ def forward(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Tenso
     length = 1 + places.shape[1]
     cfg = config(c, length, batch)
     out = torch.empty((batch, length, c), dtype=out_dtype, device=tokens.device)
-    unshuffle_forward[(cfg["blocks"], cfg["splits"])](
+    unshuffle_forward.run(
         *(t.contiguous() for t in (tokens, places, mask_token, pos_embed)), out, batch, length, kept,
-        cfg["per_program"], C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], num_warps=cfg["num_warps"])
+        cfg["per_program"], C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], num_warps=cfg["num_warps"],
+        grid=(cfg["blocks"], cfg["splits"]), warmup=False)
     return out
 
 
@@ -122,10 +123,11 @@ def backward(grad: Tensor, places: Tensor, kept: int, pos: bool, dtype: torch.dt
     partial = torch.empty((cfg["blocks"] * cfg["splits"], c), dtype=torch.float32, device=device)
     d_token = torch.empty(c, dtype=torch.float32, device=device)
     d_pos = torch.empty((cfg["splits"], length, c) if pos else (1, 0), dtype=torch.float32, device=device)
-    unshuffle_backward[(cfg["blocks"], cfg["splits"])](
+    unshuffle_backward.run(
         grad.contiguous(), places.contiguous(), d_tokens, partial, arrival.counters(1 + len(partial), device), d_token,
         d_pos if pos else None, batch, length, kept, cfg["per_program"],
-        C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], GROUP=GROUP, num_warps=cfg["num_warps"])
+        C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], GROUP=GROUP, num_warps=cfg["num_warps"],
+        grid=(cfg["blocks"], cfg["splits"]), warmup=False)
     return d_tokens, d_token, d_pos.sum(0) if d_pos.shape[0] > 1 else d_pos.squeeze(0)
 
 

@@ -263,8 +263,9 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     arguments = (grad_out, qkv, bias, logit_scale, out, lse, dqkv, partial, dscale,
                  windows, groups, height, width, num_heads, *shift_size)
     kernel = backward_kernel if single_tile(*which) else backward_large_kernel
-    kernel[(num_heads * groups,)](
-        *arguments, **common, ROWS=tiling.ROWS, KEYS=tiling.KEYS, num_warps=tiling.num_warps)
+    kernel.run(
+        *arguments, **common, ROWS=tiling.ROWS, KEYS=tiling.KEYS, num_warps=tiling.num_warps,
+        grid=(num_heads * groups,), warmup=False)
     dbias, total = _reduce(partial, dscale, logit_scale)
     return dqkv, dbias, nothing(lse) if total is None else total
 
@@ -282,6 +283,7 @@ def _reduce(partial: Tensor | None, dscale: Tensor | None, logit_scale: Tensor |
     total = None
     if logit_scale is not None:
         total = torch.empty(logit_scale.shape, dtype=torch.float32, device=partial.device)
-    reduce_kernel[(heads, cdiv(n * n, 256))](
-        partial, dscale, logit_scale, dbias, total, groups, n * n, GROUPS=16, BLOCK=256)
+    reduce_kernel.run(
+        partial, dscale, logit_scale, dbias, total, groups, n * n, GROUPS=16, BLOCK=256,
+        grid=(heads, cdiv(n * n, 256)), warmup=False)
     return dbias, total

@@ -227,15 +227,15 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
     sizes = (height, width, num_heads, *shift_size)
     if by_rows(n, head_dim, qkv.dtype):
         groups = window_groups(windows, num_heads, processors(qkv.device) * BLOCKS_PER_SM)
-        rows_forward_kernel[(num_heads * groups,)](qkv, bias, logit_scale, out, lse, windows, groups, *sizes, **common,
-                                                   PARTS=parts(n), num_warps=WARPS.value)
+        rows_forward_kernel.run(qkv, bias, logit_scale, out, lse, windows, groups, *sizes, **common,
+                                PARTS=parts(n), num_warps=WARPS.value, grid=(num_heads * groups,), warmup=False)
         return out, lse
     tiling = config(n, head_dim, qkv.dtype)
     tiles = cdiv(n, tiling.ROWS * tiling.TILES)
     groups = window_groups(windows, num_heads * tiles, processors(qkv.device) * tiling.blocks_per_sm)
-    forward_kernel[(num_heads * groups, tiles)](
+    forward_kernel.run(
         qkv, bias, logit_scale, out, lse, windows, groups, *sizes, **common, **tile_constexprs(n, tiling),
-        num_warps=tiling.num_warps)
+        num_warps=tiling.num_warps, grid=(num_heads * groups, tiles), warmup=False)
     return out, lse
 
 

@@ -116,9 +116,12 @@ def imported(source: str, package: str) -> set[str]:
 
 
 def launches_or_brings(sources: dict[str, str]) -> set[str]:
-    """Modules that launch (``kernel[grid](…)``) or import one that does."""
+    """Modules that launch (``kernel.run(…, grid=…)``, or ``kernel[grid](…)``) or import one that does."""
+    def launches(call: ast.Call) -> bool:
+        return isinstance(call.func, ast.Subscript) or "grid" in [word.arg for word in call.keywords]
+
     found = {name for name, source in sources.items() if "import triton" in source and any(
-        isinstance(c, ast.Call) and isinstance(c.func, ast.Subscript) for c in ast.walk(ast.parse(source)))}
+        isinstance(c, ast.Call) and launches(c) for c in ast.walk(ast.parse(source)))}
     while more := {n for n, source in sources.items() if imported(source, n.partition(".")[0]) & found} - found:
         found |= more
     return found
@@ -136,5 +139,5 @@ def test_only_ops_come_to_a_launcher() -> None:
     assert len(named) > 10 and launching <= named | brought, launching - named - brought
     top = {m for path in KERNELS.glob("*.py") if path.stem != "triton" for m in imported(path.read_text(), "")}
     assert not top & launching
-    made = {"a.kernel": "import triton\ndef f(x):\n    k[1](x)\n", "a.op": "from . import kernel\n", "b.op": ""}
+    made = {"a.kernel": "import triton\ndef f(x):\n    k.run(x, grid=(1,))\n", "a.op": "from . import kernel\n", "b.op": ""}
     assert launches_or_brings(made) == {"a.kernel", "a.op"}, "a.op would be found"
