@@ -15,7 +15,7 @@ from fastmim_kernels.common.direct import check_whole
 from fastmim_kernels.linear.op import product_dtype
 
 from .layers import DropPaths, relative_position_index
-from .stream import Step
+from .stream import Step, weight_and_bias
 
 Pair = tuple[int, int]
 
@@ -132,7 +132,7 @@ class SharedInputs(nn.Module):
         """Copies of ``others`` and of each block's qkv bias, if it is a parameter, and its four weights."""
         tensors: list[Tensor | None] = [*others]
         for block in blocks:
-            tensors += (block.attn.qkv.bias, *block.weights())
+            tensors += (weight_and_bias(block.attn._modules["qkv"])[1], *block.weights())
         copies = iter(self._copies([t for t in tensors if t is not None], dtype))
         return [None if t is None else next(copies) for t in tensors]
 

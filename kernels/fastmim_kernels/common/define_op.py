@@ -61,7 +61,7 @@ class Pass:
     def run(self, *args: Any) -> Any:
         """The function of the implementation that ``args`` names."""
         at = self._impl
-        return self.functions[args[at]](*args[:at], *args[at + 1 :])
+        return self.functions[args[at]](*(args[:at] + args[at + 1 :]))
 
     def _run_apart(self, *args: Any) -> Any:
         """The same for torch, which wants every result to be a new tensor: :func:`.rows.nothing` gives one to many, and
