@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 from fastmim_kernels.branches import Attention, Branch, attention
-from fastmim_kernels.visible_attention.op import visible_attention
 from fastmim_kernels.window_attention.layout import crop_shifted, pad_shifted
 
 from .layers import trunc_normal_
@@ -83,7 +82,7 @@ class WindowAttention(nn.Module):
         padding = self.qkv_bias(step) if padded else None
         if padded and padding is None:
             padding = qkv.new_zeros(qkv.shape[-1])
-        return visible_attention(qkv, step.bias, slots, places, groups=groups, padding=padding, **how)
+        return fk.visible_attention(qkv, step.bias, slots, places, groups=groups, padding=padding, **how)
 
     def branch(self, y: Tensor, step: Step) -> Branch | None:
         """What :meth:`forward` makes of y, to be run with the norm behind it; None where more than ops must run."""
