@@ -14,7 +14,7 @@ from .features import Pooled, pooled_features
 from .layers import Mlp, PatchEmbed, drop_path_rates, to_pair, trunc_normal_
 from .read_rows import put
 from .rules import check_stages, patch_grid, window_sizes
-from .stream import Step, check_residual_dtype, normalise, start_stream, stream_dtype
+from .stream import Step, check_residual_dtype, normalise, start_stream, stream_dtype, weight_and_bias
 from .swin_shared import SharedInputs
 from .visible import Visible
 from .window_attention import WindowAttention
@@ -47,8 +47,9 @@ class SwinBlock(nn.Module):
 
     def weights(self) -> list[Tensor]:
         """Those of the four products."""
-        attn, mlp = self.attn, self.mlp
-        return [attn.qkv.weight, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight]
+        own = self._modules
+        attn, mlp = own["attn"]._modules, own["mlp"]._modules
+        return [weight_and_bias(layer)[0] for layer in (attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"])]
 
 
 class PatchMerging(nn.Module):
