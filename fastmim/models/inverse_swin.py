@@ -64,9 +64,8 @@ class InverseSwin(nn.Module):
         dims = [embed_dim * 2**s for s in reversed(stages)]
         maps = [(grid[0] * 2**s, grid[1] * 2**s) for s in stages]
         windows = [(min(window_size[0], rows), min(window_size[1], columns)) for rows, columns in maps]
-        own = [
-            (dims[s], num_heads[s], maps[s], windows[s], mlp_ratio, True, False, [False] * depths[s]) for s in stages
-        ]
+        how = mlp_ratio, True, False
+        own = [(dims[s], num_heads[s], maps[s], windows[s], *how, [False] * depths[s]) for s in stages]
         self.embed = nn.Linear(in_dim, dims[0])
         self.layers = nn.ModuleList(SwinStage(*own[s], impl, downsample=False) for s in stages)
         self.splits = nn.ModuleList(PatchSplitting(dim, impl) for dim in dims[:-1])

@@ -24,6 +24,7 @@ from .pictures import Picture, reconstruction
 from .pixel_heads import predict_pixels
 from .targets import PATCH_EPS, patch_statistics
 
+
 class MAE(Objective):
     """Encoder of the visible patches, decoder of all of them, squared error of the hidden ones.
 

@@ -90,8 +90,8 @@ def check_head(name: str, stride: int, target_stride: int) -> None:
     fits = [t for t in (1, 2, 4, 8, 16) if stride % (splits * t) == 0]
     fix = f"use target_stride={fits[-1]}, or head=linear or mlp" if fits else "use linear or mlp"
     raise ValueError(
-        f"head={name}: cuts each token of the encoder, of {stride} pixels, into {splits} × {splits}, which are no whole "
-        f"predicted pixels of target_stride={target_stride}; {fix}"
+        f"head={name}: cuts each token of the encoder, of {stride} pixels, into {splits} × {splits}, which are no "
+        f"whole predicted pixels of target_stride={target_stride}; {fix}"
     )
 
 

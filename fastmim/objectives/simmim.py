@@ -38,7 +38,7 @@ class SimMIM(Objective):
         unit: edge of a mask unit in pixels, a multiple of patch_size
         head: what predicts from the encoder's tokens; swin_tiny and swin_base are such a Swin backwards
         target: what is predicted: pixels, or classes: bins of each channel, clusters of colours, a tokenizer's codes
-        target_stride: edge in pixels of what one prediction stands for, their mean; null = 1, of tokens 16 or the stride
+        target_stride: edge of the square of pixels whose mean is one prediction; null = 1, of tokens 16 or the stride
         norm_target: window of the locally normalised target in pixels (odd; 47); patch = each token's pixels by
             themselves; 0 = off
         loss: error per pixel; classes have the cross-entropy
@@ -79,8 +79,9 @@ class SimMIM(Objective):
         own: dict[str, Any] = dict(mask_ratio=mask_ratio, unit=unit, loss_on=loss_on, head=head)
         what: dict[str, Any] = dict(target=target, target_stride=target_stride, norm_target=norm_target, loss=loss)
         what |= dict(beta=beta, bins=bins, clusters=clusters, tokenizer=tokenizer)
-        decoder = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads)
-        self.check(encoder=encoder, visible_only=visible_only, **decoder, **own, **what)
+        decoder: dict[str, Any] = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth)
+        decoder |= dict(decoder_num_heads=decoder_num_heads, visible_only=visible_only)
+        self.check(encoder=encoder, **decoder, **own, **what)
         super().__init__(encoder=encoder, **common)
         self.mask_ratio, self.unit, self.loss_on = mask_ratio, unit, loss_on
         self.patch_size, self.stride = self.encoder.patch_size, self.encoder.stride
@@ -146,7 +147,7 @@ class SimMIM(Objective):
         target = self.target.of(images)
         only_masked = self.loss_on == "masked" and not self.head.mixes
         tokens = self.head.tokens(self._tokens(images, mask, only_masked=only_masked))
-        return {"loss": self.target.loss(tokens, self.head, target, self._scored(mask), impl=self.impl)}
+        return {"loss": self.target.loss(tokens, self.head, target, self._scored(mask))}
 
     def _tokens(self, images: Tensor, mask: Tensor, *, only_masked: bool = False) -> Tensor:
         """(B, h, w, D) for the head; with ``only_masked`` it reads no others."""

@@ -28,7 +28,7 @@ Norm = int | Literal["patch"]
 
 
 class Target(nn.Module):
-    """Of which a head gives ``values`` numbers for each square of ``stride`` × ``stride`` pixels, a *predicted pixel*."""
+    """A head gives ``values`` numbers of it for each square of ``stride`` × ``stride`` pixels, a *predicted pixel*."""
 
     values: int
     stride: int
@@ -106,9 +106,8 @@ class Pixels(Target):
         """By the true statistics of the image."""
         if not self.norm:
             return pixels
-        mean, std = (
-            patch_statistics(images, self.patch) if self.norm == "patch" else local_statistics(images, self.norm)
-        )
+        by_patch = self.norm == "patch"
+        mean, std = patch_statistics(images, self.patch) if by_patch else local_statistics(images, int(self.norm))
         return pixels * std + mean
 
 
@@ -132,7 +131,7 @@ def normalised_target(images: Tensor, norm: Norm, patch: int, *, impl: str = "au
 
 
 def patch_statistics(images: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """Mean and √(variance + 1e-6), unbiased and over all channels, of each square of ``patch`` pixels (MAE, section 4.1).
+    """Mean and √(unbiased variance + 1e-6) over all channels of each square of ``patch`` pixels (MAE, section 4.1).
 
     Returns:
         Both (B, 1, H, W), where ``patch`` divides H and W of ``images``.
