@@ -40,7 +40,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     pack.set_defaults(command=data_pack)
     clusters = data_commands.add_parser("clusters", parents=[common], help="fit clusters of colours (SimMIM's target)")
     clusters.add_argument("folder", metavar="DIR", help="folder of images, nested or flat, or tar shards")
-    clusters.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.in_chans=1, model.img_size=96")
+    clusters.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.in_chans=1")
     clusters.add_argument("--out", required=True, metavar="FILE", help="safetensors file for objective.clusters")
     clusters.add_argument("--clusters", type=int, default=512, metavar="K", help="number of colours (default 512)")
     clusters.set_defaults(command=data_clusters)

@@ -15,7 +15,7 @@ from .targets import Target, area_mean
 from .tokenizer import Tokenizer
 
 LEVELS = 256
-"""Of an 8-bit sample; bins hold whole ones, as nearly equal in number as may be."""
+"""Of an 8-bit sample."""
 
 
 class Classes(Target):
@@ -70,7 +70,7 @@ class Bins(Classes):
         super().__init__(len(mean), bins, stride, mean, std, impl)
 
     def classify(self, target: Tensor) -> Tensor:
-        """Level v of 0 … 255 falls into bin ⌊v·bins/256⌋; half a level keeps rounding away from the edges."""
+        """Level v of 0 … 255 falls into bin ⌊(v + ½)·bins/256⌋, that of its middle, far from what rounding does."""
         levels = target * (LEVELS - 1) + 0.5
         return (levels * (self.classes / LEVELS)).floor().clamp(0, self.classes - 1).long()
 

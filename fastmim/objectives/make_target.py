@@ -10,16 +10,18 @@ from .base import one_of
 from .class_targets import Bins, Clusters, Codes
 from .clusters import read_clusters
 from .losses import PIXEL_LOSSES
-from .targets import Norm, Pixels, Target, check_norm, check_target_stride
+from .targets import Pixels, Target, check_norm, check_target_stride
 from .tokenizer import open_tokenizer
 
 TargetName = Literal["pixels", "bins", "clusters", "tokens"]
 MOST_BINS = 256
 
-_OWN = {
-    "norm_target": ("pixels", 0), "loss": ("pixels", "l1"), "beta": ("pixels", 1), "bins": ("bins", 8),
-    "clusters": ("clusters", None), "tokenizer": ("tokens", None),
-}  # fmt: skip
+_OWN: dict[str, dict[str, Any]] = {
+    "pixels": dict(norm_target=0, norm_patch=False, loss="l1", beta=1),
+    "bins": dict(bins=8),
+    "clusters": dict(clusters=None),
+    "tokens": dict(tokenizer=None),
+}
 """Keys that say something of one target alone, and what they are where nothing is said."""
 
 
@@ -27,7 +29,8 @@ def make_target(
     *,
     target: str,
     target_stride: int | None,
-    norm_target: Norm,
+    norm_target: int,
+    norm_patch: bool,
     loss: str,
     beta: float,
     bins: int,
@@ -41,7 +44,7 @@ def make_target(
     """A target by its name.
 
     Args:
-        target, target_stride, norm_target, loss, beta, bins, clusters, tokenizer: Of :class:`.simmim.SimMIM`.
+        target to tokenizer: Of :class:`.simmim.SimMIM`.
         encoder_stride: Pixels per edge of the encoder's tokens.
         mean, std: (C, 1, 1) statistics of the images.
         impl: Implementation of the ops.
@@ -60,7 +63,7 @@ def make_target(
         return Clusters(colours, stride, mean, std, impl=impl)
     if tokenizer is not None:
         return Codes(open_tokenizer(tokenizer, None, in_chans), stride, mean, std, impl=impl)
-    return Pixels(in_chans, stride, norm_target, encoder_stride, loss, beta, impl=impl)
+    return Pixels(in_chans, stride, norm_target, encoder_stride if norm_patch else 0, loss, beta, impl=impl)
 
 
 def check_target(
@@ -69,7 +72,8 @@ def check_target(
     *,
     target: str,
     target_stride: int | None,
-    norm_target: Norm,
+    norm_target: int,
+    norm_patch: bool,
     loss: str,
     beta: float,
     bins: int,
@@ -87,13 +91,16 @@ def check_target(
     """
     one_of("target", target, get_args(TargetName))
     one_of("loss", loss, PIXEL_LOSSES)
-    given = dict(norm_target=norm_target, loss=loss, beta=beta, bins=bins, clusters=clusters, tokenizer=tokenizer)
-    for key, (owner, default) in _OWN.items():
-        if owner != target and given[key] != default:
-            raise ValueError(f"{key}={given[key]}: target={target} has none; leave it out, or use target={owner}")
+    given: dict[str, Any] = dict(norm_target=norm_target, norm_patch=norm_patch, loss=loss, beta=beta)
+    given |= dict(bins=bins, clusters=clusters, tokenizer=tokenizer)
+    for owner, keys in _OWN.items():
+        said = [key for key, default in keys.items() if given[key] != default]
+        if said and owner != target:
+            value = str(given[said[0]]).lower() if given[said[0]] is True else given[said[0]]
+            raise ValueError(f"{said[0]}={value}: target={target} has none; leave it out, or use target={owner}")
     stride = _stride(target, target_stride, encoder_stride)
     check_target_stride(stride, encoder_stride, size)
-    check_norm(norm_target, size, encoder_stride)
+    check_norm(norm_target, norm_patch, size, encoder_stride)
     if not 2 <= bins <= MOST_BINS:
         raise ValueError(f"bins={bins}: must lie in 2 … {MOST_BINS}, for example 8")
     if not beta > 0:

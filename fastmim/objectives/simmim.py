@@ -20,7 +20,6 @@ from .make_target import TargetName, check_target, make_target
 from .masks import check_unit, coarse_mask, masked_units, pixel_mask, random_mask, unit_count
 from .pictures import Picture, reconstruction
 from .pixel_heads import HeadName, check_head, make_head, predict_pixels
-from .targets import Norm
 from .tokenizer import code_picture
 from .visible_decoder import VisibleDecoder, check_decoder, check_visible
 
@@ -39,8 +38,8 @@ class SimMIM(Objective):
         head: what predicts from the encoder's tokens; swin_tiny and swin_base are such a Swin backwards
         target: what is predicted: pixels, or classes: bins of each channel, clusters of colours, a tokenizer's codes
         target_stride: edge of the square of pixels whose mean is one prediction; null = 1, of tokens 16 or the stride
-        norm_target: window of the locally normalised target in pixels (odd; 47); patch = each token's pixels by
-            themselves; 0 = off
+        norm_target: window of the locally normalised target in pixels (odd; 47), 0 = off
+        norm_patch: the target is each token's pixels by their own mean and deviation
         loss: error per pixel; classes have the cross-entropy
         beta: smooth_l1: the error from which it is linear
         loss_on: pixels that count
@@ -63,7 +62,8 @@ class SimMIM(Objective):
         head: HeadName = "linear",
         target: TargetName = "pixels",
         target_stride: int | None = None,
-        norm_target: Norm = 0,
+        norm_target: int = 0,
+        norm_patch: bool = False,
         loss: PixelLossName = "l1",
         beta: float = 1.0,
         loss_on: Scored = "masked",
@@ -77,8 +77,8 @@ class SimMIM(Objective):
         **common: Any,
     ) -> None:
         own: dict[str, Any] = dict(mask_ratio=mask_ratio, unit=unit, loss_on=loss_on, head=head)
-        what: dict[str, Any] = dict(target=target, target_stride=target_stride, norm_target=norm_target, loss=loss)
-        what |= dict(beta=beta, bins=bins, clusters=clusters, tokenizer=tokenizer)
+        what: dict[str, Any] = dict(target=target, target_stride=target_stride, norm_target=norm_target)
+        what |= dict(norm_patch=norm_patch, loss=loss, beta=beta, bins=bins, clusters=clusters, tokenizer=tokenizer)
         decoder: dict[str, Any] = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth)
         decoder |= dict(decoder_num_heads=decoder_num_heads, visible_only=visible_only)
         self.check(encoder=encoder, **decoder, **own, **what)

@@ -6,7 +6,7 @@ Pixels are here; targets that are classes stand in :mod:`.class_targets`.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,6 @@ from .pixel_heads import PixelHead
 
 PATCH_EPS = 1e-6
 """Added to the variance of a patch (MAE, section 4.1)."""
-
-Norm = int | Literal["patch"]
-"""Window of the local normalisation in pixels, 0 = none; or each patch by itself."""
 
 
 class Target(nn.Module):
@@ -71,23 +68,22 @@ class Pixels(Target):
     Args:
         in_chans: C of the images.
         stride: Edge of a predicted pixel, which is the mean of the target over its square.
-        norm: See :func:`normalised_target`.
-        patch: Edge of the patches of ``norm="patch"``.
+        window, patch: See :func:`normalised_target`.
         loss: A key of :data:`.losses.PIXEL_LOSSES`.
         beta: Error from which "smooth_l1" is linear: e²/(2β) below, e − β/2 from there on.
         impl: Implementation of the ops.
     """
 
     def __init__(
-        self, in_chans: int, stride: int, norm: Norm, patch: int, loss: str, beta: float, *, impl: str = "auto"
+        self, in_chans: int, stride: int, window: int, patch: int, loss: str, beta: float, *, impl: str = "auto"
     ) -> None:
         super().__init__()
         self.values, self.stride, self.impl = in_chans, stride, impl
-        self.norm, self.patch, self.error, self.beta = norm, patch, loss, beta
+        self.window, self.patch, self.error, self.beta = window, patch, loss, beta
 
     def of(self, images: Tensor) -> Tensor:
         """See :meth:`Target.of`."""
-        return area_mean(normalised_target(images, self.norm, self.patch, impl=self.impl), self.stride)
+        return area_mean(normalised_target(images, self.window, self.patch, impl=self.impl), self.stride)
 
     def loss(self, tokens: Tensor, head: PixelHead, target: Tensor, scored: Tensor) -> Tensor:
         """See :meth:`Target.loss`."""
@@ -104,10 +100,9 @@ class Pixels(Target):
 
     def undo(self, pixels: Tensor, images: Tensor) -> Tensor:
         """By the true statistics of the image."""
-        if not self.norm:
+        if not self.window and not self.patch:
             return pixels
-        by_patch = self.norm == "patch"
-        mean, std = patch_statistics(images, self.patch) if by_patch else local_statistics(images, int(self.norm))
+        mean, std = patch_statistics(images, self.patch) if self.patch else local_statistics(images, self.window)
         return pixels * std + mean
 
 
@@ -118,16 +113,16 @@ class Layer(NamedTuple):
     bias: Tensor
 
 
-def normalised_target(images: Tensor, norm: Norm, patch: int, *, impl: str = "auto") -> Tensor:
-    """Normalised images (B, C, H, W), each pixel by the statistics of the ``norm`` × ``norm`` around it.
+def normalised_target(images: Tensor, window: int, patch: int, *, impl: str = "auto") -> Tensor:
+    """Normalised images (B, C, H, W), each pixel by the statistics of the ``window`` × ``window`` around it.
 
     0 leaves them as they are (SimMIM, Xie et al. 2022); a window is SwinV2's target (Liu et al. 2022, section 4.1).
-    "patch": by those of the square of ``patch`` pixels that it lies in, see :func:`patch_statistics`.
+    With ``patch`` by those of the square of so many pixels that it lies in, see :func:`patch_statistics`.
     """
-    if norm == "patch":
+    if patch:
         mean, std = patch_statistics(images, patch)
         return (images - mean) / std
-    return fk.local_norm_target(images, norm, impl=impl) if norm else images
+    return fk.local_norm_target(images, window, impl=impl) if window else images
 
 
 def patch_statistics(images: Tensor, patch: int) -> tuple[Tensor, Tensor]:
@@ -147,24 +142,24 @@ def area_mean(images: Tensor, edge: int) -> Tensor:
     return images if edge == 1 else F.avg_pool2d(images, edge)
 
 
-def check_norm(norm_target: Norm, size: tuple[int, int], patch: int) -> None:
-    """Off, an odd window of at least two pixels, since one has no variance, or patches of which images are made.
+def check_norm(norm_target: int, norm_patch: bool, size: tuple[int, int], stride: int) -> None:
+    """Off, an odd window of at least two pixels, since one has no variance, or the tokens of ``stride`` pixels.
 
     Raises:
         ValueError: Names the nearest windows or sizes.
     """
-    if norm_target == "patch":
-        if size[0] % patch or size[1] % patch:
-            near = [max(round(edge / patch), 1) * patch for edge in size]
-            raise ValueError(
-                f"norm_target=patch: needs an img_size of whole tokens of {patch} pixels, not {list(size)}; "
-                f"use model.img_size={near}"
-            )
-    elif norm_target and (norm_target % 2 == 0 or norm_target < 3):
+    if norm_target and (norm_target % 2 == 0 or norm_target < 3):
         nearest = dict.fromkeys((max(norm_target - 1, 3), max(norm_target + 1, 3)))
         raise ValueError(
-            f"norm_target={norm_target}: must be 0 (off), patch, or an odd window of at least 3 pixels; "
+            f"norm_target={norm_target}: must be 0 (off) or an odd window of at least 3 pixels; "
             f"use {' or '.join(map(str, nearest))}"
+        )
+    if norm_patch and norm_target:
+        raise ValueError(f"norm_patch=true: not with a window too, norm_target={norm_target}; use norm_target=0")
+    if norm_patch and (size[0] % stride or size[1] % stride):
+        near = [max(round(edge / stride), 1) * stride for edge in size]
+        raise ValueError(
+            f"norm_patch=true: images of {list(size)} are no whole tokens of {stride} pixels; use model.img_size={near}"
         )
 
 
