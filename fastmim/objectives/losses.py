@@ -72,8 +72,8 @@ else:
     PixelLossName = Literal[tuple(PIXEL_LOSSES)]
 
 
-LOGITS_AT_ONCE = 1 << 26
-"""Logits that :func:`class_loss` holds, in float32 a quarter of a GiB; 512 colours a pixel are 75 MB an image."""
+LOGITS_AT_ONCE = 1 << 20
+"""Of an image that :func:`class_loss` holds, 4 MiB in float32: 512 colours of 192 × 192 pixels are 72 MiB."""
 
 
 def class_loss(
@@ -88,8 +88,8 @@ def class_loss(
 ) -> Tensor:
     """Mean cross-entropy of the classes of pixels: ``Σ CE·m / (Σ m + 1e-5)``, CE averaged over groups of classes.
 
-    Logits are made some tokens at a time and, where that is more than once, again in the backward pass; on a CPU those
-    of tokens without a pixel that counts are not made at all.
+    Logits are made some tokens at a time, as many times for any batch, and where that is more than once, again in the
+    backward pass. On a CPU those of tokens without a pixel that counts are not made at all.
 
     Args:
         tokens: (B, h, w, D), each of ``head.stride`` × ``head.stride`` pixels.
@@ -104,23 +104,26 @@ def class_loss(
     size, grid, stride = (target.shape[2], target.shape[3]), (tokens.shape[1], tokens.shape[2]), head.stride
     cells = token_cells(mask.bool(), size, grid, stride).flatten(0, 2)
     pixels = patchify(cover(grid, target.detach(), stride), stride).flatten(0, 2).unflatten(1, (target.shape[1], -1))
-    x = tokens.flatten(0, 2)
+    x, classes = tokens.flatten(0, 2), head.values // groups
     rows = masked_tokens(mask, size, grid, stride)
     if rows is not None:
         x, pixels, cells = (tensor.index_select(0, rows) for tensor in (x, pixels, cells))
     weight = cells.repeat_interleave(stride // cells.shape[1], 1).repeat_interleave(stride // cells.shape[2], 2)
 
     def chunk(x: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
-        logits = fk.linear(x, head.weight, head.bias, impl=impl).view(len(x), groups, -1, stride**2).transpose(1, 2)
+        logits = fk.linear(x, head.weight, head.bias, impl=impl).view(len(x), groups, classes, stride**2)
+        logits = cast(logits, statistics_dtype(logits.dtype)).transpose(1, 2)
         with torch.no_grad():
             ids = classify(pixels)
-        error = F.cross_entropy(cast(logits, statistics_dtype(logits.dtype)), ids, reduction="none")
+        error = F.cross_entropy(logits, ids, reduction="none")
         return error.mean(1).mul(weight).sum()
 
     weight = weight.flatten(1).to(statistics_dtype(tokens.dtype))
-    at_once = max(1, LOGITS_AT_ONCE // head.out_features)
-    parts = list(zip(*(tensor.split(at_once) for tensor in (x, pixels, weight)), strict=True))
-    if len(parts) == 1:
+    count = grid[0] * grid[1]
+    least = min(-(-count * head.out_features // LOGITS_AT_ONCE), count)
+    times = next(n for n in range(least, count + 1) if count % n == 0)
+    parts = list(zip(*(tensor.tensor_split(times) for tensor in (x, pixels, weight)), strict=True))
+    if times == 1:
         total = chunk(*parts[0])
     else:
         again: Any = dict(use_reentrant=False, preserve_rng_state=False)

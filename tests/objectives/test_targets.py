@@ -135,7 +135,7 @@ CASES = {
 def test_loss_and_gradients_are_those_of_the_formula(name, files, monkeypatch):
     own = dict(CASES[name])
     if "bins" in name:  # in several steps, as large ones are
-        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1 << 14)
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1 << 12)
     objective = build(files, **own).double()
     raw = torch.rand(BATCH, objective.in_chans, *objective.img_size, dtype=torch.float64)
     images = (raw - objective.mean) / objective.std
@@ -192,7 +192,7 @@ def test_runs_on_fake_tensors(name, files):
 
 def test_compiles_as_one_graph(files, monkeypatch):
     """Some logits at a time, made again in the backward pass."""
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1 << 14)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1 << 12)
     objective = build(files, **CASES["8 bins"])
     images, mask = objective.example(BATCH)
     torch._dynamo.reset()
