@@ -21,7 +21,7 @@ from fastmim.files import replacing
 from fastmim.models import encoder_settings
 from fastmim.models.layers import to_pair
 from fastmim.objectives.clusters import CENTRES
-from fastmim.wording import install_extra, plural
+from fastmim.wording import install_packages, plural
 
 CLUSTERS = 512
 """Of iGPT (Chen et al. 2020, section 2.2) and SimMIM (section 3.4)."""
@@ -76,7 +76,7 @@ def fit_clusters(
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ImportError:
-        raise ValueError(f"clusters: scikit-learn is not installed; {install_extra('demo')}") from None
+        raise ValueError(f"clusters: scikit-learn is not installed; {install_packages('scikit-learn')}") from None
     if clusters < 2:
         raise ValueError(f"--clusters {clusters}: must be at least 2, for example {CLUSTERS}")
     means = MiniBatchKMeans(clusters, random_state=seed, n_init=3)
