@@ -277,15 +277,20 @@ class SwinTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Microsoft's initialisation: truncated normal of std 0.02 cut at ±2."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02, bound=2.0)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, WindowAttention):
-                module.reset_parameters()
+        """Microsoft's initialisation, see :func:`init_swin`."""
+        init_swin(self)
         trunc_normal_(self.mask_token, std=0.02, bound=2.0)
+
+
+def init_swin(model: nn.Module) -> None:
+    """Truncated normal of std 0.02 cut at ±2 for linear layers and tables of position biases, 0 for biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02, bound=2.0)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, WindowAttention):
+            module.reset_parameters()
 
 
 def _per_stage(value: int | tuple[int, ...], stages: int) -> list[int]:
