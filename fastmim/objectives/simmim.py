@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from ..models import encoder_settings
-from ..models.layers import to_pair
 from ..models.read_rows import masked_tokens, shown_tokens
 from ..models.visible import VisibleColumns
 from .base import Objective, one_of
 from .heads import pixel_head, predict_pixels
 from .losses import PIXEL_LOSSES, PixelLossName
-from .masks import check_unit, masked_units, random_mask, unit_count
 from .pictures import Picture, reconstruction
 from .targets import check_window, pixel_target, undo_target
+from .unit_masks import MaskKind, UnitMasks
 from .visible_decoder import VisibleDecoder, check_decoder, check_visible
 
 Scored = Literal["masked", "all"]
@@ -30,7 +29,9 @@ class SimMIM(Objective):
     stands before the head, because nothing else knows of the hidden places.
 
     Args:
-        mask_ratio: share of mask units hidden; the count per image is rounded up
+        mask: which mask units are hidden: random ones, the blocks of BEiT until the count is full, or one square at a
+            random place
+        mask_ratio: share of mask units hidden; the count per image is rounded up; of a square that of its units
         unit: edge of a mask unit in pixels, a multiple of patch_size
         norm_target: window of the locally normalised target in pixels (odd; 47), 0 = off
         loss: error per pixel
@@ -46,6 +47,7 @@ class SimMIM(Objective):
         self,
         *,
         encoder: Mapping[str, Any],
+        mask: MaskKind = "random",
         mask_ratio: float = 0.6,
         unit: int = 32,
         norm_target: int = 0,
@@ -57,19 +59,18 @@ class SimMIM(Objective):
         decoder_num_heads: int = 16,
         **common: Any,
     ) -> None:
-        own: dict[str, Any] = dict(mask_ratio=mask_ratio, unit=unit, norm_target=norm_target)
+        own: dict[str, Any] = dict(mask=mask, mask_ratio=mask_ratio, unit=unit, norm_target=norm_target)
         decoder = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads)
         self.check(encoder=encoder, loss=loss, loss_on=loss_on, visible_only=visible_only, **decoder, **own)
         super().__init__(encoder=encoder, **common)
-        self.mask_ratio, self.unit, self.norm_target = mask_ratio, unit, norm_target
-        self.loss, self.loss_on = loss, loss_on
+        self.masks = UnitMasks(self.img_size, self.encoder.patch_size, kind=mask, mask_ratio=mask_ratio, unit=unit)
+        self.norm_target, self.loss, self.loss_on = norm_target, loss, loss_on
         self.patch_size, self.stride = self.encoder.patch_size, self.encoder.stride
         self.visible = self.decoder = None
         if visible_only:
             self.encoder.register_parameter("mask_token", None)
             self.visible = VisibleColumns(self.encoder)
-            units = unit_count(self.img_size, unit)
-            self.shown = (units - masked_units(mask_ratio, units)) * (unit // self.stride) ** 2
+            self.shown = self.masks.shown * (unit // self.stride) ** 2
             how = dict(dim=decoder_dim, depth=decoder_depth, num_heads=decoder_num_heads)
             self.decoder = VisibleDecoder(self.encoder.num_features, self.token_grid, **how, impl=self.impl)
         self.head = pixel_head(self.encoder, decoder_dim if visible_only else None)
@@ -79,6 +80,7 @@ class SimMIM(Objective):
         cls,
         *,
         encoder: Mapping[str, Any],
+        mask: str,
         mask_ratio: float,
         unit: int,
         norm_target: int,
@@ -92,8 +94,7 @@ class SimMIM(Objective):
     ) -> None:
         """The mask fits the encoder's patches and leaves some visible; see :meth:`Objective.check`."""
         settings = encoder_settings(encoder)
-        check_unit(unit, settings["patch_size"])
-        masked_units(mask_ratio, unit_count(to_pair(settings["img_size"], "img_size"), unit))
+        UnitMasks(settings["img_size"], settings["patch_size"], kind=mask, mask_ratio=mask_ratio, unit=unit)
         check_window(norm_target)
         one_of("loss", loss, PIXEL_LOSSES)
         one_of("loss_on", loss_on, get_args(Scored))
@@ -151,11 +152,13 @@ class SimMIM(Objective):
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B, H/p, W/p) bool masks keyed by (seed, epoch, sample id), on the device of ``sample_ids``."""
-        repeat, ratio = self.unit // self.patch_size, self.mask_ratio
-        return random_mask(sample_ids, grid=self.encoder.grid, repeat=repeat, mask_ratio=ratio, seed=seed, epoch=epoch)
+        return self.masks(sample_ids, seed=seed, epoch=epoch)
+
+    def unit_masks(self) -> UnitMasks:
+        """See :meth:`Objective.unit_masks`."""
+        return self.masks
 
     def shares(self) -> dict[str, float]:
         """The embedding reads visible patches; tokens without a pixel that is scored are not projected."""
-        units = unit_count(self.img_size, self.unit)
-        projected = masked_units(self.mask_ratio, units) / units if self.loss_on == "masked" else 1.0
-        return {"mask_tokens": 1 - self.mask_ratio, "linear_masked_l1": projected}
+        hidden, touched = self.masks.shares(self.token_grid, self.stride)
+        return {"mask_tokens": 1 - hidden, "linear_masked_l1": touched if self.loss_on == "masked" else 1.0}
