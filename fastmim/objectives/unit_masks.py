@@ -24,7 +24,7 @@ from .masks import check_unit, masked_units, over_patches, random_units
 MaskKind = Literal["random", "block", "square"]
 LEAST_AREA = 16 / 75
 """Least area of which a block is drawn, as a share of what is hidden in all: BEiT's 16 of 75 patches."""
-SHARE_ERROR = 0.005
+SHARE_ERROR = 0.005 + 1e-9
 """A square's share may be given to two digits."""
 _SAMPLES = 256
 """Masks that a share is the mean of."""
@@ -117,7 +117,7 @@ def square_edge(mask_ratio: float, grid: tuple[int, int]) -> int:
     units = grid[0] * grid[1]
     edges = [edge for edge in range(1, min(grid) + 1) if edge * edge < units]
     if not edges:
-        raise ValueError("mask=square: leaves none of 1 unit visible; use a smaller unit or larger images")
+        raise ValueError("mask=square: the image is one unit, and a square leaves some; use a smaller unit")
     near = sorted(edges, key=lambda edge: abs(edge * edge / units - mask_ratio))[:2]
     if abs(near[0] ** 2 / units - mask_ratio) > SHARE_ERROR:
         shown = " or ".join(f"{edge * edge / units:.2g} ({edge} × {edge} units)" for edge in sorted(near))
