@@ -32,6 +32,7 @@ LEAST_MASKS = 64
 SHOWN = 8
 """Of which are drawn, where no number is given."""
 _COLUMNS = 8
+_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,10 @@ def _draw_distances(axes: Any, report: MaskReport) -> None:
         axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=f"units of {unit} px")
     label = f"these masks: {report.distance:.1f} px"
     axes.plot(report.ratio, report.distance, "k*", markersize=13, label=label)
-    axes.set(yscale="log", xlabel="share of hidden pixels", ylabel="AvgDist, px", title=f"{report.kind} masks")
+    axes.set(yscale="log", xlabel="share of hidden pixels", ylabel="AvgDist, px", title=f"AvgDist of {report.kind} masks")
+    least, most = axes.get_ylim()
+    axes.minorticks_off()
+    axes.set_yticks([tick for tick in _TICKS if least <= tick <= most], minor=False)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
