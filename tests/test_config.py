@@ -114,6 +114,8 @@ MISTAKES = [
     ("model.depths=[2, 2]", ["must list one number per stage, as depths=[2, 2] does"]),
     ("objective.unit=30", ["objective.unit=30: not a multiple of patch_size 4; use 28 or 32"]),
     ("objective.unit=256", ["masks all 1 units", "smaller unit"]),
+    ("objective.mask=blok", ["objective.mask=blok: expected one of random, block, square", "did you mean 'block'"]),
+    ("objective.mask=square", ["objective.mask_ratio=0.6: mask=square hides no such share of", "use 0."]),
     (
         "objective.norm_target=46",
         ["objective.norm_target=46: must be 0 (off) or an odd window", "use 45 or 47"],

@@ -17,6 +17,18 @@ def takes_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> N
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
 
 
+def positive(text: str) -> int:
+    """An option's whole number of at least 1.
+
+    Raises:
+        ArgumentTypeError: it is smaller.
+    """
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``config`` and its commands to the command line."""
     config = commands.add_parser("config", help="show a config, compare two, or print the keys there are")

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmim.wording import plural
 
+from .configs import positive
 from .console import shown_on_a_terminal, write
 
 _PROTOCOLS = ("dino", "ibot", "mae", "moco", "beit", "none")
@@ -28,21 +29,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     probe.add_argument("--protocol", choices=_PROTOCOLS, default="dino", help="whose linear probe (default dino)")
     probe.add_argument("--pool", choices=("cls", "mean"), help="what stands for an image (default: the class token of "
                        "a ViT with key_bias, else the mean)")
-    probe.add_argument("--epochs", type=_positive, metavar="N", help="of the linear probe (default: the protocol's)")
-    probe.add_argument("--augment", type=_positive, metavar="N", default=0, help="N passes over random crops and flips "
+    probe.add_argument("--epochs", type=positive, metavar="N", help="of the linear probe (default: the protocol's)")
+    probe.add_argument("--augment", type=positive, metavar="N", default=0, help="N passes over random crops and flips "
                        "for the linear probe; the protocols make one an epoch (default: centre crops, one pass)")
-    probe.add_argument("--most", type=_positive, metavar="N", help="use so many, evenly spread (default: all)")
-    probe.add_argument("--batch", type=_positive, metavar="B", default=64, help="images in a forward pass (default 64)")
+    probe.add_argument("--most", type=positive, metavar="N", help="use so many, evenly spread (default: all)")
+    probe.add_argument("--batch", type=positive, metavar="B", default=64, help="images in a forward pass (default 64)")
     probe.add_argument("--seed", type=int, default=0, metavar="S", help="of the linear probe (default 0)")
     probe.add_argument("--json", action="store_true", help="print the report as JSON")
     probe.set_defaults(command=run_probe)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
 
 
 def run_probe(options: argparse.Namespace) -> int:

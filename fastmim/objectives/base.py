@@ -199,6 +199,10 @@ class Objective(nn.Module):
         """Share of its rows that an op ("mask_tokens") reads with this objective's masks; all, if it is not named."""
         return {}
 
+    def unit_masks(self) -> Any:
+        """The :class:`.unit_masks.UnitMasks` that draw its masks; None where these are of patches or tokens."""
+        return None
+
     def example(self, batch: int) -> tuple[Images, Tensor]:
         """Images as a loader gives them, of ``batch`` samples, and their mask, on this module's device.
 

@@ -41,11 +41,6 @@ def check_unit(unit: int, patch_size: int) -> None:
         raise ValueError(f"unit={unit}: not a multiple of patch_size {patch_size}; use {options}")
 
 
-def unit_count(img_size: tuple[int, int], unit: int) -> int:
-    """Mask units of an image, those cut by its far edges included."""
-    return math.prod(-(-edge // unit) for edge in img_size)
-
-
 def pixel_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Mask (B, rows, columns) -> (B, 1, H, W) bool, each entry repeated over its patch."""
     patches = (size[0] // mask.shape[1], size[1] // mask.shape[2])
@@ -90,7 +85,13 @@ def random_mask(
     """
     rows, cols = math.ceil(grid[0] / repeat), math.ceil(grid[1] / repeat)
     mask = random_units(sample_ids, rows * cols, masked_units(mask_ratio, rows * cols), seed, epoch)
-    mask = mask.view(-1, rows, 1, cols, 1).expand(-1, rows, repeat, cols, repeat)
+    return over_patches(mask.view(-1, rows, cols), grid, repeat)
+
+
+def over_patches(units: Tensor, grid: tuple[int, int], repeat: int) -> Tensor:
+    """Masks of units (B, R, C) → (B, *grid): each over ``repeat`` × ``repeat`` patches, cut at the far edges."""
+    _, rows, cols = units.shape
+    mask = units[:, :, None, :, None].expand(-1, rows, repeat, cols, repeat)
     return mask.reshape(-1, rows * repeat, cols * repeat)[:, : grid[0], : grid[1]]
 
 

@@ -17,10 +17,11 @@ from .base import Objective, one_of
 from .class_targets import Codes
 from .losses import PixelLossName
 from .make_target import TargetName, check_target, make_target
-from .masks import check_unit, coarse_mask, masked_units, pixel_mask, random_mask, unit_count
+from .masks import coarse_mask, pixel_mask
 from .pictures import Picture, reconstruction
 from .pixel_heads import HeadName, check_head, make_head, predict_pixels
 from .tokenizer import code_picture
+from .unit_masks import MaskKind, UnitMasks
 from .visible_decoder import VisibleDecoder, check_decoder, check_visible
 
 Scored = Literal["masked", "all"]
@@ -33,7 +34,9 @@ class SimMIM(Objective):
     stands before the head, because nothing else knows of the hidden places.
 
     Args:
-        mask_ratio: share of mask units hidden; the count per image is rounded up
+        mask: which mask units are hidden: random ones, the blocks of BEiT until the count is full, or one square at a
+            random place
+        mask_ratio: share of mask units hidden; the count per image is rounded up; of a square that of its units
         unit: edge of a mask unit in pixels, a multiple of patch_size
         head: what predicts from the encoder's tokens; swin_tiny and swin_base are such a Swin backwards
         target: what is predicted: pixels, or classes: bins of each channel, clusters of colours, a tokenizer's codes
@@ -57,6 +60,7 @@ class SimMIM(Objective):
         self,
         *,
         encoder: Mapping[str, Any],
+        mask: MaskKind = "random",
         mask_ratio: float = 0.6,
         unit: int = 32,
         head: HeadName = "linear",
@@ -76,21 +80,21 @@ class SimMIM(Objective):
         decoder_num_heads: int = 16,
         **common: Any,
     ) -> None:
-        own: dict[str, Any] = dict(mask_ratio=mask_ratio, unit=unit, loss_on=loss_on, head=head)
+        own: dict[str, Any] = dict(mask=mask, mask_ratio=mask_ratio, unit=unit, loss_on=loss_on, head=head)
         what: dict[str, Any] = dict(target=target, target_stride=target_stride, norm_target=norm_target)
         what |= dict(norm_patch=norm_patch, loss=loss, beta=beta, bins=bins, clusters=clusters, tokenizer=tokenizer)
         decoder: dict[str, Any] = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth)
         decoder |= dict(decoder_num_heads=decoder_num_heads, visible_only=visible_only)
         self.check(encoder=encoder, **decoder, **own, **what)
         super().__init__(encoder=encoder, **common)
-        self.mask_ratio, self.unit, self.loss_on = mask_ratio, unit, loss_on
+        self.masks = UnitMasks(self.img_size, self.encoder.patch_size, kind=mask, mask_ratio=mask_ratio, unit=unit)
+        self.loss_on = loss_on
         self.patch_size, self.stride = self.encoder.patch_size, self.encoder.stride
         self.visible = self.decoder = None
         if visible_only:
             self.encoder.register_parameter("mask_token", None)
             self.visible = VisibleColumns(self.encoder)
-            units = unit_count(self.img_size, unit)
-            self.shown = (units - masked_units(mask_ratio, units)) * (unit // self.stride) ** 2
+            self.shown = self.masks.shown * (unit // self.stride) ** 2
             how = dict(dim=decoder_dim, depth=decoder_depth, num_heads=decoder_num_heads)
             self.decoder = VisibleDecoder(self.encoder.num_features, self.token_grid, **how, impl=self.impl)
         self.target = make_target(encoder_stride=self.stride, mean=self.mean, std=self.std, impl=self.impl, **what)
@@ -103,6 +107,7 @@ class SimMIM(Objective):
         cls,
         *,
         encoder: Mapping[str, Any],
+        mask: str,
         mask_ratio: float,
         unit: int,
         head: str,
@@ -119,8 +124,7 @@ class SimMIM(Objective):
         """
         settings = encoder_settings(encoder)
         size = to_pair(settings["img_size"], "img_size")
-        check_unit(unit, settings["patch_size"])
-        masked_units(mask_ratio, unit_count(size, unit))
+        UnitMasks(size, settings["patch_size"], kind=mask, mask_ratio=mask_ratio, unit=unit)
         one_of("loss_on", loss_on, get_args(Scored))
         stride = settings["patch_size"] * 2 ** (len(settings.get("depths", (1,))) - 1)
         edge = check_target(size, stride, **target)
@@ -210,11 +214,13 @@ class SimMIM(Objective):
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B, H/p, W/p) bool masks keyed by (seed, epoch, sample id), on the device of ``sample_ids``."""
-        repeat, ratio = self.unit // self.patch_size, self.mask_ratio
-        return random_mask(sample_ids, grid=self.encoder.grid, repeat=repeat, mask_ratio=ratio, seed=seed, epoch=epoch)
+        return self.masks(sample_ids, seed=seed, epoch=epoch)
+
+    def unit_masks(self) -> UnitMasks:
+        """See :meth:`Objective.unit_masks`."""
+        return self.masks
 
     def shares(self) -> dict[str, float]:
         """The embedding reads visible patches; tokens without a pixel that is scored are not projected."""
-        units = unit_count(self.img_size, self.unit)
-        projected = masked_units(self.mask_ratio, units) / units if self.loss_on == "masked" else 1.0
-        return {"mask_tokens": 1 - self.mask_ratio, "linear_masked_l1": projected}
+        hidden, touched = self.masks.shares(self.token_grid, self.stride)
+        return {"mask_tokens": 1 - hidden, "linear_masked_l1": touched if self.loss_on == "masked" else 1.0}

@@ -71,7 +71,7 @@ def test_the_objective_is_that_of_the_checkpoint(run, tmp_path):
     whole = load_file(convert(run, tmp_path / "whole.safetensors", whole=True))
     own = objective.state_dict()
     assert own.keys() == whole.keys() and all(torch.equal(own[name], whole[name]) for name in own)
-    assert (objective.unit, settings["data.interpolation"]) == (8, "bilinear")
+    assert (objective.masks.unit, settings["data.interpolation"]) == (8, "bilinear")
 
 
 def test_cells_are_counted_as_they_are_defined(tmp_path):

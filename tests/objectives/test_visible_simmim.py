@@ -42,10 +42,16 @@ def test_every_parameter_learns_and_none_is_left_over():
     assert "encoder.mask_token" not in dict(objective.named_parameters())
 
 
-@pytest.mark.parametrize("unit, shape, shown", [(16, (48, 80), 6), (32, (64, 96), 8), (16, (32, 32), 1)])
-def test_as_many_tokens_are_seen_in_every_image(unit, shape, shown):
-    """Of n units ⌈0.6·n⌉ are hidden; a unit of 32 px has four tokens of 16."""
-    objective = build(img_size=shape, unit=unit)
+SQUARE = dict(mask="square", mask_ratio=0.27)
+
+
+@pytest.mark.parametrize("unit, shape, shown, mask", [
+    (16, (48, 80), 6, {}), (32, (64, 96), 8, {}), (16, (32, 32), 1, {}), (16, (48, 80), 6, dict(mask="block")),
+    (16, (48, 80), 11, SQUARE),
+])  # fmt: skip
+def test_as_many_tokens_are_seen_in_every_image(unit, shape, shown, mask):
+    """Of n units ⌈0.6·n⌉ are hidden, or a square of four; a unit of 32 px has four tokens of 16."""
+    objective = build(img_size=shape, unit=unit, **mask)
     mask = objective.random_mask(torch.arange(5), epoch=3)
     seen = []
     objective.encoder.register_forward_hook(lambda module, args, out: seen.append(out))
