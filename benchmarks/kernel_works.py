@@ -25,6 +25,7 @@ from fastmim_kernels.position_bias.op import BiasPlan, bias_plan
 from fastmim_kernels.position_bias.op import traffic as position_bias_traffic
 from fastmim_kernels.residual_norm.op import traffic as residual_norm_traffic
 from fastmim_kernels.unshuffle.op import traffic as unshuffle_traffic
+from fastmim_kernels.visible_attention.op import traffic as visible_attention_traffic
 from fastmim_kernels.window_attention.op import traffic as window_attention_traffic
 
 GRID = 48  # tokens a side in the first stage at 192 px, where the maps are largest
@@ -260,7 +261,8 @@ def _visible_attention(size: dict[str, Any], batch: int, itemsize: int) -> Work:
                  "slots": held.gather(2, places), "places": places, "num_heads": heads}  # fmt: skip
     if cosine := size["name"] == "swinv2":
         arguments["logit_scale"] = 2 + normal(heads, scale=0.1)
-    return Work(arguments, ("qkv",), ("qkv", "bias", "logit_scale")[: 2 + cosine])
+    moved = _moved(visible_attention_traffic(arguments["qkv"].shape, held.shape, heads, itemsize=itemsize))
+    return Work(arguments, ("qkv",), ("qkv", "bias", "logit_scale")[: 2 + cosine], *moved)
 
 
 WORKS: dict[str, Callable[[dict[str, Any], int, int], Work]] = {

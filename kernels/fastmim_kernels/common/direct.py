@@ -74,7 +74,7 @@ def plain(args: Sequence[Any]) -> Plain | None:
 
 
 def as_given(like: Tensor, function: Callable, *args: Any) -> Any:
-    """``function(*args)`` outside autocast, with the dtypes that it is given, and with the device of ``like`` current."""
+    """``function(*args)`` outside autocast, with the dtypes that it is given; the device of ``like`` is current."""
     device = "cpu"
     if like.is_cuda:
         if not is_compiling() and (there := on_device_of(like)) is not HERE:

@@ -6,6 +6,7 @@ windows hold unequal numbers of visible tokens, which are brought together so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,20 @@ def visible_attention(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, 
     padding = None if padding is None else cast(padding, qkv.dtype)
     out: Tensor = OP(qkv.flatten(1, -2), bias, logit_scale, padding, slots, places, groups, num_heads, impl=impl)
     return out.view(*qkv.shape[:-1], -1)
+
+
+def traffic(qkv: Sequence[int], slots: Sequence[int], num_heads: int, *, itemsize: int = 2
+            ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Least (bytes read, bytes written, FLOPs) of forward and of backward: as of window attention, and two tables.
+
+    Args:
+        qkv, slots: Shapes (B, T, 3C) and (B, W, N).
+        num_heads: As given to the op.
+        itemsize: Bytes of a value of qkv.
+    """
+    row, bias = math.prod(qkv) // 3 * itemsize, 4 * num_heads * slots[2] ** 2
+    tables, product = 16 * math.prod(slots), _products(qkv, slots)
+    return (3 * row + bias + tables, row, 2 * product), (4 * row + bias + tables, 3 * row + bias, 5 * product)
 
 
 def _check(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, num_heads: int, groups: Tensor | None,
@@ -116,11 +131,11 @@ def _products(qkv: Sequence[int], slots: Sequence[int]) -> int:
 
 
 def _flops(qkv: Any, bias: Any, logit_scale: Any, padding: Any, slots: Any, *_: Any) -> int:
-    return 2 * _products(qkv, slots)
+    return traffic(qkv, slots, 1)[0][2]
 
 
 def _backward_flops(grad: Any, qkv: Any, bias: Any, logit_scale: Any, padding: Any, slots: Any, *_: Any) -> int:
-    return 5 * _products(qkv, slots)
+    return traffic(qkv, slots, 1)[1][2]
 
 
 OP = define_op("visible_attention", on_torch, ".on_triton", reference=reference.visible_attention, fake=_fake,

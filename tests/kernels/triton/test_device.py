@@ -139,5 +139,6 @@ def test_only_ops_come_to_a_launcher() -> None:
     assert len(named) > 10 and launching <= named | brought, launching - named - brought
     top = {m for path in KERNELS.glob("*.py") if path.stem != "triton" for m in imported(path.read_text(), "")}
     assert not top & launching
-    made = {"a.kernel": "import triton\ndef f(x):\n    k.run(x, grid=(1,))\n", "a.op": "from . import kernel\n", "b.op": ""}
+    made = {"a.kernel": "import triton\ndef f(x):\n    k.run(x, grid=(1,))\n", "a.op": "from . import kernel\n",
+            "b.op": ""}
     assert launches_or_brings(made) == {"a.kernel", "a.op"}, "a.op would be found"
