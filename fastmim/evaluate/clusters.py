@@ -116,6 +116,8 @@ def _steps(batches: Iterable[Any], at_once: int, seed: int) -> Iterator[tuple[in
 
 def _drawn(images: Tensor, generator: torch.Generator) -> Tensor:
     """(n, C) colours in [0, 1] of (B, C, H, W) uint8 images."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"clusters: are of 8-bit colours, and these images are {images.dtype}; give other images")
     flat = images.cpu().flatten(2).transpose(1, 2)
     keep = torch.rand(flat.shape[:2], generator=generator).argsort(1)[:, :PER_IMAGE]
     return flat.gather(1, keep[..., None].expand(-1, -1, flat.shape[2])).flatten(0, 1).float() / 255
