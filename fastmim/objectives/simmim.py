@@ -60,8 +60,8 @@ class SimMIM(Objective):
         **common: Any,
     ) -> None:
         own: dict[str, Any] = dict(mask=mask, mask_ratio=mask_ratio, unit=unit, norm_target=norm_target)
-        decoder = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads)
-        self.check(encoder=encoder, loss=loss, loss_on=loss_on, visible_only=visible_only, **decoder, **own)
+        own |= dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads)
+        self.check(encoder=encoder, loss=loss, loss_on=loss_on, visible_only=visible_only, **own)
         super().__init__(encoder=encoder, **common)
         self.masks = UnitMasks(self.img_size, self.encoder.patch_size, kind=mask, mask_ratio=mask_ratio, unit=unit)
         self.norm_target, self.loss, self.loss_on = norm_target, loss, loss_on
