@@ -193,7 +193,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
                 continue
             mark = {"random": "o", "block": "^", "square": "s"}[own[0]["mask"]]
             where = float(own[0]["avg_dist"])
-            axes.errorbar(where, mean, wide, fmt=mark, color=f"C{index - 1}", capsize=3, label=point.replace("-", " "))
+            axes.errorbar(where, mean, wide, fmt=mark, color=f"C{index}", capsize=3, label=point.replace("-", " "))
         axes.axvspan(*distance_band((SIZE, SIZE)), color="C2", alpha=0.12, label="10 to 20 of 192 px, in proportion")
         axes.set(xlabel=f"AvgDist, px of {SIZE}", ylabel="top-1, %", title=title)
         axes.grid(alpha=0.3)
