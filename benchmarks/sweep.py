@@ -153,7 +153,9 @@ def avg_dist(point: Point) -> float:
     return average_distance(point.masks(torch.arange(MASKS)).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2))
 
 
-def missing(points: Sequence[str], seeds: int, steps: int, found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int]]:
+def missing(
+    points: Sequence[str], seeds: int, steps: int, found: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, int]]:
     """(point, seed) without a row of so many steps, a seed after the other: what is there early is a smaller study."""
     there = {(row["point"], int(row["seed"]), int(row["steps"])) for row in found}
     for seed in range(seeds):
@@ -168,10 +170,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     rows = []
     for point in dict.fromkeys(row["point"] for row in found):
         own = [row for row in found if row["point"] == point]
-        first = own[0]
-        what = f"{first['mask']}, {first['unit']} px, {first['mask_ratio']}" if first.get("mask") else "untrained encoder"
-        linear, *rest = (transfer.spread([float(row[key]) for row in own]) for key in ("linear", "knn20", "rankme"))
-        cells = [what, first.get("loss_on") or "–", first.get("avg_dist") or "–", len(own), first["steps"], linear, *rest]
+        one = own[0]
+        what = f"{one['mask']}, {one['unit']} px, {one['mask_ratio']}" if one.get("mask") else "untrained encoder"
+        worth = [transfer.spread([float(row[key]) for row in own]) for key in ("linear", "knn20", "rankme")]
+        cells = [what, one.get("loss_on") or "–", one.get("avg_dist") or "–", len(own), one["steps"], *worth]
         rows.append((-statistics.mean(float(row["linear"]) for row in own), f"| {' | '.join(map(str, cells))} |"))
     return "\n".join([*lines, *(line for _, line in sorted(rows))])
 
@@ -191,7 +193,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
                 continue
             mark = {"random": "o", "block": "^", "square": "s"}[own[0]["mask"]]
             where = float(own[0]["avg_dist"])
-            axes.errorbar(where, mean, wide, fmt=mark, color=f"C{index - 1}", capsize=3, label=point.replace("-", " "))
+            axes.errorbar(where, mean, wide, fmt=mark, color=f"C{index}", capsize=3, label=point.replace("-", " "))
         axes.axvspan(*distance_band((SIZE, SIZE)), color="C2", alpha=0.12, label="10 to 20 of 192 px, in proportion")
         axes.set(xlabel=f"AvgDist, px of {SIZE}", ylabel="top-1, %", title=title)
         axes.grid(alpha=0.3)

@@ -197,12 +197,13 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     for kind in dict.fromkeys(tuple(row[key] for key in keys) for row in found):
         own = [row for row in found if tuple(row[key] for key in keys) == kind]
         steps, seconds = (own[0].get(key) or "–" for key in ("steps", "cpu_seconds"))
-        spread = [spread([float(row[key]) for row in own]) for key in ("knn20", "linear", "rankme")]
-        lines.append(f"| {' | '.join(kind)} | {len(own)} | {steps} | {seconds} | {' | '.join(spread)} |")
+        worth = [spread([float(row[key]) for row in own]) for key in ("knn20", "linear", "rankme")]
+        lines.append(f"| {' | '.join(kind)} | {len(own)} | {steps} | {seconds} | {' | '.join(worth)} |")
     return "\n".join(lines)
 
 
 def spread(values: list[float]) -> str:
+    """Mean ± standard deviation, of several."""
     wide = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{wide}"
 

@@ -78,6 +78,7 @@ CONFIG_READERS = {
     "fastmim.commands.finetune",
     "fastmim.commands.images",
     "fastmim.commands.machine",
+    "fastmim.commands.masks",
     "fastmim.commands.own",
     "fastmim.commands.probe",
     "fastmim.engine.build",

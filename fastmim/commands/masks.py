@@ -14,9 +14,13 @@ from .console import shown_on_a_terminal, write
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``masks`` to the command line."""
-    masks = commands.add_parser("masks", parents=[common], help="draw a config's masks, print AvgDist over unit and ratio")
+    masks = commands.add_parser(
+        "masks", parents=[common], help="draw a config's masks, print AvgDist over unit and ratio"
+    )
     takes_config(masks)
-    masks.add_argument("--out", metavar="PNG", help="draw some masks, over images of data.path if it is given, and AvgDist")
+    masks.add_argument(
+        "--out", metavar="PNG", help="draw some masks, over images of data.path if it is given, and AvgDist"
+    )
     masks.add_argument("--samples", type=positive, default=8, metavar="N", help="masks to draw (default 8)")
     masks.add_argument("--epoch", type=int, default=0, metavar="E", help="whose masks (default 0)")
     masks.set_defaults(command=show_masks)
@@ -52,7 +56,7 @@ def _images(cfg: Any, objective: Any, count: int) -> Any:
     if cfg.data.path is None and cfg.data.file_list is None:
         return None
     keys = {"path", "file_list", "follow_links", "component", "interpolation", "min_size", "value_range", "alpha"}
-    how = dict(train=False, micro_batch_size=1, num_workers=0, verify="none", loader="torchvision")
+    how: dict[str, Any] = dict(train=False, micro_batch_size=1, num_workers=0, verify="none", loader="torchvision")
     reading = cfg.data.model_dump(include=keys)
     with closing(build_loader(img_size=objective.img_size, in_chans=cfg.model.in_chans, **reading, **how)) as loader:
         found = spread_images(loader, count)

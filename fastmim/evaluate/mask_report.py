@@ -131,21 +131,23 @@ def _origin(band: tuple[float, float]) -> str:
 
 def _table_lines(report: MaskReport) -> list[str]:
     """A row a unit; a column a ratio, or of squares an edge in units with the ratio behind the distance."""
-    low, high = report.band
-    cells = [-(-report.img_size[0] // unit) * -(-report.img_size[1] // unit) for unit in _units(report)]
-    square = report.kind == "square"
-    lines = ["unit  " + "".join(f"{f'{x} × {x}':>15}" if square else f"{x:>7.1f}" for x in (SQUARES if square else RATIOS))]
-    for unit, count in zip(_units(report), cells, strict=True):
-        ratios = [edge * edge / count for edge in SQUARES] if square else RATIOS
-        row = ""
-        for ratio in ratios:
-            value = report.table.get((unit, ratio))
-            mark = "*" if value is not None and low <= value <= high else " "
-            text = "–" if value is None else f"{value:.1f}"
-            share = "" if not square else f" ({ratio:.3f})" if value is not None else " " * 8
-            row += f"{text:>6}{mark}{share}"
+    square, (height, width) = report.kind == "square", report.img_size
+    heads = [f"{f'{edge} × {edge}':>15}" for edge in SQUARES] if square else [f"{ratio:>7.1f}" for ratio in RATIOS]
+    lines = ["unit  " + "".join(heads)]
+    for unit in _units(report):
+        cells = -(-height // unit) * -(-width // unit)
+        ratios = [edge * edge / cells for edge in SQUARES] if square else RATIOS
+        row = "".join(_entry(report.table.get((unit, ratio)), ratio, report) for ratio in ratios)
         lines.append(f"{unit:>4}  {row}".rstrip())
     return lines
+
+
+def _entry(distance: float | None, ratio: float, report: MaskReport) -> str:
+    low, high = report.band
+    if distance is None:
+        return f"{'–':>6} " + (" " * 8 if report.kind == "square" else "")
+    share = f" ({ratio:.3f})" if report.kind == "square" else ""
+    return f"{distance:>6.1f}{'*' if low <= distance <= high else ' '}{share}"
 
 
 def _units(report: MaskReport) -> list[int]:
@@ -158,7 +160,7 @@ def save_mask_picture(report: MaskReport, path: str | Path, images: Tensor | Non
     Args:
         report: Of :func:`mask_report`.
         path: The file; it appears complete or not at all.
-        images: (N, C, H, W) in [0, 1] to put under the masks; None: white.
+        images: (N, C, H, W) in [0, 1] to put under the first masks; under others is white.
         shown: Masks to draw.
 
     Returns:
@@ -181,8 +183,10 @@ def save_mask_picture(report: MaskReport, path: str | Path, images: Tensor | Non
 
 
 def _draw_masks(figure: Any, hidden: Tensor, images: Tensor | None, grid: tuple[int, int]) -> None:
-    pixels = torch.ones(len(hidden), 3, *hidden.shape[1:]) if images is None else to_rgb(images.float().cpu())
-    seen = pixels[: len(hidden)].masked_fill(hidden[: len(pixels), None], GREY)
+    pixels = torch.ones(len(hidden), 3, *hidden.shape[1:])
+    if images is not None:
+        pixels[: len(images)] = to_rgb(images.float().cpu())[: len(hidden)]
+    seen = pixels.masked_fill(hidden[:, None], GREY)
     for axes, image in zip_longest(figure.subplots(*grid, squeeze=False).flat, seen):
         axes.set(xticks=[], yticks=[])
         if image is None:
@@ -199,10 +203,12 @@ def _draw_distances(axes: Any, report: MaskReport) -> None:
         axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=f"units of {unit} px")
     label = f"these masks: {report.distance:.1f} px"
     axes.plot(report.ratio, report.distance, "k*", markersize=13, label=label)
-    axes.set(yscale="log", xlabel="share of hidden pixels", ylabel="AvgDist, px", title=f"AvgDist of {report.kind} masks")
+    axes.set(
+        yscale="log", xlabel="share of hidden pixels", ylabel="AvgDist, px", title=f"AvgDist of {report.kind} masks"
+    )
     least, most = axes.get_ylim()
     axes.minorticks_off()
-    axes.set_yticks([tick for tick in _TICKS if least <= tick <= most], minor=False)
+    axes.set_yticks([tick for tick in _TICKS if least <= tick <= most])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

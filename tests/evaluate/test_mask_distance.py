@@ -114,7 +114,9 @@ def test_the_command_prints_what_the_masks_hide_and_draws_them(config, tmp_path,
     assert f"AvgDist   {average_distance(hidden):.1f} px, above the band" in out
     assert "here 2.5 to 5.0 px in proportion, a guess" in out and f"{picture}: 3 masks over 2 images" in out
     image = np.asarray(Image.open(picture).convert("RGB"))
-    assert (image == 0).all(-1).any() and (abs(image - 127.5) < 1).all(-1).sum() > 1000  # a black image under grey units
+    assert (image == 0).all(-1).any() and (abs(image - 127.5) < 1).all(
+        -1
+    ).sum() > 1000  # a black image under grey units
 
 
 def test_a_square_has_a_column_for_each_edge(config, capsys):

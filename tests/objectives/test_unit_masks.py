@@ -36,7 +36,9 @@ def squares(rows, columns, edge):
         yield tuple(y * columns + x for y in range(top, top + edge) for x in range(left, left + edge))
 
 
-@pytest.mark.parametrize("size, unit, ratio, edge", [((24, 40), 8, 4 / 15, 2), ((30, 25), 8, 0.56, 3), ((8, 32), 8, 0.25, 1)])
+@pytest.mark.parametrize(
+    "size, unit, ratio, edge", [((24, 40), 8, 4 / 15, 2), ((30, 25), 8, 0.56, 3), ((8, 32), 8, 0.25, 1)]
+)
 def test_every_place_of_a_square_is_equally_likely(size, unit, ratio, edge):
     masks = UnitMasks(size, 4 if size[0] % 4 == 0 else 1, kind="square", mask_ratio=ratio, unit=unit)
     equally_likely(drawn(masks, 6000), list(squares(*masks.grid, edge)))
@@ -74,7 +76,9 @@ def test_blocks_are_beits_and_the_published_count_is_full(unit, ratio):
     assert not (blocks & ~units).any() and (units & ~blocks).double().mean() < 0.02
     # They hang together: many more hidden neighbours than of units drawn one by one.
     random = UnitMasks(192, 4, kind="random", mask_ratio=ratio, unit=unit).of_units(ids)
-    pairs = [(m[:, 1:] & m[:, :-1]).double().mean() + (m[..., 1:] & m[..., :-1]).double().mean() for m in (units, random)]
+    pairs = [
+        (m[:, 1:] & m[:, :-1]).double().mean() + (m[..., 1:] & m[..., :-1]).double().mean() for m in (units, random)
+    ]
     assert pairs[0] > 1.1 * pairs[1]
 
 
@@ -109,7 +113,11 @@ def tokens_touched(units, unit, size, stride):
     """Share of tokens with a hidden pixel, pixel by pixel."""
     rows, columns = size
     hit = [
-        any(units[y // unit][x // unit] for y in range(top, min(top + stride, rows)) for x in range(left, min(left + stride, columns)))
+        any(
+            units[y // unit][x // unit]
+            for y in range(top, min(top + stride, rows))
+            for x in range(left, min(left + stride, columns))
+        )
         for top in range(0, rows, stride)
         for left in range(0, columns, stride)
     ]
