@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mae": dict(name="vit", img_size=128, patch_size=8, embed_dim=96, depth=4, num_heads=3, key_bias=True,
                 abs_pos_embed="sincos", init="mae"),
 }  # fmt: skip
+MODELS["swinv2, mae"] = dict(MODELS["swinv2"], extra_norm_period=0, drop_path_rate=0.0)
 CASES = [(model, policy) for model in MODELS for policy in ("none", "fc1_qkv", "full")]
 MODELS["swin, visible tokens"] = MODELS["swin"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -44,7 +45,7 @@ BATCH = 6
 
 def builder(model: str, policy: str = "none", norm_target: int = 0) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        name, own = ("mae", DECODER) if model == "mae" else ("simmim", dict(norm_target=norm_target))
+        name, own = ("mae", DECODER) if "mae" in model else ("simmim", dict(norm_target=norm_target))
         own = own | OPTIONS.get(model, {})
         objective = create_objective(name, encoder=MODELS[model], **own, impl="torch")
         apply_recompute(objective, policy)
