@@ -50,8 +50,8 @@ def hidden_tokens(mask: Tensor, grid: tuple[int, int], shown: int) -> Tensor:
         if bool((counts != shown).any() | (cells != first).any()):
             raise ValueError(
                 f"mask: must show {shown} of the {grid[0] * grid[1]} tokens of every image, each of "
-                f"{rows // grid[0]} x {columns // grid[1]} patches, and hide the others in full; got {sorted(set(counts.tolist()))}; "
-                "use random_mask()"
+                f"{rows // grid[0]} x {columns // grid[1]} patches, and hide the others in full; "
+                f"got {sorted(set(counts.tolist()))}; use random_mask()"
             )
     return hidden
 
