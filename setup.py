@@ -9,5 +9,5 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["fastmim", "fastmim.*"]) + find_packages("kernels"),
     package_dir={"fastmim_kernels": "kernels/fastmim_kernels"},
-    package_data={"fastmim": ["py.typed"], "fastmim_kernels.check": ["issue_slots.json"]},
+    package_data={"fastmim": ["py.typed", "report/page.html"], "fastmim_kernels.check": ["issue_slots.json"]},
 )

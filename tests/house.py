@@ -28,7 +28,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("objectives",),
         ("config", "evaluate", "interop", "doctor"),
         ("engine",),
-        ("plan", "profiling"),
+        ("plan", "profiling", "report"),
         ("commands",),
         ("cli",),
         ("__main__",),

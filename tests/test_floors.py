@@ -21,6 +21,7 @@ ALLOWED = {
         "fastmim.evaluate",
         "fastmim.plan",
         "fastmim.profiling",
+        "fastmim.report",
         "fastmim.files",
         "fastmim.wording",
         "fastmim.errors",
@@ -50,6 +51,7 @@ ALLOWED = {
         "fastmim_kernels",
     },
     "fastmim.profiling": {"fastmim.engine", "fastmim.files", "fastmim.wording"},
+    "fastmim.report": {"fastmim.engine", "fastmim.evaluate", "fastmim.data", "fastmim.files", "fastmim.wording"},
     "fastmim.evaluate": {
         "fastmim.objectives",
         "fastmim.models",

@@ -141,6 +141,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         "numpy",
         "pillow",
         "rich",
+        "jinja2",
     }
     assert "fastmim = fastmim.cli:entry" in archive.read(f"{info}/entry_points.txt").decode()
 

@@ -38,10 +38,14 @@ def draw_grid(picture: Picture) -> Image.Image:
         left = _GAP + i * (cell[0] + _GAP)
         draw.text((left, _GAP // 2), heading, fill="black", font=font)
         for row, image in enumerate(column):
-            array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-            tile = Image.fromarray(array).resize(cell, Image.Resampling.NEAREST)
+            tile = draw_image(image).resize(cell, Image.Resampling.NEAREST)
             canvas.paste(tile, (left, _HEADING + row * (cell[1] + _GAP)))
     return canvas
+
+
+def draw_image(image: Tensor) -> Image.Image:
+    """One (3, H, W) image in [0, 1], a pixel a pixel."""
+    return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
 def save_picture(

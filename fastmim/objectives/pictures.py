@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .masks import pixel_mask
 
-RECONSTRUCTION = ("image", "masked", "prediction", "composite")
+COMPOSITE = "composite"
+RECONSTRUCTION = ("image", "masked", "prediction", COMPOSITE)
 GREY = 0.5
 CHECKS = (1.0, 0.75)
 """The two greys of the board that shows through transparent pixels."""

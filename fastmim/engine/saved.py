@@ -1,0 +1,57 @@
+"""The objective that a checkpoint holds, built and filled from the checkpoint alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fastmim.engine.checkpoint.save import find_resume
+from fastmim.engine.checkpoint.shards import Shards
+from fastmim.engine.checkpoint.whole import whole_checkpoint
+from fastmim.interop.strict import LoadReport, copy_strictly
+from fastmim.objectives import Objective, create_objective
+
+READING = ("value_range", "alpha", "interpolation")
+"""How a run has read its images: keys of the data section, and arguments of ``build_loader``."""
+
+
+def load_objective(source: str | Path) -> tuple[Objective, dict[str, Any]]:
+    """Encoder and heads of a checkpoint, whatever the number of ranks and the ZeRO stage that wrote it.
+
+    Args:
+        source: a ``step-…`` folder, a ``checkpoints`` folder or a run's output folder (its last checkpoint).
+
+    Returns:
+        The objective in evaluation mode on the CPU, and the settings of its run as ``section.key``.
+
+    Raises:
+        ValueError: no checkpoint there, a damaged one, or one of an objective outside of fastmim, whose module a file
+            must not choose.
+    """
+    source = Path(source)
+    if source.is_file():
+        raise ValueError(f"{source}: a file of weights says nothing of heads; give the run's output folder")
+    find_resume(str(source), Path(), key="CHECKPOINT")
+    folder, state = whole_checkpoint(str(source), Path(), key="CHECKPOINT")
+    assert folder is not None
+    run = state["run"]
+    name = run.get("objective.name", "simmim")
+    if ":" in name:
+        raise ValueError(f"{folder}: objective.name={name}: a module of your own is not imported on a file's word")
+    given = {key: value for key, value in _section(run, "objective").items() if key != "name"}
+    encoder = {key: value for key, value in _section(run, "model").items() if value is not None}
+    statistics = {key: run[f"data.{key}"] for key in ("mean", "std") if run.get(f"data.{key}")}
+    objective: Objective = create_objective(name, encoder=encoder, **statistics, **given)
+    try:
+        shards = Shards(folder)
+        tensors = {name: shards.tensor(name).float() for name in shards.shapes}
+        copy_strictly(objective, tensors, LoadReport(names={name: name for name in tensors}))
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder}: {' '.join(str(error).split())}") from None
+    return objective.eval(), run
+
+
+def _section(run: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key.removeprefix(f"{name}."): value for key, value in run.items() if key.startswith(f"{name}.")}

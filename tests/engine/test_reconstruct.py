@@ -1,0 +1,106 @@
+"""``fastmim reconstruct``: the picture hides what was chosen, completes it, and leaves the rest of an image alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from fastmim import train
+from fastmim.cli import main
+from fastmim.engine.checkpoint import convert
+from fastmim.engine.saved import load_objective
+from fastmim.evaluate.given_mask import painted_cells, square_cells
+
+CELL, GAP, HEADING = 192, 4, 24
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, pictures):
+    from fastmim.config import load_config
+
+    out = tmp_path_factory.mktemp("run")
+    words = ["model.name=swinv2", "model.img_size=32", "model.patch_size=4", "model.embed_dim=8", "model.depths=[2,1]",
+             "model.num_heads=[1,2]", "model.window_size=4", "objective.unit=8", f"data.path={pictures}",
+             "data.num_workers=0", "train.steps=1", "train.micro_batch_size=4", "output.loggers=[]",
+             "output.pictures=0", f"output.dir={out}"]  # fmt: skip
+    train(load_config(None, words))
+    return out
+
+
+def cell(picture, row, column):
+    """The array of one image of a grid, in its own pixels."""
+    left, top = GAP + column * (CELL + GAP), HEADING + row * (CELL + GAP)
+    return np.asarray(picture)[top : top + CELL : CELL // 32, left : left + CELL : CELL // 32]
+
+
+def test_a_painted_mask_hides_what_is_white_and_the_composite_keeps_the_rest(run, pictures, tmp_path, capsys):
+    painted = Image.new("RGBA", (64, 64), (255, 255, 255, 0))  # transparent: visible, whatever its colour
+    ImageDraw.Draw(painted).rectangle((16, 8, 47, 23), fill=(255, 255, 255, 255))
+    painted.save(tmp_path / "painted.png")
+    files = [str(pictures / "03.png"), str(pictures / "07.png")]
+    words = ["--mask", str(tmp_path / "painted.png"), "--unit", "4", "--out", str(tmp_path / "out.png")]
+    assert main(["reconstruct", str(run), *files, *words, "--composites", str(tmp_path / "done")]) == 0
+    assert "2 images, image | masked | prediction | composite" in capsys.readouterr().out
+    hidden = np.zeros((32, 32), dtype=bool)
+    hidden[4:12, 8:24] = True
+    picture = Image.open(tmp_path / "out.png")
+    for row, name in enumerate(("00000-03.png", "00001-07.png")):
+        image, masked, guess, composite = (cell(picture, row, column) for column in range(4))
+        np.testing.assert_array_equal(masked[~hidden], image[~hidden])
+        assert (masked[hidden] == 128).all() and (guess[~hidden] == 128).all()
+        np.testing.assert_array_equal(composite, np.where(hidden[..., None], guess, image))
+        np.testing.assert_array_equal(composite, np.asarray(Image.open(tmp_path / "done" / name)))
+
+
+def test_a_row_an_image_and_seed_with_masks_of_the_seed(run, pictures, tmp_path):
+    words = ["--most", "2", "--seed", "5", "6", "--out", str(tmp_path / "out.png")]
+    assert main(["reconstruct", str(run), str(pictures), *words]) == 0
+    objective, _ = load_objective(run)
+    picture = Image.open(tmp_path / "out.png")
+    for row, (sample, seed) in enumerate(((0, 5), (1, 5), (0, 6), (1, 6))):
+        mask = objective.random_mask(torch.tensor([sample]), seed=seed)[0].repeat_interleave(4, 0)
+        hidden = mask.repeat_interleave(4, 1).numpy()
+        np.testing.assert_array_equal((cell(picture, row, 1) == 128).all(-1), hidden)
+
+
+def test_the_objective_is_that_of_the_checkpoint(run, tmp_path):
+    objective, settings = load_objective(run)
+    whole = load_file(convert(run, tmp_path / "whole.safetensors", whole=True))
+    own = objective.state_dict()
+    assert own.keys() == whole.keys() and all(torch.equal(own[name], whole[name]) for name in own)
+    assert (objective.unit, settings["data.interpolation"]) == (8, "bilinear")
+
+
+def test_cells_are_counted_as_they_are_defined(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 2, (30, 20), dtype=np.uint8) * 255
+    Image.fromarray(levels).save(tmp_path / "noise.png")
+    shares = (levels > 127).reshape(3, 10, 4, 5).mean((1, 3))
+    np.testing.assert_array_equal(painted_cells(tmp_path / "noise.png", 3, 4).numpy(), shares >= 0.5)
+    square = square_cells(6, 8, 0.35)
+    assert square.sum() == 16 and square[1:5, 2:6].all()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mask", "square", "--ratio", "1.5"], "--ratio 1.5: must lie between 0 and 1"),
+        (["--mask", "square", "--unit", "6"], "unit=6: not a multiple of patch_size 4"),
+        (["--mask", "no.png"], "--mask no.png: not a readable picture"),
+        (["--mask", "{pictures}/00.png", "--unit", "4"], None),
+        (["--most", "-1"], "--most -1: must not be negative"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(run, pictures, tmp_path, capsys, words, said):
+    words = [word.format(pictures=pictures) for word in words]
+    status = main(["reconstruct", str(run), str(pictures), "--out", str(tmp_path / "out.png"), *words])
+    errors = capsys.readouterr().err
+    assert (status == 0) if said is None else (status == 2 and said in errors and errors.count("\n") == 1)
+
+
+def test_a_file_of_weights_and_an_empty_folder_are_refused(run, tmp_path, capsys):
+    for checkpoint, said in ((run / "encoder.safetensors", "says nothing of heads"), (tmp_path, "no complete checkpo")):
+        assert main(["reconstruct", str(checkpoint), str(run)]) == 2
+        assert said in capsys.readouterr().err
