@@ -216,7 +216,11 @@ class Run:
 
     def _picture(self, step: int) -> None:
         main = self.world.is_main
-        if self.picture_batch is not None and (main or self.engine.collective):
+        if self.picture_batch is None:
+            return
+        if part := self.engine.objective.untrained():
+            self.progress.say(f"no picture at step {step}: {part} has not been trained yet")
+        elif main or self.engine.collective:
             path, autocast = self.picture_path(step), self.engine.autocast()
             drawn = save_picture(self.engine.objective, *self.picture_batch, path, autocast=autocast, write=main)
             if drawn and main:

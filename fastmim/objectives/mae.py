@@ -27,7 +27,7 @@ from .groups import split_by_rank
 from .heads import predict_pixels
 from .masks import kept_patches, pixel_mask, random_units, split_patches
 from .pictures import Picture, reconstruction
-from .visible_decoder import check_whole
+from .visible_decoder import check_whole, decoder_untrained
 
 TARGET_EPS = 1e-6
 """Added to the variance of a patch (MAE, section 4.1)."""
@@ -210,6 +210,10 @@ class MAE(Objective):
         """See :func:`~fastmim.objectives.pictures.reconstruction`."""
         guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
         return reconstruction(self.denormalise(self.normalise(images)), guess, mask)
+
+    def untrained(self) -> str | None:
+        """The decoder, after an encoder alone was loaded."""
+        return decoder_untrained(self.decoder_norm)
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B, H/p, W/p) bool masks keyed by (seed, epoch, sample id), on the device of ``sample_ids``."""

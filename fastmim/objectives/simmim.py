@@ -18,7 +18,7 @@ from .losses import PIXEL_LOSSES, PixelLossName
 from .masks import check_unit, masked_units, random_mask, unit_count
 from .pictures import Picture, reconstruction
 from .targets import check_window, pixel_target, undo_target
-from .visible_decoder import VisibleDecoder, check_decoder, check_visible
+from .visible_decoder import VisibleDecoder, check_decoder, check_visible, decoder_untrained
 
 Scored = Literal["masked", "all"]
 
@@ -148,6 +148,10 @@ class SimMIM(Objective):
         """See :func:`~fastmim.objectives.pictures.reconstruction`."""
         guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
         return reconstruction(self.denormalise(self.normalise(images)), guess, mask, self._scored(mask))
+
+    def untrained(self) -> str | None:
+        """The decoder, if it has one."""
+        return None if self.decoder is None else decoder_untrained(self.decoder.norm)
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B, H/p, W/p) bool masks keyed by (seed, epoch, sample id), on the device of ``sample_ids``."""

@@ -57,6 +57,15 @@ class VisibleDecoder(nn.Module):
         return y.unflatten(1, self.grid)
 
 
+def decoder_untrained(norm: nn.LayerNorm) -> str | None:
+    """"the decoder" where its last norm is still as it was made; ZeRO-3, which hands out parts, leaves it open.
+
+    What is loaded of a trained decoder, and every update at a rate above 0, is something else.
+    """
+    made = norm.weight.numel() > 0 and bool((norm.weight == 1).all()) and not bool(norm.bias.any())
+    return "the decoder" if made else None
+
+
 def check_visible(settings: Mapping[str, Any], unit: int) -> None:
     """The encoder is a Swin, and units and images are whole tokens of its last map.
 
