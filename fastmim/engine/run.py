@@ -218,11 +218,12 @@ class Run:
         main = self.world.is_main
         if self.picture_batch is None:
             return
-        if part := self.engine.objective.untrained():
+        objective: Any = self.engine.objective
+        if part := objective.untrained():
             self.progress.say(f"no picture at step {step}: {part} has not been trained yet")
         elif main or self.engine.collective:
             path, autocast = self.picture_path(step), self.engine.autocast()
-            drawn = save_picture(self.engine.objective, *self.picture_batch, path, autocast=autocast, write=main)
+            drawn = save_picture(objective, *self.picture_batch, path, autocast=autocast, write=main)
             if drawn and main:
                 self.metrics.picture("reconstructions", path, step)
 
