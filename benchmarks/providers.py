@@ -182,6 +182,8 @@ def foreign_module(name: str, case: Case, source: nn.Module, reference: str | No
     if task in PUBLISHED:
         if name not in _clones(reference):
             raise Unavailable(f"{name}: give a clone of it with --reference DIR")
+        if case.encoder()["name"] != "vit":
+            raise Unavailable(f"{name}: measured for a ViT alone")
         found: nn.Module = PUBLISHED[task][1](_clones(reference)[name], case.config(), source)
         return found
     if name in KINDS:

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CASES = {
     f"{task}_{recipe}": f"{task}/{recipe}"
     for task, recipes in {
-        "ibot": ("vit_small", "vit_base", "demo"), "mae": ("vit_base", "vit_large", "vit_huge", "demo"),
+        "ibot": ("vit_small", "vit_base", "demo"), "mae": ("vit_base", "vit_large", "vit_huge", "swin_base", "demo"),
     }.items()
     for recipe in recipes
 }  # fmt: skip
