@@ -245,9 +245,27 @@ def _unshuffle(size: dict[str, Any], batch: int, itemsize: int) -> Work:
     return Work(arguments, ("tokens",), ("tokens", "mask_token"), *moved)
 
 
+def _visible_attention(size: dict[str, Any], batch: int, itemsize: int) -> Work:
+    """Two of five units of 8 × 8 tokens, the columns of an image of which the rest is hidden; no shift."""
+    grid, edge, heads = _grid(size), size["window_size"], size["num_heads"][0]
+    unit = math.gcd(grid, 8)
+    order = torch.rand(batch, (grid // unit) ** 2, generator=torch.Generator().manual_seed(0)).argsort(1).argsort(1)
+    shown = order.shape[1] * 2 // 5
+    inside = torch.arange(unit**2).view(1, 1, unit, 1, unit)
+    held = order.view(batch, grid // unit, 1, grid // unit, 1)
+    held = torch.where(held < shown, held * unit**2 + inside, -1).view(batch, grid // edge, edge, grid // edge, edge)
+    held = held.transpose(2, 3).reshape(batch, -1, edge**2)
+    places = (held == -1).to(torch.uint8).argsort(dim=2, stable=True)
+    arguments = {"qkv": normal(batch, shown * unit**2, 3 * size["embed_dim"]), "bias": normal(heads, edge**2, edge**2),
+                 "slots": held.gather(2, places), "places": places, "num_heads": heads}  # fmt: skip
+    if cosine := size["name"] == "swinv2":
+        arguments["logit_scale"] = 2 + normal(heads, scale=0.1)
+    return Work(arguments, ("qkv",), ("qkv", "bias", "logit_scale")[: 2 + cosine])
+
+
 WORKS: dict[str, Callable[[dict[str, Any], int, int], Work]] = {
     "window_attention": _window_attention, "residual_norm": _residual_norm, "mlp": _mlp, "gelu": _gelu,
     "patch_merge": _patch_merge, "mask_tokens": _mask_tokens, "masked_l1": _masked_l1,
     "linear_masked_l1": _linear_masked_l1, "local_norm_target": _local_norm_target, "position_bias": _position_bias,
-    "distillation": _distillation, "unshuffle": _unshuffle,
+    "distillation": _distillation, "unshuffle": _unshuffle, "visible_attention": _visible_attention,
 }  # fmt: skip

@@ -10,6 +10,9 @@ from fastmim.wording import plural
 
 from .console import bar, write
 
+_READING = {"follow_links", "component", "min_size", "value_range", "alpha"}
+"""Keys of data that say what becomes of a file."""
+
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``data`` and its commands to the command line."""
@@ -35,6 +38,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     pack.add_argument("--quality", type=int, default=90, metavar="Q", help="of those JPEGs, 1 to 100 (default 90)")
     pack.add_argument("--shard-mb", type=float, default=1000, metavar="MB", help="size of a shard (default 1000)")
     pack.set_defaults(command=data_pack)
+    clusters = data_commands.add_parser("clusters", parents=[common], help="fit clusters of colours (SimMIM's target)")
+    clusters.add_argument("folder", metavar="DIR", help="folder of images, nested or flat, or tar shards")
+    clusters.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.in_chans=1")
+    clusters.add_argument("--out", required=True, metavar="FILE", help="safetensors file for objective.clusters")
+    clusters.add_argument("--clusters", type=int, default=512, metavar="K", help="number of colours (default 512)")
+    clusters.set_defaults(command=data_clusters)
 
 
 def data_demo(options: argparse.Namespace) -> int:
@@ -61,12 +70,25 @@ def data_check(options: argparse.Namespace) -> int:
     from fastmim.data import check_images
 
     cfg = load_config(None, options.overrides)
-    keys = {"follow_links", "component", "min_size", "value_range", "alpha"}
-    usable, bad = check_images(options.folder, in_chans=cfg.model.in_chans, **cfg.data.model_dump(include=keys))
+    usable, bad = check_images(options.folder, in_chans=cfg.model.in_chans, **cfg.data.model_dump(include=_READING))
     lines = [f"{path}: {reason}" for path, reason in sorted(bad.items())]
     counts = f"{plural(usable, 'usable image')}, {plural(len(bad), 'bad file')}"
     write("\n".join([*lines, f"{options.folder}: {counts}"]) + "\n")
     return 1 if bad else 0
+
+
+def data_clusters(options: argparse.Namespace) -> int:
+    """Write clusters of the images' colours."""
+    from fastmim.config import load_config
+    from fastmim.evaluate.clusters import write_clusters
+
+    cfg = load_config(None, options.overrides)
+    how: dict[str, Any] = dict(encoder=cfg.model.encoder_kwargs(), seed=cfg.train.seed)
+    how |= cfg.data.model_dump(include=_READING)
+    with naming(options.out), bar() as progress:
+        told = write_clusters(options.folder, options.out, clusters=options.clusters, progress=progress, **how)
+    write(f"{options.out}: {told}\n")
+    return 0
 
 
 def data_index(options: argparse.Namespace) -> int:

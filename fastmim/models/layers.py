@@ -12,7 +12,7 @@ from fastmim_kernels.branches import Branch
 from fastmim_kernels.branches import mlp as mlp_branch
 from fastmim_kernels.linear.op import product_dtype
 
-from .stream import Step
+from .stream import Step, weight_and_bias
 
 
 def to_pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
@@ -91,9 +91,9 @@ class Mlp(nn.Module):
 
     def branch(self, y: Tensor, step: Step) -> Branch:
         """What :meth:`forward` makes of y, to be run with the norm behind it."""
-        fc1, fc2 = self.fc1, self.fc2
-        weights = fc1.weight, fc1.bias, fc2.weight, step.product_bias(fc2), step.low_fc1, step.low_fc2
-        return mlp_branch(*weights, self.recompute_fc1)
+        weight2, bias2 = weight_and_bias(self._modules["fc2"])
+        weights = *weight_and_bias(self._modules["fc1"]), weight2, None if step.fusion.norm_adds_bias else bias2
+        return mlp_branch(*weights, step.low_fc1, step.low_fc2, self.recompute_fc1)
 
 
 class DropPaths(nn.Module):

@@ -56,6 +56,18 @@ def normalise(x: Tensor, norm: nn.LayerNorm, impl: str) -> tuple[Tensor, Tensor]
     return fk.residual_norm(x, None, norm.weight, norm.bias, order="pre", eps=norm.eps, impl=impl)
 
 
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Of a linear layer or a norm: ``layer.weight, layer.bias`` without the detour of ``nn.Module.__getattr__``.
+
+    A step reads some hundred parameters, each of which would cost the host as much as a small tensor does.
+    """
+    own = layer._parameters
+    try:
+        return own["weight"], own["bias"]  # type: ignore[return-value]
+    except KeyError:  # made of others, by a parametrisation
+        return layer.weight, layer.bias  # type: ignore[return-value]
+
+
 class Step(NamedTuple):
     """What one step gives one block: its share of what is computed for all blocks at once, and what follows it."""
 
@@ -124,8 +136,9 @@ class Step(NamedTuple):
 
         "pre": ``x + drop·gamma·branch``, and ``norm`` of it; "post": ``x + drop·norm(branch)``, twice.
         """
-        bias = layer.bias if self.fusion.norm_adds_bias else None
-        return Norm(norm.weight, norm.bias, bias, drop, gamma, order, norm.eps, merge)
+        branch_bias = weight_and_bias(layer)[1] if self.fusion.norm_adds_bias else None
+        weight, bias = weight_and_bias(norm)
+        return Norm(weight, bias, branch_bias, drop, gamma, order, norm.eps, merge)
 
     def add_branches(self, x: Tensor, y: Tensor, *branches: tuple[Any, Norm]) -> tuple[Tensor, Tensor]:
         """The stream x with the branch of each module added, the first of which reads y, by the norm behind it."""

@@ -14,7 +14,7 @@ from .features import Pooled, pooled_features
 from .layers import Mlp, PatchEmbed, drop_path_rates, to_pair, trunc_normal_
 from .read_rows import put
 from .rules import check_stages, patch_grid, window_sizes
-from .stream import Step, check_residual_dtype, normalise, start_stream, stream_dtype
+from .stream import Step, check_residual_dtype, normalise, start_stream, stream_dtype, weight_and_bias
 from .swin_shared import SharedInputs
 from .visible import Visible
 from .window_attention import WindowAttention
@@ -47,8 +47,9 @@ class SwinBlock(nn.Module):
 
     def weights(self) -> list[Tensor]:
         """Those of the four products."""
-        attn, mlp = self.attn, self.mlp
-        return [attn.qkv.weight, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight]
+        own = self._modules
+        attn, mlp = own["attn"]._modules, own["mlp"]._modules
+        return [weight_and_bias(layer)[0] for layer in (attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"])]
 
 
 class PatchMerging(nn.Module):
@@ -276,15 +277,20 @@ class SwinTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Microsoft's initialisation: truncated normal of std 0.02 cut at ±2."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02, bound=2.0)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, WindowAttention):
-                module.reset_parameters()
+        """Microsoft's initialisation, see :func:`init_swin`."""
+        init_swin(self)
         trunc_normal_(self.mask_token, std=0.02, bound=2.0)
+
+
+def init_swin(model: nn.Module) -> None:
+    """Truncated normal of std 0.02 cut at ±2 for linear layers and tables of position biases, 0 for biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02, bound=2.0)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, WindowAttention):
+            module.reset_parameters()
 
 
 def _per_stage(value: int | tuple[int, ...], stages: int) -> list[int]:

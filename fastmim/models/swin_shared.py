@@ -15,7 +15,7 @@ from fastmim_kernels.common.direct import check_whole
 from fastmim_kernels.linear.op import product_dtype
 
 from .layers import DropPaths, relative_position_index
-from .stream import Step
+from .stream import Step, weight_and_bias
 
 Pair = tuple[int, int]
 
@@ -80,19 +80,20 @@ class SharedInputs(nn.Module):
     ) -> tuple[list[Step], list[Tensor | None]]:
         """The inputs of each of ``blocks`` for patches x, and low copies of the parameters ``others`` (or None)."""
         check_whole([blocks[0].norm1.weight])
-        fusion, attns = fk.fusion(self.impl, x.device, product_dtype(x)), [block.attn for block in blocks]
-        qkv_biases = self.qkv_biases(attns)
-        low = self.low_copies(blocks, qkv_biases, others, product_dtype(x)) if fusion.casts_once else []
-        copies = iter(low or [None] * (len(others) + 5 * len(blocks)))
+        dtype, attns = product_dtype(x), [block.attn for block in blocks]
+        fusion = fk.fusion(self.impl, x.device, dtype)
+        casts = fusion.casts_once and self.casts(blocks, others, dtype)
+        made, low_made = self.qkv_biases(attns, casts, dtype)
+        copies = iter(self.low_copies(blocks, others, dtype) if casts else [None] * (len(others) + 5 * len(blocks)))
         low_others = [next(copies) for _ in others]
         drops = self.drop_paths(x.shape[0])
         biases = self.position_bias(attns)
         # Parameters are read where they are used: ZeRO-3 takes them apart again in between.
-        made = [bias if attn.qkv.bias is None else None for attn, bias in zip(attns, qkv_biases, strict=True)]
-        steps = [
-            Step(self.impl, fusion, bias, attn, mlp, qkv_bias, *islice(copies, 5))
-            for bias, (attn, mlp), qkv_bias in zip(biases, drops, made, strict=True)
-        ]
+        steps = []
+        for bias, (attn, mlp), qkv_bias, low_bias in zip(biases, drops, made, low_made, strict=True):
+            own_low, *low = islice(copies, 5)
+            steps.append(Step(self.impl, fusion, bias, attn, mlp, qkv_bias, own_low if low_bias is None else low_bias,
+                              *low))  # fmt: skip
         return steps, low_others
 
     def position_bias(self, attns: Sequence[Any]) -> list[Tensor]:
@@ -100,28 +101,38 @@ class SharedInputs(nn.Module):
         plan = self._plan(*(getattr(self, f"bias_{name}") for name in self._plan._fields))
         return fk.position_bias(plan, self.blocks, [attn.bias_parameters() for attn in attns], impl=self.impl)
 
-    def qkv_biases(self, attns: Sequence[Any]) -> list[Tensor | None]:
-        """(3C,) of each block; SwinV2's keys have none, and one concatenation makes room for it in all blocks."""
-        if getattr(attns[0], "q_bias", None) is None:
-            return [attn.qkv.bias for attn in attns]
-        own = [(attn.q_bias, attn.v_bias) for attn in attns]
-        zeros = {size: self.zeros[:size].to(own[0][1].dtype) for size in {v.numel() for _, v in own}}
-        parts = [part for q, v in own for part in (q, zeros[v.numel()], v)]
-        return list(torch.cat(parts).split([3 * v.numel() for _, v in own]))
+    def qkv_biases(
+        self, attns: Sequence[Any], casts: bool, dtype: torch.dtype
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """(3C,) of each block, and with ``casts`` the same in ``dtype``; None where the projection has its own.
 
-    def low_copies(
-        self, blocks: Sequence[Any], qkv_biases: Sequence[Tensor | None], others: Sequence[Tensor], dtype: torch.dtype
-    ) -> list[Tensor | None]:
-        """Copies of ``others`` and of each block's qkv bias and four weights, in the dtype of the products.
-
-        Empty, for the products to cast by themselves, without autocast, and where ZeRO-3 has spread the weights: a
-        copy of all of them is what it avoids.
+        SwinV2's keys have none: one concatenation makes room for it in all blocks. Its place in memory is another one
+        in every step, so that no table of :func:`fastmim_kernels.low_copies` may hold it.
         """
-        spread = hasattr(blocks[0].norm1.weight, "ds_id")
-        if spread or not others[0].dtype == torch.float32 != dtype:
-            return []
-        own = (t for block, bias in zip(blocks, qkv_biases, strict=True) for t in (bias, *block.weights()))
-        tensors = [*others, *own]
+        none = [None] * len(attns)
+        if getattr(attns[0], "q_bias", None) is None:
+            return none, none
+        own = [(attn.q_bias, attn.v_bias) for attn in attns]
+        sizes = [3 * v.numel() for _, v in own]
+        zeros = {size: self.zeros[: size // 3].to(own[0][1].dtype) for size in set(sizes)}
+        flat = torch.cat([part for (q, v), size in zip(own, sizes, strict=True) for part in (q, zeros[size], v)])
+        # Products read vectors of 16 bytes.
+        casts = casts and flat.dtype != dtype and not any(size % 8 for size in sizes)
+        return flat.split(sizes), flat.detach().to(dtype).split(sizes) if casts else none
+
+    def casts(self, blocks: Sequence[Any], others: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        """Whether all weights are cast at once to the dtype of the products.
+
+        Not without autocast, nor where ZeRO-3 has spread the weights, since a copy of all of them is what it avoids:
+        the products then cast by themselves.
+        """
+        return others[0].dtype == torch.float32 != dtype and not hasattr(blocks[0].norm1.weight, "ds_id")
+
+    def low_copies(self, blocks: Sequence[Any], others: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
+        """Copies of ``others`` and of each block's qkv bias, if it is a parameter, and its four weights."""
+        tensors: list[Tensor | None] = [*others]
+        for block in blocks:
+            tensors += (weight_and_bias(block.attn._modules["qkv"])[1], *block.weights())
         copies = iter(self._copies([t for t in tensors if t is not None], dtype))
         return [None if t is None else next(copies) for t in tensors]
 

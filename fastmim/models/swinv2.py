@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
-from .stream import Step, start_stream
+from .stream import Step, start_stream, weight_and_bias
 from .swin import Pair, PatchMerging, SwinBlock, SwinStage, SwinTransformer
 from .swin_shared import relative_coords_table
 from .window_attention import WindowAttention
@@ -34,7 +34,7 @@ class CosineWindowAttention(WindowAttention):
 
     def bias_parameters(self) -> tuple[Any, ...]:
         first, _, second = self.cpb_mlp
-        return first.weight, first.bias, second.weight
+        return *weight_and_bias(first), weight_and_bias(second)[0]
 
 
 class SwinV2Block(SwinBlock):
@@ -42,9 +42,11 @@ class SwinV2Block(SwinBlock):
 
     def forward(self, x: Tensor, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The (B, H, W, C) stream, for its two readers (y in the dtype of the products), to the next one likewise."""
-        attn, mlp, last = self.attn, self.mlp, self.norm3 is None
-        first = attn, step.behind(self.norm1, attn.proj, step.drop_attn, "post")
-        second = mlp, step.behind(self.norm2, mlp.fc2, step.drop_mlp, "post", merge=step.merge and last)
+        own, last = self._modules, self.norm3 is None
+        attn, mlp = own["attn"], own["mlp"]
+        first = attn, step.behind(own["norm1"], attn._modules["proj"], step.drop_attn, "post")
+        merge = step.merge and last
+        second = mlp, step.behind(own["norm2"], mlp._modules["fc2"], step.drop_mlp, "post", merge=merge)
         x, y = step.add_branches(x, y, first, second)
         return (x, y) if last else start_stream(x, self.norm3, x.dtype, step.impl, step.merge)
 

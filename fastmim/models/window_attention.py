@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 from fastmim_kernels.branches import Attention, Branch, attention
-from fastmim_kernels.visible_attention.op import visible_attention
 from fastmim_kernels.window_attention.layout import crop_shifted, pad_shifted
 
 from .layers import trunc_normal_
-from .stream import Step
+from .stream import Step, weight_and_bias
 
 Pair = tuple[int, int]
 
@@ -83,16 +82,17 @@ class WindowAttention(nn.Module):
         padding = self.qkv_bias(step) if padded else None
         if padded and padding is None:
             padding = qkv.new_zeros(qkv.shape[-1])
-        return visible_attention(qkv, step.bias, slots, places, groups=groups, padding=padding, **how)
+        return fk.visible_attention(qkv, step.bias, slots, places, groups=groups, padding=padding, **how)
 
     def branch(self, y: Tensor, step: Step) -> Branch | None:
         """What :meth:`forward` makes of y, to be run with the norm behind it; None where more than ops must run."""
         if step.rows is not None or step.windows is not None or any(self.padding(y)):
             return None
-        qkv, proj = self.qkv, self.proj
-        low = step.low_qkv, step.low_qkv_bias
-        weights = qkv.weight, self.qkv_bias(step), *low, proj.weight, step.product_bias(proj), step.low_proj
-        tensors = Attention(*weights, step.bias, self.logit_scale)
+        weight, bias = weight_and_bias(self._modules["qkv"])
+        qkv = weight, step.qkv_bias if bias is None else bias, step.low_qkv, step.low_qkv_bias
+        weight, bias = weight_and_bias(self._modules["proj"])
+        proj = weight, None if step.fusion.norm_adds_bias else bias, step.low_proj
+        tensors = Attention(*qkv, *proj, step.bias, self.logit_scale)
         return attention(tensors, self.num_heads, self.window_size, self.shift_size)
 
     def qkv_bias(self, step: Step) -> Tensor | None:

@@ -16,12 +16,10 @@ from ..models.layers import to_pair, trunc_normal_
 from ..models.rules import encoder_stride
 from .base import Objective
 from .block_masks import beit_mask, masked_rows
-from .dvae import code_map
-from .masks import pixel_mask
 from .photometric import Photometric
-from .pictures import GREY, Picture, to_rgb
+from .pictures import Picture
 from .token_cache import TokenCache, crop_digests
-from .tokenizer import Tokenizer, read_tokenizer
+from .tokenizer import code_picture, open_tokenizer
 from .views import Images, View
 
 CODES = 8192
@@ -59,7 +57,7 @@ class BEiT(Objective):
         super().__init__(encoder=encoder, **common)
         self.jitter = jitter
         self.num_mask, self.min_block = mask_sizes(self.token_grid, num_mask, min_block)
-        self.tokenizer = None if tokenizer is None else self._open(tokenizer, codes)
+        self.tokenizer = None if tokenizer is None else open_tokenizer(tokenizer, codes, self.in_chans)
         self._cache_folder = token_cache
         self._cache: TokenCache | None = None
         self.codes = self.tokenizer.codes if self.tokenizer is not None else codes or CODES
@@ -102,19 +100,6 @@ class BEiT(Objective):
             raise ValueError(
                 f"jitter={jitter}: changes colours of 1 or 3 channels, not of {settings['in_chans']}; use 0"
             )
-
-    def _open(self, path: str, codes: int | None) -> Tokenizer:
-        try:
-            found = read_tokenizer(path)
-        except ValueError as error:
-            raise ValueError(f"objective.tokenizer={error}") from None
-        if codes not in (None, found.codes):
-            raise ValueError(f"objective.codes={codes}: the tokenizer {path} has {found.codes}; leave it out")
-        if found.in_chans != self.in_chans:
-            raise ValueError(
-                f"objective.tokenizer={path}: takes {found.in_chans} channels, and model.in_chans={self.in_chans}"
-            )
-        return found
 
     def forward(self, images: Images, mask: Tensor) -> dict[str, Tensor]:
         """Loss of a micro-batch.
@@ -168,10 +153,7 @@ class BEiT(Objective):
         if self.tokenizer is None:
             raise ValueError("objective.tokenizer=null: give the file of a tokenizer, or codes with the images")
         view = view[0] if view is not None and view.ndim == 5 else view
-        pixels = self.zero_to_one(images if view is None else view)
-        if tuple(pixels.shape[2:]) != self.token_size:
-            pixels = F.interpolate(pixels, self.token_size, mode="bicubic", antialias=True).clamp(0, 1)
-        return self.tokenizer(pixels)
+        return self.tokenizer.codes_of(self.zero_to_one(images if view is None else view), self.token_grid)
 
     def prepare(self, images: Images, sample_ids: Tensor, *, seed: int, epoch: int) -> Images:
         """See :meth:`Objective.prepare`; with ``token_cache`` the second view has become its codes."""
@@ -254,19 +236,12 @@ class BEiT(Objective):
 
     @torch.no_grad()
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
-        """The image, what the encoder sees, what the tokenizer makes of it, and that with the predicted codes in hidden
-        places; codes as colours where the tokenizer has no decoder."""
+        """See :func:`.tokenizer.code_picture`."""
         seen = self.zero_to_one(images).clamp(0, 1)
         ids = self.tokenise(images)
         guess = self.head(self.encoder(self.normalise(images), self._patch_mask(mask))).argmax(-1)
-        mixed = torch.where(mask.bool(), guess, ids)
-        columns = [to_rgb(seen), to_rgb(seen).masked_fill(pixel_mask(mask, self.img_size), GREY)]
-        columns += [F.interpolate(self._drawn(one), self.img_size, mode="nearest") for one in (ids, mixed)]
-        return Picture(("image", "masked", "its codes", "predicted"), [column.float().cpu() for column in columns])
-
-    def _drawn(self, ids: Tensor) -> Tensor:
         assert self.tokenizer is not None
-        return to_rgb(self.tokenizer.pixels(ids)) if self.tokenizer.decodes else code_map(ids, 1)
+        return code_picture(self.tokenizer, seen, mask, ids, guess, mask.bool())
 
 
 def mask_sizes(grid: tuple[int, int], num_mask: int | None, min_block: int | None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What turns tokens into predictions."""
+"""Heads of self-distillation and contrast: what turns tokens into codes and features."""
 
 from __future__ import annotations
 
@@ -13,25 +13,9 @@ from torch import Tensor, nn
 import fastmim_kernels as fk
 from fastmim_kernels.common.dispatch import picks_triton
 from fastmim_kernels.common.rows import cast, statistics_dtype
-from fastmim_kernels.reference import pixel_shuffle
 
-from ..models import Encoder
 from ..models.layers import trunc_normal_
 from .view_norm import ViewNorm
-
-
-def pixel_head(encoder: Encoder, dim: int | None = None) -> nn.Linear:
-    """A linear map from a token to its ``stride`` × ``stride`` pixels, C·stride² (SimMIM, section 3.3).
-
-    ``dim``: channels of the token where a decoder makes it.
-    """
-    return nn.Linear(dim or encoder.num_features, encoder.stride**2 * encoder.in_chans)
-
-
-def predict_pixels(tokens: Tensor, head: nn.Linear, stride: int, size: tuple[int, int]) -> Tensor:
-    """(B, h, w, D) tokens → (B, C, *size) float32; the far edge of a map that exceeds the image is cut."""
-    prediction = pixel_shuffle(F.linear(tokens, head.weight, head.bias), stride)
-    return prediction[:, :, : size[0], : size[1]].float()
 
 
 class Prototypes(nn.Module):

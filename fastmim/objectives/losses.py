@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastmim_kernels as fk
-from fastmim_kernels.common.token_layout import EPS, LOSSES
+from fastmim_kernels.common.rows import cast, statistics_dtype
+from fastmim_kernels.common.token_layout import EPS, LOSSES, cover, patchify, token_cells
 
-from .heads import predict_pixels
+from ..models.read_rows import masked_tokens
 from .masks import pixel_mask
+from .pixel_heads import PixelHead, predict_pixels
 
 
 class PixelLoss(Protocol):
     """Mean error of a linear head's pixels: ``Σ error·m / (Σ m + 1e-5) / C`` in float32 (SimMIM, section 3.4)."""
 
     def __call__(
-        self, tokens: Tensor, head: nn.Linear, target: Tensor, mask: Tensor, *, stride: int, impl: str = "auto"
+        self, tokens: Tensor, head: Any, target: Tensor, mask: Tensor, *, stride: int, impl: str = "auto"
     ) -> Tensor:
         """A scalar.
 
         Args:
             tokens: (B, h, w, D), each of ``stride`` × ``stride`` pixels.
-            head: D → C·stride², see :func:`~fastmim.objectives.heads.pixel_head`.
+            head: D → C·stride² by its ``weight`` and ``bias``, see :class:`.pixel_heads.PixelHead`.
             target: (B, C, H, W) float; no gradient flows to it.
             mask: (B, H/p, W/p), true where pixels count.
             stride: Pixels per token edge.
@@ -36,7 +41,7 @@ def _fused(loss: str) -> PixelLoss:
     """Head and loss in one op, which computes no pixel that does not count and stores no prediction."""
 
     def pixel_loss(
-        tokens: Tensor, head: nn.Linear, target: Tensor, mask: Tensor, *, stride: int, impl: str = "auto"
+        tokens: Tensor, head: Any, target: Tensor, mask: Tensor, *, stride: int, impl: str = "auto"
     ) -> Tensor:
         weight, bias = head.weight, head.bias
         return fk.linear_masked_l1(tokens, weight, bias, target, mask, stride=stride, loss=loss, impl=impl)
@@ -48,12 +53,12 @@ def pixelwise(error: Callable[[Tensor, Tensor], Tensor]) -> PixelLoss:
     """The loss of any ``error(prediction, target)`` per pixel, on torch's own ops, without a kernel of its own."""
 
     def pixel_loss(
-        tokens: Tensor, head: nn.Linear, target: Tensor, mask: Tensor, *, stride: int, impl: str = "auto"
+        tokens: Tensor, head: Any, target: Tensor, mask: Tensor, *, stride: int, impl: str = "auto"
     ) -> Tensor:
         size = (target.shape[-2], target.shape[-1])
         prediction = predict_pixels(tokens, head, stride, size)
         counts = pixel_mask(mask, size)
-        total = error(prediction, target.detach().float()).mul(counts).sum()
+        total = error(prediction, cast(target.detach(), prediction.dtype)).mul(counts).sum()
         return total / (counts.sum() + EPS) / target.shape[1]
 
     return pixel_loss
@@ -65,3 +70,62 @@ if TYPE_CHECKING:
     PixelLossName = str
 else:
     PixelLossName = Literal[tuple(PIXEL_LOSSES)]
+
+
+LOGITS_AT_ONCE = 1 << 20
+"""Of an image that :func:`class_loss` holds, 4 MiB in float32: 512 colours of 192 × 192 pixels are 72 MiB."""
+
+
+def class_loss(
+    tokens: Tensor,
+    head: PixelHead,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    classify: Callable[[Tensor], Tensor],
+    groups: int,
+    impl: str = "auto",
+) -> Tensor:
+    """Mean cross-entropy of the classes of pixels: ``Σ CE·m / (Σ m + 1e-5)``, CE averaged over groups of classes.
+
+    Logits are made some tokens at a time, as many times for any batch, and where that is more than once, again in the
+    backward pass. On a CPU those of tokens without a pixel that counts are not made at all.
+
+    Args:
+        tokens: (B, h, w, D), each of ``head.stride`` × ``head.stride`` pixels.
+        head: D → groups·classes·stride².
+        target: (B, ·, H, W), from which ``classify`` makes (n, groups, m) int64 classes of (n, ·, m).
+        mask: (B, rows, columns) bool or 0/1 that divide H and W, true where pixels count.
+        groups: Classifications of each pixel.
+
+    Returns:
+        A scalar, float32 (float64 of float64 tokens).
+    """
+    size, grid, stride = (target.shape[2], target.shape[3]), (tokens.shape[1], tokens.shape[2]), head.stride
+    cells = token_cells(mask.bool(), size, grid, stride).flatten(0, 2)
+    pixels = patchify(cover(grid, target.detach(), stride), stride).flatten(0, 2).unflatten(1, (target.shape[1], -1))
+    x, classes = tokens.flatten(0, 2), head.values // groups
+    rows = masked_tokens(mask, size, grid, stride)
+    if rows is not None:
+        x, pixels, cells = (tensor.index_select(0, rows) for tensor in (x, pixels, cells))
+    weight = cells.repeat_interleave(stride // cells.shape[1], 1).repeat_interleave(stride // cells.shape[2], 2)
+
+    def chunk(x: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
+        logits = fk.linear(x, head.weight, head.bias, impl=impl).view(len(x), groups, classes, stride**2)
+        logits = cast(logits, statistics_dtype(logits.dtype)).transpose(1, 2)
+        with torch.no_grad():
+            ids = classify(pixels)
+        error = F.cross_entropy(logits, ids, reduction="none")
+        return error.mean(1).mul(weight).sum()
+
+    weight = weight.flatten(1).to(statistics_dtype(tokens.dtype))
+    count = grid[0] * grid[1]
+    least = min(-(-count * head.out_features // LOGITS_AT_ONCE), count)
+    times = next(n for n in range(least, count + 1) if count % n == 0)
+    parts = list(zip(*(tensor.tensor_split(times) for tensor in (x, pixels, weight)), strict=True))
+    if times == 1:
+        total = chunk(*parts[0])
+    else:
+        again: Any = dict(use_reentrant=False, preserve_rng_state=False)
+        total = torch.stack([checkpoint(chunk, *part, **again) for part in parts]).sum()
+    return total / (weight.sum() + EPS)

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import fastmim_kernels as fk
-from fastmim_kernels.common.token_layout import patchify
-from fastmim_kernels.reference import pixel_shuffle
 
 from ..models import encoder_settings
 from ..models.layers import to_pair
@@ -24,13 +22,11 @@ from ..models.vit import NORM_EPS, Attention, VitBlock, run_blocks
 from ..models.vit_init import xavier_linears
 from .base import Objective
 from .groups import split_by_rank
-from .heads import predict_pixels
 from .masks import kept_patches, pixel_mask, random_units, split_patches
 from .pictures import Picture, reconstruction
+from .pixel_heads import predict_pixels
+from .targets import PATCH_EPS, patch_statistics
 from .visible_decoder import check_whole, decoder_untrained
-
-TARGET_EPS = 1e-6
-"""Added to the variance of a patch (MAE, section 4.1)."""
 
 
 class MAE(Objective):
@@ -146,7 +142,7 @@ class MAE(Objective):
             loss="l2",
             mean=statistics[0],
             std=statistics[1],
-            target_eps=TARGET_EPS if self.norm_pix_loss else 0.0,
+            target_eps=PATCH_EPS if self.norm_pix_loss else 0.0,
             count_eps=0.0,
             impl=self.impl,
         )
@@ -202,9 +198,8 @@ class MAE(Objective):
         prediction = self.reconstruct(images, mask)
         if not self.norm_pix_loss:
             return prediction
-        truth, guess = (patchify(each, self.stride) for each in (self.normalise(images), prediction))
-        variance, mean = torch.var_mean(truth, -1, keepdim=True)
-        return pixel_shuffle(guess * (variance + TARGET_EPS).sqrt() + mean, self.stride)
+        mean, std = patch_statistics(self.normalise(images), self.stride)
+        return prediction * std + mean
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
         """See :func:`~fastmim.objectives.pictures.reconstruction`."""

@@ -53,6 +53,17 @@ def pixel_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return mask[:, None]
 
 
+def coarse_mask(mask: Tensor, size: tuple[int, int], edge: int) -> Tensor:
+    """Mask (B, rows, columns) of images of ``size`` → one of images that have a pixel for every ``edge`` × ``edge``.
+
+    Such a pixel is masked if one of those in it is; ``edge`` divides ``size``. A mask of whole such pixels is returned.
+    """
+    if all(full // cells % edge == 0 for full, cells in zip(size, mask.shape[1:], strict=True)):
+        return mask
+    squares = pixel_mask(mask, size)[:, 0].unflatten(2, (-1, edge)).unflatten(1, (-1, edge))
+    return squares.any(4).any(2)
+
+
 def random_mask(
     sample_ids: Tensor,
     *,

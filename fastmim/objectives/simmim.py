@@ -1,4 +1,4 @@
-"""SimMIM: predict the raw or locally normalised pixels of masked patches with a linear head (Xie et al. 2022)."""
+"""SimMIM: predict what masked patches hold, raw or normalised pixels with a linear head at first (Xie et al. 2022)."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import encoder_settings
 from ..models.layers import to_pair
 from ..models.read_rows import masked_tokens, shown_tokens
+from ..models.rules import encoder_stride
 from ..models.visible import VisibleColumns
 from .base import Objective, one_of
-from .heads import pixel_head, predict_pixels
-from .losses import PIXEL_LOSSES, PixelLossName
-from .masks import check_unit, masked_units, random_mask, unit_count
+from .class_targets import Codes
+from .losses import PixelLossName
+from .make_target import TargetName, check_target, make_target
+from .masks import check_unit, coarse_mask, masked_units, pixel_mask, random_mask, unit_count
 from .pictures import Picture, reconstruction
-from .targets import check_window, pixel_target, undo_target
+from .pixel_heads import HeadName, check_head, make_head, predict_pixels
+from .tokenizer import code_picture
 from .visible_decoder import VisibleDecoder, check_decoder, check_visible, decoder_untrained
 
 Scored = Literal["masked", "all"]
 
 
 class SimMIM(Objective):
-    """Encoder, linear head and masked loss: what is hidden from the encoder is predicted pixel by pixel.
+    """Encoder, light head and masked loss: what is hidden from the encoder is predicted pixel by pixel.
 
     With ``visible_only`` a Swin encodes visible tokens only, as GreenMIM does (Huang et al. 2022), and a light decoder
     stands before the head, because nothing else knows of the hidden places.
@@ -32,9 +36,17 @@ class SimMIM(Objective):
     Args:
         mask_ratio: share of mask units hidden; the count per image is rounded up
         unit: edge of a mask unit in pixels, a multiple of patch_size
+        head: what predicts from the encoder's tokens; swin_tiny and swin_base are such a Swin backwards
+        target: what is predicted: pixels, or classes: bins of each channel, clusters of colours, a tokenizer's codes
+        target_stride: edge of the square of pixels whose mean is one prediction; null = 1, of tokens 16 or the stride
         norm_target: window of the locally normalised target in pixels (odd; 47), 0 = off
-        loss: error per pixel
+        norm_patch: the target is each token's pixels by their own mean and deviation
+        loss: error per pixel; classes have the cross-entropy
+        beta: smooth_l1: the error from which it is linear
         loss_on: pixels that count
+        bins: equal bins of the values of each channel, 2 to 256
+        clusters: file of colours that fastmim data clusters has made
+        tokenizer: file of a tokenizer, or the folder of the run (objective.name=dvae) that trained it
         visible_only: encode visible tokens only (swin, swinv2), in about the share of time and memory that is visible
         decoder_dim: visible_only: channels of the decoder, a multiple of 4
         decoder_depth: visible_only: blocks of the decoder
@@ -48,21 +60,31 @@ class SimMIM(Objective):
         encoder: Mapping[str, Any],
         mask_ratio: float = 0.6,
         unit: int = 32,
+        head: HeadName = "linear",
+        target: TargetName = "pixels",
+        target_stride: int | None = None,
         norm_target: int = 0,
+        norm_patch: bool = False,
         loss: PixelLossName = "l1",
+        beta: float = 1.0,
         loss_on: Scored = "masked",
+        bins: int = 8,
+        clusters: str | None = None,
+        tokenizer: str | None = None,
         visible_only: bool = False,
         decoder_dim: int = 512,
         decoder_depth: int = 1,
         decoder_num_heads: int = 16,
         **common: Any,
     ) -> None:
-        own: dict[str, Any] = dict(mask_ratio=mask_ratio, unit=unit, norm_target=norm_target)
-        decoder = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads)
-        self.check(encoder=encoder, loss=loss, loss_on=loss_on, visible_only=visible_only, **decoder, **own)
+        own: dict[str, Any] = dict(mask_ratio=mask_ratio, unit=unit, loss_on=loss_on, head=head)
+        what: dict[str, Any] = dict(target=target, target_stride=target_stride, norm_target=norm_target)
+        what |= dict(norm_patch=norm_patch, loss=loss, beta=beta, bins=bins, clusters=clusters, tokenizer=tokenizer)
+        decoder: dict[str, Any] = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth)
+        decoder |= dict(decoder_num_heads=decoder_num_heads, visible_only=visible_only)
+        self.check(encoder=encoder, **decoder, **own, **what)
         super().__init__(encoder=encoder, **common)
-        self.mask_ratio, self.unit, self.norm_target = mask_ratio, unit, norm_target
-        self.loss, self.loss_on = loss, loss_on
+        self.mask_ratio, self.unit, self.loss_on = mask_ratio, unit, loss_on
         self.patch_size, self.stride = self.encoder.patch_size, self.encoder.stride
         self.visible = self.decoder = None
         if visible_only:
@@ -72,7 +94,10 @@ class SimMIM(Objective):
             self.shown = (units - masked_units(mask_ratio, units)) * (unit // self.stride) ** 2
             how = dict(dim=decoder_dim, depth=decoder_depth, num_heads=decoder_num_heads)
             self.decoder = VisibleDecoder(self.encoder.num_features, self.token_grid, **how, impl=self.impl)
-        self.head = pixel_head(self.encoder, decoder_dim if visible_only else None)
+        self.target = make_target(encoder_stride=self.stride, mean=self.mean, std=self.std, impl=self.impl, **what)
+        dim = decoder_dim if visible_only else self.encoder.num_features
+        sizes = dict(values=self.target.values, stride=self.stride, target_stride=self.target.stride)
+        self.head = make_head(head, self.encoder.settings, dim, self.token_grid, **sizes, impl=self.impl)
 
     @classmethod
     def check(
@@ -81,22 +106,26 @@ class SimMIM(Objective):
         encoder: Mapping[str, Any],
         mask_ratio: float,
         unit: int,
-        norm_target: int,
-        loss: str,
+        head: str,
         loss_on: str,
         visible_only: bool,
         decoder_dim: int,
         decoder_depth: int,
         decoder_num_heads: int,
-        **_: Any,
+        **target: Any,
     ) -> None:
-        """The mask fits the encoder's patches and leaves some visible; see :meth:`Objective.check`."""
+        """The mask fits the encoder's patches and leaves some visible; head and target fit the encoder and each other.
+
+        See :meth:`Objective.check`.
+        """
         settings = encoder_settings(encoder)
+        size = to_pair(settings["img_size"], "img_size")
         check_unit(unit, settings["patch_size"])
-        masked_units(mask_ratio, unit_count(to_pair(settings["img_size"], "img_size"), unit))
-        check_window(norm_target)
-        one_of("loss", loss, PIXEL_LOSSES)
+        masked_units(mask_ratio, unit_count(size, unit))
         one_of("loss_on", loss_on, get_args(Scored))
+        stride = encoder_stride(settings)
+        edge = check_target(size, stride, **target)
+        check_head(head, stride, edge)
         if visible_only:
             check_visible(settings, unit)
             check_decoder(decoder_dim, decoder_depth, decoder_num_heads)
@@ -116,11 +145,10 @@ class SimMIM(Objective):
         """
         self.check_inputs(images, mask)
         images = self.normalise(images)
-        target = pixel_target(images, self.norm_target, impl=self.impl)
-        tokens = self._tokens(images, mask, only_masked=self.loss_on == "masked")
-        scored = self._scored(mask)
-        loss = PIXEL_LOSSES[self.loss](tokens, self.head, target, scored, stride=self.stride, impl=self.impl)
-        return {"loss": loss}
+        target = self.target.of(images)
+        only_masked = self.loss_on == "masked" and not self.head.mixes
+        tokens = self.head.tokens(self._tokens(images, mask, only_masked=only_masked))
+        return {"loss": self.target.loss(tokens, self.head, target, self._scored(mask))}
 
     def _tokens(self, images: Tensor, mask: Tensor, *, only_masked: bool = False) -> Tensor:
         """(B, h, w, D) for the head; with ``only_masked`` it reads no others."""
@@ -135,23 +163,55 @@ class SimMIM(Objective):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        """(B, C, H, W) prediction in the space of the target (normalised pixels, or locally normalised ones)."""
+        """(B, C, H, W) prediction in the space of the target: normalised pixels, or locally normalised ones.
+
+        Of classes the colours of the likeliest ones.
+
+        Raises:
+            ValueError: Shapes differ, or the target is codes of a tokenizer without a decoder.
+        """
+        found = [self.target.read(one) for one in self._predictions(self.normalise(images), mask)]
+        pixels = torch.cat(found)
+        return pixels if pixels.shape[2:] == images.shape[2:] else F.interpolate(pixels, self.img_size, mode="nearest")
+
+    def _predictions(self, images: Tensor, mask: Tensor) -> list[Tensor]:
+        """The head's (1, values, H/s, W/s) of each image."""
         self.check_inputs(images, mask)
-        return predict_pixels(self._tokens(self.normalise(images), mask), self.head, self.stride, self.img_size)
+        size = (self.img_size[0] // self.target.stride, self.img_size[1] // self.target.stride)
+        tokens = self.head.tokens(self._tokens(images, mask))
+        return [predict_pixels(one, self.head, self.head.stride, size) for one in tokens.split(1)]
 
     @torch.no_grad()
     def reconstruct_pixels(self, images: Tensor, mask: Tensor) -> Tensor:
-        """:meth:`reconstruct` as a normalised image; the local normalisation is undone with the true statistics."""
-        return undo_target(self.reconstruct(images, mask), self.normalise(images), self.norm_target)
+        """:meth:`reconstruct` as a normalised image; a normalisation of the target is undone with true statistics."""
+        return self.target.undo(self.reconstruct(images, mask), self.normalise(images))
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
-        """See :func:`~fastmim.objectives.pictures.reconstruction`."""
+        """See :func:`~fastmim.objectives.pictures.reconstruction`, or of tokens :func:`.tokenizer.code_picture`."""
+        if isinstance(self.target, Codes):
+            return self._code_picture(self.target, images, mask)
         guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
         return reconstruction(self.denormalise(self.normalise(images)), guess, mask, self._scored(mask))
 
     def untrained(self) -> str | None:
         """The decoder, if it has one."""
         return None if self.decoder is None else decoder_untrained(self.decoder.norm)
+
+    @torch.no_grad()
+    def _code_picture(self, target: Codes, images: Tensor, mask: Tensor) -> Picture:
+        images = self.normalise(images)
+        guess = torch.cat([target.likeliest(one) for one in self._predictions(images, mask)])[:, 0]
+        hidden = pixel_mask(coarse_mask(mask, self.img_size, target.stride), (guess.shape[1], guess.shape[2]))[:, 0]
+        ids = target.of(images)[:, 0]
+        return code_picture(target.tokenizer, self.denormalise(images), mask, ids, guess, hidden)
+
+    def identity(self) -> dict[str, Any]:
+        """Of the target."""
+        return self.target.identity()
+
+    def frozen_tensors(self) -> list[Tensor]:
+        """Of the target."""
+        return self.target.frozen_tensors()
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B, H/p, W/p) bool masks keyed by (seed, epoch, sample id), on the device of ``sample_ids``."""

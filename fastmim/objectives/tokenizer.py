@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..models import AUTOENCODERS, Autoencoder, create_encoder
+from .dvae import code_map
+from .masks import pixel_mask
+from .pictures import GREY, Picture, to_rgb
 
 _DALLE = "blocks.input.w"
 
@@ -48,6 +52,13 @@ class Tokenizer:
         with torch.autocast(images.device.type, enabled=False):
             ids: Tensor = self._on(images)(images.float())
         return ids
+
+    def codes_of(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, C, H, W) in [0, 1] of any size → (B, *grid) codes: of the image resized to as many of its patches."""
+        size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
+        if tuple(images.shape[2:]) != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return self(images)
 
     @torch.no_grad()
     def pixels(self, ids: Tensor) -> Tensor:
@@ -98,6 +109,47 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         except RuntimeError as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     return Tokenizer(model, _digest(tensors))
+
+
+def open_tokenizer(path: str, codes: int | None, in_chans: int) -> Tokenizer:
+    """:func:`read_tokenizer` of the file that ``objective.tokenizer`` names.
+
+    Args:
+        codes: As many as it must have, if that is asked for.
+        in_chans: Channels of the images.
+
+    Raises:
+        ValueError: It cannot be read, or is of another size.
+    """
+    try:
+        found = read_tokenizer(path)
+    except ValueError as error:
+        raise ValueError(f"objective.tokenizer={error}") from None
+    if codes not in (None, found.codes):
+        raise ValueError(f"objective.codes={codes}: the tokenizer {path} has {found.codes}; leave it out")
+    if found.in_chans != in_chans:
+        raise ValueError(f"objective.tokenizer={path}: takes {found.in_chans} channels, and model.in_chans={in_chans}")
+    return found
+
+
+def code_picture(
+    tokenizer: Tokenizer, images: Tensor, mask: Tensor, ids: Tensor, guess: Tensor, hidden: Tensor
+) -> Picture:
+    """The image, what the encoder sees of it, what its codes give back, and that with the guesses in hidden places.
+
+    Codes are drawn as colours where the tokenizer has no decoder.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        mask: (B, rows, columns), true = masked.
+        ids, guess, hidden: (B, h, w): the codes of the image, those that are predicted, and where these are taken.
+    """
+    size = (images.shape[2], images.shape[3])
+    columns = [to_rgb(images), to_rgb(images).masked_fill(pixel_mask(mask, size), GREY)]
+    for one in (ids, torch.where(hidden, guess, ids)):
+        drawn = to_rgb(tokenizer.pixels(one)) if tokenizer.decodes else code_map(one, 1)
+        columns.append(F.interpolate(drawn, size, mode="nearest"))
+    return Picture(("image", "masked", "its codes", "predicted"), [column.float().cpu() for column in columns])
 
 
 def _built(settings: dict[str, Any], fake: bool) -> Any:

@@ -25,6 +25,7 @@ from .patch_merge.op import patch_merge
 from .position_bias.op import bias_plan, cpb_bias, position_bias
 from .residual_norm.op import layer_norm, residual_norm
 from .unshuffle.op import unshuffle
+from .visible_attention.op import visible_attention
 from .window_attention.op import window_attention
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ __all__ = [
     "residual_norm",
     "shape_may_follow",
     "unshuffle",
+    "visible_attention",
     "window_attention",
 ]
 

@@ -23,6 +23,7 @@ GEOMETRIES = [
     ((1, 2, 12, 20), (2, 3), (4, 5), 8),  # tokens reach beyond the image
     ((1, 1, 12, 12), (3, 3), (2, 2), 4),  # cells of 6 px cross the edges of 4 px tokens
     ((1, 5, 5, 5), (1, 1), (5, 5), 5),  # every pixel has its own mask value
+    ((2, 3, 2, 3), (2, 3), (2, 1), 1),  # a token is one pixel: SimMIM's lowest resolution
 ]
 
 

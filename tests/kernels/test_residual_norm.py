@@ -87,10 +87,12 @@ def test_the_whole_op_against_float64(order: str, given: str, stream: torch.dtyp
           wrt=list(dtypes), plain=plain(order, branch))
 
 
-@pytest.mark.parametrize("given", ["", "scale+branch_bias"])
-def test_many_low_values_are_kept_as_they_are(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And widened a chunk at a time: of 105 rows 7, which fill the last chunk, or 8, which do not."""
-    monkeypatch.setattr(on_torch, "KEPT_WIDE", 0)
+@pytest.mark.parametrize("given, kept_wide", [("", 0), ("scale+branch_bias", 0), ("", 1 << 20)])
+def test_many_low_values_have_their_gradient_in_chunks(given: str, kept_wide: int, monkeypatch: pytest.MonkeyPatch
+                                                       ) -> None:
+    """Of 105 rows 7, which fill the last chunk, or 8, which do not; kept as they are where they are even more."""
+    monkeypatch.setattr(on_torch, "IN_ONE", 0)
+    monkeypatch.setattr(on_torch, "KEPT_WIDE", kept_wide)
     inputs = inputs_for(SHAPE, given)
     dtypes = dtypes_for(inputs, F32, BF16)
     for rows in (7, 8):
@@ -107,7 +109,7 @@ def test_many_low_values_are_kept_as_they_are(given: str, monkeypatch: pytest.Mo
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         residual_norm(**args, order="post", impl="torch")
-    assert kept == 2 * inputs["branch"].numel()
+    assert kept == (4 if kept_wide else 2) * inputs["branch"].numel()
 
 
 def without(name: str, order: str, impl: str, out_dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:

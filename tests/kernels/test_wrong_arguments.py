@@ -38,6 +38,8 @@ LINEAR = {"x": some(5, 4), "weight": some(6, 4), "bias": some(6), "low_weight": 
 TOKENS = {"tokens": some(2, 3, 4, 5), "mask": torch.zeros(2, 3, 4, dtype=torch.bool), "mask_token": some(5),
           "norm_weight": some(5), "norm_bias": some(5), "eps": 1e-5, "pos_embed": some(3, 4, 5),
           "out_dtype": torch.float32}  # fmt: skip
+VISIBLE = (torch.tensor([[[-2, 0, 3, -1], [1, 2, 4, -1]], [[-2, 4, -1, -1], [0, 1, 2, 3]]]),
+           torch.tensor([[[0, 2, 3, 1], [0, 1, 3, 2]], [[0, 3, 1, 2], [0, 1, 2, 3]]]))  # fmt: skip
 RIGHT: dict[str, dict[str, Any]] = {
     "bias_plan": {"index": [INDEX], "blocks": [2], "heads": [3], "rows": [9], "coords": [COORDS], "hidden": 8},
     "cpb_bias": {"coords": COORDS, "index": INDEX, "weight1": some(2, 8, 2), "bias1": some(2, 8),
@@ -63,6 +65,9 @@ RIGHT: dict[str, dict[str, Any]] = {
                       "stream_dtype": None, "out_dtype": torch.float32, "merge": False},
     "unshuffle": {"tokens": some(2, 3, 5), "places": torch.tensor([[0, -1, 1, -1], [-1, -1, 0, 1]]),
                   "mask_token": some(5), "pos_embed": some(5, 5), "out_dtype": torch.float32},
+    "visible_attention": {"qkv": some(2, 5, 12), "bias": some(2, 4, 4), "slots": VISIBLE[0], "places": VISIBLE[1],
+                          "num_heads": 2, "groups": torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]]), "padding": some(12),
+                          "logit_scale": some(2)},
     "window_attention": {"qkv": some(2, 4, 6, 12), "bias": some(2, 4, 4), "num_heads": 2, "window_size": (2, 2),
                          "shift_size": (1, 0), "logit_scale": some(2)},
 }  # fmt: skip
@@ -84,6 +89,7 @@ FREE = {
     ("low_copies", "tensors", "nothing"), ("gelu", "x", "rank - 1"), ("cpb_bias", "weight2", "dim 1"),
     ("cpb_bias", "coords", "dim 0"), ("unshuffle", "tokens", "dim 1"), ("linear_masked_l1", "target_eps", "0.0"),
     ("linear_masked_l1", "count_eps", "0.0"),
+    ("visible_attention", "qkv", "dim 1"),
 }  # fmt: skip
 """(op, argument, what is done to it) where the result is as right as before."""
 FOREIGN = re.compile(r"\n|xpected|mat1|Triton|aten|dispatch|at::|c10|attribute|operand|scalar type|of tensor a")
@@ -94,7 +100,7 @@ def wrong_tensors(right: Tensor, name: str, optional: bool) -> Iterator[tuple[st
     yield from (("a number", 3), ("a list", [1.0]), ("a tuple", (right,)), ("text", "x"), ("numpy", right.numpy()))
     yield from (("complex", right.to(torch.complex64)), ("on meta", right.to("meta")))
     yield from [] if optional else [("None", None)]
-    if name not in ("mask", "index", "places"):
+    if name not in ("mask", "index", "places", "slots", "groups"):
         yield from (("whole numbers", right.long()), ("bool", right.bool()))
     if name != "mask":
         yield "int8", right.to(torch.int8)

@@ -8,8 +8,9 @@ import torch
 from fastmim.interop import load_reference, load_weights
 from fastmim.interop.mae import save_mae
 from fastmim.objectives import create_objective
-from fastmim.objectives.mae import TARGET_EPS, patch_pixels
+from fastmim.objectives.mae import patch_pixels
 from fastmim.objectives.masks import split_patches
+from fastmim.objectives.targets import PATCH_EPS
 
 # 3 x 5 patches of a rectangle with two channels: rows are not columns, and int(15 · 0.3) is 4.
 VIT = dict(name="vit", img_size=(24, 40), patch_size=8, in_chans=2, embed_dim=24, depth=2, num_heads=3, key_bias=True,
@@ -54,7 +55,7 @@ def test_the_loss_is_the_mean_over_hidden_patches(norm_pix_loss, encoder):
     images, mask = batch(objective)
     target = squares(objective.normalise(images)).double()
     if norm_pix_loss:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + TARGET_EPS).sqrt()
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + PATCH_EPS).sqrt()
     each = (squares(objective.reconstruct(images, mask)).double() - target).square().mean(-1)
     hidden = tokens_hidden(mask, objective)
     expected = (each * hidden).sum() / hidden.sum()
@@ -139,7 +140,7 @@ def test_a_picture_undoes_the_normalisation_of_its_patches():
     images[0, :, :8, :8] = 7
     seen = objective.normalise(images)
     each = squares(seen)
-    target = (each - each.mean(-1, keepdim=True)) / (each.var(-1, keepdim=True) + TARGET_EPS).sqrt()
+    target = (each - each.mean(-1, keepdim=True)) / (each.var(-1, keepdim=True) + PATCH_EPS).sqrt()
     shown = target.unflatten(1, (3, 5)).unflatten(3, (2, 8, 8)).permute(0, 3, 1, 4, 2, 5).reshape(3, 2, 24, 40)
     objective.reconstruct = lambda images, mask: shown
     torch.testing.assert_close(objective.reconstruct_pixels(images, mask), seen, rtol=0, atol=1e-5)

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastmim.engine.cuda_autocast import cuda_autocast
 from fastmim.engine.recompute import apply_recompute
 from fastmim.models import attend, create_encoder
-from fastmim.objectives import create_objective, simmim
+from fastmim.objectives import create_objective, losses, simmim
 from fastmim.plan.counter import DispatchCounter, SavedTensors
 from fastmim.plan.trace import Footprint, trace
 
@@ -35,13 +35,14 @@ MODELS: dict[str, dict[str, Any]] = {
 MODELS["moco"] = dict(MODELS["mae"], abs_pos_embed="sincos_moco", init="moco")
 MODELS["swinv2, mae"] = dict(MODELS["swinv2"], extra_norm_period=0, drop_path_rate=0.0)
 CASES = [(model, policy) for model in MODELS if model != "moco" for policy in ("none", "fc1_qkv", "full")]
-MODELS["swin, visible tokens"] = MODELS["swin"]
+MODELS["swin, visible tokens"] = MODELS["swin, bins in parts"] = MODELS["swin"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "swin, visible tokens": dict(visible_only=True, decoder_dim=64, decoder_num_heads=2),
+    "swin, bins in parts": dict(target="bins", bins=256, head="mlp"),
     "moco": dict(hidden_dim=512, out_dim=64),
 }
 CASES += [("swinv2", "fc1"), ("vit", "gemm"), ("swin, visible tokens", "none"), ("swin, visible tokens", "full")]
-CASES += [("moco", "none"), ("moco", "full")]
+CASES += [("moco", "none"), ("moco", "full"), ("swin, bins in parts", "none")]
 DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
 BATCH = 6
 
@@ -135,3 +136,28 @@ def test_statistics_of_batch_norm_are_on_every_rank() -> None:
     others = sum(b.nbytes for name, b in objective.named_buffers() if "running_" not in name and "batches" not in name)
     norms = 2 * (2 * (2 * 512 + 64)) + 2 * (512 + 64)
     assert trace(builder("moco"), (2, 4))[0].frozen - others == 4 * norms + 8 * 8
+
+
+HEADS: list[dict[str, Any]] = [
+    dict(head="mlp"),
+    dict(target="bins", target_stride=4),
+    dict(target="bins", bins=256, target_stride=4),
+    dict(target_stride=8),
+]
+
+
+@pytest.mark.parametrize("own", HEADS, ids=lambda own: " ".join(map(str, own.values())))
+def test_what_a_head_and_its_target_multiply_is_counted(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products forward and twice backward, of all tokens where the loss is on all pixels; again where in parts."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1 << 14)
+
+    def flops(**own: Any) -> int:
+        built = lambda: create_objective("simmim", encoder=MODELS["swin"], loss_on="all", impl="torch", **own)  # noqa: E731
+        return sum(launch.flops for launch in trace(built, (2, 4))[0].launches)
+
+    tokens, dim = 2 * 8 * 8, 64
+    values = own.get("bins", 8 if own.get("target") else 1) * 3 * (8 // own.get("target_stride", 1)) ** 2
+    times = 4 if tokens // 2 * values > 1 << 14 and own.get("target") else 3
+    hidden = 6 * tokens * dim * dim if own.get("head") == "mlp" else 0
+    linear = 6 * tokens * dim * 3 * 8**2
+    assert flops(**own) - flops() == 2 * times * tokens * dim * values + hidden - linear

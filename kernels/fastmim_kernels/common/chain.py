@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .define_op import Kept, Op, apart, autograd_function, tuple_of
-from .direct import Plain, outside_autocast, plain_to_all, unwatched
+from .direct import Plain, as_given, plain_to_all, unwatched
 
 
 class Forward:
@@ -22,21 +22,23 @@ class Forward:
 
     def __init__(self, impl: str, given: Plain) -> None:
         self._impl, self._given = impl, given
-        self._chosen: dict[str, str] = {}
+        self._chosen: dict[Op, tuple[str, Callable]] = {}
         self.tensors: list[Tensor | None] = []
         self.kept: list[tuple[Op, int, Any]] = []
 
     def run(self, op: Op, *args: Any) -> Any:
         """The results of ``op``, whose arguments are checked."""
-        assert op.formulas is not None
-        impl = self._chosen.get(op.name)
-        if impl is None:
-            impl = self._chosen[op.name] = op.choose(self._impl, self._given, op.forward.functions.names)
-        inputs, outputs = (*args, impl), tuple_of(op.forward.functions[impl](*args))
-        tensors, settings = op.formulas.save(inputs, outputs)
+        chosen = self._chosen.get(op)
+        if chosen is None:
+            impl = op.choose(self._impl, self._given, op.forward.functions.names)
+            chosen = self._chosen[op] = impl, op.forward.functions[impl]
+        impl, function = chosen
+        save, _, select = op.formulas  # type: ignore[misc]
+        inputs, outputs = (*args, impl), tuple_of(function(*args))
+        tensors, settings = save(inputs, outputs)
         self.kept.append((op, len(tensors), settings))
         self.tensors += tensors
-        return op.formulas.select(inputs, outputs)
+        return select(inputs, outputs)
 
 
 class Backward:
@@ -82,7 +84,7 @@ def define_chain(name: str, forward: Callable, backward: Callable) -> Callable[.
         if given is None:
             return (None,) * len(needs)
         way = Backward(ctx.saved_tensors, ctx.kept, unwatched(grads))
-        found = outside_autocast(given, backward, way, ctx.how, needs[2:], *grads)
+        found = as_given(given, backward, way, ctx.how, needs[2:], *grads)
         return None, None, *found, *(None,) * (len(needs) - 2 - len(found))
 
     function = autograd_function(f"fastmim::{name}", run, gradients)
@@ -91,6 +93,6 @@ def define_chain(name: str, forward: Callable, backward: Callable) -> Callable[.
         given = None if impl == "reference" else plain_to_all(tensors)
         if given is None or torch.autograd._profiler_enabled():
             return None
-        return outside_autocast(given.like, function.apply, Forward(impl, given), how, *tensors)
+        return as_given(given.like, function.apply, Forward(impl, given), how, *tensors)
 
     return call

@@ -24,7 +24,8 @@ from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import check_devices
-from .direct import Plain, check_whole, dtype_of, outside_autocast, plain_to_all, tensors_of, unwatched
+from .device import on_device_of
+from .direct import Plain, as_given, check_whole, dtype_of, plain_to_all, tensors_of, unwatched
 from .dispatch import resolve
 
 NAMESPACE = "fastmim"
@@ -60,12 +61,13 @@ class Pass:
     def run(self, *args: Any) -> Any:
         """The function of the implementation that ``args`` names."""
         at = self._impl
-        return self.functions[args[at]](*args[:at], *args[at + 1 :])
+        return self.functions[args[at]](*(args[:at] + args[at + 1 :]))
 
     def _run_apart(self, *args: Any) -> Any:
         """The same for torch, which wants every result to be a new tensor: :func:`.rows.nothing` gives one to many, and
         a gradient that was kept may be what is asked for."""
-        found, given = self.run(*args), set(map(id, args))
+        with on_device_of(tensors_of(args)[0]):
+            found, given = self.run(*args), set(map(id, args))
         if not isinstance(found, tuple):
             return found
         return tuple(t.clone() if id(t) in given else t if t.numel() else torch.empty_like(t) for t in found)
@@ -125,7 +127,7 @@ class Op:
         direct = plain_to_all(args)
         if direct is None:
             return self._by_dispatcher(args, impl)
-        return outside_autocast(direct.like, self.choose(impl, direct, self._eager), True, *args)
+        return as_given(direct.like, self.choose(impl, direct, self._eager), True, *args)
 
     def choose(self, impl: str, given: Plain, functions: Mapping[str, R]) -> R:
         """What ``impl`` stands for on ``given`` tensors, of one thing for each implementation."""
@@ -145,7 +147,7 @@ class Op:
         if any(tensor.dtype == torch.float64 for tensor in tensors):
             functions = self._in_float64(functions, impl)
         function = resolve(self.name, impl, functions, tensors[0].device, dtype_of(args))
-        return outside_autocast(tensors[0], function, False, *args)
+        return as_given(tensors[0], function, False, *args)
 
     def _check_seen(self) -> None:
         """Raise ``RuntimeError`` where torch would have to look into the op, which the oracle alone allows."""
@@ -306,7 +308,7 @@ def _formula(inputs: int, backward: Pass, gradients: Callable, ctx: Any, grads: 
     # The saved tensors once: checkpointing gives them out a single time.
     kept = Kept(ctx.saved_tensors, ctx.settings, ctx.needs)
     call = backward.run if getattr(ctx, "plain", False) and unwatched(grads) else backward.op
-    found = outside_autocast(given, gradients, call, kept, *grads)
+    found = as_given(given, gradients, call, kept, *grads)
     return *found, *(None,) * (inputs - len(found))
 
 

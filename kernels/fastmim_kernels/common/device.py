@@ -1,4 +1,9 @@
-"""Kernels run where their tensors are, whichever device is current; and what a launch asks of a device."""
+"""Kernels run where their tensors are, whichever device is current; and what a launch asks of a device.
+
+Triton launches on the current device and stream. Every way into an op makes that of its tensors current, once for all
+that it launches (:func:`.direct.as_given`); a launcher need not ask, and nobody else calls one. It calls
+``kernel.run(…, grid=grid, warmup=False)``, as ``kernel[grid](…)`` would after it has packed all arguments once more.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,12 @@ import contextlib
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
-_HERE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+HERE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def processors(device: torch.device, elsewhere: int = 1) -> int:
@@ -45,27 +48,8 @@ def _ask(question: Callable[[torch.device], Any], device: torch.device) -> Any:
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """A context in which the device of ``x`` is current; it costs nothing where that is so already."""
+    """A context in which the device of ``x`` is current; :data:`HERE`, which does nothing, where that is so already."""
     # Tensors that are fake name a device that may not be there.
     if not x.is_cuda or not torch.cuda.is_initialized() or x.get_device() == torch.cuda.current_device():
-        return _HERE
+        return HERE
     return torch.cuda.device(x.device)
-
-
-def on_own_device(launcher: Callable[P, R]) -> Callable[P, R]:
-    """``launcher`` with the device of its first tensor current: Triton launches on the current device and stream.
-
-    To be put on every function that launches kernels, or asks for the current stream; those that only such
-    functions call need it not.
-    """
-    @functools.wraps(launcher)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        x: Any = args[0] if isinstance(args[0], Tensor) else next((t for t in args if isinstance(t, Tensor)), None)
-        if x is None:
-            raise TypeError(f"{launcher.__name__} takes a tensor by position")
-        if not x.is_cuda or (there := on_device_of(x)) is _HERE:
-            return launcher(*args, **kwargs)
-        with there:
-            return launcher(*args, **kwargs)
-
-    return run

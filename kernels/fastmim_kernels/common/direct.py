@@ -11,6 +11,8 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .device import HERE, on_device_of
+
 _LOW, _WIDE = (torch.bfloat16, torch.float16), torch.float32
 
 
@@ -71,9 +73,16 @@ def plain(args: Sequence[Any]) -> Plain | None:
     return None if like is None else Plain(like, low, double)
 
 
-def outside_autocast(like: Tensor, function: Callable, *args: Any) -> Any:
-    """``function(*args)`` with the dtypes that it is given, on the device of ``like``."""
-    device = "cuda" if like.is_cuda else like.device.type
+def as_given(like: Tensor, function: Callable, *args: Any) -> Any:
+    """``function(*args)`` outside autocast, with the dtypes that it is given, and with the device of ``like`` current."""
+    device = "cpu"
+    if like.is_cuda:
+        if not is_compiling() and (there := on_device_of(like)) is not HERE:
+            with there:
+                return as_given(like, function, *args)
+        device = "cuda"
+    elif not like.is_cpu:
+        device = like.device.type
     if not torch.is_autocast_enabled(device):
         return function(*args)
     if is_compiling():

@@ -86,14 +86,15 @@ def numbers_of(marked: Tensor) -> Tensor:
 def sum_of_rows(x: Tensor, rows: Tensor) -> Tensor:
     """(C,) sum of the ``rows`` of (…, C), by number, in :func:`statistics_dtype`, on a CPU.
 
-    64 at a time, of few rows all at once, where their dtype is that of the sum; bags would be rounded to another one.
+    64 at a time, of few float32 rows all at once. Sums of 64 bfloat16 rows are rounded to that, by less together than
+    a sum that is rounded once; they take half the time of a sum that asks for float32. Those of float16 might overflow.
     """
     wide, flat = statistics_dtype(x.dtype), x.view(-1, x.shape[-1])
-    if x.dtype != wide:
+    if x.dtype == torch.float16:
         return flat.index_select(0, rows).sum(0, dtype=wide)
-    if 0 < len(rows) <= 256:
+    if x.dtype == wide and 0 < len(rows) <= 256:
         return torch.embedding_bag(flat, rows, rows.new_zeros(1), mode=0)[0].squeeze(0)
-    return torch.embedding_bag(flat, rows, torch.arange(0, len(rows), 64), mode=0)[0].sum(0)
+    return torch.embedding_bag(flat, rows, torch.arange(0, len(rows), 64), mode=0)[0].sum(0, dtype=wide)
 
 
 def marked_sum(x: Tensor, marked: Tensor) -> Tensor:

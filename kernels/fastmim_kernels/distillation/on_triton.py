@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.sizes import cdiv, next_power_of_2
 from .layout import mean_weight
 
@@ -291,7 +291,6 @@ def each_of(groups: int, chunks: int, device: torch.device) -> int:
     return cdiv(groups, min(groups, MOST, cdiv(BLOCKS * processors(device), chunks)))
 
 
-@on_own_device
 def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None, student_temp: Tensor,
             teacher_temp: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernel; arguments and results as the op ``fastmim::distillation``."""
@@ -310,15 +309,14 @@ def forward(student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | N
     each = each_of(groups, chunks, device)
     shares = cdiv(groups, each)
     loss, entropy, end = make(), make(), finish(chunks)
-    distillation_forward[(shares, chunks)](
+    distillation_forward.run(
         *_plain(student, teacher, centre, weight, student_temp, teacher_temp),
         make(2 + teachers, views * groups, end["CHUNKS"]), make(3, teachers * groups, end["CHUNKS"]), make(2, shares),
         arrival.counters(1 + shares, device), *found, loss, entropy, groups, each, codes,
-        mean_weight(views, teachers, groups, own), OWN=own, **end, **cfg)
+        mean_weight(views, teachers, groups, own), OWN=own, **end, **cfg, grid=(shares, chunks), warmup=False)
     return loss, entropy, *found
 
 
-@on_own_device
 def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, weight: Tensor | None,
              student_temp: Tensor, teacher_temp: Tensor, student_rows: Tensor, teacher_rows: Tensor, own: bool
              ) -> Tensor:
@@ -329,9 +327,10 @@ def backward(grad: Tensor, student: Tensor, teacher: Tensor, centre: Tensor, wei
         cfg = config(views, len(teacher), codes)
         chunks = cdiv(codes, cfg["BLOCK"])
         each = each_of(groups, chunks, student.device)
-        distillation_backward[(cdiv(groups, each), chunks)](
+        distillation_backward.run(
             grad, *_plain(student, teacher, centre, weight, student_temp, teacher_temp), student_rows, teacher_rows,
-            out, groups, each, codes, mean_weight(views, len(teacher), groups, own), OWN=own, **cfg)
+            out, groups, each, codes, mean_weight(views, len(teacher), groups, own), OWN=own, **cfg,
+            grid=(cdiv(groups, each), chunks), warmup=False)
     return out
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.device import on_own_device
 from ..common.rows import nothing
 from . import on_torch
 from .on_torch import forward
@@ -27,7 +26,6 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bo
     return dx, *parameter_gradients(grad, x, weight_dtype, has_bias)
 
 
-@on_own_device
 def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
     """As :func:`.on_torch.input_gradient`, of (…, N) grad, in the shape of grad or of ``add``."""
     if add is None:
@@ -43,7 +41,6 @@ def input_gradient(grad: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
     return make("product_add", grad.numel() // depth, columns, depth, grad, fused, apart)
 
 
-@on_own_device
 def parameter_gradients(grad: Tensor, x: Tensor, dtype: torch.dtype, has_bias: bool) -> tuple[Tensor, Tensor]:
     """As :func:`.on_torch.parameter_gradients`, of contiguous (…, N) and (…, K)."""
     if not has_bias:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device, sm_of
+from ..common.device import sm_of
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -66,7 +66,6 @@ def product_add_kernel(
     add_tile(b_right, p_add, p_out, o_r, m_r, i_first + BN // 2, N, EVEN_N, BN // 2)
 
 
-@on_own_device
 def product_add(x: Tensor, weight: Tensor, add: Tensor, tiles: dict[str, int] | None = None) -> Tensor:
     """``x·W + add`` of (…, K), (K, N) and (…, N) in the dtype of x, rounded once; in the shape of ``add``.
 
@@ -78,8 +77,8 @@ def product_add(x: Tensor, weight: Tensor, add: Tensor, tiles: dict[str, int] | 
     tiles = narrow_config(columns, depth, x.dtype, sm_of(x.device)) if tiles is None else tiles
     out = torch.empty_like(add)
     grid = (cdiv(rows, tiles["BM"]) * cdiv(columns, tiles["BN"]),)
-    product_add_kernel[grid](x, weight, add, out, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP,
-                             PRECISION=precision(x.dtype), **tiles)
+    product_add_kernel.run(x, weight, add, out, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP,
+                           PRECISION=precision(x.dtype), **tiles, grid=grid, warmup=False)
     return out
 
 

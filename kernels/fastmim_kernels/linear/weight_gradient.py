@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
-from ..common.device import on_own_device, processors, sm_of
+from ..common.device import processors, sm_of
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -163,7 +163,6 @@ def programs_at_once(device: torch.device) -> int:
     return processors(device, elsewhere=6)
 
 
-@on_own_device
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(gradᵀ·x in ``dtype``, Σ of the rows of grad in fp32) of contiguous (…, N) and (…, K) in one launch."""
     columns, depth, device = grad.shape[-1], x.shape[-1], grad.device
@@ -178,9 +177,9 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor
         scratch = (torch.empty(splits, columns, depth, dtype=torch.float32, device=device),
                    torch.empty(splits, columns, dtype=torch.float32, device=device),
                    arrival.counters(blocks * (1 + cdiv(splits, share)), device))
-    weight_gradient_kernel[(blocks, splits)](
+    weight_gradient_kernel.run(
         grad, x, dw, d_bias, *scratch, rows, N=columns, K=depth, GROUP=GROUP, SPLITS=splits, SHARE=share,
-        PRECISION=precision(grad.dtype), **tiles)
+        PRECISION=precision(grad.dtype), **tiles, grid=(blocks, splits), warmup=False)
     return dw, d_bias
 
 

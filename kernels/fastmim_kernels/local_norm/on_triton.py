@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device
 from ..common.sizes import cdiv, next_power_of_2
 
 EPS = tl.constexpr(1e-6)
@@ -84,7 +83,6 @@ def config(length: int, lines: int) -> dict[str, int]:
     return {"BLOCK": block, "LINES": max(4, min(2048 // block, next_power_of_2(lines))), "num_warps": 4}
 
 
-@on_own_device
 def forward(images: Tensor, kernel_size: int) -> Tensor:
     """Launch the kernels; arguments and result as the op ``fastmim::local_norm_target``."""
     images = images.contiguous()
@@ -94,10 +92,12 @@ def forward(images: Tensor, kernel_size: int) -> Tensor:
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     rows, cols = config(width, height), config(height, width)
     # Along x: the other two axes of a grid end at 65,535.
-    row_kernel[(cdiv(height, rows["LINES"]) * b * c,)](
-        images, sums, squares, height, width, R=kernel_size // 2, **rows)
-    column_kernel[(cdiv(width, cols["LINES"]) * b * c,)](
-        images, sums, squares, out, height, width, R=kernel_size // 2, **cols)
+    row_kernel.run(
+        images, sums, squares, height, width, R=kernel_size // 2, **rows,
+        grid=(cdiv(height, rows["LINES"]) * b * c,), warmup=False)
+    column_kernel.run(
+        images, sums, squares, out, height, width, R=kernel_size // 2, **cols,
+        grid=(cdiv(width, cols["LINES"]) * b * c,), warmup=False)
     return out
 
 

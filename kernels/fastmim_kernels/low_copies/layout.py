@@ -18,7 +18,7 @@ def padded(count: int) -> int:
 
 def total(tensors: Sequence[Tensor]) -> int:
     """Values of the buffer."""
-    return sum([padded(t.numel()) for t in tensors])
+    return sum([-(-t.numel() // ALIGN) for t in tensors]) * ALIGN
 
 
 def views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device
 from .layout import padded, total
 
 PIECE = 16384
@@ -53,11 +52,10 @@ def forward(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return flat
 
 
-@on_own_device
 def copy(tensors: Sequence[Tensor], flat: Tensor) -> None:
     """Write each contiguous float32 tensor into ``flat``, one after the other, padded."""
     rows = table(tensors)
-    copy_kernel[(len(rows),)](rows, flat, PIECE=PIECE, BLOCK=2048, num_warps=8)
+    copy_kernel.run(rows, flat, PIECE=PIECE, BLOCK=2048, num_warps=8, grid=(len(rows),), warmup=False)
 
 
 def table(tensors: Sequence[Tensor]) -> Tensor:

@@ -32,14 +32,17 @@ def low_copies(tensors: Sequence[Tensor], dtype: torch.dtype, *, impl: str = "au
         raise wrong("low_copies", "dtype", "float16, bfloat16, float32 or float64", dtype)
     if isinstance(tensors, Tensor):  # which is a sequence of its rows
         raise wrong("low_copies", "tensors", "a sequence of tensors", tensors)
-    wide = [t for t in tensors if t.dtype != dtype]
-    if others := [t for t in wide if t.dtype != torch.float32 or not t.is_contiguous()]:
+    wide = [t for t in tensors if t.dtype is not dtype]
+    if others := [t for t in wide if t.dtype is not torch.float32 or not t.is_contiguous()]:
         takes = f"contiguous, of float32 or {str(dtype).removeprefix('torch.')}"
         raise wrong("low_copies", "tensors", takes, others[0])
     if not wide:
         return list(tensors)
-    rest = iter(views(OP(wide, dtype, impl=impl), wide))
-    return [t if t.dtype == dtype else next(rest) for t in tensors]
+    copies = views(OP(wide, dtype, impl=impl), wide)
+    if len(wide) == len(tensors):
+        return copies
+    rest = iter(copies)
+    return [t if t.dtype is dtype else next(rest) for t in tensors]
 
 
 def traffic(values: int, itemsize: int = 2) -> tuple[int, int, int]:

@@ -59,7 +59,9 @@ def _replaced(ctx: Any, tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Ten
 
 def _replaced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
     (shown, rows), grad, (shape, dtype) = ctx.saved_tensors, grad.contiguous(), ctx.like
-    return zero_rows(grad, shown), None, cast(sum_of_rows(grad, rows).view(shape), dtype)
+    # First what reads the fewer rows: they are in cache then for the rest, which has a result to write.
+    total = sum_of_rows(grad, rows)
+    return zero_rows(grad, shown), None, cast(total.view(shape), dtype)
 
 
 _REPLACED = autograd_function("replaced_tokens", _replaced, _replaced_backward)

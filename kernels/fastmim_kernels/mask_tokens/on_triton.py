@@ -18,7 +18,6 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device
 from ..common.sizes import cdiv, next_power_of_2
 
 
@@ -149,7 +148,6 @@ def config(channels: int, positions: int, batch: int) -> dict[str, int]:
             "splits": cdiv(batch, per_program), "num_warps": 4 if block_c * block_p <= 2048 else 8}
 
 
-@on_own_device
 def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | None, bias: Tensor | None,
             pos_embed: Tensor | None, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::mask_tokens``."""
@@ -161,14 +159,14 @@ def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, weight: Tensor | N
     mean = torch.empty(shape, dtype=torch.float32, device=tokens.device)
     rstd = torch.empty(shape, dtype=torch.float32, device=tokens.device)
     vectors = [None if v is None else v.contiguous() for v in (mask_token, weight, bias, pos_embed)]
-    mask_tokens_forward[(cfg["blocks"], cfg["splits"])](
+    mask_tokens_forward.run(
         tokens, mask.view(torch.uint8), *vectors, out, mean, rstd,
         batch, height * width, cfg["per_program"], eps,
-        C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], num_warps=cfg["num_warps"])
+        C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], num_warps=cfg["num_warps"],
+        grid=(cfg["blocks"], cfg["splits"]), warmup=False)
     return out, mean, rstd
 
 
-@on_own_device
 def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Tensor, mean: Tensor, rstd: Tensor,
              weight: Tensor | None, pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::mask_tokens_backward``."""
@@ -182,12 +180,12 @@ def backward(grad: Tensor, more: Tensor | None, tokens: Tensor | None, mask: Ten
     partial = torch.empty((cfg["blocks"] * cfg["splits"], kinds, c), dtype=torch.float32, device=grad.device)
     d_pos = torch.empty((cfg["splits"], height, width, c) if pos else (1, 0), dtype=torch.float32, device=grad.device)
     sums = torch.empty((kinds, c), dtype=torch.float32, device=grad.device)
-    mask_tokens_backward[(cfg["blocks"], cfg["splits"])](
+    mask_tokens_backward.run(
         grad, more, tokens, mask.view(torch.uint8), mean, rstd, weight, d_tokens, partial,
         arrival.counters(1 + len(partial), grad.device), sums, d_pos if pos else None, batch, height * width,
         cfg["per_program"],
         C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], GROUP=GROUP, num_warps=cfg["num_warps"],
-        maxnreg=REGISTERS if weight is not None else None)
+        maxnreg=REGISTERS if weight is not None else None, grid=(cfg["blocks"], cfg["splits"]), warmup=False)
     return d_tokens, sums, d_pos.sum(0) if d_pos.shape[0] > 1 else d_pos.squeeze(0)
 
 

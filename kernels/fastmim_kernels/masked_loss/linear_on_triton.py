@@ -20,7 +20,6 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase, in_dtype
 from ..common.arrival import arrive
-from ..common.device import on_own_device
 from ..common.matmul import precision
 from ..common.sizes import cdiv, next_power_of_2
 from ..common.token_layout import EPS
@@ -342,7 +341,6 @@ def chunk_rows(tokens: int, row_bytes: int) -> int:
     return max(64, min(SLOPE_BYTES // row_bytes, tokens + 63) // 64 * 64)
 
 
-@on_own_device
 def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor, mean: Tensor | None,
             std: Tensor | None, stride: int, loss: str, target_eps: float, count_eps: float, dtype: torch.dtype,
             grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -373,15 +371,15 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     pixels = (target, _flat(mean), _flat(std))
     stats = make(m, 2) if target_eps else None
     if stats is not None:
-        statistics_kernel[(m,)](*pixels, order, hits, stats, *sizes[1:5], k, target_eps, S=stride, BLOCK=STATISTICS,
-                                num_warps=4)
+        statistics_kernel.run(*pixels, order, hits, stats, *sizes[1:5], k, target_eps, S=stride, BLOCK=STATISTICS,
+                              num_warps=4, grid=(m,), warmup=False)
     for first in range(0, m, rows):
         last = min(first + rows, m)
-        head_loss_kernel[grid](
+        head_loss_kernel.run(
             x, head, bias, target, cells, *pixels[1:], stats, order, hits, slope, sums, biases,
             count, value, scale, None if biases is None else d_bias, first, *sizes,
             S=stride, CELL_H=cell[0], CELL_W=cell[1], LOSS=loss, PRECISION=precision(dtype), EPS=count_eps,
-            **cfg["loss"])
+            **cfg["loss"], grid=grid, warmup=False)
         if grads:
             _gradients(slope, x, head, order, hits, d_x, d_w, first, last, cfg)
     return value, scale, d_x, d_w, d_bias
@@ -400,14 +398,13 @@ def ordered(mask: Tensor, shape: Sequence[int], cell: tuple[int, int], stride: i
     # Where cells do not divide a token, one more can reach into it.
     reach = [next_power_of_2(cdiv(stride, c) + (stride % c != 0)) for c in cell]
     block = max(16, min(1024, 2048 // reach[1]))
-    order_kernel[(cdiv(m, block),)](
+    order_kernel.run(
         mask, torch.empty(m, dtype=torch.uint8, device=device), order, hits, arrival.counters(1, device), zeros,
         m, shape[1], shape[2], *mask.shape[1:], counters, S=stride, CELL_H=cell[0], CELL_W=cell[1], ROWS=reach[0],
-        COLS=reach[1], BLOCK=block, SCAN=SCAN, num_warps=8)
+        COLS=reach[1], BLOCK=block, SCAN=SCAN, num_warps=8, grid=(cdiv(m, block),), warmup=False)
     return order, hits, zeros
 
 
-@on_own_device
 def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor,
              weight_dtype: torch.dtype, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The three gradients times ``grad``·``scale``."""
@@ -416,8 +413,8 @@ def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_
                   for t, dtype in zip(given, (d_tokens.dtype, weight_dtype, bias_dtype), strict=True))
     grid = (sum(cdiv(t.numel(), 4096) for t in given),)
     biases = given[2] if d_bias.numel() else None, found[2] if d_bias.numel() else None
-    scale_kernel[grid](grad, scale, *given[:2], biases[0], *found[:2], biases[1], *(t.numel() for t in given),
-                       BLOCK=4096, num_warps=8)
+    scale_kernel.run(grad, scale, *given[:2], biases[0], *found[:2], biases[1], *(t.numel() for t in given),
+                     BLOCK=4096, num_warps=8, grid=grid, warmup=False)
     return found  # type: ignore[return-value]
 
 
@@ -425,11 +422,12 @@ def _gradients(slope: Tensor | None, x: Tensor, head: Tensor, order: Tensor, hit
                first: int, last: int, cfg: dict[str, dict[str, int]]) -> None:
     (k, d), tiles, exactness = head.shape, cfg["tokens"], precision(x.dtype)
     grid = cdiv(last - first, tiles["BM"]), cdiv(d, tiles["BN"])
-    token_gradient_kernel[grid](slope, head, order, hits, d_x, first, last, d, k, PRECISION=exactness, **tiles)
+    token_gradient_kernel.run(slope, head, order, hits, d_x, first, last, d, k, PRECISION=exactness, **tiles,
+                              grid=grid, warmup=False)
     tiles = cfg["weight"]
     grid = cdiv(k, tiles["BM"]), cdiv(d, tiles["BN"])
-    weight_gradient_kernel[grid](slope, x, order, hits, d_w, first, last, d, k, ADD=first > 0, PRECISION=exactness,
-                                 **tiles)
+    weight_gradient_kernel.run(slope, x, order, hits, d_w, first, last, d, k, ADD=first > 0, PRECISION=exactness,
+                               **tiles, grid=grid, warmup=False)
 
 
 _TYPES = {"p_stats": "*fp32", "eps": "fp32",

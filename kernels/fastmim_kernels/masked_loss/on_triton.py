@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device
 from ..common.sizes import next_power_of_2
 
 EPS = tl.constexpr(1e-5)
@@ -156,16 +155,15 @@ def _launch(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | Non
     b, h, w, _ = prediction.shape
     _, c, height, width = target.shape
     cfg = config(stride, (height // mask.shape[1], width // mask.shape[2]))
-    masked_l1_kernel[(b * h * w,)](
+    masked_l1_kernel.run(
         prediction, target, mask.view(torch.uint8), _flat(mean), _flat(std), factor, out, count,
-        h, w, height, width, mask.shape[1], mask.shape[2], C=c, LOSS=loss, **cfg)
+        h, w, height, width, mask.shape[1], mask.shape[2], C=c, LOSS=loss, **cfg, grid=(b * h * w,), warmup=False)
 
 
 def _flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.reshape(-1).contiguous()
 
 
-@on_own_device
 def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, stride: int,
             loss: str) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as the op ``fastmim::masked_l1``."""
@@ -176,11 +174,10 @@ def forward(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | Non
     _launch(prediction, target, mask, mean, std, stride, loss, None, sums, count)
     result = torch.empty((), dtype=torch.float32, device=prediction.device)
     scale = torch.empty((), dtype=torch.float32, device=prediction.device)
-    finish_kernel[(1,)](sums, count, result, scale, tokens, target.shape[1], BLOCK=1024)
+    finish_kernel.run(sums, count, result, scale, tokens, target.shape[1], BLOCK=1024, grid=(1,), warmup=False)
     return result, scale
 
 
-@on_own_device
 def backward(grad: Tensor, prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor | None,
              std: Tensor | None, scale: Tensor, stride: int, loss: str) -> Tensor:
     """Launch the kernel; arguments and result as the op ``fastmim::masked_l1_backward``."""

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.rows import nothing
 from ..common.sizes import cdiv, next_power_of_2
 
@@ -121,24 +121,22 @@ def gelu_backward(
         tl.store(p_partial + tl.program_id(0) * N + o_n, tl.sum(b_sum, 0), mask=m_n)
 
 
-@on_own_device
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """Launch the forward kernel; argument and result as the op ``fastmim::gelu``."""
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
     out = torch.empty_like(x)
-    gelu_forward[programs(rows, columns, "forward", x.device)](x, bias, out, rows, N=columns, **config(columns))
+    gelu_forward.run(x, bias, out, rows, N=columns, **config(columns),
+                     grid=programs(rows, columns, "forward", x.device), warmup=False)
     return out
 
 
-@on_own_device
 def backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::gelu_backward``."""
     return _launch(grad, x, bias, None, bias is not None)
 
 
-@on_own_device
 def backward_and_output(grad: Tensor, x: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(d x, with ``sums`` that of its rows in fp32 or else empty, GELU(x)) of (…, N) grad and x, in one pass."""
     out = torch.empty_like(grad)
@@ -152,7 +150,7 @@ def _launch(grad: Tensor, x: Tensor, bias: Tensor | None, out: Tensor | None, su
     dx = torch.empty_like(x)
     grid = programs(rows, columns, "backward", x.device)
     partial = torch.empty(grid[0], columns, dtype=torch.float32, device=x.device) if sums else None
-    gelu_backward[grid](grad, x, bias, dx, out, partial, rows, N=columns, **config(columns))
+    gelu_backward.run(grad, x, bias, dx, out, partial, rows, N=columns, **config(columns), grid=grid, warmup=False)
     return dx, nothing(x, torch.float32) if partial is None else partial.sum(0)
 
 

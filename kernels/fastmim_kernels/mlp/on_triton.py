@@ -16,7 +16,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import arrive
-from ..common.device import on_own_device, sm_of
+from ..common.device import sm_of
 from ..common.matmul import (
     GROUP,
     STAGES,
@@ -177,7 +177,6 @@ def gradient_config(columns: int, depth: int, dtype: torch.dtype, sm: int) -> di
     return for_two_blocks({**tiles, "BN": max(tiles["BN"], 64), "SHARE": TOGETHER})
 
 
-@on_own_device
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool,
                 tiles: dict[str, int] | None = None) -> tuple[Tensor, Tensor]:
     """(z = x·Wᵀ + b as (M, N), GELU(z) as (…, N)) of (…, K), (N, K) and (N,), each empty where not wanted.
@@ -191,12 +190,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, ge
     z = x.new_empty(rows, columns) if pre else None
     out = x.new_empty((*x.shape[:-1], columns)) if gelu else None
     grid = (cdiv(rows, tiles["BM"]) * cdiv(columns, tiles["BN"]),)
-    linear_gelu_kernel[grid](x, weight, bias, z, out, rows, depth, N=columns,
-                             EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP, PRECISION=precision(x.dtype), **tiles)
+    linear_gelu_kernel.run(x, weight, bias, z, out, rows, depth, N=columns,
+                           EVEN_K=depth % tiles["BK"] == 0, GROUP=GROUP, PRECISION=precision(x.dtype), **tiles,
+                           grid=grid, warmup=False)
     return nothing(x) if z is None else z, nothing(x) if out is None else out
 
 
-@on_own_device
 def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: bool) -> tuple[Tensor, Tensor]:
     """As :func:`linear_gelu`, in one launch or as cuBLAS' product and a pass behind it, whichever is faster."""
     columns, depth = weight.shape
@@ -211,7 +210,6 @@ def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, *, pre: bool, gelu: b
     return make("linear_gelu", x.numel() // depth, columns, depth, x, fused, apart)
 
 
-@on_own_device
 def hidden_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`gelu_gradient`, in one launch or as cuBLAS' product and a pass behind it, whichever is faster."""
     depth, columns = weight.shape
@@ -225,7 +223,6 @@ def hidden_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool) -> tu
     return make("gelu_gradient", len(pre), columns, depth, grad, fused, apart)
 
 
-@on_own_device
 def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool, tiles: dict[str, int] | None = None
                   ) -> tuple[Tensor, Tensor, Tensor]:
     """(d pre = (grad·W)·GELU'(pre), its sum over the rows in fp32 or empty, GELU(pre)) in one launch.
@@ -249,9 +246,9 @@ def gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor, bias: bool, tiles: 
         d_bias = torch.empty(columns, dtype=torch.float32, device=device)
         partial = torch.empty(blocks, columns, dtype=torch.float32, device=device)
         count = arrival.counters(across * (1 + cdiv(blocks, tiles["SHARE"])), device)
-    gelu_gradient_kernel[(blocks * across,)](
+    gelu_gradient_kernel.run(
         grad, weight, pre, dx, out, d_bias, partial, count, rows, depth, N=columns, EVEN_K=depth % tiles["BK"] == 0,
-        GROUP=GROUP, PRECISION=precision(grad.dtype), **tiles)
+        GROUP=GROUP, PRECISION=precision(grad.dtype), **tiles, grid=(blocks * across,), warmup=False)
     return dx, nothing(dx, torch.float32) if d_bias is None else d_bias, out
 
 

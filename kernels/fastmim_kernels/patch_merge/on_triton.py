@@ -18,7 +18,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.sizes import cdiv, next_power_of_2
 
 ELEMENTS_PER_THREAD = 8
@@ -156,7 +156,6 @@ def patch_merge_backward(
         sum_partials(p_partial, p_counter, p_sums, tl.program_id(0), tl.num_programs(0), 8 * C, GROUP)
 
 
-@on_own_device
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
             ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::patch_merge``."""
@@ -167,13 +166,12 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, o
     out = torch.empty(merged, dtype=out_dtype, device=x.device)
     rows, norm = out.numel() // (4 * channels), weight is not None
     mean, rstd = (torch.empty(rows if norm else 0, dtype=torch.float32, device=x.device) for _ in range(2))
-    patch_merge_forward[programs(rows, channels, norm, "forward", x.device)](
+    patch_merge_forward.run(
         x, weight, bias, out, mean if norm else None, rstd if norm else None, rows, height, width, eps,
-        C=channels, **config(channels, norm))
+        C=channels, **config(channels, norm), grid=programs(rows, channels, norm, "forward", x.device), warmup=False)
     return out, mean, rstd
 
 
-@on_own_device
 def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor | None, height: int,
              width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::patch_merge_backward``."""
@@ -186,9 +184,10 @@ def backward(grad: Tensor, x: Tensor | None, mean: Tensor, rstd: Tensor, weight:
     partial = torch.empty(grid[0] if norm else 0, 2, 4 * channels, dtype=torch.float32, device=grad.device)
     sums = torch.empty((2, 4 * channels) if norm else (0,), dtype=torch.float32, device=grad.device)
     needed = (partial, arrival.counters(1 + grid[0], grad.device), sums) if norm else (None,) * 3
-    patch_merge_backward[grid](
+    patch_merge_backward.run(
         grad, x, mean if norm else None, rstd if norm else None, weight, dx, *needed, rows, height, width, C=channels,
-        GROUP=GROUP, maxnreg=registers(channels, dtype) if norm else None, **config(channels, norm))
+        GROUP=GROUP, maxnreg=registers(channels, dtype) if norm else None, **config(channels, norm),
+        grid=grid, warmup=False)
     return dx, sums
 
 

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device
 from ..common.sizes import cdiv, next_power_of_2
 from .layout import sizes, unflatten
 
@@ -188,7 +187,6 @@ def parameter_tiles(heads: int) -> dict[str, int]:
     return {"BT": 32 if block_h <= 32 else 16, "BK": 16, "BH": block_h, "num_warps": 4}
 
 
-@on_own_device
 def forward(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords: Tensor, table: Tensor,
             layout: Sequence[int], hidden: int) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments and results as the op ``fastmim::position_bias``."""
@@ -198,13 +196,13 @@ def forward(params: Tensor, index: Tensor, order: Tensor, start: Tensor, coords:
     bias, sigmoids = (torch.empty(size, dtype=torch.float32, device=params.device) for size in sizes(blocks, hidden))
     if hidden:
         grid = cdiv(rows, TABLE["BT"]), cdiv(heads, TABLE["BH"]), len(blocks)
-        table_kernel[grid](params, coords, table, sigmoids, K=hidden, **TABLE)
+        table_kernel.run(params, coords, table, sigmoids, K=hidden, **TABLE, grid=grid, warmup=False)
     grid = cdiv(pairs, LOOK_UP["BLOCK"]), cdiv(heads, LOOK_UP["LINES"]), len(blocks)
-    look_up_kernel[grid](sigmoids if hidden else params, index, table, bias, MLP=hidden > 0, **LOOK_UP)
+    look_up_kernel.run(sigmoids if hidden else params, index, table, bias, MLP=hidden > 0, **LOOK_UP,
+                       grid=grid, warmup=False)
     return bias, sigmoids
 
 
-@on_own_device
 def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, order: Tensor, start: Tensor,
              coords: Tensor, table: Tensor, layout: Sequence[int], hidden: int) -> Tensor:
     """Launch the kernels; arguments and result as the op ``fastmim::position_bias_backward``."""
@@ -215,11 +213,12 @@ def backward(grad: Tensor, sigmoids: Tensor, params: Tensor, index: Tensor, orde
     found = torch.empty_like(params)
     d_table = torch.empty_like(sigmoids) if hidden else found
     grid = rows, cdiv(heads, SCATTER["LINES"]), len(blocks)
-    scatter_kernel[grid](grad, order, start, sigmoids, table, d_table, MLP=hidden > 0, **SCATTER)
+    scatter_kernel.run(grad, order, start, sigmoids, table, d_table, MLP=hidden > 0, **SCATTER,
+                       grid=grid, warmup=False)
     if hidden:
         tiles = parameter_tiles(heads)
         grid = len(blocks), cdiv(hidden, tiles["BK"])
-        parameters_kernel[grid](d_table, params, coords, table, found, K=hidden, **tiles)
+        parameters_kernel.run(d_table, params, coords, table, found, K=hidden, **tiles, grid=grid, warmup=False)
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def position_bias(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tupl
     hidden = _check(plan, blocks, params)
     given = [p for own in params for p in own]
     layout = [value for block in blocks for value in block]
-    found = _OF_PARAMETERS(impl, _How(plan, blocks, layout, hidden, [p.shape for p in given]), *given)
+    found = _OF_PARAMETERS(impl, _How(plan, blocks, layout, hidden, tuple([p.shape for p in given])), *given)
     return _apart(OP(_flat(given), *plan, layout, hidden, impl=impl), blocks) if found is None else list(found)
 
 
@@ -241,7 +242,7 @@ class _How(NamedTuple):
     blocks: Sequence[Block]
     layout: list[int]
     hidden: int
-    shapes: list[torch.Size]
+    shapes: tuple[torch.Size, ...]
     """Of the parameters."""
 
 
@@ -281,8 +282,13 @@ def _of_parameters(way: Forward, how: _How, *params: Tensor) -> list[Tensor]:
 def _of_parameters_gradients(way: Backward, how: _How, needs: tuple[bool, ...], *grads: Tensor | None) -> list[Tensor]:
     like = next(grad for grad in grads if grad is not None)
     flat: Any = way.run(_together(grads, how.blocks, how.hidden, like))[0]
-    parts = flat.split([math.prod(shape) for shape in how.shapes])
-    return [part.view(shape) for part, shape in zip(parts, how.shapes, strict=True)]
+    return list(torch._utils._unflatten_dense_tensors(flat, _shaped(how.shapes)))
+
+
+@lru_cache(maxsize=16)
+def _shaped(shapes: tuple[torch.Size, ...]) -> list[Tensor]:
+    """Tensors without values that say how a flat one is taken apart, by one call of torch."""
+    return [torch.empty(shape, device="meta") for shape in shapes]
 
 
 _OF_PARAMETERS = define_chain("position_bias_of_parameters", _of_parameters, _of_parameters_gradients)

@@ -12,11 +12,13 @@ from ..common.define_op import autograd_function
 from ..common.rows import cast, column_sum, layer_norm, layer_norm_backward, nothing, statistics_dtype
 from ..patch_merge.on_torch import gather, scatter
 
-KEPT_WIDE = 1 << 21
-"""Values of a low-precision branch that a CPU keeps in float32 for backward: with so few, widening them again costs a
-tenth of the pass and keeping them 4 MiB at most; with more, memory and page faults cost more than the widening."""
-CHUNK = 1 << 18
-"""Values that are widened at a time where they are more: a megabyte, which stays in cache."""
+IN_ONE = 1 << 22
+"""Values of a low-precision branch whose gradient a CPU finds in one go, as autograd does; of more, in chunks."""
+KEPT_WIDE = 1 << 23
+"""Values of such a branch that are kept in float32 for backward, 32 MiB at most: to widen them again costs a fifth of
+the pass. More are kept as they are."""
+CHUNK = 1 << 19
+"""Values of a chunk, whose float32 gradient stays in cache until it is rounded."""
 
 
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
@@ -65,7 +67,7 @@ def composed(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bia
     if order == "pre":
         added = _add(residual, x, factor, dtype)
         return added, cast(F.layer_norm(added, weight.shape, weight, bias, eps), out_dtype)
-    if x.dtype == dtype or x.numel() <= KEPT_WIDE:
+    if x.dtype == dtype or x.numel() <= IN_ONE:
         x = F.layer_norm(cast(x, dtype), weight.shape, weight, bias, eps)
     else:
         x = _NORM_OF_LOW.apply(x, weight, bias, eps)
@@ -93,23 +95,25 @@ def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, 
 
 
 def _norm_of_low(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of low-precision x in the dtype of its parameters, which keeps x as it is."""
-    out, mean, rstd = layer_norm(x.to(weight.dtype), weight, bias, eps)
-    ctx.save_for_backward(x, mean, rstd, weight)
+    """LayerNorm of low-precision x in the dtype of its parameters."""
+    wide, ctx.dtype = x.to(weight.dtype), x.dtype
+    out, mean, rstd = layer_norm(wide, weight, bias, eps)
+    ctx.save_for_backward(wide if x.numel() <= KEPT_WIDE else x, mean, rstd, weight)
     return out
 
 
 def _norm_of_low_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight = ctx.saved_tensors
     channels = x.shape[-1]
-    d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    d_x = torch.empty_like(x, dtype=ctx.dtype, memory_format=torch.contiguous_format)
     sums = weight.new_zeros((2, channels))
     rows = max(CHUNK // channels, 1)
     maps = (t.reshape(-1, channels).split(rows) for t in (grad, x, d_x))
-    for part, low, out, own_mean, own_rstd in zip(*maps, mean.split(rows), rstd.split(rows), strict=True):
-        found, *of_norm = layer_norm_backward(part, low.to(weight.dtype), own_mean, own_rstd, weight)
+    for part, own, out, own_mean, own_rstd in zip(*maps, mean.split(rows), rstd.split(rows), strict=True):
+        found, d_weight, d_bias = layer_norm_backward(part, cast(own, weight.dtype), own_mean, own_rstd, weight)
         out.copy_(found)
-        sums += torch.stack(of_norm)
+        sums[0] += d_weight
+        sums[1] += d_bias
     return d_x, *sums.unbind(0), None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.rows import nothing
 from ..common.sizes import cdiv, next_power_of_2
 from .layout import given, merged_shape, owned, written
@@ -47,6 +47,13 @@ def programs(tiles: int, num_warps: int, direction: str, device: torch.device) -
     if device.type != "cuda":  # the interpreter
         return min(tiles, 2)
     return min(tiles, processors(device) * max(WARPS_PER_SM[direction] // num_warps, 1))
+
+
+@lru_cache(maxsize=1024)
+def launch(rows: int, channels: int, direction: str, device: torch.device) -> tuple[int, dict[str, int]]:
+    """(programs, :func:`config`)."""
+    shape = config(channels)
+    return programs(cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], direction, device), shape
 
 
 @triton.jit
@@ -222,62 +229,58 @@ def residual_norm_backward(
     sum_partials(p_partial, p_counter, p_sums, tl.program_id(0), tl.num_programs(0), SUMS * C, GROUP)
 
 
-@on_own_device
 def forward(residual: Tensor | None, branch: Tensor | None, weight: Tensor, bias: Tensor,
             branch_bias: Tensor | None, drop_scale: Tensor | None, gamma: Tensor | None, order: str, eps: float,
             stream_dtype: torch.dtype, out_dtype: torch.dtype, merge: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::residual_norm``."""
-    residual, branch = [None if t is None else t.contiguous() for t in (residual, branch)]
+    residual = None if residual is None else residual.contiguous()
+    branch = None if branch is None else branch.contiguous()
     like = given(residual, branch)
-    channels, device = like.shape[-1], like.device
+    full, device = like.shape, like.device
+    channels, (height, width) = full[-1], full[1:3] if merge else (0, 0)
     rows = like.numel() // channels
     own_added, own_out = written(order, branch, stream_dtype, out_dtype)
-    shape_added = merged_shape(like) if merge else like.shape
+    shape_added = merged_shape(like) if merge else full
     added = torch.empty(shape_added, dtype=stream_dtype, device=device) if own_added else None
-    out = torch.empty(like.shape, dtype=out_dtype, device=device) if own_out else None
+    out = torch.empty(full, dtype=out_dtype, device=device) if own_out else None
     mean = torch.empty(rows, dtype=torch.float32, device=device)
     rstd = torch.empty_like(mean)
-    shape = config(channels)
-    grid = (programs(cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "forward", device),)
-    vectors = [None if v is None else v.contiguous() for v in (weight, bias, branch_bias, gamma, drop_scale)]
-    residual_norm_forward[grid](
-        residual, branch, *vectors, added, out, mean, rstd, rows, rows // like.shape[0], eps, *_map(like, merge),
-        POST=order == "post", MERGE=merge, C=channels, **shape)
+    count, shape = launch(rows, channels, "forward", device)
+    residual_norm_forward.run(
+        residual, branch, weight.contiguous(), bias.contiguous(),
+        None if branch_bias is None else branch_bias.contiguous(), None if gamma is None else gamma.contiguous(),
+        None if drop_scale is None else drop_scale.contiguous(), added, out, mean, rstd, rows, rows // full[0], eps,
+        height, width, POST=order == "post", MERGE=merge, C=channels, **shape, grid=(count,), warmup=False)
     return (nothing(like, stream_dtype) if added is None else added, nothing(like, out_dtype) if out is None else out,
             mean, rstd)
 
 
-@on_own_device
 def backward(grad_added: Tensor | None, grad_out: Tensor | None, saved: Tensor, branch: Tensor | None,
              mean: Tensor, rstd: Tensor, weight: Tensor, branch_bias: Tensor | None,
              drop_scale: Tensor | None, gamma: Tensor | None, order: str, merge: bool, dtype: torch.dtype | None,
              branch_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::residual_norm_backward``."""
-    grad_added, grad_out, branch = [None if t is None else t.contiguous() for t in (grad_added, grad_out, branch)]
-    saved = saved.contiguous()
-    channels, device = saved.shape[-1], saved.device
+    grad_added = None if grad_added is None else grad_added.contiguous()
+    grad_out = None if grad_out is None else grad_out.contiguous()
+    branch, saved = None if branch is None else branch.contiguous(), saved.contiguous()
+    full, device = saved.shape, saved.device
+    channels, (height, width) = full[-1], full[1:3] if merge else (0, 0)
     rows = saved.numel() // channels
     own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
     d_residual = torch.empty_like(saved, dtype=dtype) if own_residual else None
     d_branch = torch.empty_like(saved, dtype=branch_dtype) if own_branch else None
-    shape = config(channels)
-    count = programs(cdiv(rows, shape["BLOCK_R"]), shape["num_warps"], "backward", device)
+    count, shape = launch(rows, channels, "backward", device)
     vectors_summed = 2 + (branch_bias is not None) + (gamma is not None)
     sums = torch.empty(vectors_summed, channels, dtype=torch.float32, device=device)
     partial = torch.empty(count, vectors_summed, channels, dtype=torch.float32, device=device)
-    vectors = [None if v is None else v.contiguous() for v in (weight, branch_bias, gamma, drop_scale)]
-    residual_norm_backward[(count,)](
-        grad_added, grad_out, saved, branch, mean, rstd, *vectors,
-        d_residual, d_branch, partial,
-        arrival.counters(1 + count, device), sums, rows, rows // saved.shape[0], *_map(saved, merge),
-        POST=order == "post", MERGE=merge, SUMS=vectors_summed, C=channels, GROUP=GROUP, **shape)
+    residual_norm_backward.run(
+        grad_added, grad_out, saved, branch, mean, rstd, weight.contiguous(),
+        None if branch_bias is None else branch_bias.contiguous(), None if gamma is None else gamma.contiguous(),
+        None if drop_scale is None else drop_scale.contiguous(), d_residual, d_branch, partial,
+        arrival.counters(1 + count, device), sums, rows, rows // full[0], height, width, POST=order == "post",
+        MERGE=merge, SUMS=vectors_summed, C=channels, GROUP=GROUP, **shape, grid=(count,), warmup=False)
     return (nothing(saved, dtype) if d_residual is None else d_residual,
             nothing(saved, branch_dtype) if d_branch is None else d_branch, sums)
-
-
-def _map(x: Tensor, merge: bool) -> tuple[int, int]:
-    """Height and width, which only merging looks at."""
-    return (x.shape[1], x.shape[2]) if merge else (0, 0)
 
 
 def _trips(a: Mapping[str, Any]) -> tuple[float, ...]:

@@ -209,13 +209,17 @@ def _save(inputs: Any, outputs: Any) -> Any:
         saved, kept = branch, None
     else:
         saved, kept = residual if branch is None else added, branch if gamma is not None else None
-    dtypes = [None if p is None else p.dtype for p in (weight, bias, branch_bias, gamma)]
-    settings = order, merge, *[None if t is None else t.dtype for t in (residual, branch)], impl
+    dtypes = (weight.dtype, bias.dtype, None if branch_bias is None else branch_bias.dtype,
+              None if gamma is None else gamma.dtype)
+    settings = (order, merge, None if residual is None else residual.dtype, None if branch is None else branch.dtype,
+                impl)
     return (saved, kept, mean, rstd, weight, branch_bias, drop_scale, gamma), (dtypes, settings)
 
 
 def _gradients(backward: Callable, kept: Kept, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_added, grad_out = [None if g is None or not g.numel() else g for g in grads]
+    grad_added, grad_out = grads
+    grad_added = None if grad_added is None or not grad_added.numel() else grad_added
+    grad_out = None if grad_out is None or not grad_out.numel() else grad_out
     dtypes, (order, merge, dtype, branch_dtype, impl) = kept.settings
     if grad_added is None and grad_out is None:
         return ()
@@ -230,9 +234,10 @@ def _gradients(backward: Callable, kept: Kept, *grads: Tensor | None) -> tuple[T
     own_residual, own_branch = owned(order, merge, grad_out, drop_scale, gamma, dtype, branch_dtype)
     d_residual = None if dtype is None else d_residual if own_residual else grad_added
     d_branch = None if branch_dtype is None else d_branch if own_branch else d_residual
-    rest = iter(sums.unbind())
-    d_params = [None if dtype is None else cast(next(rest), dtype) for dtype in dtypes]
-    return d_residual, d_branch, *d_params[:3], None, d_params[3]
+    vectors, (_, _, bias_dtype, gamma_dtype) = sums.unbind(), dtypes
+    return (d_residual, d_branch, cast(vectors[0], dtypes[0]), cast(vectors[1], dtypes[1]),
+            None if bias_dtype is None else cast(vectors[2], bias_dtype), None,
+            None if gamma_dtype is None else cast(vectors[-1], gamma_dtype))
 
 
 def _readers(inputs: Any, outputs: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..common import arrival
 from ..common.aot_case import AotCase
 from ..common.arrival import GROUP, sum_partials
-from ..common.device import on_own_device
 from ..common.sizes import cdiv, next_power_of_2
 
 
@@ -103,20 +102,19 @@ def config(channels: int, length: int, batch: int) -> dict[str, int]:
             "splits": cdiv(batch, per_program), "num_warps": 4 if block_c * block_p <= 2048 else 8}
 
 
-@on_own_device
 def forward(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Launch the forward kernel; arguments and result as the op ``fastmim::unshuffle``."""
     batch, kept, c = tokens.shape
     length = 1 + places.shape[1]
     cfg = config(c, length, batch)
     out = torch.empty((batch, length, c), dtype=out_dtype, device=tokens.device)
-    unshuffle_forward[(cfg["blocks"], cfg["splits"])](
+    unshuffle_forward.run(
         *(t.contiguous() for t in (tokens, places, mask_token, pos_embed)), out, batch, length, kept,
-        cfg["per_program"], C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], num_warps=cfg["num_warps"])
+        cfg["per_program"], C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], num_warps=cfg["num_warps"],
+        grid=(cfg["blocks"], cfg["splits"]), warmup=False)
     return out
 
 
-@on_own_device
 def backward(grad: Tensor, places: Tensor, kept: int, pos: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel; arguments and results as the op ``fastmim::unshuffle_backward``."""
     batch, length, c = grad.shape
@@ -125,10 +123,11 @@ def backward(grad: Tensor, places: Tensor, kept: int, pos: bool, dtype: torch.dt
     partial = torch.empty((cfg["blocks"] * cfg["splits"], c), dtype=torch.float32, device=device)
     d_token = torch.empty(c, dtype=torch.float32, device=device)
     d_pos = torch.empty((cfg["splits"], length, c) if pos else (1, 0), dtype=torch.float32, device=device)
-    unshuffle_backward[(cfg["blocks"], cfg["splits"])](
+    unshuffle_backward.run(
         grad.contiguous(), places.contiguous(), d_tokens, partial, arrival.counters(1 + len(partial), device), d_token,
         d_pos if pos else None, batch, length, kept, cfg["per_program"],
-        C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], GROUP=GROUP, num_warps=cfg["num_warps"])
+        C=c, BLOCK_P=cfg["BLOCK_P"], BLOCK_C=cfg["BLOCK_C"], GROUP=GROUP, num_warps=cfg["num_warps"],
+        grid=(cfg["blocks"], cfg["splits"]), warmup=False)
     return d_tokens, d_token, d_pos.sum(0) if d_pos.shape[0] > 1 else d_pos.squeeze(0)
 
 

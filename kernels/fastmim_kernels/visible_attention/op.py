@@ -63,7 +63,7 @@ def _check(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, num_heads: 
     if qkv.ndim < 3 or not qkv.shape[-1] or qkv.shape[-1] % (3 * num_heads):
         raise wrong(op, "qkv", f"(B, …, 3C) with C divisible by num_heads={num_heads}", qkv)
     if slots.ndim != 3 or slots.shape[0] != qkv.shape[0] or slots.dtype != torch.int64:
-        raise wrong(op, "slots", f"({qkv.shape[0]}, W, N) of int64", slots)
+        raise wrong(op, "slots", f"({qkv.shape[0]}, W, N) of int64 for qkv of {tuple(qkv.shape)}", slots)
     if places.shape != slots.shape or places.dtype != torch.int64:
         raise wrong(op, "places", f"{tuple(slots.shape)} of int64, as slots", places)
     n = slots.shape[2]
@@ -72,7 +72,7 @@ def _check(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, num_heads: 
     if groups is not None and (groups.shape != slots.shape[1:] or groups.dtype != torch.int64):
         raise wrong(op, "groups", f"{tuple(slots.shape[1:])} of int64", groups)
     if padding is not None and padding.shape != qkv.shape[-1:]:
-        raise wrong(op, "padding", f"{tuple(qkv.shape[-1:])}", padding)
+        raise wrong(op, "padding", f"{tuple(qkv.shape[-1:])} for qkv of {tuple(qkv.shape)}", padding)
     if logit_scale is not None and logit_scale.numel() != num_heads:
         raise wrong(op, "logit_scale", f"num_heads={num_heads} values", logit_scale)
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.device import on_own_device, processors, sm_of
+from ..common.device import processors, sm_of
 from ..common.rows import nothing
 from ..common.sizes import cdiv
 from .layout import pair
@@ -212,6 +212,11 @@ def single_tile(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bo
     return n <= 64 and dtype != torch.float32 and head_dim <= 32 and not spills
 
 
+def registers(head_dim: int, dtype: torch.dtype, arch: int) -> int | None:
+    """Limit of ``maxnreg``: of three blocks, where the compiler would take those of four on sm_90 and spill."""
+    return 168 if arch == 90 and head_dim > 32 and dtype != torch.float32 else None
+
+
 @lru_cache(maxsize=256)
 def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -> Tiling:
     """Tile sizes of the kernel that :func:`single_tile` chooses: the largest that do not spill."""
@@ -225,7 +230,6 @@ def config(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -
     return Tiling(64 if arch >= 90 and n > 64 else 32, 1, 32, False, 4, 1, 1, blocks_per_sm=2)
 
 
-@on_own_device
 def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor,
              lse: Tensor, num_heads: int, window_size: Sequence[int], shift_size: Sequence[int],
              bias_grad: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -264,8 +268,9 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     arguments = (grad_out, qkv, bias, logit_scale, out, lse, dqkv, partial, dscale,
                  windows, groups, height, width, num_heads, *shift_size)
     kernel = backward_kernel if single_tile(*which) else backward_large_kernel
-    kernel[(num_heads * groups,)](
-        *arguments, **common, ROWS=tiling.ROWS, KEYS=tiling.KEYS, num_warps=tiling.num_warps)
+    kernel.run(
+        *arguments, **common, ROWS=tiling.ROWS, KEYS=tiling.KEYS, num_warps=tiling.num_warps,
+        maxnreg=registers(head_dim, qkv.dtype, arch), grid=(num_heads * groups,), warmup=False)
     dbias, total = _reduce(partial, dscale, logit_scale)
     return dqkv, dbias, nothing(lse) if total is None else total
 
@@ -283,6 +288,7 @@ def _reduce(partial: Tensor | None, dscale: Tensor | None, logit_scale: Tensor |
     total = None
     if logit_scale is not None:
         total = torch.empty(logit_scale.shape, dtype=torch.float32, device=partial.device)
-    reduce_kernel[(heads, cdiv(n * n, 256))](
-        partial, dscale, logit_scale, dbias, total, groups, n * n, GROUPS=16, BLOCK=256)
+    reduce_kernel.run(
+        partial, dscale, logit_scale, dbias, total, groups, n * n, GROUPS=16, BLOCK=256,
+        grid=(heads, cdiv(n * n, 256)), warmup=False)
     return dbias, total

@@ -8,6 +8,7 @@ keep whole rows of logits in registers instead (``triton_rows_forward``).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -19,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot_case import AotCase
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from ..common.sizes import cdiv
-from .layout import pair
-from .triton_backward import backward, backward_kernel, backward_large_kernel, reduce_kernel, single_tile
+from .layout import Pair, pair
+from .triton_backward import backward, backward_kernel, backward_large_kernel, reduce_kernel, registers, single_tile
 from .triton_backward import config as backward_config
 from .triton_fragments import (
     BLOCKS_PER_SM,
@@ -195,7 +196,6 @@ def config(n: int, head_dim: int, dtype: torch.dtype) -> Tiling:
     return Tiling(32 if dtype == torch.float32 else 64, 1, 16 if wide else 32, False, 4, 1, 1, blocks_per_sm=3)
 
 
-@on_own_device
 def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: int,
             window_size: Sequence[int], shift_size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; arguments and results as the op ``fastmim::window_attention``.
@@ -228,15 +228,15 @@ def forward(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, num_heads: in
     sizes = (height, width, num_heads, *shift_size)
     if by_rows(n, head_dim, qkv.dtype):
         groups = window_groups(windows, num_heads, processors(qkv.device) * BLOCKS_PER_SM)
-        rows_forward_kernel[(num_heads * groups,)](qkv, bias, logit_scale, out, lse, windows, groups, *sizes, **common,
-                                                   PARTS=parts(n), num_warps=WARPS.value)
+        rows_forward_kernel.run(qkv, bias, logit_scale, out, lse, windows, groups, *sizes, **common,
+                                PARTS=parts(n), num_warps=WARPS.value, grid=(num_heads * groups,), warmup=False)
         return out, lse
     tiling = config(n, head_dim, qkv.dtype)
     tiles = cdiv(n, tiling.ROWS * tiling.TILES)
     groups = window_groups(windows, num_heads * tiles, processors(qkv.device) * tiling.blocks_per_sm)
-    forward_kernel[(num_heads * groups, tiles)](
+    forward_kernel.run(
         qkv, bias, logit_scale, out, lse, windows, groups, *sizes, **common, **tile_constexprs(n, tiling),
-        num_warps=tiling.num_warps)
+        num_warps=tiling.num_warps, grid=(num_heads * groups, tiles), warmup=False)
     return out, lse
 
 
@@ -246,6 +246,10 @@ _SHAPES = {  # name: (window, heads, head_dim, cosine) of a shifted block, at 19
     "swinv2_g_w12": (12, 16, 32, True), "swinv2_b_w12_unshifted": (12, 16, 32, True),
     "swinv2_b_w6_last_stage": (6, 32, 32, True), "swinv2_w8": (8, 4, 32, True), "swinv2_w16": (16, 4, 32, True),
     "swinv2_w24": (24, 4, 32, True),
+}
+_VISIBLE = {  # name: (window, heads, head_dim, cosine) of visible_attention, whose maps are single windows
+    "visible_swin_b_w6": ((1, 36), 4, 40, False), "visible_swin_w7": ((1, 49), 4, 40, False),
+    "visible_swinv2_b_w12": ((1, 144), 4, 40, False),
 }
 _FORWARD = {"p_qkv": "*bf16", "p_bias": "*fp32", "p_scale": "*fp32", "p_out": "*bf16", "p_lse": "*fp32"}
 _BACKWARD = {"p_grad": "*bf16", **_FORWARD, "p_dqkv": "*bf16", "p_partial": "*fp32", "p_dscale": "*fp32"}
@@ -261,9 +265,9 @@ _SIZES = ("windows", "groups", "height", "width", "heads", "shift_y", "shift_x")
 _BY_ROWS = Tiling(ROWS.value, 1, CHUNK.value, True, WARPS.value, 1, 1, BLOCKS_PER_SM)
 
 
-def _forward_case(name: str, window: int, heads: int, head_dim: int, cosine: bool,
+def _forward_case(name: str, window: int | Pair, heads: int, head_dim: int, cosine: bool,
                   dtype: torch.dtype = torch.bfloat16) -> AotCase:
-    n = window * window
+    n = math.prod(_edges(window))
     if by_rows(n, head_dim, dtype):
         return _case("forward", name, window, heads, head_dim, cosine, rows_forward_kernel, _BY_ROWS, _ARCHS[dtype],
                      {"PARTS": parts(n)}, dtype)
@@ -272,27 +276,34 @@ def _forward_case(name: str, window: int, heads: int, head_dim: int, cosine: boo
                  tile_constexprs(n, tiling), dtype)
 
 
-def _backward_cases(name: str, window: int, heads: int, head_dim: int, cosine: bool,
+def _backward_cases(name: str, window: int | Pair, heads: int, head_dim: int, cosine: bool,
                     dtype: torch.dtype = torch.bfloat16) -> list[AotCase]:
     """One case for the architectures that share a kernel and its tiles."""
-    n = window * window
-    shared: dict[tuple[Any, Tiling], tuple[int, ...]] = {}
+    n = math.prod(_edges(window))
+    shared: dict[tuple[Any, Tiling, int | None], tuple[int, ...]] = {}
     for arch in _ARCHS[dtype]:
         which = (n, head_dim, dtype, arch, cosine)
-        choice = backward_kernel if single_tile(*which) else backward_large_kernel, backward_config(*which)
+        choice: Any = (backward_kernel if single_tile(*which) else backward_large_kernel, backward_config(*which),
+                       registers(head_dim, dtype, arch))
         if backward_by_rows(n, head_dim, dtype, arch):
-            choice = rows_backward_kernel, _BY_ROWS
+            choice = rows_backward_kernel, _BY_ROWS, None
         shared[choice] = (*shared.get(choice, ()), arch)
     return [_case("backward", name if 90 in archs else f"{name}_sm{archs[0]}", window, heads, head_dim, cosine, kernel,
                   tiling, archs,
                   {"PARTS": parts(n)} if kernel is rows_backward_kernel else {"ROWS": tiling.ROWS, "KEYS": tiling.KEYS},
-                  dtype)
-            for (kernel, tiling), archs in shared.items()]
+                  dtype, maxnreg)
+            for (kernel, tiling, maxnreg), archs in shared.items()]
 
 
-def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cosine: bool, kernel: Any,
-          tiling: Tiling, archs: tuple[int, ...], sizes: dict[str, Any], dtype: torch.dtype) -> AotCase:
-    common = common_constexprs(head_dim, (window, window), "unshifted" not in name, dtype)
+def _edges(window: int | Pair) -> Pair:
+    return (window, window) if isinstance(window, int) else window
+
+
+def _case(direction: str, name: str, window: int | Pair, heads: int, head_dim: int, cosine: bool, kernel: Any,
+          tiling: Tiling, archs: tuple[int, ...], sizes: dict[str, Any], dtype: torch.dtype,
+          maxnreg: int | None = None) -> AotCase:
+    edges = _edges(window)
+    common = common_constexprs(head_dim, edges, not ("unshifted" in name or name.startswith("visible")), dtype)
     pointers = dict(_ROWS_BACKWARD if kernel is rows_backward_kernel else
                     _BACKWARD if direction == "backward" else _FORWARD)
     wide = dtype == torch.float32
@@ -304,8 +315,8 @@ def _case(direction: str, name: str, window: int, heads: int, head_dim: int, cos
         common | sizes | absent, num_warps=tiling.num_warps,
         divisible=tuple(present) + (("heads",) if heads % 16 == 0 else ()),
         quick=re.sub("_sm[0-9]+$", "", name) in _QUICK,
-        wide_target=0.5 if window % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs,
-        others=("fp16",), trips=_TRIPS[kernel.fn.__name__])
+        wide_target=0.5 if math.prod(edges) % 2 else 0.95, dot=True, persistent=tiling.blocks_per_sm == 1, archs=archs,
+        others=("fp16",), maxnreg=maxnreg, trips=_TRIPS[kernel.fn.__name__])
 
 
 # Windows of a program; then, where there is one, the loop over keys, and in backward of large windows the tiles of
@@ -327,8 +338,9 @@ _TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
 
 def aot_cases() -> list[AotCase]:
     """Every shipped window and head count, and windows 7, 8, 16 and 24, in bfloat16; the usual two in float32."""
-    cases = [_forward_case(name, *shape) for name, shape in _SHAPES.items()]
-    cases += [case for name, shape in _SHAPES.items() for case in _backward_cases(name, *shape)]
+    shapes: dict[str, tuple[Any, ...]] = {**_SHAPES, **_VISIBLE}
+    cases = [_forward_case(name, *shape) for name, shape in shapes.items()]
+    cases += [case for name, shape in shapes.items() for case in _backward_cases(name, *shape)]
     for name in _QUICK:
         shape = _SHAPES[name]
         cases += [_forward_case(name, *shape, torch.float32), *_backward_cases(name, *shape, torch.float32)]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import arrival
-from ..common.device import on_own_device, processors
+from ..common.device import processors
 from .triton_fragments import BLOCKS_PER_SM, KEY_PROGRAMS, WARPS, by_rows, parts
 from .triton_rows_backward import rows_backward_kernel
 from .triton_tiles import LN2, MASKED_LOGIT, common_constexprs, token_sides, window_groups
@@ -69,13 +69,12 @@ def bias_tables(bias: Tensor, window_size: tuple[int, int], shift_size: tuple[in
     variants = 4 if shifted else 1
     turned = torch.empty(heads, variants, n, n, dtype=torch.float32, device=bias.device)
     table = torch.empty_like(turned) if shifted else None
-    tables_kernel[(heads * variants * triton.cdiv(n, 32) ** 2,)](
+    tables_kernel.run(
         bias, table, turned, *shift_size, WH=window_size[0], WW=window_size[1], VARIANTS=variants, BLOCK=32,
-        num_warps=4)
+        num_warps=4, grid=(heads * variants * triton.cdiv(n, 32) ** 2,), warmup=False)
     return bias if table is None else table, turned
 
 
-@on_own_device
 def rows_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, out: Tensor, lse: Tensor,
                   num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int], bias_grad: bool
                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -97,8 +96,9 @@ def rows_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tens
     if bias_grad or logit_scale is not None:
         count = arrival.counters(num_heads * (tiles + 1), qkv.device)
     rows = torch.empty(num_heads, groups, KEY_PROGRAMS.value, 2, n, **new)
-    rows_backward_kernel[(programs * groups,)](
+    rows_backward_kernel.run(
         grad_out, qkv, *tables, logit_scale, out, lse, dqkv, partial, dbias, shares, total, count, rows,
         windows, groups, height, width, num_heads, *shift_size,
-        **common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype), PARTS=tiles, num_warps=WARPS.value)
+        **common_constexprs(head_dim, window_size, any(shift_size), qkv.dtype), PARTS=tiles, num_warps=WARPS.value,
+        grid=(programs * groups,), warmup=False)
     return dqkv, dbias, total

@@ -139,6 +139,19 @@ def _attention(window: tuple[int, int], shape: tuple[int, int, int], heads: int,
     return given | ({"logit_scale": positive(heads, 1, 1)} if cosine else {})
 
 
+# Two windows of 3x3 places of which 7 tokens take some, one of them padded: neither fills a block.
+def _visible(cosine: bool, dtype: torch.dtype = F32) -> dict[str, Any]:
+    held = torch.full((2, 2, 9), -1, device="cpu")
+    held[:, 0, 0] = -2
+    held[0, :, 3:7] = torch.tensor([[0, 5, 2, 6], [1, 3, 4, -1]], device="cpu")
+    held[1, 1, :7] = torch.arange(7, device="cpu")
+    places = (held == -1).int().argsort(dim=2, stable=True)
+    given = {"qkv": normal(2, 7, 3 * 2 * 16, dtype=dtype), "bias": normal(2, 9, 9), "slots": held.gather(2, places),
+             "places": places, "num_heads": 2, "groups": torch.arange(18, device="cpu").view(2, 9) // 5 % 2,
+             "padding": normal(3 * 2 * 16)}
+    return given | ({"logit_scale": positive(2, 1, 1)} if cosine else {})
+
+
 # Of 5 images all views are hidden in one, some in others; 300 codes are one chunk that is not full.
 def _distillation(pairs: str, codes: int, dtype: torch.dtype = F32) -> dict[str, Any]:
     student, teacher = ((3, 5, codes), (2, 5, codes)) if pairs == "views" else ((9, codes), (9, codes))
@@ -194,6 +207,9 @@ EXAMPLES = (
     Example("linear_masked_l1", "patch statistics", _patch_loss, _HEAD),
     Example("unshuffle", "", lambda: _unshuffle(3), ("tokens", "mask_token")),
     Example("unshuffle", "positions", lambda: _unshuffle(17), ("tokens", "mask_token", "pos_embed")),
+    Example("visible_attention", "float32", lambda: _visible(False), ("qkv", "bias", "padding")),
+    Example("visible_attention", "bfloat16, cosine", lambda: _visible(True, BF16),
+            ("qkv", "bias", "padding", "logit_scale")),
     Example("distillation", "rows, bfloat16", lambda: _distillation("rows", 300, BF16), ("student",)),
     Example("distillation_and_entropy", "views", lambda: _distillation("views", 300), ("student",)),
     Example("local_norm_target", "", lambda: {"images": normal(2, 3, 9, 13), "kernel_size": 5}),

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastmim_kernels.common import arrival, device
+from fastmim_kernels.common import arrival, device, direct
 from fastmim_kernels.low_copies import on_triton as low_copies
 from tests.kernels.triton.examples import EXAMPLES, Example, names, run
 
@@ -99,29 +99,45 @@ def test_nothing_is_done_where_the_device_is_current_already(monkeypatch: pytest
     assert isinstance(device.on_device_of(second), torch.cuda.device)
 
 
-def launched_without(source: str) -> set[str]:
-    """Functions of a module that launch (``kernel[grid](…)``) and are neither marked nor only called by marked ones."""
-    functions = {f.name: f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)}
-    marked = {n for n, f in functions.items() if any("on_own_device" in ast.dump(d) for d in f.decorator_list)}
-    launch = {n for n, f in functions.items() if any(
-        isinstance(c, ast.Call) and isinstance(c.func, ast.Subscript) for c in ast.walk(f))}
-    callers: dict[str, set[str]] = {n: set() for n in functions}
-    for name, function in functions.items():
-        for call in ast.walk(function):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in functions:
-                callers[call.func.id].add(name)
-
-    def covered(name: str, seen: frozenset[str] = frozenset()) -> bool:
-        by = callers[name] - seen
-        return name in marked or (bool(by) and all(covered(n, seen | {name}) for n in by))
-
-    return {n for n in launch if not covered(n)}
+def test_the_direct_way_makes_the_device_current_too(launches: list[tuple[str, int]]) -> None:
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda:1")
+    assert direct.as_given(x, torch.cuda.current_device) == 1
 
 
-def test_every_launcher_is_marked() -> None:
-    """Also those of ops that are written later."""
-    bad = {f"{path.parent.name}/{path.name}:{name}" for path in sorted(KERNELS.glob("*/*.py"))
-           if path.parent.name != "check" and "import triton" in path.read_text()
-           for name in launched_without(path.read_text())}
-    assert not bad
-    assert launched_without("def a(x):\n    kernel[1](x)\ndef b(x):\n    a(x)\n") == {"a"}
+def imported(source: str, package: str) -> set[str]:
+    """Modules of our own, ``package.module``, that the ``source`` of one in ``package`` imports, by whatever form."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            at = [p for p in [package][: 2 - node.level] if p] + (node.module.split(".") if node.module else [])
+            found |= {".".join(at)} | {".".join([*at, name.name]) for name in node.names}
+    return found
+
+
+def launches_or_brings(sources: dict[str, str]) -> set[str]:
+    """Modules that launch (``kernel.run(…, grid=…)``, or ``kernel[grid](…)``) or import one that does."""
+    def launches(call: ast.Call) -> bool:
+        return isinstance(call.func, ast.Subscript) or "grid" in [word.arg for word in call.keywords]
+
+    found = {name for name, source in sources.items() if "import triton" in source and any(
+        isinstance(c, ast.Call) and launches(c) for c in ast.walk(ast.parse(source)))}
+    while more := {n for n, source in sources.items() if imported(source, n.partition(".")[0]) & found} - found:
+        found |= more
+    return found
+
+
+def test_only_ops_come_to_a_launcher() -> None:
+    """Also to those that are written later: an op makes the device current, and is given its launchers by name."""
+    sources = {f"{path.parent.name}.{path.stem}": path.read_text() for path in sorted(KERNELS.glob("*/*.py"))
+               if path.parent.name != "check"}
+    named = {f"{name.partition('.')[0]}.{call.args[2].value.strip('.')}" for name, source in sources.items()
+             for call in ast.walk(ast.parse(source)) if isinstance(call, ast.Call)
+             and getattr(call.func, "id", "") == "define_op" and isinstance(call.args[2], ast.Constant)}
+    launching = launches_or_brings(sources)
+    brought = {to for name in launching for to in imported(sources[name], name.partition(".")[0])}
+    assert len(named) > 10 and launching <= named | brought, launching - named - brought
+    top = {m for path in KERNELS.glob("*.py") if path.stem != "triton" for m in imported(path.read_text(), "")}
+    assert not top & launching
+    made = {"a.kernel": "import triton\ndef f(x):\n    k.run(x, grid=(1,))\n", "a.op": "from . import kernel\n", "b.op": ""}
+    assert launches_or_brings(made) == {"a.kernel", "a.op"}, "a.op would be found"
