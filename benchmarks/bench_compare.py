@@ -1,6 +1,6 @@
-"""A whole training step of every provider, in turns, on the same weights, images and masks: SimMIM's, or iBOT's.
+"""A whole training step of every provider, in turns, on the same weights, images and masks: SimMIM's, iBOT's or MAE's.
 
-A step is forward, backward, clipping at 5.0 and AdamW; iBOT's its recipe's, with its teacher. A provider whose
+A step is forward, backward, clipping at 5.0 and AdamW; iBOT's and MAE's their recipes'. A provider whose
 loss is not the judge's (the published code's where it is there, else timm's) is refused: it is not timed, and the exit
 status is 1. ``ratio`` is a provider's speed over the baseline's, round by round.
 """
@@ -27,7 +27,7 @@ from benchmarks.providers import Case  # noqa: E402
 from benchmarks.seat import Caller, take_seats  # noqa: E402
 from fastmim.engine.distributed import World, distributed  # noqa: E402
 
-JUDGES = ("microsoft-swin", "microsoft-simmim", "timm", "bytedance-ibot")
+JUDGES = ("microsoft-swin", "microsoft-simmim", "timm", "bytedance-ibot", "facebookresearch-mae")
 
 
 def measure_case(

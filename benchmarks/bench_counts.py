@@ -27,7 +27,7 @@ from benchmarks import command, harness, options, providers, step_count  # noqa:
 from benchmarks.providers import Case  # noqa: E402
 from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 
-COUNTED = ("fastmim", "timm", "microsoft-simmim", "microsoft-swin")
+COUNTED = ("fastmim", "timm", "microsoft-simmim", "microsoft-swin", "facebookresearch-mae")
 
 
 def builder(name: str, case: Case, reference: str | None) -> Callable[[], nn.Module]:
@@ -80,7 +80,8 @@ def modelled_seconds(case: Case, device_name: str) -> float | None:
     gpu = next((g for g in GPUS if g.name in device_name), None)
     if gpu is None:
         return None
-    count = step_count.count_step(builder("fastmim", case, None), batch=case.batch, img_size=case.encoder()["img_size"])
+    how: dict[str, Any] = dict(batch=case.batch, img_size=case.encoder()["img_size"], shares=case.shares())
+    count = step_count.count_step(builder("fastmim", case, None), **how)
     return count.counter.seconds(gpu) / case.batch
 
 
@@ -96,7 +97,7 @@ def measure_case(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"  not counted: {reason}", file=sys.stderr)
             continue
         size = case.encoder()["img_size"]
-        count = step_count.count_step(build, batch=case.batch, img_size=size)
+        count = step_count.count_step(build, batch=case.batch, img_size=size, shares=case.shares())
         launches, moved, flops = count.counter.totals()
         rows.append(shared | {
             "provider": name, "launches": launches, "mb_per_image": f"{moved / case.batch / 1e6:.1f}",

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 from benchmarks import command  # noqa: E402
-from benchmarks.ibot_case import IbotCase  # noqa: E402
 from benchmarks.ibot_reference import NAME, ReferenceIBOT  # noqa: E402
+from benchmarks.recipe_case import RecipeCase  # noqa: E402
 from benchmarks.reference import find_clones  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.engine.dry_step import built  # noqa: E402
@@ -70,7 +70,7 @@ def count(
 
 def ours(batch: int, case: str = "ibot_vit_small", whole: bool = False) -> dict[str, Part]:
     """Parts of our step, and with ``whole`` its forward and backward."""
-    config = IbotCase(case, "bf16", batch)
+    config = RecipeCase(case, "bf16", batch)
     with FakeTensorMode(), as_on_a_gpu():
         objective: Any = built(config.build)
         state = [*objective.parameters(), *objective.buffers()]
@@ -115,7 +115,7 @@ def _none(*_: Any) -> None:
 
 def theirs(batch: int, clone: Path, case: str = "ibot_vit_small") -> dict[str, Part]:
     """The same parts of the published code; its centres move inside the loss."""
-    own = IbotCase(case, "bf16", batch)
+    own = RecipeCase(case, "bf16", batch)
     module: Any = ReferenceIBOT(clone, own.config(), own.build()).train()
     encoder = module.student.backbone
     small: dict[str, Any] = own.config().objective.arguments()
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     clones = find_clones(args.reference) if args.reference else {}
     other = theirs(args.batch, clones[NAME]) if NAME in clones else {}
-    own = IbotCase("ibot_vit_small").build()
+    own = RecipeCase("ibot_vit_small").build()
     parameters = sum(p.numel() for pair in own.ema() for p in pair[0].parameters())
     return int(show(ours(args.batch, whole=True), other, parameters, args.batch) > 0)
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from benchmarks import command, harness, providers
-from benchmarks.ibot_case import CASES as IBOT_CASES
-from benchmarks.ibot_case import make_case
 from benchmarks.providers import Case
+from benchmarks.recipe_case import CASES as RECIPES
+from benchmarks.recipe_case import make_case
 from benchmarks.reference import commit_of, find_clones
 
 CASES = ("swinv2_base+47", "swinv2_base", "swin_base", "vit_base")
 PROVIDERS = (
     "fastmim", "fastmim-compiled", "timm", "timm-compiled", "microsoft-simmim", "microsoft-swin", "lightly",
-    "mmpretrain", "bytedance-ibot",
+    "mmpretrain", "bytedance-ibot", "facebookresearch-mae",
 )  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def add_shared(parser: command.Parser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case, provider, clone = map(command.checked, (_check_case, providers.check_name, find_clones))
     parser.add_argument("--cases", nargs="+", type=case, default=list(CASES), metavar="CASE",
-                        help="sizes; +47 = normalised target of 47 pixels; " + ", ".join(IBOT_CASES))  # fmt: skip
+                        help="sizes; +47 = normalised target of 47 pixels; " + ", ".join(RECIPES))  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", default=list(providers.DTYPES), choices=providers.DTYPES,
                         help="precisions")  # fmt: skip
     parser.add_argument("--batch", type=command.positive, nargs="+", default=[4 if device == "cpu" else 128],
@@ -35,7 +35,7 @@ def add_shared(parser: command.Parser) -> None:
     parser.add_argument("--providers", nargs="+", type=provider, default=list(PROVIDERS), metavar="PROVIDER",
                         help="each also with -compiled")  # fmt: skip
     parser.add_argument("--reference", metavar="DIR", type=clone,
-                        help="clone(s) of microsoft/SimMIM, Swin-Transformer, bytedance/ibot")  # fmt: skip
+                        help="clone(s) of microsoft/SimMIM, Swin-Transformer, bytedance/ibot, MAE")  # fmt: skip
     parser.add_argument("--threads", type=command.positive,
                         help="CPU threads of torch, shared by --ranks (default: its own)")  # fmt: skip
     parser.add_argument("--device", default=device, choices=("cpu", "cuda"), help="where the step runs")

@@ -1,4 +1,5 @@
-"""Everyone's SimMIM training step behind one small adapter: ours, timm's, Microsoft's, lightly's, mmpretrain's.
+"""Everyone's SimMIM training step behind one small adapter: ours, timm's, Microsoft's, lightly's, mmpretrain's; and
+the published steps of iBOT and MAE.
 
 A provider is built for a :class:`Case`, gets the case's weights, and is called as ``forward``, ``backward``,
 ``update``. ``NAME-compiled`` is the same step with ``torch.compile``.
@@ -16,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import ibot_reference, mae_reference
 from benchmarks.baseline import timm_objective
-from benchmarks.ibot_reference import NAME as IBOT
-from benchmarks.ibot_reference import ReferenceIBOT, reference_step
 from benchmarks.reference import KINDS, build_reference, case_config, find_clones
 from benchmarks.third_party import lightly_objective, mmpretrain_objective
 from benchmarks.train_step import CLIP, LR, WEIGHT_DECAY, Provider, awake, engine_step, plain_step
@@ -31,6 +31,11 @@ from fastmim.models import expand_size
 
 DTYPES = ("fp32", "bf16")
 COMPILED = "-compiled"
+MASKED = 0.6
+MASKED_TOKENS = 22 / 36
+"""Of the encoder's output, whose tokens are the mask's units."""
+# Hidden patches are not read. Tokens without a masked pixel are not projected: their rows of the tiles are skipped.
+SHARES = {"mask_tokens": 1 - MASKED, "linear_masked_l1": MASKED_TOKENS}
 
 # Ours under each setting of the config's `efficiency` section that changes the step; the first is what a run takes.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -42,6 +47,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Objectives other than SimMIM that have a published step: its provider, its module and how that is stepped.
+PUBLISHED: dict[str, tuple[str, Any, Callable[..., Provider]]] = {
+    "ibot": (ibot_reference.NAME, ibot_reference.ReferenceIBOT, ibot_reference.reference_step),
+    "mae": (mae_reference.NAME, mae_reference.ReferenceMAE, mae_reference.reference_step),
+}
 ELSEWHERE = ("timm", "lightly", "mmpretrain")
 PLAIN_VIT = {"abs_pos_embed": True, "shared_rel_pos_bias": False, "init_values": None}
 
@@ -101,6 +111,10 @@ class Case:
         torch.manual_seed(0)
         return awake(self.build())
 
+    def shares(self) -> dict[str, float]:
+        """See :meth:`fastmim.objectives.Objective.shares`; of the plain encoders' masks."""
+        return SHARES
+
     def inputs(self, source: Any) -> tuple[Tensor, Tensor]:
         """The images and masks that every provider sees."""
         images = torch.randn(self.batch, source.in_chans, *source.img_size, generator=torch.Generator().manual_seed(1))
@@ -129,10 +143,11 @@ def build(name: str, case: Case, source: nn.Module, *, reference: str | None = N
     if plain in PRESETS:
         return _ours(name, case, source, PRESETS[plain] | {"compile": compiled}, world)
     module = foreign_module(plain, case, source, reference).to(case.device).train()
-    if isinstance(module, ReferenceIBOT):
-        if compiled or (world is not None and world.size > 1):
-            raise Unavailable(f"{name}: only as it is, in one process")
-        return reference_step(module, case.config(), device=case.device, dtype=case.dtype)
+    for provider, kind, step in PUBLISHED.values():
+        if plain == provider and isinstance(module, kind):
+            if compiled or (world is not None and world.size > 1):
+                raise Unavailable(f"{name}: only as it is, in one process")
+            return step(module, case.config(), device=case.device, dtype=case.dtype)
     return _plain_step(name, module, case, compiled, world)
 
 
@@ -161,12 +176,16 @@ def foreign_module(name: str, case: Case, source: nn.Module, reference: str | No
     makers: dict[str, Callable[..., nn.Module]] = dict(
         zip(ELSEWHERE, (timm_objective, lightly_objective, mmpretrain_objective), strict=True)
     )
-    if (case.config().objective.name == "ibot") != (name == IBOT):
-        raise Unavailable(f"{name}: it does not train {case.config().objective.name}")
-    if name == IBOT:
+    task = case.config().objective.name
+    if task != next((known for known, (own, _, _) in PUBLISHED.items() if own == name), "simmim"):
+        raise Unavailable(f"{name}: it does not train {task}")
+    if task in PUBLISHED:
         if name not in _clones(reference):
             raise Unavailable(f"{name}: give a clone of it with --reference DIR")
-        return ReferenceIBOT(_clones(reference)[name], case.config(), source)
+        if case.encoder()["name"] != "vit":
+            raise Unavailable(f"{name}: measured for a ViT alone")
+        found: nn.Module = PUBLISHED[task][1](_clones(reference)[name], case.config(), source)
+        return found
     if name in KINDS:
         return _microsoft(name, case, source, reference)
     try:

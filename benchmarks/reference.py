@@ -1,10 +1,10 @@
 """Microsoft's own SimMIM models, loaders and optimisers from a local clone, which is read and never edited.
 
 ``--reference DIR`` names a clone of https://github.com/microsoft/SimMIM, of
-https://github.com/microsoft/Swin-Transformer or of https://github.com/bytedance/ibot (``ibot_reference.py``), or a
-folder that holds some of them. Their code asks for modules
-that current libraries no longer have; these stand in only while the clone is imported, and the clone's top-level
-names (``models``, ``data``, ``config``, …) leave ``sys.modules`` again, so that two clones do not meet.
+https://github.com/microsoft/Swin-Transformer, of https://github.com/bytedance/ibot (``ibot_reference.py``) or of
+https://github.com/facebookresearch/mae (``mae_reference.py``), or a folder that holds some of them. Their code asks for
+modules that current libraries no longer have; these stand in only while the clone is imported, and the clone's
+top-level names (``models``, ``data``, ``config``, …) leave ``sys.modules`` again, so that two clones do not meet.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ KINDS = {
     "microsoft-simmim": (("main_simmim.py", "models/simmim.py"), ("swin", "vit")),
     "microsoft-swin": (("main_simmim_pt.py", "models/simmim.py"), ("swin", "swinv2")),
     "bytedance-ibot": (("main_ibot.py", "models/head.py"), ()),
+    "facebookresearch-mae": (("main_pretrain.py", "models_mae.py"), ()),
 }
 # Published pretraining configs, from which a run starts; the sizes of the case are put over them.
 _CONFIGS = {"swin": "*pretrain__swin_base*800ep.yaml", "swinv2": "*pretrain__swinv2_base*800ep.yaml",
             "vit": "*pretrain__vit_base*800ep.yaml"}  # fmt: skip
 _TOP_LEVEL = ("models", "data", "config", "optimizer", "lr_scheduler", "utils", "logger", "kernels", "loader",
-              "main_ibot", "evaluation")
+              "main_ibot", "evaluation", "models_mae", "util")
 _KEYS = {"embed_dim": "EMBED_DIM", "depths": "DEPTHS", "num_heads": "NUM_HEADS", "window_size": "WINDOW_SIZE",
          "patch_size": "PATCH_SIZE", "in_chans": "IN_CHANS", "depth": "DEPTH", "init_values": "INIT_VALUES",
          "mlp_ratio": "MLP_RATIO", "qkv_bias": "QKV_BIAS", "abs_pos_embed": "USE_APE", "rel_pos_bias": "USE_RPB",
@@ -59,7 +60,8 @@ def find_clones(folder: str | Path) -> dict[str, Path]:
     if not found:
         raise ValueError(
             f"--reference {folder}: no clone of microsoft/SimMIM (main_simmim.py), microsoft/Swin-Transformer "
-            "(main_simmim_pt.py) or bytedance/ibot (main_ibot.py) in it; clone one of them and give its folder"
+            "(main_simmim_pt.py), bytedance/ibot (main_ibot.py) or facebookresearch/mae (models_mae.py) in it; clone "
+            "one of them and give its folder"
         )
     return found
 

@@ -9,7 +9,7 @@ import importlib.metadata
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,18 +25,13 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 from benchmarks import command  # noqa: E402
 from benchmarks.baseline import TimmSimMIM  # noqa: E402
+from benchmarks.providers import SHARES  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors, bound  # noqa: E402
 from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
 from fastmim_kernels.common import dispatch  # noqa: E402
-
-MASKED = 0.6
-MASKED_TOKENS = 22 / 36
-"""Of the encoder's output, whose tokens are the mask's units."""
-# Hidden patches are not read. Tokens without a masked pixel are not projected: their rows of the tiles are skipped.
-SHARES = {"mask_tokens": 1 - MASKED, "linear_masked_l1": MASKED_TOKENS}
 
 
 @dataclasses.dataclass
@@ -82,6 +77,7 @@ def count_step(
     img_size: int = 192,
     sites: bool = False,
     casts_once: bool = False,
+    shares: Mapping[str, float] = SHARES,
     watch: Callable[[str, Tensor], None] | None = None,
 ) -> Count:
     """Forward and backward of ``module(images, mask)["loss"]`` under CUDA's bf16 autocast policy.
@@ -93,13 +89,13 @@ def count_step(
     # Values do not exist, and torch's truncated normal looks at some.
     with fake, mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **kwargs: tensor):
         module = build().train()
-    counter = DispatchCounter(SHARES, watch=watch, sites=sites)
+    counter = DispatchCounter(shares, watch=watch, sites=sites)
     casts: list[Launch] = []
     known = [*module.parameters(), *module.buffers()]
     # The Triton implementations accept what is on the CPU: nothing is executed.
     with fake, dispatch.as_on_a_gpu():
         images = torch.empty(batch, 3, img_size, img_size)
-        grid = img_size // module.patch_size
+        grid = img_size // (getattr(module, "patch_size", None) or module.encoder.patch_size)
         mask = torch.empty(batch, grid, grid, dtype=torch.bool)
         saved = SavedTensors([*known, images, mask])
         if casts_once:

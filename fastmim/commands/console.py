@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from fastmim.engine.launcher import rank_or_none
 from fastmim.files import naming
@@ -106,11 +107,25 @@ def _folded(text: str) -> str:
     return textwrap.fill(text, width, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
 
 
+def _once(show: Callable[..., None]) -> Callable[..., None]:
+    """Shows each warning of a library once: reading images in this process makes Python forget what it has shown."""
+    shown: set[tuple[Any, ...]] = set()
+
+    def show_once(message: Any, category: Any, filename: str, lineno: int, *where: Any, **more: Any) -> None:
+        if (key := (str(message), category, filename, lineno)) not in shown:
+            shown.add(key)
+            show(message, category, filename, lineno, *where, **more)
+
+    return show_once
+
+
 def log_to_stderr() -> None:
     """Let the package's log be written to standard error: all of it on rank 0, errors on the others."""
     log = logging.getLogger("fastmim")
     if not log.handlers:
         log.addHandler(_Stderr())
+        if not sys.warnoptions:
+            warnings.showwarning = _once(warnings.showwarning)
     log.setLevel(logging.INFO if own_rank() == 0 else logging.ERROR)
     if own_rank() and not sys.warnoptions:
         warnings.simplefilter("ignore")  # rank 0 meets the same ones

@@ -76,11 +76,13 @@ def predict_images(
         composites: folder for each image completed by its prediction, as a PNG of its own.
 
     Raises:
-        ValueError: a path or a mask cannot be used, or the objective has no such picture.
+        ValueError: a path or a mask cannot be used, or the objective has no such picture, or none that it has learnt.
     """
     if most < 0:
         raise ValueError(f"--most {most}: must not be negative; 0 takes all")
     objective, run = load_objective(checkpoint)
+    if part := objective.untrained():
+        raise ValueError(f"{checkpoint}: {part} has never been trained, and its picture would be noise; train on")
     given = _chosen_mask(objective, wanted)
     index = open_given(images, component=run.get("data.component"))
     if most and most < len(index):

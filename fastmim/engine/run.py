@@ -216,9 +216,14 @@ class Run:
 
     def _picture(self, step: int) -> None:
         main = self.world.is_main
-        if self.picture_batch is not None and (main or self.engine.collective):
+        if self.picture_batch is None:
+            return
+        objective: Any = self.engine.objective
+        if part := objective.untrained():
+            self.progress.say(f"no picture at step {step}: {part} has not been trained yet")
+        elif main or self.engine.collective:
             path, autocast = self.picture_path(step), self.engine.autocast()
-            drawn = save_picture(self.engine.objective, *self.picture_batch, path, autocast=autocast, write=main)
+            drawn = save_picture(objective, *self.picture_batch, path, autocast=autocast, write=main)
             if drawn and main:
                 self.metrics.picture("reconstructions", path, step)
 

@@ -196,6 +196,7 @@ def shared_files(cfg: Config, loader: Any, val_loader: Any, watch: Watch | None)
 
 _LATER = {
     "objective": ("visible_only", "decoder_dim", "decoder_depth", "decoder_num_heads", "crop_chunks",
+                  "shared_head", "shared_head_teacher", "patch_out_dim",
                   "head", "target", "target_stride", "norm_patch", "beta", "bins", "clusters", "tokenizer"),
     "data": ("alpha", "val_fraction"), "optim": ("scale_min_lr", "weight_decay_end", "clip_each", "warmup_inclusive")
 }  # fmt: skip

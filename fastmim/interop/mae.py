@@ -57,7 +57,7 @@ def official_name(name: str) -> str:
 
 def _turned(tensor: Tensor, objective: MAE, *, back: bool) -> Tensor:
     """Rows of ``decoder_pred`` (p, p, C) → (C, p, p), or back; one of another length unchanged."""
-    c, p = objective.in_chans, objective.patch_size
+    c, p = objective.in_chans, objective.stride
     shape, order = ((c, p, p), (1, 2, 0)) if back else ((p, p, c), (2, 0, 1))
     if tensor.ndim == 0 or len(tensor) != c * p * p:
         return tensor

@@ -33,7 +33,7 @@ def load_self_distilled(objective: DINO, state_dict: Mapping[str, Any]) -> LoadR
     student, teacher, centres = _parts(state_dict)
     tensors = student | {f"teacher.{name}": tensor for name, tensor in teacher.items()}
     skipped = [name for name in tensors if name.rsplit(".", 1)[-1] in BUFFERS]
-    skipped += _second_heads(tensors)
+    skipped += _shared_heads(tensors, dict(objective.named_parameters()))
     if objective.encoder.mask_token is None:  # DINO hides nothing
         skipped += [name for name in tensors if name.endswith("masked_embed")]
     report = LoadReport(skipped=skipped)
@@ -58,9 +58,9 @@ def save_self_distilled(objective: DINO) -> dict[str, dict[str, Tensor]]:
     teacher = {official_name(n, objective): t for n, t in inside.items()}
     for name in [name for name in student if name.endswith("masked_embed")]:  # theirs is (1, D)
         student[name] = student[name].flatten(0, 1)
-    for tensors in (student, teacher):  # their shared head stands twice in a file
+    for tensors in (student, teacher):  # a shared head stands twice in their files
         for name in [name for name in tensors if name.startswith("head.last_layer.")]:
-            tensors[name.replace("last_layer.", "last_layer2.")] = tensors[name]
+            tensors.setdefault(name.replace("last_layer.", "last_layer2."), tensors[name])
     buffers = {name: tensor.detach().clone() for name, tensor in objective.named_buffers()}
     loss = "ibot_loss" if "patch_centre.value" in buffers else "dino_loss"
     centres = {theirs: buffers[ours] for theirs, ours in _LOSSES[loss].items()}
@@ -90,17 +90,16 @@ def _parts(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     return student, teacher, centres
 
 
-def _second_heads(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the patches' last layer, which is the class token's.
+def _shared_heads(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> list[str]:
+    """Names of the patches' last layers that are the class token's once more.
 
     Raises:
-        ValueError: It is another one.
+        ValueError: One is another, for which the objective has no place.
     """
-    second = [name for name in tensors if ".last_layer2." in name]
+    second = [name for name in tensors if ".last_layer2." in name and own_name(name) not in own]
     for name in second:
         first = tensors.get(name.replace("last_layer2", "last_layer"))
         if first is None or not torch.equal(first, tensors[name]):
-            raise ValueError(
-                f"{name}: patches have a head of their own; only a shared head (shared_head=true) is known"
-            )
+            key = "shared_head_teacher" if name.startswith("teacher.") else "shared_head"
+            raise ValueError(f"{name}: patches have a head of their own; build the objective with {key}=false")
     return second

@@ -30,28 +30,35 @@ def masked_tokens(mask: Tensor, size: tuple[int, int], grid: tuple[int, int], st
     return rows if 0 < len(rows) < len(hit) else None
 
 
-def shown_tokens(mask: Tensor, grid: tuple[int, int], count: int) -> Tensor:
-    """(B, count) numbers of the tokens of an (h, w) map that a mask of whole tokens shows, in order.
+def hidden_tokens(mask: Tensor, grid: tuple[int, int], shown: int) -> Tensor:
+    """(B, h·w) bool: the tokens of an (h, w) map that a mask of whole tokens hides.
 
     Args:
         mask: (B, Hm, Wm) bool or 0/1; h and w divide Hm and Wm.
         grid: (h, w).
-        count: Of the visible tokens of each image.
+        shown: Visible tokens of each image.
 
     Raises:
         ValueError: Another number is visible, or a part of one; said where a value may be looked at.
     """
     batch, rows, columns = mask.shape
     cells = (mask != 0).view(batch, grid[0], rows // grid[0], grid[1], columns // grid[1])
-    hidden = cells.any(4).any(2).flatten(1)
+    first = cells[:, :, :1, :, :1]
+    hidden = first.flatten(1)
     if fk.shape_may_follow(mask):
-        shown = (~hidden).sum(1)
-        if bool((shown != count).any()) or not torch.equal(cells.all(4).all(2).flatten(1), hidden):
+        counts = (~hidden).sum(1)
+        if bool((counts != shown).any() | (cells != first).any()):
             raise ValueError(
-                f"mask: visible_only needs {count} visible tokens of {rows // grid[0]} x {columns // grid[1]} patches "
-                f"in every image and all others masked in full, got {sorted(set(shown.tolist()))}; use random_mask()"
+                f"mask: must show {shown} of the {grid[0] * grid[1]} tokens of every image, each of "
+                f"{rows // grid[0]} x {columns // grid[1]} patches, and hide the others in full; "
+                f"got {sorted(set(counts.tolist()))}; use random_mask()"
             )
-    return hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+    return hidden
+
+
+def shown_tokens(mask: Tensor, grid: tuple[int, int], count: int) -> Tensor:
+    """(B, count) numbers of the tokens that :func:`hidden_tokens` leaves, in order; arguments as there."""
+    return hidden_tokens(mask, grid, count).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

@@ -72,6 +72,12 @@ def patch_grid(img_size: Pair, patch_size: int) -> Pair:
     return img_size[0] // patch_size, img_size[1] // patch_size
 
 
+def encoder_stride(settings: Mapping[str, Any]) -> int:
+    """Pixels of the edge of a final token; every stage of a Swin but the first halves the map."""
+    stride: int = settings["patch_size"] * 2 ** (len(settings.get("depths", (1,))) - 1)
+    return stride
+
+
 def window_sizes(settings: Mapping[str, Any]) -> list[Pair]:
     """Of each stage of a Swin the window in tokens; one larger than the map shrinks to it."""
     height, width = to_pair(settings["window_size"], "window_size")

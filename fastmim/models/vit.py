@@ -209,10 +209,9 @@ class VisionTransformer(nn.Module):
         Without relative positions, which no pretraining with a class token has.
         """
         x, grid = self._embed(images, None)
-        x, y = normalise(x, self.blocks[0].norm1, self.impl)
-        for block, after in zip(self.blocks[:-1], self.blocks[1:], strict=True):
-            x, y = block(x, y, self.bias_index, Step(self.impl, next_norm=after.norm1))
         last: Any = self.blocks[-1]
+        before, none = self.blocks[:-1], [(None, None)] * (len(self.blocks) - 1)
+        _, y = run_blocks(x, before, last.norm1, none, Step(self.impl), index=self.bias_index)
         return last.attn.class_weights(y).unflatten(2, grid)
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
@@ -276,11 +275,11 @@ def run_blocks(
         rows: Of all B·N tokens, the only ones that are wanted, which come as (R, D).
     """
     tokens = x.shape[1]
-    x, y = normalise(x, blocks[0].norm1, how.impl)
-    norms = [block.norm1 for block in blocks[1:]] + [norm]
+    norms = [*(block.norm1 for block in blocks), norm]
+    x, y = normalise(x, norms[0], how.impl)
     steps = [
         how._replace(drop_attn=attn, drop_mlp=mlp, next_norm=after)
-        for (attn, mlp), after in zip(drops, norms, strict=True)
+        for (attn, mlp), after in zip(drops, norms[1:], strict=True)
     ]
     if rows is not None:
         steps[-1] = steps[-1].only(rows, tokens)

@@ -195,6 +195,10 @@ class Objective(nn.Module):
         """What the objective sees and predicts in (B, C, H, W) images, or None if it has nothing to show."""
         return None
 
+    def untrained(self) -> str | None:
+        """What a picture would draw with that no update has touched and no file has filled; None: nothing."""
+        return None
+
     def shares(self) -> dict[str, float]:
         """Share of its rows that an op ("mask_tokens") reads with this objective's masks; all, if it is not named."""
         return {}

@@ -13,6 +13,7 @@ import fastmim_kernels as fk
 
 from ..models import encoder_settings
 from ..models.layers import to_pair, trunc_normal_
+from ..models.rules import encoder_stride
 from .base import Objective
 from .block_masks import beit_mask, masked_rows
 from .photometric import Photometric
@@ -79,7 +80,7 @@ class BEiT(Objective):
     ) -> None:
         """Masks leave some patches visible, and their blocks fit; see :meth:`Objective.check`."""
         settings = encoder_settings(encoder)
-        stride = settings["patch_size"] * 2 ** (len(settings.get("depths", (1,))) - 1)
+        stride = encoder_stride(settings)
         rows, columns = (-(-edge // stride) for edge in to_pair(settings["img_size"], "img_size"))
         num_mask, min_block = mask_sizes((rows, columns), num_mask, min_block)
         if min(rows, columns) < 2:

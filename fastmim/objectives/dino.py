@@ -203,13 +203,13 @@ class DINO(Objective):
         cls, patches = self.teacher.encoder.forward_tokens(crops)
         count = len(cls)
         read = head.directions(cls if rows is None else torch.cat((cls, patches.flatten(0, 2))))
+        own, rest = read.tensor_split([count])
         if rows is not None:
-            own, rest = read.tensor_split([count])
-            read = torch.cat((own, rest.mean(0, keepdim=True), rest[rows]))
-        (logits,) = head.last_layer(read)
+            rest = torch.cat((rest.mean(0, keepdim=True), rest[rows]))
+        logits, hidden = head.logits(own, rest)
         if self.training:
-            self.centre.add(logits[:count])
-        return logits[:count], logits[count:]
+            self.centre.add(logits)
+        return logits, hidden
 
     def learn(
         self, crops: Tensor, local: Tensor | None, mask: Tensor | None = None, rows: Tensor | None = None
@@ -226,8 +226,7 @@ class DINO(Objective):
         """The student's logits of (n, D) class tokens, one after the other, and of ``rows`` of (B, h, w, D) patches."""
         sizes = [sum(map(len, tokens)), 0 if rows is None else len(rows)]
         read = self.head.directions(torch.cat(tokens if rows is None else (*tokens, patches.flatten(0, 2)[rows])))
-        # Two products: the gradients of slices of one result would be padded to all of it.
-        classes, hidden = self.head.last_layer(*read.split(sizes))
+        classes, hidden = self.head.logits(*read.split(sizes))
         return classes, hidden
 
     def _in_groups(self, local: Tensor) -> list[Tensor]:
@@ -290,11 +289,11 @@ class DINO(Objective):
 
     def frozen(self) -> Iterable[nn.Parameter]:
         """The student's prototypes, in the first epochs."""
-        return self.head.last_layer.parameters() if self._epoch < self._freeze else ()
+        return self.head.prototypes() if self._epoch < self._freeze else ()
 
     def freezable(self) -> Iterable[nn.Parameter]:
         """The student's prototypes, if ever."""
-        return self.head.last_layer.parameters() if self._freeze else ()
+        return self.head.prototypes() if self._freeze else ()
 
     def groups(self, weight_decay: float, policy: str) -> list[dict[str, Any]]:
         """With "parity" every matrix decays, tokens and position tables too, as in the reference."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -82,20 +82,35 @@ class ProjectionHead(nn.Module):
         super().__init__()
         self.mlp = HeadMlp(in_dim, hidden_dim, bottleneck_dim, impl)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, learn_length)
+        self.register_module("last_layer2", None)
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 trunc_normal_(layer.weight, std=0.02, bound=2.0)
                 nn.init.zeros_(layer.bias)
+
+    def separate_patches(self, out_dim: int) -> None:
+        """Give patches prototypes of their own, under iBOT's name for them."""
+        first = self.last_layer
+        self.last_layer2 = Prototypes(first.weight_v.shape[1], out_dim, first.weight_g.requires_grad)
 
     def directions(self, tokens: Tensor) -> Tensor:
         """(R, in_dim) → (R, bottleneck_dim) of length 1, float32: in half precision short vectors lose theirs."""
         out: Tensor = self.mlp(tokens)
         return F.normalize(cast(out, statistics_dtype(out.dtype)), dim=-1, eps=1e-12)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(R, in_dim) → (R, out_dim) logits, in the dtype of the products."""
-        logits: list[Tensor] = self.last_layer(self.directions(tokens))
-        return logits[0]
+    def logits(self, classes: Tensor, patches: Tensor) -> list[Tensor]:
+        """(R, out_dim) and (Q, out_dim of patches) of the directions of class tokens and of patches.
+
+        Two products: the gradients of slices of one result would be padded to all of it.
+        """
+        if self.last_layer2 is None:
+            return self.last_layer(classes, patches)
+        return [*self.last_layer(classes), *self.last_layer2(patches)]
+
+    def prototypes(self) -> Iterator[nn.Parameter]:
+        """Parameters of the last layers."""
+        for layer in (self.last_layer, self.last_layer2):
+            yield from () if layer is None else layer.parameters()
 
 
 def norm_mlp(widths: Sequence[int]) -> nn.Sequential:

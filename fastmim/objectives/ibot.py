@@ -24,7 +24,10 @@ class IBOT(DINO):
     """:class:`.DINO` whose student sees global crops with patches hidden, and predicts what the teacher says there.
 
     Args:
-        out_dim: prototypes, of class tokens and patches alike
+        out_dim: prototypes
+        shared_head: class tokens and patches have the same prototypes, the student's
+        shared_head_teacher: the same of the teacher, whose follow those of the student's class tokens
+        patch_out_dim: prototypes of patches where neither is shared; 0: out_dim
         local_crops: small crops an image
         global_scale: area of a global crop as a share of the image
         local_scale: area of a local crop
@@ -47,6 +50,9 @@ class IBOT(DINO):
         *,
         encoder: Mapping[str, Any],
         out_dim: int = 8192,
+        shared_head: bool = True,
+        shared_head_teacher: bool = True,
+        patch_out_dim: int = 0,
         local_crops: int = 10,
         global_scale: tuple[float, float] = (0.25, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.25),
@@ -63,6 +69,7 @@ class IBOT(DINO):
     ) -> None:
         _check_own(mask_ratios=mask_ratios, class_weight=class_weight, patch_weight=patch_weight,
                    mask_start_epoch=mask_start_epoch)  # fmt: skip
+        _check_heads(out_dim, shared_head, shared_head_teacher, patch_out_dim)
         super().__init__(
             encoder=encoder,
             out_dim=out_dim,
@@ -77,7 +84,12 @@ class IBOT(DINO):
         self.mask_ratios, self.mask_shape, self.mask_start_epoch = mask_ratios, mask_shape, mask_start_epoch
         patches: dict[str, Any] = dict(start=warmup_teacher_patch_temp, end=teacher_patch_temp, delay=mask_start_epoch)
         self._patch_temperature: dict[str, Any] = dict(patches, warm_up=warmup_teacher_temp_epochs)
-        self.patch_centre = Centre((1, 1, out_dim), self._centre_momentum)
+        self.patch_centre = Centre((1, 1, patch_out_dim or out_dim), self._centre_momentum)
+        for head, shared in ((self.head, shared_head), (self.teacher.head, shared_head_teacher)):
+            if not shared:
+                head.separate_patches(patch_out_dim or out_dim)
+        self.teacher.requires_grad_(False)
+        self.after_loading()
         self.register_buffer("teacher_patch_temp", torch.tensor(teacher_patch_temp, device="cpu"), persistent=False)
 
     @classmethod
@@ -85,6 +97,7 @@ class IBOT(DINO):
         """As :meth:`.DINO.check`; masks leave some patches visible, weights are not negative."""
         super().check(encoder=encoder, **given)
         _check_own(**given)
+        _check_heads(**given)
 
     def _mask_token(self) -> None:
         """It starts at 0."""
@@ -187,3 +200,20 @@ def _check_own(mask_ratios: Sequence[tuple[float, float]] = IBOT_RATIOS, **given
         raise ValueError(f"mask_ratios={shown}: ranges [low, high], each must satisfy 0 <= low <= high < 1")
     for name in ("class_weight", "patch_weight", "mask_start_epoch"):
         at_least(name, given.get(name, 0), 0)
+
+
+def _check_heads(
+    out_dim: int = 8192,
+    shared_head: bool = True,
+    shared_head_teacher: bool = True,
+    patch_out_dim: int = 0,
+    **_: Any,
+) -> None:
+    at_least("patch_out_dim", patch_out_dim, 0)
+    if shared_head and not shared_head_teacher:
+        raise ValueError("shared_head_teacher=false: the student has nothing to follow; use shared_head=false too")
+    if patch_out_dim not in (0, out_dim) and shared_head_teacher:
+        raise ValueError(
+            f"patch_out_dim={patch_out_dim}: other than out_dim={out_dim} needs shared_head=false and "
+            "shared_head_teacher=false; or use 0"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,20 +14,27 @@ import fastmim_kernels as fk
 from ..models import encoder_settings
 from ..models.layers import to_pair
 from ..models.positions import absolute_positions, check_positions
-from ..models.rules import check_heads, patch_grid
+from ..models.read_rows import hidden_tokens
+from ..models.rules import check_heads, encoder_stride, patch_grid
 from ..models.stream import Step, stream_dtype
+from ..models.visible import VisibleColumns
 from ..models.vit import NORM_EPS, Attention, VitBlock, run_blocks
 from ..models.vit_init import xavier_linears
 from .base import Objective
 from .groups import split_by_rank
-from .masks import kept_patches, random_units, split_patches
+from .masks import kept_patches, pixel_mask, random_units, split_patches
 from .pictures import Picture, reconstruction
 from .pixel_heads import predict_pixels
 from .targets import PATCH_EPS, patch_statistics
+from .visible_decoder import check_whole, decoder_untrained
 
 
 class MAE(Objective):
     """Encoder of the visible patches, decoder of all of them, squared error of the hidden ones.
+
+    A patch is what a final token stands on: a ViT's own patches, and squares of its stride for a Swin, whose windows
+    then hold visible tokens only (GreenMIM, Huang et al. 2022). To the decoder a Swin's class token is the mean of its
+    visible tokens.
 
     Args:
         mask_ratio: share of the patches that are hidden; the count per image is rounded up
@@ -52,9 +60,10 @@ class MAE(Objective):
         self.check(encoder=encoder, mask_ratio=mask_ratio, decoder_num_heads=decoder_num_heads, **own)
         super().__init__(encoder=encoder, **common)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
-        self.patch_size = self.encoder.patch_size
-        rows, columns = self.encoder.grid
-        self.patches, self.kept = rows * columns, kept_patches(mask_ratio, rows * columns)
+        self.stride = self.encoder.stride
+        self.patches = math.prod(self.token_grid)
+        self.kept = kept_patches(mask_ratio, self.patches)
+        self.visible = None if self.encoder.settings["name"] == "vit" else VisibleColumns(self.encoder)
         # The decoder, which fills the places of hidden patches, has the token for them.
         self.encoder.register_parameter("mask_token", None)
         self._make_decoder(decoder_embed_dim, decoder_depth, decoder_num_heads)
@@ -62,15 +71,15 @@ class MAE(Objective):
     def _make_decoder(self, dim: int, depth: int, num_heads: int) -> None:
         """On the official names."""
         settings = self.encoder.settings
-        how: dict[str, Any] = dict(qkv_bias=settings["qkv_bias"], key_bias=settings["key_bias"], grid=None)
+        how: dict[str, Any] = dict(qkv_bias=settings["qkv_bias"], key_bias=settings.get("key_bias", True), grid=None)
         self.decoder_embed = nn.Linear(self.encoder.num_features, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.decoder_pos_embed = absolute_positions("sincos", self.encoder.grid, dim)
+        self.decoder_pos_embed = absolute_positions("sincos", self.token_grid, dim)
         self.decoder_blocks = nn.ModuleList(
             VitBlock(dim, Attention(dim, num_heads, **how), settings["mlp_ratio"], None) for _ in range(depth)
         )
         self.decoder_norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.decoder_pred = nn.Linear(dim, self.in_chans * self.patch_size**2)
+        self.decoder_pred = nn.Linear(dim, self.in_chans * self.stride**2)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             xavier_linears(part)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -86,16 +95,14 @@ class MAE(Objective):
         decoder_num_heads: int,
         **_: Any,
     ) -> None:
-        """A ViT whose patches know where they are, some of them hidden, and a possible decoder."""
+        """Patches that know where they are, some of them hidden, and a possible decoder."""
         settings = encoder_settings(encoder)
-        if settings["name"] != "vit":
-            raise ValueError(f"name={settings['name']!r}: MAE leaves patches out, which a ViT alone can; use a vit")
-        for key in ("shared_rel_pos_bias", "rel_pos_bias"):
-            if settings[key]:
-                raise ValueError(f"{key}=true: not with MAE, whose patches are never all there; use abs_pos_embed")
-        if not settings["abs_pos_embed"]:
-            raise ValueError("abs_pos_embed=false: the ViT would not know where a patch is; use abs_pos_embed=sincos")
-        rows, columns = patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
+        stride = encoder_stride(settings)
+        if settings["name"] == "vit":
+            _check_vit(settings)
+        else:
+            check_whole(settings["img_size"], stride, f"MAE needs a multiple of the encoder's stride {stride}")
+        rows, columns = patch_grid(to_pair(settings["img_size"], "img_size"), stride)
         kept_patches(mask_ratio, rows * columns)
         for key, value in (("decoder_embed_dim", decoder_embed_dim), ("decoder_depth", decoder_depth)):
             if value < 1:
@@ -111,7 +118,8 @@ class MAE(Objective):
 
         Args:
             images: (B, C, H, W), float normalised by mean and std, or uint8.
-            mask: (B, H/p, W/p) bool or 0/1, 1 = hidden; as many in every image as :meth:`random_mask` hides.
+            mask: (B, H/p, W/p) of the encoder's own patches, bool or 0/1, 1 = hidden; whole tokens, as many in every
+                image as :meth:`random_mask` hides.
 
         Returns:
             ``{"loss": scalar float32}``.
@@ -121,7 +129,7 @@ class MAE(Objective):
         """
         keep, hidden, places = self._split(images, mask)
         tokens = self.decode(self._encode(images, keep), places, hidden)
-        target = patch_pixels(images, hidden, self.patch_size).flatten(0, 1)
+        target = patch_pixels(images, hidden, self.stride).flatten(0, 1)
         statistics = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         everywhere = torch.ones(len(target), 1, 1, dtype=torch.bool, device=images.device)
         loss = fk.linear_masked_l1(
@@ -130,7 +138,7 @@ class MAE(Objective):
             self.decoder_pred.bias,
             target,
             everywhere,
-            stride=self.patch_size,
+            stride=self.stride,
             loss="l2",
             mean=statistics[0],
             std=statistics[1],
@@ -143,21 +151,17 @@ class MAE(Objective):
     def _split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`~fastmim.objectives.masks.split_patches`."""
         self.check_inputs(images, mask)
-        flat = mask.flatten(1) != 0
-        if fk.shape_may_follow(flat):
-            counts = flat.sum(1)
-            if bool((counts != self.patches - self.kept).any()):
-                raise ValueError(
-                    f"mask hides {sorted(set(counts.tolist()))} of {self.patches} patches an image; with "
-                    f"mask_ratio={self.mask_ratio} it must hide {self.patches - self.kept} of each"
-                )
-        return split_patches(flat, self.kept)
+        return split_patches(hidden_tokens(mask, self.token_grid, self.kept), self.kept)
 
     def _encode(self, images: Tensor, keep: Tensor) -> Tensor:
-        vit: Any = self.encoder
-        pixels = self.normalise(patch_pixels(images, keep, self.patch_size))
-        latent: Tensor = vit.forward_kept(pixels.flatten(2), keep)
-        return latent
+        """(B, 1 + K, D): the class token, then the visible ones."""
+        encoder: Any = self.encoder
+        if self.visible is None:
+            pixels = self.normalise(patch_pixels(images, keep, self.stride))
+            latent: Tensor = encoder.forward_kept(pixels.flatten(2), keep)
+            return latent
+        tokens = encoder(self.normalise(images), visible=self.visible(keep))
+        return torch.cat((tokens.mean(1, keepdim=True), tokens), 1)
 
     def decode(self, latent: Tensor, places: Tensor, wanted: Tensor | None = None) -> Tensor:
         """The decoder's normed tokens.
@@ -185,8 +189,8 @@ class MAE(Objective):
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """(B, C, H, W) prediction of every patch, in the space of the target (pixels, or a patch's normalised ones)."""
         keep, _, places = self._split(images, mask)
-        tokens = self.decode(self._encode(images, keep), places)[:, 1:].unflatten(1, self.encoder.grid)
-        return predict_pixels(tokens, self.decoder_pred, self.patch_size, self.img_size)
+        tokens = self.decode(self._encode(images, keep), places)[:, 1:].unflatten(1, self.token_grid)
+        return predict_pixels(tokens, self.decoder_pred, self.stride, self.img_size)
 
     @torch.no_grad()
     def reconstruct_pixels(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -194,7 +198,7 @@ class MAE(Objective):
         prediction = self.reconstruct(images, mask)
         if not self.norm_pix_loss:
             return prediction
-        mean, std = patch_statistics(self.normalise(images), self.patch_size)
+        mean, std = patch_statistics(self.normalise(images), self.stride)
         return prediction * std + mean
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
@@ -202,14 +206,26 @@ class MAE(Objective):
         guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
         return reconstruction(self.denormalise(self.normalise(images)), guess, mask)
 
+    def untrained(self) -> str | None:
+        """The decoder, after an encoder alone was loaded."""
+        return decoder_untrained(self.decoder_norm)
+
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
         """(B, H/p, W/p) bool masks keyed by (seed, epoch, sample id), on the device of ``sample_ids``."""
         mask = random_units(sample_ids, self.patches, self.patches - self.kept, seed, epoch)
-        return mask.unflatten(1, self.encoder.grid)
+        return pixel_mask(mask.unflatten(1, self.token_grid), self.encoder.grid)[:, 0]
 
     def groups(self, weight_decay: float, policy: str) -> list[dict[str, Any]]:
         """With "parity" every matrix decays, class and mask token too, as in the reference."""
         return split_by_rank(self, weight_decay) if policy == "parity" else super().groups(weight_decay, policy)
+
+
+def _check_vit(settings: Mapping[str, Any]) -> None:
+    for key in ("shared_rel_pos_bias", "rel_pos_bias"):
+        if settings[key]:
+            raise ValueError(f"{key}=true: not with MAE, whose patches are never all there; use abs_pos_embed")
+    if not settings["abs_pos_embed"]:
+        raise ValueError("abs_pos_embed=false: the ViT would not know where a patch is; use abs_pos_embed=sincos")
 
 
 def patch_pixels(images: Tensor, numbers: Tensor, patch_size: int) -> Tensor:

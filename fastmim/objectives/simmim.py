@@ -12,6 +12,7 @@ from torch import Tensor
 from ..models import encoder_settings
 from ..models.layers import to_pair
 from ..models.read_rows import masked_tokens, shown_tokens
+from ..models.rules import encoder_stride
 from ..models.visible import VisibleColumns
 from .base import Objective, one_of
 from .class_targets import Codes
@@ -22,7 +23,7 @@ from .pictures import Picture, reconstruction
 from .pixel_heads import HeadName, check_head, make_head, predict_pixels
 from .tokenizer import code_picture
 from .unit_masks import MaskKind, UnitMasks
-from .visible_decoder import VisibleDecoder, check_decoder, check_visible
+from .visible_decoder import VisibleDecoder, check_decoder, check_visible, decoder_untrained
 
 Scored = Literal["masked", "all"]
 
@@ -126,7 +127,7 @@ class SimMIM(Objective):
         size = to_pair(settings["img_size"], "img_size")
         UnitMasks(size, settings["patch_size"], kind=mask, mask_ratio=mask_ratio, unit=unit)
         one_of("loss_on", loss_on, get_args(Scored))
-        stride = settings["patch_size"] * 2 ** (len(settings.get("depths", (1,))) - 1)
+        stride = encoder_stride(settings)
         edge = check_target(size, stride, **target)
         check_head(head, stride, edge)
         if visible_only:
@@ -195,6 +196,10 @@ class SimMIM(Objective):
             return self._code_picture(self.target, images, mask)
         guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
         return reconstruction(self.denormalise(self.normalise(images)), guess, mask, self._scored(mask))
+
+    def untrained(self) -> str | None:
+        """The decoder, if it has one."""
+        return None if self.decoder is None else decoder_untrained(self.decoder.norm)
 
     @torch.no_grad()
     def _code_picture(self, target: Codes, images: Tensor, mask: Tensor) -> Picture:

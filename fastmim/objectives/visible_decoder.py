@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.layers import to_pair, trunc_normal_
 from ..models.positions import sincos_positions
+from ..models.rules import encoder_stride
 from ..models.stream import Step, stream_dtype
 from ..models.vit import NORM_EPS, Attention, VitBlock, run_blocks
 
@@ -56,6 +57,15 @@ class VisibleDecoder(nn.Module):
         return y.unflatten(1, self.grid)
 
 
+def decoder_untrained(norm: nn.LayerNorm) -> str | None:
+    """"the decoder" where its last norm is still as it was made; ZeRO-3, which hands out parts, leaves it open.
+
+    What is loaded of a trained decoder, and every update at a rate above 0, is something else.
+    """
+    made = norm.weight.numel() > 0 and bool((norm.weight == 1).all()) and not bool(norm.bias.any())
+    return "the decoder" if made else None
+
+
 def check_visible(settings: Mapping[str, Any], unit: int) -> None:
     """The encoder is a Swin, and units and images are whole tokens of its last map.
 
@@ -68,17 +78,25 @@ def check_visible(settings: Mapping[str, Any], unit: int) -> None:
     """
     if settings["name"] not in ("swin", "swinv2"):
         raise ValueError(f"visible_only=true: {settings['name']} has no windows of visible tokens; use swin or swinv2")
-    stride = settings["patch_size"] * 2 ** (len(settings["depths"]) - 1)
+    stride = encoder_stride(settings)
     if unit % stride:
         near = max(round(unit / stride), 1) * stride
         raise ValueError(f"unit={unit}: visible_only needs a multiple of the encoder's stride {stride}; use {near}")
-    size = to_pair(settings["img_size"], "img_size")
-    if size[0] % unit or size[1] % unit:
-        low, high = ([max(f(edge / unit), 1) * unit for edge in size] for f in (math.floor, math.ceil))
+    check_whole(settings["img_size"], unit, f"visible_only needs a multiple of unit {unit}")
+
+
+def check_whole(img_size: int | tuple[int, int], edge: int, need: str) -> None:
+    """An image is whole squares of ``edge`` pixels.
+
+    Raises:
+        ValueError: Says what is needed, and names the nearest sizes.
+    """
+    size = to_pair(img_size, "img_size")
+    if size[0] % edge or size[1] % edge:
+        low, high = ([max(f(length / edge), 1) * edge for length in size] for f in (math.floor, math.ceil))
         options = dict.fromkeys(str(s[0] if size[0] == size[1] else s) for s in (low, high))
         shown = size[0] if size[0] == size[1] else list(size)
-        fix = " or ".join(options)
-        raise ValueError(f"img_size={shown}: visible_only needs a multiple of unit {unit}; use {fix}")
+        raise ValueError(f"img_size={shown}: {need}; use {' or '.join(options)}")
 
 
 def check_decoder(dim: int, depth: int, num_heads: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -107,6 +108,7 @@ def _is_foreach(func: Any) -> bool:
     return name.startswith("_foreach_") and name.endswith("_")
 
 
+@functools.cache
 def launches_nothing(func: Any) -> bool:
     """Views, allocations and questions about a tensor."""
     if _is_foreach(func):

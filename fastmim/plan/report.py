@@ -98,7 +98,7 @@ def conclusions(plan: Plan) -> list[str]:
     trained, still = plan.parameters - plan.still, plan.still
     lines = [
         f"{trained / 1e6:,.1f} M parameters; states at stage 0: 16 bytes each, "
-        + (f"4 of each of the {still / 1e6:,.1f} M of the teacher, " if still else "")
+        + (f"4 of each of the {still / 1e6:,.1f} M that have no gradient, " if still else "")
         + f"{(16 * trained + 4 * still) / 1e9:.1f} GB; GB are 10^9 bytes",
         f"{plan.gpu.name}: {plan.gpu.memory:g} GiB, {plan.gpu.flops / 1e12:g} TFLOP/s in {plan.precision}, "
         f"{plan.gpu.bandwidth / 1e9:,g} GB/s, link {plan.gpu.link / 1e9:g} GB/s, "

@@ -57,7 +57,7 @@ class Trace:
     averaged: int = 0
     """Of these the ones that follow a trained one as its moving average."""
     frozen: int = 0
-    """Bytes of weights that nothing trains and every rank holds whole."""
+    """Bytes of weights that nothing trains, and of buffers, which every rank holds whole."""
 
 
 def trace(
@@ -103,7 +103,7 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     objective.zero_grad(set_to_none=True)
     count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
     modules = sum(any(True for _ in module.parameters(recurse=False)) for module in objective.modules())
-    held = sum(tensor.nbytes for tensor in frozen)
+    held = sum(tensor.nbytes for tensor in [*frozen, *objective.buffers()])
     history = tuple(counter.launches), tuple(others), tuple(grads)
     return Trace(batch, count, *history, kept, largest, host, modules, *_untrained(objective), held)
 

@@ -53,6 +53,7 @@ def new_objective(
     name: str = "ibot",
     crop_chunks: int = 0,
     tokenizer: str | None = None,
+    own_heads: bool = False,
 ) -> Any:
     """4 × 4 tokens a crop; of iBOT 32 prototypes that are still in the first epoch, and temperatures that warm up."""
     torch.manual_seed(0)
@@ -70,7 +71,7 @@ def new_objective(
         apply_recompute(objective, recompute)
         return objective
     own = {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_size": 16, "augment": False}
-    own["crop_chunks"] = crop_chunks
+    own |= {"crop_chunks": crop_chunks, "shared_head": not own_heads, "shared_head_teacher": not own_heads}
     schedules = {"warmup_teacher_temp_epochs": 2, "momentum_teacher": momentum, "freeze_last_layer": 1}
     objective = create_objective(name, encoder=settings, impl="torch", **own, **schedules)
     apply_recompute(objective, recompute)

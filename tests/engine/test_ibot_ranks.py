@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,8 @@ RUNS = {
     "stage2 chunks": dict(stage=2, accum=2, crop_chunks=2),
     "stage3 chunks": dict(stage=3, recompute="full", crop_chunks=2),
 }
+SWIN = dict(encoder="swin", own_heads=True)
+"""With prototypes of their own for patches."""
 OVERFLOWS = {f"stage{stage} overflow": dict(stage=stage, overflow_in=2) for stage in (2, 3)}
 SLOW = dict(precision="bf16", momentum=0.996, save_at=tuple(range(1, STEPS + 1)))
 BF16 = {f"stage{stage} bf16": dict(stage=stage, **SLOW) for stage in (1, 2, 3)}
@@ -96,7 +98,7 @@ def alone(tokenizer, tmp_path_factory):
     for name in ("beit", "dvae"):
         ibot_worker.train(folder / name, **with_tokenizer(dict(name=name), tokenizer))
     overflow = dict(overflow_in=2, save_at=(2, 3, STEPS))
-    runs = {"plain": {}, "swin": dict(encoder="swin"), "overflow": overflow}
+    runs = {"plain": {}, "swin": SWIN, "overflow": overflow}
     runs |= {"moco": dict(name="moco"), "moco in 2": dict(name="moco", accum=2)}
     for name, changes in runs.items():
         ibot_worker.train(folder / name, **changes)
@@ -127,7 +129,7 @@ def two(alone, killed, tokenizer, launch, tmp_path_factory):
     }
     resumed = {name: with_tokenizer(changes, tokenizer) for name, changes in resumed.items()}
     tokens = {name: with_tokenizer(changes, tokenizer) for name, changes in (TOKENS | TOKENS_BF16).items()}
-    runs = RUNS | tokens | {"swin": dict(stage=3, encoder="swin")} | OVERFLOWS | BF16 | MOCO | resumed
+    runs = RUNS | tokens | {"swin": dict(stage=3, **SWIN)} | OVERFLOWS | BF16 | MOCO | resumed
     launch([dict(out=str(folder / name), **changes) for name, changes in runs.items()], 2, worker="ibot_worker.py")
     return folder
 
@@ -327,15 +329,21 @@ def test_groups_of_their_own_change_no_bit(alone, tmp_path, monkeypatch):
     same_run(tmp_path / "run", alone / "plain", 0)
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "stage2 offload", "stage2 bf16", "stage3 bf16"])
+HELD = {name: RUNS[name] for name in ("stage1", "stage2", "stage3", "stage2 offload")} | {"swin": dict(stage=3, **SWIN)}
+HELD |= {name: BF16[name] for name in ("stage2 bf16", "stage3 bf16")}
+HELD |= {name: MOCO[name] for name in ("moco stage1", "moco stage2 in 2", "moco stage3", "moco stage3 bf16")}
+
+
+@pytest.mark.parametrize("name", HELD)
 def test_what_a_rank_holds_is_what_the_planner_counts(name, two):
     """Three fp32 values a trained one (the moments and the average) and its master, half of them on each rank."""
-    footprint, precision = planned(), "bf16" if "bf16" in name else "fp32"
-    stage, offload = int(name[5]), "optimizer" if "offload" in name else "none"
+    run, precision = HELD[name], "bf16" if "bf16" in name else "fp32"
+    make = {key: run[key] for key in ("name", "encoder", "own_heads") if key in run}
+    footprint, stage, offload = planned(**make), run["stage"], "optimizer" if "offload" in name else "none"
     still, bytes_ = footprint.parameters - footprint.trained, LAYOUTS[precision][0]
     found = states(footprint.trained, stage, 2, offload, LAYOUTS[precision], still=still, averaged=footprint.averaged)
     optimizer = found.host - 4 * footprint.trained / 2 if "offload" in name else found.optimizer
-    padding = 4 * 4 * 4 * len(list(ibot_worker.new_objective().parameters()))
+    padding = 4 * 4 * 4 * len(list(ibot_worker.new_objective(**make).parameters()))
     for rank in range(2):
         held = json.loads((two / name / f"held-{rank}.json").read_text())
         assert optimizer <= held["master"] + held["moments"] <= optimizer + padding
@@ -362,9 +370,9 @@ def test_a_process_alone_holds_a_teacher_of_4_bytes_a_weight():
 
 
 @cache
-def planned():
+def planned(**make):
     """The planner's footprint of the worker's objective."""
-    return Footprint(*trace(ibot_worker.new_objective, (2, 4), precision="fp32", on_gpu=False))
+    return Footprint(*trace(partial(ibot_worker.new_objective, **make), (2, 4), precision="fp32", on_gpu=False))
 
 
 def test_a_freezable_layer_is_a_group_of_its_own():

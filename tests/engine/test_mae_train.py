@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from fastmim.cli import main
 from fastmim.config import load_config
 from fastmim.engine.build import make_schedule
 from fastmim.engine.metrics import read_rows
@@ -87,3 +88,15 @@ def test_published_configs(name, sizes):
     assert schedule(420 * 312) == pytest.approx(1.2e-3)
     assert (cfg.optim.betas, cfg.optim.weight_decay, cfg.optim.clip_grad) == ((0.9, 0.95), 0.05, None)
     assert (cfg.data.scale, cfg.data.interpolation) == ((0.2, 1.0), "bicubic")
+
+
+def test_nothing_is_drawn_by_a_decoder_that_nobody_has_trained(whole, pictures, tmp_path, capsys):
+    """Begun from an encoder alone, at a rate of 0; after the run above, or one update, it is another decoder."""
+    keys = [f"model.init_from={whole[1].encoder_path}", "optim.lr=0", "optim.warmup_lr=0", "optim.min_lr=0"]
+    words = [*KEYS, *keys, "train.steps=1", f"data.path={pictures}", f"output.dir={tmp_path}/run"]
+    result = train(load_config(None, words))
+    assert result.picture_path is None
+    assert "no picture at step 1: the decoder has not been trained yet" in "".join(capsys.readouterr())
+    assert main(["reconstruct", str(tmp_path / "run"), str(pictures), "--out", str(tmp_path / "out.png")]) == 2
+    assert "run: the decoder has never been trained, and its picture would be noise" in capsys.readouterr().err
+    assert main(["reconstruct", str(whole[0]), str(pictures), "--out", str(tmp_path / "out.png"), "--most", "1"]) == 0

@@ -88,9 +88,24 @@ def test_what_ranks_must_share_is_compared(ranks, overrides, tmp_path, pictures,
     assert errors(second) == [] and not (tmp_path / "run").exists()
 
 
+LOUD = """
+import warnings
+from fastmim.objectives.simmim import SimMIM
+
+class Loud(SimMIM):
+    def forward(self, images, mask):
+        warnings.warn("a library's word")
+        return super().forward(images, mask)
+"""
+
+
 @pytest.mark.parametrize("kind", ["slurm", "open_mpi"])
 def test_schedulers_start_one_run(ranks, overrides, tmp_path, pictures, kind):
-    """Two tasks are two ranks of one run; folders of the same names may lie elsewhere on another machine."""
+    """Two tasks are two ranks of one run; folders of the same names may lie elsewhere on another machine. What both
+    warn of, a library's words too, is said once; nothing else is."""
+    (tmp_path / "loud.py").write_text(LOUD)
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", tmp_path)))}
+    loud = BATCH | {"objective__name": "loud:Loud", "optim__warmup_steps": 5}
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in pictures.iterdir():
@@ -99,12 +114,13 @@ def test_schedulers_start_one_run(ranks, overrides, tmp_path, pictures, kind):
         "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
         "open_mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     }[kind]
-    places = [dict(zip(names, (str(rank), "2", str(rank)), strict=True)) for rank in range(2)]
-    requests = [overrides(tmp_path / "run", **BATCH | {"data__path": path}) for path in (pictures, copy)]
+    places = [dict(zip(names, (str(rank), "2", str(rank)), strict=True)) | paths for rank in range(2)]
+    requests = [overrides(tmp_path / "run", **loud | {"data__path": path}) for path in (pictures, copy)]
     (status, first), (other_status, other) = ranks(requests, places)
     assert (status, other_status, other) == (0, 0, [])
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
-    assert not any("Warning" in line for line in first)
+    assert [line.rpartition(": ")[2] for line in first if "Warning" in line] == ["a library's word"]
+    assert len([line for line in first if "warning: optim: the run ends at step 2, inside its warm-up" in line]) == 1
 
 
 def test_a_port_in_use_is_one_line(ranks, overrides, tmp_path):

@@ -50,7 +50,7 @@ def first_results(objective: Any, images: torch.Tensor, mask: torch.Tensor, tens
     if "mask0" in tensors:
         found["mask"] = (float((mask.flatten(1) != tensors["mask0"].bool()).sum()), 0.0)
     if "pred0" in tensors:
-        image, p = objective.reconstruct(images, mask), objective.patch_size
+        image, p = objective.reconstruct(images, mask), objective.stride
         rows, columns = objective.encoder.grid
         theirs = image.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 3, 5, 1).flatten(3)
         shown = theirs.flatten(1, 2)[: len(tensors["pred0"])]

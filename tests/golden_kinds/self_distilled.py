@@ -67,6 +67,7 @@ def ibot_config(meta: Mapping[str, Any], dino: bool) -> Config:
             mask_start_epoch=meta["pred_start_epoch"],
             class_weight=meta["lambda1"],
             patch_weight=meta["lambda2"],
+            **{key: meta[key] for key in ("shared_head", "shared_head_teacher", "patch_out_dim") if key in meta},
         )
     optim = dict(
         lr=meta["base_lr"], lr_batch=None, warmup_lr=0.0, min_lr=meta["min_lr"], clip_grad=meta["clip_grad"],

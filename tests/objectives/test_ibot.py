@@ -20,6 +20,7 @@ from fastmim.objectives.self_distillation import Centre
 VIT = dict(name="vit", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2,
            key_bias=True, abs_pos_embed=True, init="timm")  # fmt: skip
 SWIN = dict(name="swin", img_size=32, patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4)
+OWN = dict(shared_head=False, shared_head_teacher=False, patch_out_dim=10)
 SMALL = dict(out_dim=24, hidden_dim=20, bottleneck_dim=6, local_crops=2, local_size=16)
 
 
@@ -95,8 +96,52 @@ def test_the_centre_of_patches_is_the_mean_over_all_of_them():
     globals_ = torch.cat([objective.normalise(view.flatten(0, 1)) for view in images[:2]])
     with torch.no_grad():
         _, patches = objective.teacher.encoder.forward_tokens(globals_)
-        logits = objective.teacher.head(patches.flatten(0, 2))
+        head = objective.teacher.head
+        (logits,) = head.last_layer(head.directions(patches.flatten(0, 2)))
     torch.testing.assert_close(objective.patch_centre.total / objective.patch_centre.count, logits.mean(0))
+
+
+def directions(head, tokens):
+    """The MLP of a head and the directions of what it gives, written out."""
+    layers = [layer for layer in head.mlp if hasattr(layer, "weight")]
+    for i, layer in enumerate(layers):
+        tokens = tokens @ layer.weight.T + layer.bias
+        tokens = torch.nn.functional.gelu(tokens) if i + 1 < len(layers) else tokens
+    return tokens / tokens.norm(dim=-1, keepdim=True)
+
+
+def products(layer, x):
+    return x @ (layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True) * layer.weight_g).T
+
+
+@pytest.mark.parametrize("shared_teacher", [False, True])
+def test_patches_with_prototypes_of_their_own(shared_teacher):
+    """iBOT's loss, equations 1 and 2, in float64; the teacher's may be those of its class tokens."""
+    own = dict(OWN, shared_head_teacher=True, patch_out_dim=0) if shared_teacher else OWN
+    objective = build(norm_last_layer=False, local_crops=0, mask_ratios=((0.3, 0.5),), **own).double()
+    with torch.no_grad():
+        for parameter in objective.teacher.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    images, mask = torch.randn(2, 3, 3, 32, 32, dtype=torch.float64), objective.random_mask(torch.arange(3))
+    found = objective((images,), mask)
+    student, teacher = objective.head, objective.teacher.head
+    patches = objective.encoder.forward_tokens(images.flatten(0, 1), mask.flatten(0, 1))[1].flatten(1, 2)
+    truth = objective.teacher.encoder.forward_tokens(images.flatten(0, 1))[1].flatten(1, 2)
+    layer = teacher.last_layer if shared_teacher else teacher.last_layer2
+    given = products(layer, directions(teacher, truth))
+    target = (given / objective.teacher_patch_temp.double()).softmax(-1)
+    guess = (products(student.last_layer2, directions(student, patches)) / 0.1).log_softmax(-1)
+    hidden = mask.flatten(0, 1).flatten(1).double()
+    expected = (-(target * guess).sum(-1) * hidden).sum(1) / hidden.sum(1)
+    torch.testing.assert_close(found["patch"].double(), expected.mean(), rtol=1e-6, atol=0)
+    mean = objective.patch_centre.total / objective.patch_centre.count
+    torch.testing.assert_close(mean.double(), given.flatten(0, 1).mean(0), rtol=1e-5, atol=1e-7)
+    gradients = torch.autograd.grad(expected.mean(), student.parameters(), allow_unused=True)
+    found["loss"].backward()
+    names = [name for name, _ in student.named_parameters()]
+    own_gradient = dict(zip(names, gradients, strict=True))
+    assert own_gradient["last_layer.weight_v"] is None
+    torch.testing.assert_close(student.last_layer2.weight_v.grad, own_gradient["last_layer2.weight_v"])
 
 
 def test_micro_batches_and_the_whole_batch_move_a_centre_alike():
@@ -138,9 +183,13 @@ def test_masks_are_of_a_sample_and_a_crop_and_start_in_their_epoch():
     assert not torch.equal(mask[0], mask[1])
 
 
-@pytest.mark.parametrize("encoder", [VIT, SWIN], ids=["vit", "swin"])
-def test_a_checkpoint_in_official_names_goes_out_and_in(encoder):
-    objective, other = build(encoder=encoder), build(encoder=encoder)
+@pytest.mark.parametrize(
+    "encoder, own",
+    [(VIT, {}), (SWIN, {}), (VIT, OWN), (VIT, dict(shared_head=False))],
+    ids=["vit", "swin", "own heads", "the student's own head"],
+)
+def test_a_checkpoint_in_official_names_goes_out_and_in(encoder, own):
+    objective, other = build(encoder=encoder, **own), build(encoder=encoder, **own)
     with torch.no_grad():
         for tensor in [*objective.parameters(), objective.centre.value, objective.patch_centre.value]:
             tensor.add_(torch.randn_like(tensor))
@@ -151,9 +200,15 @@ def test_a_checkpoint_in_official_names_goes_out_and_in(encoder):
     load_reference(other, saved)
     for name, tensor in objective.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-    saved["student"]["module.head.last_layer2.weight_v"] = torch.zeros(24, 6)
-    with pytest.raises(ValueError, match="a head of their own"):
-        load_reference(other, saved)
+    shared, second = build(encoder=encoder), "module.head.last_layer2.weight_v"
+    saved["student"][second] = torch.zeros_like(saved["student"][second])
+    with pytest.raises(ValueError, match="a head of their own; build the objective with shared_head=false"):
+        load_reference(shared, saved)
+    if own == OWN:
+        student = {name: saved["teacher"][name.removeprefix("module.").replace("last_layer2", "last_layer")]
+                   for name in saved["student"] if "masked_embed" not in name}  # fmt: skip
+        with pytest.raises(ValueError, match="build the objective with shared_head_teacher=false"):
+            load_reference(shared, saved | {"student": student})
 
 
 def test_a_teacher_starts_as_the_student_that_was_given_weights(tmp_path):
@@ -175,14 +230,16 @@ def test_gradients_are_clipped_tensor_by_tensor():
 
 
 def test_frozen_prototypes_have_no_moments_and_do_not_decay():
-    objective = build()
+    objective = build(**OWN)
     optimiser = torch.optim.AdamW(objective.groups(0.5, "parity"), lr=1e-2)
-    engine, before = LocalEngine(objective, optimiser), copy.deepcopy(objective.head.last_layer.weight_v)
+    weights = [layer.weight_v for layer in (objective.head.last_layer, objective.head.last_layer2)]
+    engine, before = LocalEngine(objective, optimiser), copy.deepcopy(weights)
     for step in range(2):
         objective.set_step(step, 4, 1)
         engine.train_on(*crops(objective))
-        assert (objective.head.last_layer.weight_v in optimiser.state) == bool(step)
-        assert torch.equal(objective.head.last_layer.weight_v, before) == (step == 0)
+        for weight, old in zip(weights, before, strict=True):
+            assert (weight in optimiser.state) == bool(step)
+            assert torch.equal(weight, old) == (step == 0)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +255,8 @@ def test_frozen_prototypes_have_no_moments_and_do_not_decay():
         (dict(encoder=VIT | dict(abs_pos_embed=False)), "abs_pos_embed=false"),
         (dict(encoder=VIT | dict(in_chans=4)), "use false"),
         (dict(mask_ratios=((0.5, 0.2),)), r"mask_ratios"),
+        (dict(shared_head_teacher=False), "shared_head_teacher=false: the student has nothing to follow"),
+        (dict(patch_out_dim=10), "patch_out_dim=10: other than out_dim=24 needs shared_head=false"),
     ],
 )
 def test_arguments_that_cannot_be(given, message):

@@ -15,6 +15,10 @@ from fastmim.objectives.targets import PATCH_EPS
 # 3 x 5 patches of a rectangle with two channels: rows are not columns, and int(15 · 0.3) is 4.
 VIT = dict(name="vit", img_size=(24, 40), patch_size=8, in_chans=2, embed_dim=24, depth=2, num_heads=3, key_bias=True,
            abs_pos_embed="sincos", init="mae")  # fmt: skip
+# The same patches as final tokens of 2 x 2 of its own; its windows do not divide them.
+SWIN = dict(name="swin", img_size=(24, 40), patch_size=4, in_chans=2, embed_dim=8, depths=(2, 2), num_heads=(1, 2),
+            window_size=4)  # fmt: skip
+ENCODERS = {"vit": VIT, "swin": SWIN, "swinv2": SWIN | dict(name="swinv2")}
 DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
 
 
@@ -36,15 +40,24 @@ def squares(images):
     return torch.stack(rows, 1)
 
 
+def tokens_hidden(mask, objective):
+    """(B, 15) of a mask of the encoder's own patches."""
+    repeat = objective.encoder.stride // objective.encoder.patch_size
+    cells = mask[:, ::repeat, ::repeat]
+    assert torch.equal(cells.repeat_interleave(repeat, 1).repeat_interleave(repeat, 2), mask)
+    return cells.flatten(1)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_the_loss_is_the_mean_over_hidden_patches(norm_pix_loss):
-    objective = new(norm_pix_loss)
+def test_the_loss_is_the_mean_over_hidden_patches(norm_pix_loss, encoder):
+    objective = new(norm_pix_loss, encoder=ENCODERS[encoder])
     images, mask = batch(objective)
     target = squares(objective.normalise(images)).double()
     if norm_pix_loss:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + PATCH_EPS).sqrt()
     each = (squares(objective.reconstruct(images, mask)).double() - target).square().mean(-1)
-    hidden = mask.flatten(1)
+    hidden = tokens_hidden(mask, objective)
     expected = (each * hidden).sum() / hidden.sum()
     for given in (images, objective.normalise(images)):
         assert objective(given, mask)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -65,6 +78,29 @@ def test_the_encoder_reads_visible_pixels_alone_and_their_order_does_not_matter(
     moved = torch.full_like(places, -1).scatter(1, keep[:, shuffle], torch.arange(4).expand(3, -1))
     again = objective.decode(other, moved, hidden)
     torch.testing.assert_close(again, objective.decode(latent, places, hidden), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["swin", "swinv2"])
+def test_a_swin_reads_visible_pixels_alone_and_with_all_visible_is_the_plain_one(family):
+    objective = new(encoder=ENCODERS[family]).eval()
+    images, mask = batch(objective)
+    seen, every = objective.normalise(images), torch.arange(15).expand(3, -1)
+    plain = objective.encoder(seen).flatten(1, 2)
+    expected = torch.cat((plain.mean(1, keepdim=True), plain), 1)
+    torch.testing.assert_close(objective._encode(seen, every), expected, rtol=0, atol=1e-5)
+    wide = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    prediction = objective.reconstruct(seen, mask)
+    assert torch.equal(objective.reconstruct(seen.masked_fill(wide, float("nan")), mask), prediction)
+
+
+def test_every_matrix_of_a_swin_learns():
+    """DistributedDataParallel and ZeRO ask for a gradient of each."""
+    objective = new(encoder=SWIN)
+    objective(*batch(objective))["loss"].backward()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    assert all(p.grad.abs().max() > 0 for p in trained if p.ndim > 1)
+    assert "encoder.mask_token" not in dict(objective.named_parameters())
 
 
 def test_the_decoder_makes_the_wanted_rows_of_all():
@@ -185,7 +221,11 @@ def test_a_checkpoint_without_a_decoder_is_refused_in_one_line(tmp_path):
     [
         (dict(mask_ratio=1.0), "mask_ratio=1.0: must hide some of the 15 patches and leave some visible"),
         (dict(mask_ratio=0.99), "mask_ratio=0.99: must hide"),
-        (dict(encoder=dict(name="swin", img_size=32)), "name='swin': MAE leaves patches out"),
+        (
+            dict(encoder=SWIN | dict(img_size=(24, 36))),
+            r"img_size=\[24, 36\]: MAE needs a multiple of the encoder's stride 8",
+        ),
+        (dict(encoder=dict(name="swin", img_size=32)), "mask_ratio=0.7: must hide some of the 1 patches"),
         (dict(encoder=VIT | dict(abs_pos_embed=False)), "abs_pos_embed=false: the ViT would not know"),
         (dict(encoder=VIT | dict(rel_pos_bias=True)), "rel_pos_bias=true: not with MAE"),
         (dict(decoder_embed_dim=18), "decoder_embed_dim=18: not a multiple of 4, .* use 16 or 20"),
@@ -202,13 +242,14 @@ def test_a_mask_of_another_count_is_refused():
     objective = new()
     images, mask = batch(objective)
     mask[1, 0] = True
-    with pytest.raises(ValueError, match=r"of 15 patches an image; with mask_ratio=0.7 it must hide 11 of each"):
+    with pytest.raises(ValueError, match=r"mask: must show 4 of the 15 tokens of every image, .* got \[\d, 4\]"):
         objective(images, mask)
 
 
-def test_compiles_as_one_graph():
-    objective = new()
+@pytest.mark.parametrize("encoder, backend", [("vit", "aot_eager"), ("swinv2", "eager")])
+def test_compiles_as_one_graph(encoder, backend):
+    objective = new(encoder=ENCODERS[encoder])
     images, mask = batch(objective)
     torch._dynamo.reset()
-    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(objective, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(images, mask)["loss"], objective(images, mask)["loss"])

@@ -133,5 +133,5 @@ def test_a_mask_that_shows_another_number_or_a_part_of_a_token_is_refused():
     row, column = mask[1].nonzero()[0].tolist()
     part[1, row, column] = False
     for wrong in (more, part):
-        with pytest.raises(ValueError, match="mask: visible_only needs 6 visible tokens of 4 x 4 patches"):
+        with pytest.raises(ValueError, match="mask: must show 6 of the 15 tokens of every image, each of 4 x 4"):
             objective(images, wrong)

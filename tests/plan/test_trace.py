@@ -32,21 +32,25 @@ MODELS: dict[str, dict[str, Any]] = {
     "mae": dict(name="vit", img_size=128, patch_size=8, embed_dim=96, depth=4, num_heads=3, key_bias=True,
                 abs_pos_embed="sincos", init="mae"),
 }  # fmt: skip
-CASES = [(model, policy) for model in MODELS for policy in ("none", "fc1_qkv", "full")]
+MODELS["moco"] = dict(MODELS["mae"], abs_pos_embed="sincos_moco", init="moco")
+MODELS["swinv2, mae"] = dict(MODELS["swinv2"], extra_norm_period=0, drop_path_rate=0.0)
+CASES = [(model, policy) for model in MODELS if model != "moco" for policy in ("none", "fc1_qkv", "full")]
 MODELS["swin, visible tokens"] = MODELS["swin, bins in parts"] = MODELS["swin"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "swin, visible tokens": dict(visible_only=True, decoder_dim=64, decoder_num_heads=2),
     "swin, bins in parts": dict(target="bins", bins=256, head="mlp"),
+    "moco": dict(hidden_dim=512, out_dim=64),
 }
 CASES += [("swinv2", "fc1"), ("vit", "gemm"), ("swin, visible tokens", "none"), ("swin, visible tokens", "full")]
-CASES += [("swin, bins in parts", "none")]
+CASES += [("moco", "none"), ("moco", "full"), ("swin, bins in parts", "none")]
 DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2, norm_pix_loss=True)
 BATCH = 6
 
 
 def builder(model: str, policy: str = "none", norm_target: int = 0) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        name, own = ("mae", DECODER) if model == "mae" else ("simmim", dict(norm_target=norm_target))
+        name, own = ("mae", DECODER) if "mae" in model else ("simmim", dict(norm_target=norm_target))
+        name, own = ("moco", {}) if model == "moco" else (name, own)
         own = own | OPTIONS.get(model, {})
         objective = create_objective(name, encoder=MODELS[model], **own, impl="torch")
         apply_recompute(objective, policy)
@@ -118,12 +122,20 @@ def test_a_frozen_tokenizer_is_counted(tmp_path) -> None:
         return lambda: create_objective("beit", encoder=MODELS["vit"], tokenizer=tokenizer, **how)
 
     plain, held = (trace(build(path), (2, 4)) for path in (None, str(tmp_path / "tokenizer.safetensors")))
-    assert plain[0].frozen == 0 and held[0].frozen == 4 * sum(p.numel() for p in model.parameters())
+    assert held[0].frozen - plain[0].frozen == 4 * sum(p.numel() for p in model.parameters())
     assert plain[0].parameters == held[0].parameters
     flops = [sum(launch.flops for launch in found[0].launches) for found in (plain, held)]
     # Two 4 × 4 convolutions to 16² and 8² places, and the one to the codes.
     by_hand = 2 * (16**2 * 8 * 3 * 16 + 8**2 * 8 * 8 * 16 + 8**2 * 32 * 8)
     assert flops[1] - flops[0] == 2 * by_hand  # of two images
+
+
+def test_statistics_of_batch_norm_are_on_every_rank() -> None:
+    """Mean and variance of 2·512 + 64 features twice, of 512 + 64 once (the predictor), float32; a counter a norm."""
+    objective = builder("moco")()
+    others = sum(b.nbytes for name, b in objective.named_buffers() if "running_" not in name and "batches" not in name)
+    norms = 2 * (2 * (2 * 512 + 64)) + 2 * (512 + 64)
+    assert trace(builder("moco"), (2, 4))[0].frozen - others == 4 * norms + 8 * 8
 
 
 HEADS: list[dict[str, Any]] = [

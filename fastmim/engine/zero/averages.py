@@ -13,6 +13,9 @@ from fastmim.engine.distributed import World
 from fastmim.engine.zero import fragments
 from fastmim.engine.zero.fragments import Fragment
 
+# Torch 2.14 has given it another name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Averages:
     """One slot more beside each flattened master weight, with the teacher's weights in the places of the student's.
@@ -116,7 +119,7 @@ class Averages:
         for slot, flat in zip(self._slots, self._flat, strict=True):
             part = flat.narrow(0, self.world.rank * slot.numel(), slot.numel())
             part.copy_(slot)
-            dist.all_gather_into_tensor(flat, part)
+            _all_gather(flat, part)
 
     def held_bytes(self) -> int:
         """Of the slots."""
