@@ -16,7 +16,7 @@ def test_every_pair_of_the_tables_is_a_config(objective, encoder):
     cfg = transfer.config(objective, encoder, 2, Path("images"), Path("out"), 50)
     trained = "simmim" if objective == "visible" else objective
     assert (cfg.objective.name, cfg.model.name, cfg.train.seed) == (trained, encoder, 2)
-    assert cfg.train.steps == 50 and cfg.optim.warmup_steps == 10
+    assert cfg.train.steps == 50 and cfg.optim.warmup_steps == 5
 
 
 def test_the_table_is_the_mean_and_deviation_over_seeds():
