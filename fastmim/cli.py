@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastmim._version import __version__
-from fastmim.commands import configs, convert, finetune, images, machine, own, probe, tokenizer
+from fastmim.commands import configs, convert, features, finetune, images, machine, own, probe, tokenizer
 from fastmim.commands.console import let_go_of_stdout, log_to_stderr, own_rank, say, shown_on_a_terminal, to_stderr
 from fastmim.commands.own import own_images, sort_words
 from fastmim.engine.launcher import rank_or_none
@@ -40,6 +40,7 @@ examples:
   fastmim convert runs/short encoder.safetensors
   fastmim finetune configs/finetune/small.yaml --encoder runs/short data.path=/path/to/class/folders
   fastmim probe runs/short /path/to/class/folders
+  fastmim features runs/short /path/to/images --out features.safetensors
 """
 
 
@@ -138,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
                      "given) and key=value do not say; print it as a config with reasons, and train")
     pretrain.set_defaults(command=_pretrain, only=None)
     finetune.add(commands, common, _pretrain)
-    for group in (configs, images, machine, convert, probe):
+    for group in (configs, images, machine, convert, probe, features):
         group.add(commands, common)
     tokenizer.add(commands, common, train=_pretrain)
     return parser

@@ -73,6 +73,7 @@ CONFIG_READERS = {
     "fastmim",
     "fastmim.cli",
     "fastmim.commands.configs",
+    "fastmim.commands.convert",
     "fastmim.commands.finetune",
     "fastmim.commands.images",
     "fastmim.commands.machine",
@@ -102,6 +103,9 @@ OPTIONAL = {
     "sklearn",
     "mlxtend",
     "rich",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
 }
 
 

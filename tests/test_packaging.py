@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Everything that is not torch, torchvision, timm, pydantic, safetensors or pulled in by them.
 BLOCKED = ["rich", "matplotlib", "tensorboard", "triton", "deepspeed", "nvidia.dali", "pynvml"]
 BLOCKED += ["wandb", "mlflow", "sqlalchemy", "alembic", "transformers"]
+BLOCKED += ["onnx", "onnxruntime", "onnxscript"]
 BLOCKED += ["skimage", "sklearn", "mlxtend", "scipy", "hypothesis", "pytest"]
 
 # The blocked packages look as if they were not installed: also to a find_spec(), which torch uses to ask.

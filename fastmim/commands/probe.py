@@ -11,7 +11,9 @@ from fastmim.wording import plural
 from .console import shown_on_a_terminal, write
 
 _PROTOCOLS = ("dino", "ibot", "mae", "moco", "beit", "none")
-_KEYS = {"follow_links", "component", "min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"}
+READING = {"min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"}
+"""Keys of the data section that a loader of frozen features takes."""
+_KEYS = READING | {"follow_links", "component"}
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -28,32 +30,42 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     probe.add_argument("--protocol", choices=_PROTOCOLS, default="dino", help="whose linear probe (default dino)")
     probe.add_argument("--pool", choices=("cls", "mean"), help="what stands for an image (default: the class token of "
                        "a ViT with key_bias, else the mean)")
-    probe.add_argument("--epochs", type=_positive, metavar="N", help="of the linear probe (default: the protocol's)")
-    probe.add_argument("--augment", type=_positive, metavar="N", default=0, help="N passes over random crops and flips "
+    probe.add_argument("--epochs", type=positive, metavar="N", help="of the linear probe (default: the protocol's)")
+    probe.add_argument("--augment", type=positive, metavar="N", default=0, help="N passes over random crops and flips "
                        "for the linear probe; the protocols make one an epoch (default: centre crops, one pass)")
-    probe.add_argument("--most", type=_positive, metavar="N", help="use so many, evenly spread (default: all)")
-    probe.add_argument("--batch", type=_positive, metavar="B", default=64, help="images in a forward pass (default 64)")
+    probe.add_argument("--most", type=positive, metavar="N", help="use so many, evenly spread (default: all)")
+    probe.add_argument("--batch", type=positive, metavar="B", default=64, help="images in a forward pass (default 64)")
     probe.add_argument("--seed", type=int, default=0, metavar="S", help="of the linear probe (default 0)")
     probe.add_argument("--json", action="store_true", help="print the report as JSON")
     probe.set_defaults(command=run_probe)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value
 
 
-def run_probe(options: argparse.Namespace) -> int:
-    """Probe an encoder and print what was found."""
+def reading_of(overrides: list[str], command: str) -> Any:
+    """The data section of overrides that say how images are read.
+
+    Raises:
+        ValueError: one of them says something else.
+    """
     from fastmim.config import load_config
 
-    other = [word for word in options.overrides if word.partition("=")[0].removeprefix("data.") not in _KEYS]
+    other = [word for word in overrides if word.partition("=")[0].removeprefix("data.") not in _KEYS]
     if other:
         known = ", ".join(f"data.{key}" for key in sorted(_KEYS))
-        raise ValueError(f"{other[0]}: probe takes {known}; what the encoder is, its file says")
-    data = load_config(None, options.overrides).data
+        raise ValueError(f"{other[0]}: {command} takes {known}; what the encoder is, its file says")
+    return load_config(None, overrides).data
+
+
+def run_probe(options: argparse.Namespace) -> int:
+    """Probe an encoder and print what was found."""
+    data = reading_of(options.overrides, "probe")
     with shown_on_a_terminal("loading libraries …"):
         from fastmim.data.labelled import LabelledImages
         from fastmim.engine.distributed import distributed
@@ -73,7 +85,7 @@ def run_probe(options: argparse.Namespace) -> int:
             images,
             world,
             micro_batch_size=options.batch,
-            reading=data.model_dump(include=_KEYS - {"follow_links", "component"}),
+            reading=data.model_dump(include=READING),
             protocol=None if options.protocol == "none" else options.protocol,
             pool=options.pool,
             epochs=options.epochs,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmim.engine.checkpoint.convert import CONFIG_FILE, convert
+from fastmim.engine.checkpoint.convert import CONFIG_FILE, OTHER_FORMATS, convert
 from fastmim.engine.checkpoint.save import find_resume
 from fastmim.engine.checkpoint.shards import Entry, write_safetensors
 from fastmim.engine.onnx_file import export_onnx
@@ -121,10 +121,10 @@ def _target(out: Path, target: str | None) -> str:
             raise ValueError(f"{out}: for whom? give --to simmim, mae or another, or a name that ends in .safetensors")
         target = "fastmim" if is_file else "timm"
     known_project(target, "--to")
-    if out.is_file() and not is_file:
-        raise ValueError(f"{out}: is a file; must end in .safetensors or .pth, or be a folder")
+    if not is_file and (out.is_file() or out.suffix in OTHER_FORMATS):
+        raise ValueError(f"{out}: must end in .safetensors, .pth or .onnx, or be a folder")
     folder = PROJECTS[target].folder
-    if is_file == (folder and target == "huggingface") or (not is_file and not folder):
+    if (is_file and target == "huggingface") or (not is_file and not folder):
         what = "a folder" if folder else "a file that ends in .safetensors or .pth"
         raise ValueError(f"{out}: --to {target} writes {what}")
     return target

@@ -18,6 +18,8 @@ from fastmim.wording import install_extra
 
 TOLERANCE = 1e-4
 INPUT, OUTPUTS = "images", ("pooled", "tokens")
+_MOST_BYTES = 1536 << 20
+"""Beyond these the exporter writes a second file, whose name the first one holds."""
 # Another number than the trace has seen, and one image, which programs like to take for a constant.
 _TRACED, _TRIED = 2, (1, 3)
 
@@ -49,10 +51,13 @@ def export_onnx(
         The largest difference from the encoder's own results, over noise in batches of 1 and 3.
 
     Raises:
-        ValueError: The difference is above 1e-4 of the largest value.
+        ValueError: There are more than 1.5 GiB of weights; the difference is above 1e-4 of the largest value.
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed; the line has the command.
     """
     _require()
+    size = sum(tensor.numel() for tensor in tensors.values()) * torch.float32.itemsize
+    if size > _MOST_BYTES:
+        raise ValueError(f"{out}: {size / 1e9:.1f} GB of weights: an ONNX file holds less than 2 GB")
     model = _BothTokens(create_encoder(dict(settings), impl="reference"))
     model.encoder.load_state_dict({"mask_token": model.encoder.mask_token, **tensors})
     model = model.float().eval()

@@ -21,7 +21,7 @@ from .load import read_weights
 from .names import find_state_dict, split_prefix
 from .projects import PROJECTS, told_by
 from .settings import find_settings
-from .strict import LoadReport, copy_strictly
+from .strict import LoadReport, check_strictly
 from .timm_config import WEIGHTS_FILE, settings_of_timm
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
@@ -38,6 +38,15 @@ class Row(NamedTuple):
     dtype: str
     becomes: str
     reason: str
+
+
+class Said(NamedTuple):
+    """What is written beside the weights: arguments of the encoder, statistics of images, remarks; whether by us."""
+
+    settings: dict[str, Any]
+    statistics: dict[str, Any]
+    notes: list[str]
+    ours: bool = False
 
 
 @dataclass
@@ -92,23 +101,30 @@ def read_encoder(
 
 def _read(source: Path, project: str | None, given: Mapping[str, Any], student: bool) -> Foreign:
     file = _weight_file(source) if source.is_dir() else source
-    config = _json(source / CONFIG_FILE) if source.is_dir() else {}
     content, replaced, facts = read_weights(file)
-    if student:
-        content = _student_of(content)
+    said = _said(facts, source if source.is_dir() else None)
+    foreign = encoder_in(_student_of(content) if student else content, said, project=project, given=given)
+    foreign.not_read += replaced
+    return foreign
+
+
+def encoder_in(
+    content: Any, said: Said, *, project: str | None = None, given: Mapping[str, Any] | None = None
+) -> Foreign:
+    """The encoder in the content of a weight file; arguments and errors as of :func:`read_encoder`."""
     found = find_state_dict(content)
     hugging = any(name.endswith(PATCHES) for name in found.tensors)
     prefix = "" if hugging else split_prefix(found.tensors)
     told = told_by(list(found.tensors), [*found.place.split("."), *found.passed_over], prefix)
     if project not in (None, told) and "huggingface" in (project, told):
         raise ValueError(f"--from {project}: its names are those of {told}")
-    foreign = Foreign(project or ("fastmim" if facts.get("encoder") else told), {}, {}, place=found.place,
-                      not_read=found.passed_over + replaced)  # fmt: skip
-    known, foreign.statistics = _said(source, config, facts, foreign)
+    place = ".".join(part for part in (found.place, prefix.rstrip(".")) if part)
+    foreign = Foreign(project or ("fastmim" if said.ours else told), {}, {}, said.statistics, [], place,
+                      list(said.notes), found.passed_over)  # fmt: skip
     read = _read_huggingface if hugging else _read_timm
-    used, left = read(foreign, found.tensors, prefix, known | dict(given))
-    foreign.rows = [_row(name, tensor, used.get(name, ""), left.get(name, "")) for name, tensor in found.tensors.items()]
-    foreign.place = ".".join(part for part in (found.place, prefix.rstrip(".")) if part)
+    used, left = read(foreign, found.tensors, prefix, said.settings | dict(given or {}))
+    rows = found.tensors.items()
+    foreign.rows = [_row(name, tensor, used.get(name, ""), left.get(name, "")) for name, tensor in rows]
     return foreign
 
 
@@ -137,20 +153,16 @@ def _student_of(content: Any) -> dict[str, Any]:
     return {"student": content["student"]}
 
 
-def _said(
-    source: Path, config: Mapping[str, Any], facts: Mapping[str, Any], foreign: Foreign
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of the encoder that are written beside the weights, and statistics of the images."""
+def _said(facts: Mapping[str, Any], folder: Path | None) -> Said:
     if facts.get("encoder"):
-        return dict(facts["encoder"]), dict(facts.get("statistics", {}))
-    if "model_type" in config and "architecture" not in config:
-        known, notes = settings_of(config)
-        foreign.notes += notes
-        return known, statistics_of(_json(source / PREPROCESSOR_FILE))
+        return Said(dict(facts["encoder"]), dict(facts.get("statistics", {})), [], True)
+    config = {} if folder is None else _json(folder / CONFIG_FILE)
+    if folder is not None and "model_type" in config and "architecture" not in config:
+        settings, notes = settings_of(config)
+        return Said(settings, statistics_of(_json(folder / PREPROCESSOR_FILE)), notes)
     if "architecture" in config:
-        known, statistics = settings_of_timm(config)
-        return known, statistics
-    return {}, {}
+        return Said(*settings_of_timm(config), [])
+    return Said({}, {}, [])
 
 
 def _read_huggingface(
@@ -207,7 +219,7 @@ def _blank(settings: Mapping[str, Any]) -> nn.Module:
 
 def _check(encoder: nn.Module, tensors: Mapping[str, Tensor], names: dict[str, str]) -> None:
     """Every parameter is there, in its shape, and finite; ``names``: of each tensor the parameter that it is."""
-    copy_strictly(encoder, tensors, LoadReport(names=names), optional=(_MASK_TOKEN,))
+    check_strictly(encoder, tensors, LoadReport(names=names), optional=(_MASK_TOKEN,))
 
 
 def _row(name: str, tensor: Tensor, becomes: str, reason: str) -> Row:

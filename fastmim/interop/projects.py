@@ -84,10 +84,11 @@ def told_by(names: Collection[str], beside: Collection[str], prefix: str) -> str
         return "huggingface"
     if "base_encoder." in prefix:
         return "moco"
+    distilled = "backbone." in prefix or {"teacher", "student"} & set(beside)
     if "ibot_loss" in beside or any(name.endswith("masked_embed") for name in names):
         return "ibot"
-    if "backbone." in prefix or {"teacher", "student", "dino_loss"} & set(beside):
-        return "dino"
+    if distilled:  # DINO's code has no Swin
+        return "ibot" if f"{prefix}layers.0.blocks.0.norm1.weight" in names else "dino"
     if any(name.startswith(DECODER) for name in names):
         return "mae"
     if "encoder." in prefix or "decoder.0.weight" in names:

@@ -23,7 +23,7 @@ log = logging.getLogger("fastmim")
 
 CONFIG_FILE = "config.json"
 _ENCODER, _TEACHER = "encoder.", "teacher.encoder."
-_OTHER_FORMATS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pth")
+OTHER_FORMATS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pth")
 
 
 def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False, student: bool = False) -> Path:
@@ -50,7 +50,7 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False, stu
     """
     out = Path(out)
     file = out.suffix == ".safetensors"
-    if not file and (whole or out.is_file() or out.suffix in _OTHER_FORMATS):
+    if not file and (whole or out.is_file() or out.suffix in OTHER_FORMATS):
         raise ValueError(f"{out}: must end in .safetensors, for example encoder.safetensors")
     try:
         folder = find_resume(str(checkpoint), Path())
