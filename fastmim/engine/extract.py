@@ -162,8 +162,8 @@ def _beside(done: Extracted, index: ImageIndex, blocks: list[int], encoder: Any)
 class _Columns:
     """Rows of several tensors on their way into one file, each in a file of its own until all are there."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, stack: ExitStack) -> None:
-        self.folder, self.dtype, self._stack = folder, dtype, stack
+    def __init__(self, out: Path, folder: Path, dtype: torch.dtype, stack: ExitStack) -> None:
+        self.out, self.folder, self.dtype, self._stack = out, folder, dtype, stack
         self._files: dict[str, BinaryIO] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -172,7 +172,7 @@ class _Columns:
             self._files[name] = self._stack.enter_context((self.folder / name).open("wb"))
             self._shapes[name] = tuple(rows.shape[1:])
         flat = rows.detach().to(self.dtype).cpu().contiguous().flatten()
-        with naming(self.folder / name):
+        with naming(self.out):
             self._files[name].write(flat.view(torch.uint8).numpy().data)
 
     def entries(self, count: int) -> Iterator[Entry]:
@@ -190,4 +190,4 @@ class _Columns:
 def _columns(out: Path, dtype: torch.dtype) -> Iterator[_Columns]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:100]}.") as folder, ExitStack() as stack:
-        yield _Columns(Path(folder), dtype, stack)
+        yield _Columns(out, Path(folder), dtype, stack)

@@ -51,17 +51,17 @@ def export_onnx(
         The largest difference from the encoder's own results, over noise in batches of 1 and 3.
 
     Raises:
-        ValueError: There are more than 1.5 GiB of weights; the difference is above 1e-4 of the largest value.
-        ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed; the line has the command.
+        ValueError: onnx, onnxscript or onnxruntime is not installed, and the line has the command; there are more than
+            1.5 GiB of weights; the difference is above 1e-4 of the largest value.
     """
-    _require()
+    _require(out)
     size = sum(tensor.numel() for tensor in tensors.values()) * torch.float32.itemsize
     if size > _MOST_BYTES:
         raise ValueError(f"{out}: {size / 1e9:.1f} GB of weights: an ONNX file holds less than 2 GB")
     model = _BothTokens(create_encoder(dict(settings), impl="reference"))
     model.encoder.load_state_dict({"mask_token": model.encoder.mask_token, **tensors})
     model = model.float().eval()
-    shape = (settings["in_chans"], *model.encoder.img_size)
+    shape = (model.encoder.in_chans, *model.encoder.img_size)
     with quiet():
         program: Any = torch.onnx.export(
             model, (torch.zeros(_TRACED, *shape),), dynamo=True, input_names=[INPUT], output_names=list(OUTPUTS),
@@ -77,13 +77,13 @@ def export_onnx(
     return difference
 
 
-def _require() -> None:
+def _require(out: Path) -> None:
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"ONNX needs {error.name}: {install_extra('onnx')}", name=error.name) from None
+        raise ValueError(f"{out}: ONNX needs {error.name}: {install_extra('onnx')}") from None
 
 
 @torch.no_grad()
