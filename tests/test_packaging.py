@@ -126,7 +126,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     info = f"fastmim-{fastmim.__version__}.dist-info"
     meta = email.message_from_string(archive.read(f"{info}/METADATA").decode())
     assert meta["Version"] == fastmim.__version__ and meta["License-Expression"] == "Apache-2.0"
-    extras = {"triton", "zero", "dali", "plots", "loggers", "demo", "profile", "bench", "study", "dev", "all"}
+    extras = {"triton", "zero", "dali", "plots", "loggers", "demo", "profile", "bench", "study", "onnx", "dev", "all"}
     assert set(meta.get_all("Provides-Extra")) == extras
     required = meta.get_all("Requires-Dist")
     # PyPI's apex is another project; a requirement on it would install that.

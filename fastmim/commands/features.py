@@ -13,18 +13,18 @@ from .probe import READING, positive, reading_of
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``features`` to the command line."""
-    features = commands.add_parser("features", parents=[common], help="write an encoder's features of images to a file")
+    features = commands.add_parser("features", parents=[common], help="write an encoder's features of images")
     features.add_argument("source", metavar="RUN|ENCODER", help="a run's output folder, a step-… folder, or the "
                           "encoder.safetensors that a run or `fastmim convert` has written")
     features.add_argument("folder", metavar="IMAGES", help="folder of images, nested or flat, or tar shards")
     features.add_argument("overrides", metavar="key=value", nargs="*",
                           help="how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
-    features.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file; a .json of the same name "
+    features.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file; a .json of its name "
                           "has the names of the images, in its order")
     features.add_argument("--maps", action="store_true", help="also the token of every patch: (images, rows, columns, "
                           "channels)")
-    features.add_argument("--layers", type=_numbers, metavar="LIST", help="blocks, such as 6,12, or --layers=-4,-1 from "
-                          "the end (default: the last)")
+    features.add_argument("--layers", type=_numbers, metavar="LIST", help="blocks, as 6,12, or --layers=-4,-1 from the "
+                          "end (default: the last)")
     features.add_argument("--pool", choices=("cls", "mean"), help="what stands for an image (default: the class token "
                           "of a ViT with key_bias, else the mean)")
     features.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of what is stored")

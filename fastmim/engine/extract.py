@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -108,7 +109,7 @@ def extract_features(
             raise ValueError("no readable image there; give another folder")
         more = [] if classes is None else [_label_entry(classes, ids)]
         entries = [*columns.entries(len(ids)), *more]
-        files, bad = [printable(index.name(number).decode(errors="surrogateescape")) for number in ids], loader.bad_files
+        files, bad = [printable(os.fsdecode(index.name(number))) for number in ids], loader.bad_files
         done = Extracted({entry.key: entry.shape for entry in entries}, files, dict(sorted(bad.items())),
                          None if classes is None else classes.classes, pool)  # fmt: skip
         with replacing(out) as unfinished:

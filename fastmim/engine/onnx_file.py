@@ -39,7 +39,7 @@ class _BothTokens(nn.Module):
 def export_onnx(
     tensors: Mapping[str, Tensor], settings: Mapping[str, Any], out: Path, *, metadata: Mapping[str, str]
 ) -> float:
-    """Write ``out``: input ``images`` of any number, normalised; outputs ``pooled`` (class token, or mean) and ``tokens``.
+    """Write ``out``: input ``images``, any number, normalised; out go ``pooled`` (class token, or mean) and ``tokens``.
 
     Args:
         tensors: The encoder's weights by our names.

@@ -116,7 +116,7 @@ def _fits(key: str, stored: Any, own: Any) -> bool:
 
 
 def check_windows(own: Mapping[str, Any], stored: list[Span]) -> list[str]:
-    """Refuse position biases of another window than an encoder of the settings ``own`` has; say where it stretches them.
+    """Refuse position biases of another window than an encoder of settings ``own`` has; say where it stretches them.
 
     Raises:
         ValueError: The encoder does not say which window they were trained with.

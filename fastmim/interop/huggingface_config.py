@@ -60,9 +60,9 @@ def _why_not_swin(settings: Mapping[str, Any]) -> str | None:
         return f"transformers' Swin has norms with an epsilon of {_SWIN_EPS:g} alone (model.norm_eps)"
     if 1 in _pretrained(settings):
         return "transformers divides by 0 for a model.pretrained_window_size of 1"
-    window = _window(settings)
-    for stage, theirs in enumerate(_their_windows(settings, window)):
-        if theirs != _our_windows(settings)[stage]:
+    pairs = zip(_our_windows(settings), _their_windows(settings, _window(settings)), strict=True)
+    for stage, (ours, theirs) in enumerate(pairs):
+        if ours != theirs:
             return f"transformers computes other windows in stage {stage + 1} of an image of {settings['img_size']} px"
     return None
 
@@ -71,22 +71,22 @@ def _window(settings: Mapping[str, Any]) -> int:
     return max(max(window) for window in window_sizes(settings))
 
 
-def _our_windows(settings: Mapping[str, Any]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Of each stage the window and the shift of every second block, as :class:`fastmim.models.swin.SwinStage`."""
+def _our_windows(settings: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """(rows, columns) of each stage's window, then of the shift of every second block: those of :mod:`.models.swin`."""
     stages = zip(stage_maps(settings), window_sizes(settings), settings["depths"], strict=True)
     return [
-        (window, tuple(0 if edge <= w or depth == 1 else w // 2 for edge, w in zip(edges, window, strict=True)))
+        (*window, *(0 if edge <= w or depth == 1 else w // 2 for edge, w in zip(edges, window, strict=True)))
         for edges, window, depth in stages
-    ]  # type: ignore[misc]
+    ]
 
 
-def _their_windows(settings: Mapping[str, Any], window: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def _their_windows(settings: Mapping[str, Any], window: int) -> list[tuple[int, ...]]:
     """The same of transformers, whose windows are squares.
 
     SwinModel has tables of one window; it shrinks the window, without its table, to a smaller map. Swinv2Model shrinks
     it to the rows of a map of which half a token is cut, where ours are padded.
     """
-    found = []
+    found: list[tuple[int, ...]] = []
     grid = patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
     for stage, (edges, depth) in enumerate(zip(stage_maps(settings), settings["depths"], strict=True)):
         if settings["name"] == "swin":
@@ -95,7 +95,7 @@ def _their_windows(settings: Mapping[str, Any], window: int) -> list[tuple[tuple
             rows = grid[0] // 2**stage
             edge, free = min(rows, window), rows > min(rows, window)
         shift = window // 2 if free and depth > 1 else 0
-        found.append(((edge, edge), (shift, shift)))
+        found.append((edge, edge, shift, shift))
     return found
 
 
@@ -150,7 +150,7 @@ def _vit_config(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _swin_config(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    config = {key: list(settings[key]) for key in ("depths", "num_heads")}
+    config: dict[str, Any] = {key: list(settings[key]) for key in ("depths", "num_heads")}
     config |= {"embed_dim": settings["embed_dim"], "mlp_ratio": float(settings["mlp_ratio"])}
     config |= {"window_size": _window(settings), "layer_norm_eps": settings["norm_eps"]}
     return config | ({"pretrained_window_sizes": _pretrained(settings)} if kind == "swinv2" else {})

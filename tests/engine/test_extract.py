@@ -127,7 +127,10 @@ def test_nothing_is_left_of_what_fails(pictures, tmp_path, monkeypatch, capsys):
     ("argv", "words"),
     [
         (["--out", "f.pt"], "--out f.pt: must end in .safetensors"),
-        (["--out", "f.safetensors", "--layers", "4"], "--layers 4: this encoder has 3 blocks; give 1 to 3, or -1 to -3"),
+        (
+            ["--out", "f.safetensors", "--layers", "4"],
+            "--layers 4: this encoder has 3 blocks; give 1 to 3, or -1 to -3",
+        ),
         (["--out", "f.safetensors", "--layers", "0"], "--layers 0: this encoder has 3 blocks"),
         (["--out", "f.safetensors", "--labels", "none.csv"], "data.labels=none.csv: no such file"),
         (["--out", "f.safetensors", "optim.lr=1"], "optim.lr=1: features takes data."),

@@ -14,11 +14,11 @@ from fastmim.engine import onnx_file
 from fastmim.interop.facts import header
 from fastmim.models import create_encoder
 
-STAGES = dict(embed_dim=8, depths=(2, 1), num_heads=(1, 2), patch_size=4)
-# A map that windows do not divide with a shift, stretched biases, and a ViT with all that it can have.
+STAGES = dict(embed_dim=8, patch_size=4)
+# A map that shifted windows do not divide, a map that is merged, and a ViT with all that it can have.
 CASES = {
-    "swin": dict(STAGES, name="swin", img_size=(44, 36), window_size=4, in_chans=1),
-    "swinv2": dict(STAGES, name="swinv2", img_size=32, window_size=4, pretrained_window_size=8),
+    "swin": dict(STAGES, name="swin", img_size=(44, 36), window_size=4, in_chans=1, depths=(2,), num_heads=(2,)),
+    "swinv2": dict(STAGES, name="swinv2", img_size=32, window_size=4, depths=(1, 1), num_heads=(1, 2)),
     "vit": dict(name="vit", embed_dim=16, depth=1, num_heads=2, img_size=32, abs_pos_embed=True, init_values=0.1,
                 shared_rel_pos_bias=True),
 }  # fmt: skip

@@ -206,7 +206,9 @@ NAMES = {
 def test_there_and_back_with_and_without_our_header(project, tmp_path):
     settings = dict(SWIN, name="swin", img_size=32, window_size=4)
     if project in ("mae", "dino", "moco"):
-        settings = dict(PLAIN, img_size=32, embed_dim=384, num_heads=12 if project == "moco" else 6, depth=12, mlp_ratio=0.5)
+        settings = dict(
+            PLAIN, img_size=32, embed_dim=384, num_heads=12 if project == "moco" else 6, depth=12, mlp_ratio=0.5
+        )
     if project == "beit":
         settings = CASES["vit of SimMIM"]
     encoder, file = exported(settings | ({"norm_eps": 1e-6} if project == "ibot" else {}), tmp_path)
@@ -231,7 +233,7 @@ def all_models():
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         if not path.name.startswith("_"):
             settings = encoder_settings(load_config(path).model.encoder_kwargs())
-            settings = {key: value for key, value in settings.items() if key not in ("residual_dtype", "drop_path_rate")}
+            settings = {key: value for key, value in settings.items() if key != "residual_dtype"}
             if settings["name"] in ("swin", "swinv2", "vit"):
                 found.setdefault(str(settings), settings)
     return list(found.values())
@@ -241,7 +243,11 @@ def test_every_size_with_a_config_comes_back_whole(monkeypatch):
     """Names and shapes, of every project that has it, without memory; those that transformers has not are known."""
     refused, blank = 0, foreign._blank
     made = {}  # an encoder for each size, not for each project
-    monkeypatch.setattr(foreign, "_blank", lambda s: made[str(s)] if str(s) in made else made.setdefault(str(s), blank(s)))
+
+    def once(settings):
+        return made[str(settings)] if str(settings) in made else made.setdefault(str(settings), blank(settings))
+
+    monkeypatch.setattr(foreign, "_blank", once)
     for settings in all_models():
         with torch.device("meta"):
             own = weights_of(create_encoder(settings))
@@ -278,7 +284,8 @@ def microsofts(name="swinv2", pretrained=4):
 
 def test_a_classifier_of_microsofts_says_what_it_is(tmp_path, capsys):
     encoder, tensors = microsofts()
-    torch.save({"model": {f"module.{name}": tensor for name, tensor in tensors.items()}, "epoch": 3}, tmp_path / "a.pth")
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    torch.save({"model": wrapped, "epoch": 3}, tmp_path / "a.pth")
     argv = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors"), "--report", str(tmp_path / "r.csv")]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
