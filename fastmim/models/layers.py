@@ -33,8 +33,6 @@ def trunc_normal_(tensor: Tensor, std: float, bound: float) -> None:
     timm's, imported at use because it loads all of timm. torch's own draws until a value fits, which needs a
     host synchronisation and cannot be traced on fake tensors.
     """
-    if tensor.is_meta:
-        return  # has no values; names and shapes are wanted in a moment
     from timm.layers import trunc_normal_ as timm_trunc_normal_
 
     timm_trunc_normal_(tensor, std=std, a=-bound, b=bound)

@@ -248,6 +248,7 @@ def test_every_size_with_a_config_comes_back_whole(monkeypatch):
         return made[str(settings)] if str(settings) in made else made.setdefault(str(settings), blank(settings))
 
     monkeypatch.setattr(foreign, "_blank", once)
+    monkeypatch.setattr("timm.layers.trunc_normal_", lambda *_, **__: None)  # slow on tensors without values
     for settings in all_models():
         with torch.device("meta"):
             own = weights_of(create_encoder(settings))
