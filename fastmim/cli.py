@@ -15,7 +15,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastmim._version import __version__
-from fastmim.commands import configs, finetune, images, machine, masks, own, probe, reconstruct, report, tokenizer
+from fastmim.commands import (
+    configs,
+    convert,
+    features,
+    finetune,
+    images,
+    machine,
+    masks,
+    own,
+    probe,
+    reconstruct,
+    report,
+    tokenizer,
+)
 from fastmim.commands.console import let_go_of_stdout, log_to_stderr, own_rank, say, shown_on_a_terminal, to_stderr
 from fastmim.commands.own import own_images, sort_words
 from fastmim.engine.launcher import rank_or_none
@@ -42,6 +55,7 @@ examples:
   fastmim probe runs/short /path/to/class/folders
   fastmim reconstruct runs/short photo.jpg --mask painted.png
   fastmim report runs/short runs/long --out page.html
+  fastmim features runs/short /path/to/images --out features.safetensors
 """
 
 
@@ -140,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
                      "given) and key=value do not say; print it as a config with reasons, and train")
     pretrain.set_defaults(command=_pretrain, only=None)
     finetune.add(commands, common, _pretrain)
-    for group in (configs, images, machine, masks, probe, reconstruct, report):
+    for group in (configs, images, machine, convert, masks, probe, features, reconstruct, report):
         group.add(commands, common)
     tokenizer.add(commands, common, train=_pretrain)
     return parser

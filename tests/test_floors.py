@@ -75,6 +75,7 @@ CONFIG_READERS = {
     "fastmim",
     "fastmim.cli",
     "fastmim.commands.configs",
+    "fastmim.commands.convert",
     "fastmim.commands.finetune",
     "fastmim.commands.images",
     "fastmim.commands.machine",
@@ -105,6 +106,9 @@ OPTIONAL = {
     "sklearn",
     "mlxtend",
     "rich",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
 }
 
 

@@ -79,15 +79,21 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=own_rank() != 0) as progress:
-        rows: dict[str, TaskID] = {}
+    progress = Progress(*columns, console=Console(stderr=True), disable=own_rank() != 0)
+    rows: dict[str, TaskID] = {}
 
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in rows:
-                rows[stage] = progress.add_task(stage, total=total)
-            progress.update(rows[stage], completed=done)
+    def tell(stage: str, done: int, total: int) -> None:
+        if not rows:
+            progress.start()
+        if stage not in rows:
+            rows[stage] = progress.add_task(stage, total=total)
+        progress.update(rows[stage], completed=done)
 
+    try:
         yield tell
+    finally:
+        if rows:  # one that was never shown would end its line all the same
+            progress.stop()
 
 
 class _Stderr(logging.Handler):

@@ -1,4 +1,4 @@
-"""``fastmim plan``, ``profile``, ``doctor`` and ``convert``."""
+"""``fastmim plan``, ``profile`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -31,13 +31,6 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     profile.add_argument("--steps", type=int, default=3, metavar="N", help="profiled steps (default 3)")
     profile.add_argument("--out", metavar="DIR", help="where the trace goes (default: profile in output.dir)")
     profile.set_defaults(command=profile_steps)
-
-    convert = commands.add_parser("convert", parents=[common], help="write the encoder of any checkpoint")
-    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-... folder, or a run's output folder")
-    convert.add_argument("out", metavar="OUT", help="encoder.safetensors, or a folder for timm and transformers")
-    convert.add_argument("--whole", action="store_true", help="the whole objective under its own names")
-    convert.add_argument("--student", action="store_true", help="of iBOT and DINO the student instead of the teacher")
-    convert.set_defaults(command=convert_checkpoint)
 
     doctor = commands.add_parser("doctor", parents=[common], help="check the installation and every op on this machine")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -77,14 +70,6 @@ def profile_steps(options: argparse.Namespace) -> int:
     from fastmim.profiling.command import profile_run
 
     write(profile_run(cfg, steps=options.steps, out=Path(options.out) if options.out else None))
-    return 0
-
-
-def convert_checkpoint(options: argparse.Namespace) -> int:
-    """Write what a checkpoint holds as one file."""
-    from fastmim.engine.checkpoint import convert
-
-    write(f"{convert(options.checkpoint, options.out, whole=options.whole, student=options.student)}\n")
     return 0
 
 

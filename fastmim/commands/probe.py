@@ -12,7 +12,9 @@ from .configs import positive
 from .console import shown_on_a_terminal, write
 
 _PROTOCOLS = ("dino", "ibot", "mae", "moco", "beit", "none")
-_KEYS = {"follow_links", "component", "min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"}
+READING = {"min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"}
+"""Keys of the data section that a loader of frozen features takes."""
+_KEYS = READING | {"follow_links", "component"}
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -39,15 +41,24 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     probe.set_defaults(command=run_probe)
 
 
-def run_probe(options: argparse.Namespace) -> int:
-    """Probe an encoder and print what was found."""
+def reading_of(overrides: list[str], command: str) -> Any:
+    """The data section of overrides that say how images are read.
+
+    Raises:
+        ValueError: one of them says something else.
+    """
     from fastmim.config import load_config
 
-    other = [word for word in options.overrides if word.partition("=")[0].removeprefix("data.") not in _KEYS]
+    other = [word for word in overrides if word.partition("=")[0].removeprefix("data.") not in _KEYS]
     if other:
         known = ", ".join(f"data.{key}" for key in sorted(_KEYS))
-        raise ValueError(f"{other[0]}: probe takes {known}; what the encoder is, its file says")
-    data = load_config(None, options.overrides).data
+        raise ValueError(f"{other[0]}: {command} takes {known}; what the encoder is, its file says")
+    return load_config(None, overrides).data
+
+
+def run_probe(options: argparse.Namespace) -> int:
+    """Probe an encoder and print what was found."""
+    data = reading_of(options.overrides, "probe")
     with shown_on_a_terminal("loading libraries …"):
         from fastmim.data.labelled import LabelledImages
         from fastmim.engine.distributed import distributed
@@ -67,7 +78,7 @@ def run_probe(options: argparse.Namespace) -> int:
             images,
             world,
             micro_batch_size=options.batch,
-            reading=data.model_dump(include=_KEYS - {"follow_links", "component"}),
+            reading=data.model_dump(include=READING),
             protocol=None if options.protocol == "none" else options.protocol,
             pool=options.pool,
             epochs=options.epochs,

@@ -13,6 +13,7 @@ import torch
 from fastmim.data.augment import View
 from fastmim.data.build import build_loader
 from fastmim.data.held_out import PartIndex, places
+from fastmim.data.index import ImageIndex
 from fastmim.data.labels import UNLABELLED, hold_out, read_labels
 from fastmim.data.names import printable
 from fastmim.data.several import SeveralIndex
@@ -95,10 +96,21 @@ class LabelledImages:
                 batch is left out where it is not full.
             arguments: of :func:`~fastmim.data.build.build_loader`.
         """
-        view = View(size, scale=_SCALE, interpolation="bicubic", margin=MARGIN)
         index = PartIndex(self.index, np.flatnonzero(~self.held_out.numpy())) if augmented else self.index
-        common: dict[str, Any] = {"index": index, "img_size": size, "views": [view], "verify": "none"}
-        return build_loader(**common, train=augmented, **arguments)
+        return frozen_loader(index, size, train=augmented, **arguments)
+
+
+def frozen_loader(index: ImageIndex, size: tuple[int, int], *, train: bool = False, **arguments: Any) -> Any:
+    """A loader for a frozen encoder: all images in their order, resized to 256/224 of the crop and cut in the middle.
+
+    Args:
+        index: the images.
+        size: (H, W) of the crop.
+        train: random crops and flips in any order instead.
+        arguments: of :func:`~fastmim.data.build.build_loader`.
+    """
+    view = View(size, scale=_SCALE, interpolation="bicubic", margin=MARGIN)
+    return build_loader(index=index, img_size=size, views=[view], verify="none", train=train, **arguments)
 
 
 def _both(path: Path) -> Sequence[Path]:

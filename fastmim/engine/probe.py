@@ -95,8 +95,12 @@ def probe_encoder(
 
 
 @contextmanager
-def encoder_file(source: Path) -> Iterator[Path]:
+def encoder_file(source: Path, *, student: bool = False) -> Iterator[Path]:
     """An encoder's file: itself, in an exported folder, or made of a run's newest checkpoint for as long as it is used.
+
+    Args:
+        source: a file or a folder.
+        student: of a checkpoint with a teacher and a student the student.
 
     Raises:
         ValueError: there is none.
@@ -110,7 +114,7 @@ def encoder_file(source: Path) -> Iterator[Path]:
         checkpoint = None
     if checkpoint is not None:
         with TemporaryDirectory() as folder:
-            yield convert(checkpoint, Path(folder, ENCODER_FILE))
+            yield convert(checkpoint, Path(folder, ENCODER_FILE), student=student)
         return
     found = [source / name for name in (ENCODER_FILE, WEIGHTS_FILE) if (source / name).is_file()]
     if not found:

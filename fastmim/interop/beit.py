@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastmim.objectives.beit import BEiT
 
-from .load import BUFFERS, LoadReport, copy_strictly
+from .encoder_names import BUFFERS
 from .names import find_state_dict
+from .strict import LoadReport, copy_strictly
 
 
 def load_beit(objective: BEiT, state_dict: Mapping[str, Any]) -> LoadReport:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmim._version import __version__
+
 from ..models import encoder_settings
 from ..models.rules import policy_matters, window_sizes
 
@@ -19,6 +21,19 @@ _FREE = {
 }  # fmt: skip
 _TABLE = "relative_coords_table"
 Span = tuple[int, int]
+
+
+def header(encoder: Mapping[str, Any], statistics: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What the header of a file of ours says, for :func:`read_facts`.
+
+    Args:
+        encoder: Keyword arguments; those that a size or a default gives are added.
+        statistics: ``mean``, ``std`` and ``interpolation`` of the images; None: not known.
+    """
+    full = encoder_settings(encoder) if encoder else {}
+    said = {"format": "pt", "source": "fastmim", "version": __version__,
+            "encoder": json.dumps({key: value for key, value in full.items() if key != "residual_dtype"})}  # fmt: skip
+    return said | ({"statistics": json.dumps(statistics)} if statistics else {})
 
 
 def read_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -60,7 +75,7 @@ def check_facts(objective: nn.Module, facts: Mapping[str, Any], tensors: Mapping
     stored = stored_settings(facts)
     if stored:
         _same_architecture(stored, own)
-    notes = _check_windows(own, _spans_of_tensors(tensors) or _stored_spans(stored))
+    notes = check_windows(own, spans_of_tensors(tensors) or _stored_spans(stored))
     return [*notes, *_policy(own, stored), *_statistics(objective, facts.get("statistics", {}))]
 
 
@@ -100,7 +115,12 @@ def _fits(key: str, stored: Any, own: Any) -> bool:
     return stored == own or (key == "abs_pos_embed" and bool(stored) and own is True)
 
 
-def _check_windows(own: Mapping[str, Any], stored: list[Span]) -> list[str]:
+def check_windows(own: Mapping[str, Any], stored: list[Span]) -> list[str]:
+    """Refuse position biases of another window than an encoder of settings ``own`` has; say where it stretches them.
+
+    Raises:
+        ValueError: The encoder does not say which window they were trained with.
+    """
     mine = _spans(own)
     if not mine or len(stored) != len(mine) or stored == mine:
         return []
@@ -142,7 +162,7 @@ def _spans(settings: Mapping[str, Any]) -> list[Span]:
     return [(p, p) if p else window for p, window in zip(pretrained, windows, strict=True)]
 
 
-def _spans_of_tensors(tensors: Mapping[str, Tensor]) -> list[Span]:
+def spans_of_tensors(tensors: Mapping[str, Tensor]) -> list[Span]:
     """The same from the tables that Microsoft's files hold, of which the largest coordinate of an axis is
     log2(1 + 8 (w - 1) / (p - 1)) / 3 for a window of w trained with p."""
     found: dict[str, Span] = {}

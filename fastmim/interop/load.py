@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,18 @@ from fastmim._version import __version__
 from fastmim.objectives import Objective
 from fastmim.objectives.mae import MAE
 
+from .encoder_names import BUFFERS, DECODER, encoder_names, shift_downsample
 from .facts import check_facts, read_facts, stored_settings
 from .inert import read_torch_file
-from .mae import DECODER, load_mae
+from .mae import load_mae
 from .names import find_state_dict, split_prefix
 from .resize import fit_sizes
 from .strict import LoadReport, copy_strictly, some_of
 
 log = logging.getLogger("fastmim")
 
-BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
-"""Recomputed at construction; never loaded."""
+HEADER = "fastmim"
+"""Under which a PyTorch file of ours says what the header of a .safetensors file says."""
 
 
 def load_simmim(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
@@ -59,15 +59,9 @@ def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
     """
     tensors = find_state_dict(state_dict).tensors
     own = {name for name, _ in objective.named_parameters()}
-    lost = {"mask_token"} - {name.removeprefix("encoder.") for name in own}  # of a fine-tuning
-    apart = "head.", "lm_head.", DECODER
-    skip = {k for k in tensors if k.rsplit(".", 1)[-1] in BUFFERS or k.startswith(apart) or k in lost}
-    skip |= {"mask_token"} if any(k.startswith(DECODER) for k in tensors) else set()  # of MAE's decoder
-    report = LoadReport(skipped=sorted(skip))
-    old = "layers.0.downsample.reduction.weight" in tensors
-    for key in tensors:
-        if key not in skip:
-            report.names[key] = "encoder." + (shift_downsample(key) if old else key)
+    named = encoder_names(tensors, mask_token="encoder.mask_token" in own)  # a fine-tuning has none
+    report = LoadReport(skipped=sorted(named.left_out))
+    report.names = {key: f"encoder.{name}" for key, name in named.own.items()}
     optional = [n for n in own if n == "encoder.mask_token" or not n.startswith("encoder.")]
     copy_strictly(objective, tensors, report, optional)
     return report
@@ -82,7 +76,7 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
         ValueError: The file is missing, unreadable, of an unknown kind, holds a number that is not finite, does not
             fit the model, or was trained with another window than the model's position biases have.
     """
-    content, replaced, facts = _read(path)
+    content, replaced, facts = read_weights(path)
     try:
         found = find_state_dict(content)
         tensors, prefix = _under_prefix(objective, found.tensors)
@@ -150,7 +144,7 @@ def _load_kind(objective: nn.Module, tensors: dict[str, Tensor]) -> LoadReport:
     )
 
 
-def _read(path: str | Path) -> tuple[Any, list[str], dict[str, Any]]:
+def read_weights(path: str | Path) -> tuple[Any, list[str], dict[str, Any]]:
     """The content of a weight file, the kinds of objects in it that were not read, and its facts.
 
     Raises:
@@ -164,18 +158,16 @@ def _read(path: str | Path) -> tuple[Any, list[str], dict[str, Any]]:
             with safe_open(path, framework="pt") as file:
                 facts = read_facts(file.metadata())
             return load_file(path), [], facts
-        return *read_torch_file(path), {}
+        content, replaced = read_torch_file(path)
     except Exception as error:  # torch and safetensors raise half a dozen types for a broken file
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{path}: not a readable weight file ({reason[:200]})") from None
+    if isinstance(content, dict) and isinstance(content.get(HEADER), dict):
+        return content, replaced, read_facts(content.pop(HEADER))
+    return content, replaced, {}
 
 
 def _own_name(name: str) -> str:
     if name.startswith("decoder.0."):
         return "head." + name.removeprefix("decoder.0.")
     return shift_downsample(name)
-
-
-def shift_downsample(name: str) -> str:
-    """Microsoft's name in timm's way: one merges patches at the end of a stage, the other at the start of the next."""
-    return re.sub(r"\blayers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastmim.objectives.mae import MAE
 
+from .encoder_names import DECODER
 from .names import find_state_dict
 from .strict import LoadReport, copy_strictly
 
-DECODER = "decoder_"
 _PIXELS = "decoder_pred."
 """Of a patch's pixels the channel runs fastest there, and slowest here."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmim.objectives.dino import DINO
 
-from .load import BUFFERS, shift_downsample
+from .encoder_names import BUFFERS, shift_downsample
 from .names import without_wrappers
 from .strict import LoadReport, copy_strictly
 
@@ -53,9 +53,9 @@ def load_self_distilled(objective: DINO, state_dict: Mapping[str, Any]) -> LoadR
 def save_self_distilled(objective: DINO) -> dict[str, dict[str, Tensor]]:
     """What :func:`load_self_distilled` reads and the references resume from: student, teacher and centres."""
     own = {name: param.detach().clone() for name, param in objective.named_parameters()}
-    student = {official_name(n, objective): t for n, t in own.items() if not n.startswith("teacher.")}
+    student = {official_name(n): t for n, t in own.items() if not n.startswith("teacher.")}
     inside = {n.removeprefix("teacher."): t for n, t in own.items() if n.startswith("teacher.")}
-    teacher = {official_name(n, objective): t for n, t in inside.items()}
+    teacher = {official_name(n): t for n, t in inside.items()}
     for name in [name for name in student if name.endswith("masked_embed")]:  # theirs is (1, D)
         student[name] = student[name].flatten(0, 1)
     for tensors in (student, teacher):  # a shared head stands twice in their files
@@ -72,10 +72,9 @@ def own_name(name: str) -> str:
     return shift_downsample(re.sub(r"\bbackbone\.", "encoder.", name).replace("masked_embed", "mask_token"))
 
 
-def official_name(name: str, objective: DINO) -> str:
+def official_name(name: str) -> str:
     """Inverse of :func:`own_name`."""
-    name = re.sub(r"\blayers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", name)
-    return re.sub(r"\bencoder\.", "backbone.", name).replace("mask_token", "masked_embed")
+    return re.sub(r"\bencoder\.", "backbone.", shift_downsample(name, -1)).replace("mask_token", "masked_embed")
 
 
 def _parts(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -54,6 +54,22 @@ def copy_strictly(
     Raises:
         ValueError: A tensor is unknown, missing or of another shape; all are named.
     """
+    check_strictly(objective, tensors, report, optional)
+    own = objective.state_dict(keep_vars=True)
+    report.initialised = [k for k in own if k in optional]
+    with torch.no_grad():
+        for key, name in report.names.items():
+            own[name].copy_(tensors[key].reshape(own[name].shape))
+
+
+def check_strictly(
+    objective: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, optional: Sequence[str] = ()
+) -> None:
+    """What :func:`copy_strictly` refuses, without a copy; ``objective`` may be on the meta device.
+
+    Raises:
+        ValueError: A tensor is unknown, missing or of another shape; all are named. Or it holds no finite numbers.
+    """
     own = objective.state_dict(keep_vars=True)
     buffers = {name for name in own if not isinstance(own[name], nn.Parameter)}
     given = set(report.names.values())
@@ -72,10 +88,6 @@ def copy_strictly(
             "weights do not fit the model: "
             + "; ".join(f"{len(names)} {what} ({', '.join(names)})" for what, names in problems if names)
         )
-    report.initialised = [k for k in own if k in optional]
-    with torch.no_grad():
-        for key, name in report.names.items():
-            own[name].copy_(tensors[key].reshape(own[name].shape))
 
 
 def _check_numbers(tensors: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ..models import AUTOENCODERS, SIZES, encoder_settings
 from ..models.layers import to_pair
 from ..models.rules import patch_grid, policy_matters, window_sizes
@@ -147,3 +149,34 @@ def _shared_args(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _per_channel(values: Sequence[float], channels: int) -> list[float]:
     return list(values) * channels if len(values) == 1 else list(values)
+
+
+def settings_of_timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a ``config.json`` of timm's says that no weight shows: sizes, windows and heads; and ``statistics``.
+
+    The model of its ``architecture`` and ``model_args`` is built without memory, and asked.
+
+    Raises:
+        ValueError: timm knows no such model, or it is none of ours.
+    """
+    import timm
+
+    name = str(config["architecture"])
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, num_classes=0, **config.get("model_args", {}))
+        size = to_pair(model.patch_embed.img_size, "img_size")
+        found: dict[str, Any] = {"img_size": size}
+        if hasattr(model, "layers"):
+            attention = [layer.blocks[0].attn for layer in model.layers]
+            found["window_size"] = tuple(max(one.window_size[axis] for one in attention) for axis in (0, 1))
+            spans = [getattr(one, "pretrained_window_size", (0, 0)) for one in attention]
+            if any(max(span) for span in spans):
+                found["pretrained_window_size"] = tuple(max(span) for span in spans)
+        else:
+            found["num_heads"] = model.blocks[0].attn.num_heads
+    except (AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"config.json: architecture={name}: no Swin, SwinV2 or ViT of timm's ({reason})") from None
+    cfg = config.get("pretrained_cfg", {})
+    return found, {key: cfg[key] for key in ("mean", "std", "interpolation") if cfg.get(key)}

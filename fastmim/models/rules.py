@@ -81,7 +81,7 @@ def encoder_stride(settings: Mapping[str, Any]) -> int:
 def window_sizes(settings: Mapping[str, Any]) -> list[Pair]:
     """Of each stage of a Swin the window in tokens; one larger than the map shrinks to it."""
     height, width = to_pair(settings["window_size"], "window_size")
-    return [(min(height, rows), min(width, columns)) for rows, columns in _maps(settings)]
+    return [(min(height, rows), min(width, columns)) for rows, columns in stage_maps(settings)]
 
 
 def policy_matters(settings: Mapping[str, Any]) -> bool:
@@ -92,12 +92,12 @@ def policy_matters(settings: Mapping[str, Any]) -> bool:
     """
     if "policy" not in settings:
         return False
-    stages = zip(settings["depths"], _maps(settings), window_sizes(settings), strict=True)
+    stages = zip(settings["depths"], stage_maps(settings), window_sizes(settings), strict=True)
     return any(depth > 1 and any(2 * edge % w for edge, w in zip(edges, window, strict=True))
                for depth, edges, window in stages)  # fmt: skip
 
 
-def _maps(settings: Mapping[str, Any]) -> list[Pair]:
+def stage_maps(settings: Mapping[str, Any]) -> list[Pair]:
     """(rows, columns) of tokens of each stage of a Swin."""
     rows, columns = patch_grid(to_pair(settings["img_size"], "img_size"), settings["patch_size"])
     return [(math.ceil(rows / 2**stage), math.ceil(columns / 2**stage)) for stage in range(len(settings["depths"]))]

@@ -250,7 +250,7 @@ class VisionTransformer(nn.Module):
         """Tokens after all blocks and their norm, or of the last one only these rows of all B·(1 + L)."""
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
         how = Step(self.impl, bias=bias)
-        return run_blocks(x, self.blocks, self.norm, self.drop_paths(len(x)), how, index=self.bias_index, rows=rows)
+        return run_blocks(x, self.blocks, self.norm, self.drop_paths(x.shape[0]), how, index=self.bias_index, rows=rows)
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""

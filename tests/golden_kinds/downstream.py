@@ -12,7 +12,7 @@ from fastmim import create_objective
 from fastmim.engine.optim import param_groups
 from fastmim.evaluate.directions import Lars
 from fastmim.evaluate.knn import knn_accuracy, knn_votes
-from fastmim.interop.load import shift_downsample
+from fastmim.interop.encoder_names import shift_downsample
 from fastmim.models.positions import resize_positions, sincos_positions
 from fastmim.models.resample import resample_bias_table, resample_class_table, resample_positions
 from fastmim.models.swinv2 import SwinTransformerV2

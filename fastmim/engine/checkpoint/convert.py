@@ -12,19 +12,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastmim._version import __version__
 from fastmim.engine.checkpoint.save import find_resume
 from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
 from fastmim.engine.checkpoint.whole import check_whole, instead_of
 from fastmim.files import replacing, write_text
+from fastmim.interop.facts import header
 from fastmim.interop.timm_config import WEIGHTS_FILE, timm_config, why_not_timm
-from fastmim.models import encoder_settings
 
 log = logging.getLogger("fastmim")
 
 CONFIG_FILE = "config.json"
 _ENCODER, _TEACHER = "encoder.", "teacher.encoder."
-_OTHER_FORMATS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pth")
+OTHER_FORMATS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pth")
 
 
 def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False, student: bool = False) -> Path:
@@ -51,7 +50,7 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False, stu
     """
     out = Path(out)
     file = out.suffix == ".safetensors"
-    if not file and (whole or out.is_file() or out.suffix in _OTHER_FORMATS):
+    if not file and (whole or out.is_file() or out.suffix in OTHER_FORMATS):
         raise ValueError(f"{out}: must end in .safetensors, for example encoder.safetensors")
     try:
         folder = find_resume(str(checkpoint), Path())
@@ -117,19 +116,12 @@ def consolidate(
             Entry(name.removeprefix(prefix), torch.float32, shards.shapes[name], partial(_weight, shards, name))
             for name in names
         ]
-        metadata = {"format": "pt", "source": "fastmim", "version": __version__}
-        metadata["encoder"] = json.dumps(_said_in_full(encoder) if encoder else {})
-        metadata |= {"statistics": json.dumps(statistics)} if statistics else {}
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as unfinished:
-            write_safetensors(unfinished, entries, metadata)
+            write_safetensors(unfinished, entries, header(encoder or {}, statistics))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from None
     return out
-
-
-def _said_in_full(encoder: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in encoder_settings(encoder).items() if key != "residual_dtype"}
 
 
 def _weight(shards: Shards, name: str) -> Tensor:

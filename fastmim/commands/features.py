@@ -1,0 +1,76 @@
+"""``fastmim features``: what an encoder gives for every image of a folder."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastmim.wording import plural
+
+from .console import bar, shown_on_a_terminal, write
+from .configs import positive
+from .probe import READING, reading_of
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add ``features`` to the command line."""
+    features = commands.add_parser("features", parents=[common], help="write an encoder's features of images")
+    features.add_argument("source", metavar="RUN|ENCODER", help="a run's output folder, a step-… folder, or the "
+                          "encoder.safetensors that a run or `fastmim convert` has written")
+    features.add_argument("folder", metavar="IMAGES", help="folder of images, nested or flat, or tar shards")
+    features.add_argument("overrides", metavar="key=value", nargs="*",
+                          help="how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
+    features.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file; a .json of its name "
+                          "has the names of the images, in its order")
+    features.add_argument("--maps", action="store_true", help="also the token of every patch: (images, rows, columns, "
+                          "channels)")
+    features.add_argument("--layers", type=_numbers, metavar="LIST", help="blocks, as 6,12, or --layers=-4,-1 from the "
+                          "end (default: the last)")
+    features.add_argument("--pool", choices=("cls", "mean"), help="what stands for an image (default: the class token "
+                          "of a ViT with key_bias, else the mean)")
+    features.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of what is stored")
+    features.add_argument("--labels", metavar="CSV", help="lines file,class (default: class folders, if there are)")
+    features.add_argument("--batch", type=positive, metavar="N", default=64, help="images in a forward pass (default "
+                          "64)")
+    features.set_defaults(command=run_features)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be numbers of blocks, such as 6,12") from None
+
+
+def run_features(options: argparse.Namespace) -> int:
+    """Write the features, name the images that are left out."""
+    data = reading_of(options.overrides, "features")
+    with shown_on_a_terminal("loading libraries …"):
+        from fastmim.data.source import open_index
+        from fastmim.engine.distributed import distributed
+        from fastmim.engine.extract import extract_features
+
+    with distributed() as world, bar() as told:
+        if world.size > 1:
+            raise ValueError(f"features is for one process, not {world.size}: start it without a launcher")
+        index = open_index(options.folder, follow_links=data.follow_links, component=data.component, field="IMAGES")
+        done = extract_features(
+            options.source,
+            index,
+            options.out,
+            device=world.device,
+            layers=options.layers,
+            maps=options.maps,
+            pool=options.pool,
+            dtype=options.dtype,
+            batch=options.batch,
+            labels=options.labels,
+            reading=data.model_dump(include=READING),
+            told=told,
+        )
+    lines = [f"left out {path}: {reason}" for path, reason in done.bad.items()]
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in done.shapes.items())
+    labels = "no labels" if done.classes is None else plural(len(done.classes), "class", "classes")
+    counts = f"{plural(len(done.files), 'image')}, {labels}, {plural(len(done.bad), 'bad file')}"
+    write("\n".join([*lines, f"{options.out}: {counts}; {shapes}"]) + "\n")
+    return 0
