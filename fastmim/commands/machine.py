@@ -37,6 +37,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     convert.add_argument("out", metavar="OUT", help="encoder.safetensors, or a folder for timm and transformers")
     convert.add_argument("--whole", action="store_true", help="the whole objective under its own names")
     convert.add_argument("--student", action="store_true", help="of iBOT and DINO the student instead of the teacher")
+    convert.add_argument("--average", action="store_true", help="of a fine-tuning the weights' moving average")
     convert.set_defaults(command=convert_checkpoint)
 
     doctor = commands.add_parser("doctor", parents=[common], help="check the installation and every op on this machine")
@@ -84,7 +85,8 @@ def convert_checkpoint(options: argparse.Namespace) -> int:
     """Write what a checkpoint holds as one file."""
     from fastmim.engine.checkpoint import convert
 
-    write(f"{convert(options.checkpoint, options.out, whole=options.whole, student=options.student)}\n")
+    which = {"whole": options.whole, "student": options.student, "average": options.average}
+    write(f"{convert(options.checkpoint, options.out, **which)}\n")
     return 0
 
 
