@@ -187,10 +187,7 @@ class VisionTransformer(nn.Module):
 
     def forward_stream(self, images: Tensor) -> Tensor:
         """(B, C, H, W) → (B, 1 + L, D) tokens after the last block, before the norm."""
-        # Nobody reads a norm of them. One that is not trained would not be gathered by ZeRO-3 for a backward pass that
-        # repeats the block; this one is.
-        last: Any = self.blocks[-1]
-        return self._blocks(self._embed(images, None)[0], norm=last.norm2)[0]
+        return self._blocks(self._embed(images, None)[0])[0]
 
     def all_blocks(self) -> list[VitBlock]:
         """Those that :meth:`features` counts."""
@@ -250,14 +247,11 @@ class VisionTransformer(nn.Module):
             x = x + F.embedding(F.pad(keep + 1, (1, 0)), self.pos_embed[0])
         return self._blocks(x.to(stream_dtype(x, self.residual_dtype)))[1]
 
-    def _blocks(
-        self, x: Tensor, rows: Tensor | None = None, norm: nn.LayerNorm | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens after all blocks and their ``norm``, or of the last one only these rows of all B·(1 + L)."""
+    def _blocks(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens after all blocks and their norm, or of the last one only these rows of all B·(1 + L)."""
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(self.bias_index)
         how = Step(self.impl, bias=bias)
-        norm, drops = norm or self.norm, self.drop_paths(len(x))
-        return run_blocks(x, self.blocks, norm, drops, how, index=self.bias_index, rows=rows)
+        return run_blocks(x, self.blocks, self.norm, self.drop_paths(len(x)), how, index=self.bias_index, rows=rows)
 
     def set_micro_batch(self, index: int, count: int) -> None:
         """Nothing is kept from one forward pass to the next, see :class:`.swin.SwinTransformer`."""
