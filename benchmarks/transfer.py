@@ -197,12 +197,13 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     for kind in dict.fromkeys(tuple(row[key] for key in keys) for row in found):
         own = [row for row in found if tuple(row[key] for key in keys) == kind]
         steps, seconds = (own[0].get(key) or "–" for key in ("steps", "cpu_seconds"))
-        spread = [_spread([float(row[key]) for row in own]) for key in ("knn20", "linear", "rankme")]
-        lines.append(f"| {' | '.join(kind)} | {len(own)} | {steps} | {seconds} | {' | '.join(spread)} |")
+        cells = [spread([float(row[key]) for row in own]) for key in ("knn20", "linear", "rankme")]
+        lines.append(f"| {' | '.join(kind)} | {len(own)} | {steps} | {seconds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation, of one value itself."""
     wide = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{wide}"
 
