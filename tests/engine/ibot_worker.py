@@ -1,4 +1,4 @@
-"""Trains tiny iBOT, MoCo v3, BEiT, DVAE or a classifier several times a rank: ``python ibot_worker.py RUNS.json [STEP]``.
+"""Trains tiny objectives several times a rank: ``python ibot_worker.py RUNS.json [STEP]``.
 
 RUNS.json holds a list of the arguments of :func:`train`. With STEP the last rank kills itself in that step, between the
 update of the student and that of the teacher.
