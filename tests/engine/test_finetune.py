@@ -194,7 +194,7 @@ def test_from_a_pretraining_with_another_window(overrides, task, tmp_path, capsy
         (dict(objective__num_classes=7), r"objective.num_classes=7: data.path has 3 classes"),
         (dict(data__labels="missing.csv"), r"data.labels=missing.csv: no such file"),
         (dict(objective__auto_augment="nothing-m9"), r"objective.auto_augment=nothing-m9"),
-        (dict(objective__multi_label="true"), r"data.labels=null: objective.multi_label=true needs a CSV of file,class"),
+        (dict(objective__multi_label="true"), r"data.labels=null: objective.multi_label=true needs a CSV"),
         (dict(data__val_labels="x.csv"), r"data.val_labels=x.csv: names the classes of data.val_path"),
     ],
 )
