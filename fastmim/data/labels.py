@@ -70,6 +70,7 @@ def read_labels(
         ValueError: a class is none of ``classes``; an image has no class folder or ``.cls`` member; the table is
             missing, malformed, names a file that is not there or one twice; there are fewer than two classes.
     """
+    found: list[Names]
     if table is None:
         found = [None if name is None else (name,) for name in _of_index(index, field)]
     else:
@@ -113,7 +114,7 @@ def _of_index(index: ImageIndex, field: str) -> list[bytes | None]:
 
 def _known(found: list[Names], classes: Sequence[str], where: str, several: bool) -> np.ndarray:
     number = {name: i for i, name in enumerate(classes)}
-    printed = [names and tuple(printable(os.fsdecode(name)) for name in names) for names in found]
+    printed = [None if names is None else tuple(printable(os.fsdecode(n)) for n in names) for names in found]
     unknown = sorted({name for names in printed for name in names or () if name not in number})
     if unknown:
         raise ValueError(f"{where}: {plural(len(unknown), 'class', 'classes')} not among those trained on"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from fastmim.data.source import open_index
 from fastmim.wording import plural
 
 
-class Labelled(NamedTuple):
+@dataclass(frozen=True)
+class Labelled:
     """The images of ``data.path``, listed once, and their classes; nothing where no labels are needed."""
 
     index: ImageIndex | None = None

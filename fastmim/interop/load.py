@@ -142,8 +142,8 @@ def _under_prefix(objective: nn.Module, tensors: dict[str, Tensor]) -> tuple[dic
 def _load_kind(objective: nn.Module, tensors: dict[str, Tensor]) -> LoadReport:
     if _learnt(objective) <= tensors.keys():
         report = LoadReport(names={k: k for k in tensors})
-        averages = _averages(objective) if isinstance(objective, Objective) else ()
-        copy_strictly(objective, tensors, report, optional=averages)
+        averages = _averages(objective) if isinstance(objective, Objective) else set()
+        copy_strictly(objective, tensors, report, optional=sorted(averages))
         return report
     if "decoder.0.weight" in tensors:
         return load_simmim(objective, tensors)

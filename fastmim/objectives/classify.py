@@ -151,7 +151,8 @@ class Classify(Objective, Classifier):
 
         Scores of a validation begin with that name.
         """
-        return {"": self.classify} | ({} if self.average is None else {"ema_": self.average.classify})
+        found: dict[str, Callable[[Tensor], Tensor]] = {"": self.classify}
+        return found if self.average is None else found | {"ema_": self.average.classify}
 
     def set_step(self, step: int, total: int, steps_per_epoch: int) -> None:
         """The average is of ``step`` updates."""
