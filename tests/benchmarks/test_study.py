@@ -67,17 +67,17 @@ def test_the_rate_is_the_best_on_held_out_labels(images, tmp_path, monkeypatch):
 
     def tune(kind, start, seed, labels, lr):
         asked.append((kind, start, seed, labels))
-        return {"top1": {1e-3: "50", 3e-3: "60", 1e-2: "60"}[lr]}
+        return {"top1": {1e-3: "50", 3e-3: "60", 6e-3: "60"}[lr]}
 
     monkeypatch.setattr(made, "fine_tune", tune)
-    assert made.rate("mae") == 3e-3 and set(asked) == {("choose", "mae", 0, 50)}
+    assert made.rate("mae") == 3e-3 and set(asked) == {("choose", "mae", 0, 20)}
 
 
 def test_the_table_is_the_mean_and_deviation_over_seeds(tmp_path):
-    rows = [dict(kind="finetune", start="mae", labels="10", top1=top1) for top1 in ("80", "84")]
-    rows += [dict(kind="finetune", start="mae", labels="50", top1="90")]
+    rows = [dict(kind="finetune", start="mae", labels="5", top1=top1) for top1 in ("80", "84")]
+    rows += [dict(kind="finetune", start="mae", labels="20", top1="90")]
     rows += [dict(kind="pretrain", start="mae", cpu_seconds="61"), dict(kind="probe", start="mae", linear=70, knn20=60)]
-    rows += [dict(kind="finetune", start="longer", labels="10", top1="40")]
+    rows += [dict(kind="finetune", start="longer", labels="5", top1="40")]
     assert study.table(rows).splitlines()[2:] == [
         "| mae | 61 | 82.0 ± 2.8 | 90.0 | 70.0 | 60.0 |",
         "| longer | – | 40.0 | – | – | – |",
