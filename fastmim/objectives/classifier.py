@@ -56,7 +56,10 @@ class Classifier(nn.Module):
         if self.fc_norm is None:
             cls, patches = self.encoder.forward_tokens(images)
             return cls if self.pool == "cls" else patches.mean((1, 2))
-        features: Tensor = self.fc_norm(self.encoder.forward_stream(images)[:, 1:].mean(1))
+        stream, normed = self.encoder.forward_stream(images)
+        # The norm of all tokens is not read. Its gradient, of zeros, has to be there: DeepSpeed's hooks under ZeRO-3 want
+        # one for every output of a block, and where blocks are recomputed a weight would be missing without.
+        features: Tensor = self.fc_norm(stream[:, 1:].mean(1) + 0 * normed[:, 0])
         return features
 
 
