@@ -30,6 +30,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     convert.add_argument("--report", metavar="FILE", help="write a CSV of every tensor of SRC and what became of it")
     convert.add_argument("--whole", action="store_true", help="of a run the whole objective under its own names")
     convert.add_argument("--student", action="store_true", help="of iBOT and DINO the student instead of the teacher")
+    convert.add_argument("--average", action="store_true", help="of a fine-tuning the weights' moving average")
     convert.set_defaults(command=run_convert)
 
 
@@ -54,6 +55,7 @@ def run_convert(options: argparse.Namespace) -> int:
         statistics=tree.get("data"),
         whole=options.whole,
         student=options.student,
+        average=options.average,
     )
     if options.report:
         write_report(done, options.report)

@@ -7,8 +7,8 @@ from typing import Any
 
 from fastmim.wording import plural
 
-from .console import bar, shown_on_a_terminal, write
 from .configs import positive
+from .console import bar, shown_on_a_terminal, write
 from .probe import READING, reading_of
 
 

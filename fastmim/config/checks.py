@@ -91,14 +91,21 @@ def held_out(path: str | Sequence[str] | None, fraction: float | None) -> None:
         raise problem(f"data.val_fraction={fraction:g}: {given}; keep one and set the other to null")
 
 
-def labels(data: Any, objective: str) -> None:
-    """A table of classes has images."""
+def labels(data: Any, objective: ObjectiveSection) -> None:
+    """A table of classes has images, and is there where nothing else says which several classes an image has."""
     from fastmim.objectives import find_objective
 
-    if data.labels is not None and data.labelled_path is None and not find_objective(objective).takes_labels:
+    learns, several = find_objective(objective.name).takes_labels, objective.arguments().get("multi_label")
+    if data.labels is not None and data.labelled_path is None and not learns:
         raise problem(
             f"data.labels={data.labels}: names the classes of data.labelled_path, which is null; give that too"
         )
+    if data.val_labels is not None and (data.val_path is None or not learns):
+        fix = "give that too" if learns else "leave it out, or fine-tune with objective.name=classify"
+        raise problem(f"data.val_labels={data.val_labels}: names the classes of data.val_path in fine-tuning; {fix}")
+    for table, folder in (("labels", data.path), ("val_labels", data.val_path)) if learns and several else ():
+        if folder is not None and getattr(data, table) is None:
+            raise problem(f"data.{table}=null: objective.multi_label=true needs a CSV of file,class;class")
 
 
 def probe(every: int, data: Any) -> None:

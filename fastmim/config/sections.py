@@ -108,7 +108,10 @@ class DataSection(Section):
         description="labelled images whose k-NN accuracy is watched: class folders, shards with .cls, or train and val"
         " of these",
     )
-    labels: Path | None = Field(None, description="CSV of file,class for labelled_path, in fine-tuning for path")
+    labels: Path | None = Field(
+        None, description="CSV of file,class for labelled_path, in fine-tuning for path; multi_label: file,class;class"
+    )
+    val_labels: Path | None = Field(None, description="the same for val_path, in fine-tuning")
     file_list: Path | None = Field(None, description="text file, one image per line, relative to path (or to the list)")
     follow_links: bool = Field(False, description="follow linked folders, each once, and links that lead out of path")
     component: str | None = Field(
@@ -299,7 +302,7 @@ class Config(Section):
         cfg = handler(value)
         encoder = cfg.model.encoder_kwargs()
         checks.probe(cfg.train.probe_every, cfg.data)
-        checks.labels(cfg.data, cfg.objective.name)
+        checks.labels(cfg.data, cfg.objective)
         checks.lamb(cfg.optim.name, cfg.efficiency.zero_stage)
         checks.objective(cfg.objective, encoder, value)
         checks.statistics(cfg.model.in_chans, mean=cfg.data.mean, std=cfg.data.std)

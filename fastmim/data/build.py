@@ -66,7 +66,8 @@ def build_loader(
     Args:
         path: folder of images, searched recursively, or shards (``shards.py``); with `file_list`, what its entries
             are relative to. Several of them are one set of images, in this order.
-        index: instead of `path`: images that :func:`~fastmim.data.source.open_index` has listed, or some of them.
+        index: those of `path` and `file_list` that :func:`~fastmim.data.source.open_index` has listed already; or
+            without these any images, or some of them.
         weights: of several: the share of the training samples that each gives; None: by its number of images.
         val_fraction: the share of the images that train=False reads and train=True leaves out (``held_out.py``);
             None: each reads all.
@@ -110,8 +111,9 @@ def build_loader(
         chosen = "torchvision"  # held-out images that are there are read
     decoder = "pil" if chosen == "pil" else "auto"
     check_decode_options(in_chans, decoder, value_range, alpha)
-    if chosen != "synthetic" and index is None:
-        index = open_index(path, file_list, follow_links=follow_links, component=component, field=field)
+    if chosen != "synthetic":
+        if index is None:
+            index = open_index(path, file_list, follow_links=follow_links, component=component, field=field)
         if val_fraction is not None:
             _refuse_overlaps(path, val_fraction)
             index = split(index, val_fraction, held_out=not train)

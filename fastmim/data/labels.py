@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +32,17 @@ class Labels:
 
     Attributes:
         classes: their names, printable, in the order of the names' bytes (numbers in that of the numbers).
-        numbers: int64, of every image of the index its class, or UNLABELLED.
+        numbers: int64 (N,), of every image of the index its class, or UNLABELLED; where an image may have several
+            classes int8 (N, classes), 1 for each of them and else 0, or UNLABELLED in all places.
     """
 
     classes: tuple[str, ...]
     numbers: np.ndarray
+
+    @property
+    def lacking(self) -> int:
+        """How many images the table does not name."""
+        return int((self.numbers.reshape(len(self.numbers), -1)[:, :1] == UNLABELLED).sum())
 
 
 def read_labels(
@@ -43,6 +50,9 @@ def read_labels(
     table: str | os.PathLike[str] | None = None,
     field: str = "DIR",
     classes: Sequence[str] | None = None,
+    *,
+    key: str = "data.labels",
+    several: bool = False,
 ) -> Labels:
     """The classes of an index of one folder, of shards, of several of these, which share their classes, or of a part.
 
@@ -53,24 +63,44 @@ def read_labels(
             ``.cls`` member of a sample.
         field: what messages about the images name.
         classes: names of another set's, which these numbers shall be of; None: those that are found.
+        key: what messages about the table name.
+        several: lines are ``file,class;class``: an image has any number of classes, none for ``file,``.
 
     Raises:
         ValueError: a class is none of ``classes``; an image has no class folder or ``.cls`` member; the table is
             missing, malformed, names a file that is not there or one twice; there are fewer than two classes.
     """
-    names = _from_table(index, table) if table is not None else _of_index(index, field)
+    found: list[Names]
+    if table is None:
+        found = [None if name is None else (name,) for name in _of_index(index, field)]
+    else:
+        found = _from_table(index, table, f"{key}={printable(os.fspath(table))}", several)
+    where = f"{field}={printable(index.root)}"
     if classes is not None:
-        return _known(names, classes, f"{field}={printable(index.root)}")
-    distinct = sorted({name for name in names if name is not None}, key=_in_order)
+        return Labels(tuple(classes), _known(found, classes, where, several))
+    distinct = sorted({name for names in found for name in names or ()}, key=_in_order)
     if len(distinct) < 2:
-        found = f"one class alone ({printable(os.fsdecode(distinct[0]))})" if distinct else "no class"
-        raise ValueError(f"{field}={printable(index.root)}: {found}; two folders of images, or more, are needed")
-    number = {name: i for i, name in enumerate(distinct)}
-    left_out = sum(name is None for name in names)
+        what = f"one class alone ({printable(os.fsdecode(distinct[0]))})" if distinct else "no class"
+        raise ValueError(f"{where}: {what}; two folders of images, or more, are needed")
+    left_out = sum(names is None for names in found)
     if left_out:
         _LOG.warning("%s: %s without a class left out", field, plural(left_out, "image"))
-    numbers = np.array([UNLABELLED if name is None else number[name] for name in names], dtype=np.int64)
+    numbers = _numbered(found, {name: i for i, name in enumerate(distinct)}, several)
     return Labels(tuple(printable(os.fsdecode(name)) for name in distinct), numbers)
+
+
+Names = tuple[bytes, ...] | None
+"""Of an image its classes, None where nothing is said of it."""
+
+
+def _numbered(found: Sequence[Sequence[Any] | None], number: Mapping[Any, int], several: bool) -> np.ndarray:
+    """``numbers`` of :class:`Labels`."""
+    if not several:
+        return np.array([UNLABELLED if names is None else number[names[0]] for names in found], dtype=np.int64)
+    table = np.zeros((len(found), len(number)), dtype=np.int8)
+    for row, names in zip(table, found, strict=True):
+        row[slice(None) if names is None else [number[name] for name in names]] = UNLABELLED if names is None else 1
+    return table
 
 
 def _of_index(index: ImageIndex, field: str) -> list[bytes | None]:
@@ -82,15 +112,14 @@ def _of_index(index: ImageIndex, field: str) -> list[bytes | None]:
     return _of_part(index, field)
 
 
-def _known(names: list[bytes | None], classes: Sequence[str], where: str) -> Labels:
+def _known(found: list[Names], classes: Sequence[str], where: str, several: bool) -> np.ndarray:
     number = {name: i for i, name in enumerate(classes)}
-    printed = [None if name is None else printable(os.fsdecode(name)) for name in names]
-    unknown = sorted({name for name in printed if name is not None and name not in number})
+    printed = [None if names is None else tuple(printable(os.fsdecode(n)) for n in names) for names in found]
+    unknown = sorted({name for names in printed for name in names or () if name not in number})
     if unknown:
         raise ValueError(f"{where}: {plural(len(unknown), 'class', 'classes')} not among those trained on"
                          f" ({shown(unknown)}); take them out, or add images of them to both")  # fmt: skip
-    numbers = [UNLABELLED if name is None else number[name] for name in printed]
-    return Labels(tuple(classes), np.array(numbers, dtype=np.int64))
+    return _numbered(printed, number, several)
 
 
 def _in_order(name: bytes) -> tuple[int, bytes]:
@@ -127,15 +156,15 @@ def _key(index: shards.ShardIndex, i: int) -> str:
     return f"{index.shard(i)}!{sample_key(os.fsdecode(index.name(i)).partition('!')[2])}"
 
 
-def _from_table(index: ImageIndex, table: str | os.PathLike[str]) -> list[bytes | None]:
+def _from_table(index: ImageIndex, table: str | os.PathLike[str], where: str, several: bool) -> list[Names]:
     """Of every image; names are looked for in each of several folders."""
-    where = f"data.labels={printable(os.fspath(table))}"
-    classes = _read_table(table, where)
+    lines = _read_table(table, where, several)
     whole = index.whole if isinstance(index, PartIndex) else index
-    unknown = sorted(classes.keys() - set(_names(whole)))
+    there = set(_names(whole))
+    unknown = [f"line {number}: {name}" for name, (number, _) in lines.items() if name not in there]
     if unknown:
         raise ValueError(f"{where}: {plural(len(unknown), 'file')} not among the images ({shown(unknown)})")
-    return [os.fsencode(classes[name]) if name in classes else None for name in _names(index)]
+    return [lines[name][1] if name in lines else None for name in _names(index)]
 
 
 def _names(index: ImageIndex) -> list[str]:
@@ -144,27 +173,39 @@ def _names(index: ImageIndex) -> list[str]:
     return [os.fsdecode(index.name(i)) for i in range(len(index))]
 
 
-def _read_table(table: str | os.PathLike[str], where: str) -> dict[str, str]:
+def _read_table(
+    table: str | os.PathLike[str], where: str, several: bool
+) -> dict[str, tuple[int, tuple[bytes, ...]]]:
+    """Of each file its line and its classes."""
+    form = "file,class;class" if several else "file,class"
     try:
         with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if row]
     except FileNotFoundError:
-        raise ValueError(f"{where}: no such file; give a CSV of file,class") from None
+        raise ValueError(f"{where}: no such file; give a CSV of {form}") from None
     except (OSError, csv.Error) as error:
         raise ValueError(f"{where}: cannot be read: {error}") from None
     if rows and [cell.strip().lower() for cell in rows[0][1][:1]] == ["file"]:
         rows = rows[1:]
-    classes: dict[str, str] = {}
+    found: dict[str, tuple[int, tuple[bytes, ...]]] = {}
     for number, row in rows:
         cells = [cell.strip() for cell in row]
-        if len(cells) != 2 or not all(cells):
-            raise ValueError(f"{where} line {number}: must be file,class, got {printable(','.join(row))[:80]}")
+        classes = [name.strip() for name in cells[-1].split(";")] if several and cells[-1] else cells[1:]
+        known = len(cells) == 2 and cells[0] and (several and not cells[1] or all(classes))
+        if not known:
+            raise ValueError(f"{where} line {number}: must be {form}, got {printable(','.join(row))[:80]}")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"{where} line {number}: names a class twice: {printable(cells[1])[:80]}")
+        names = tuple(os.fsencode(name) for name in classes if name)
         name = os.path.normpath(cells[0])
-        if classes.setdefault(name, cells[1]) != cells[1]:
-            raise ValueError(f"{where} line {number}: {printable(name)} has another class above")
-    if not classes:
-        raise ValueError(f"{where}: is empty; write file,class, a line an image")
-    return classes
+        before, same = found.setdefault(name, (number, names))
+        if set(same) != set(names):
+            other = "other classes" if several else "another class"
+            raise ValueError(f"{where} line {number}: {printable(name)} has {other} above (line {before})")
+    if not found:
+        raise ValueError(f"{where}: is empty; write {form}, a line an image")
+    return found
 
 
 def hold_out(numbers: np.ndarray, places: np.ndarray, fraction: float) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from fastmim.config import Config
 from fastmim.data import build_loader
 from fastmim.data.augment import View
+from fastmim.data.index import ImageIndex
 from fastmim.engine.base import Engine
 from fastmim.engine.distributed import World
 from fastmim.engine.graph import GraphEngine, use_graph, why_not
@@ -40,7 +41,7 @@ log = logging.getLogger("fastmim")
 
 _OF_A_CROP = {"scale", "ratio", "hflip", "interpolation"}
 # Keys of the data section that are not arguments of build_loader: of images that are looked at, and the objective's.
-_NOT_THE_LOADERS = {"val_path", "labelled_path", "labels", "mean", "std"}
+_NOT_THE_LOADERS = {"val_path", "labelled_path", "labels", "val_labels", "mean", "std"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Parts:
     global_batch: int
 
 
-def build(cfg: Config, world: World, stack: ExitStack) -> Parts:
-    """Everything that a rank needs to train; ``stack`` closes the loader.
+def build(cfg: Config, world: World, stack: ExitStack, index: ImageIndex | None = None) -> Parts:
+    """Everything that a rank needs to train; ``stack`` closes the loader, ``index`` is that of ``data.path`` if known.
 
     Raises:
         ValueError: a setting that cannot work, in one line.
@@ -72,7 +73,7 @@ def build(cfg: Config, world: World, stack: ExitStack) -> Parts:
         low_weights=deepspeed is not None,
         world=world,
     )
-    loader = stack.enter_context(closing(make_loader(cfg, objective, world)))
+    loader = stack.enter_context(closing(make_loader(cfg, objective, world, index=index)))
     engine = make_engine(cfg, objective, world, deepspeed)
     schedule = make_schedule(cfg, loader.steps_per_epoch, global_batch)
     weight_decay = make_weight_decay(cfg, schedule.total_steps)

@@ -61,6 +61,7 @@ def convert_any(
     statistics: Mapping[str, Any] | None = None,
     whole: bool = False,
     student: bool = False,
+    average: bool = False,
 ) -> Conversion:
     """Read an encoder, and write it.
 
@@ -74,6 +75,7 @@ def convert_any(
         statistics: ``mean`` and ``std`` of its images, likewise.
         whole: All weights of a run's objective.
         student: Not the teacher.
+        average: Of a fine-tuning the weights' moving average.
 
     Raises:
         ValueError: In one line: as :func:`.read_encoder`; `target` has no such encoder, or does not fit `out`.
@@ -87,7 +89,10 @@ def convert_any(
     if whole or (ours and target in ("fastmim", "timm") and out.suffix not in _PYTORCH):
         if not ours:
             raise ValueError(f"--whole: {source} is no run or checkpoint of fastmim")
-        return Conversion(None, target, convert(source, out, whole=whole, student=student), [])
+        return Conversion(None, target, convert(source, out, whole=whole, student=student, average=average), [])
+    if average:
+        fix = f"fastmim convert {source} average.safetensors --average first, and convert that"
+        raise ValueError(f"--average: of a run of fastmim, into a .safetensors file or a folder for timm; {fix}")
     if ours:
         with encoder_file(source, student=student) as file:
             foreign = read_encoder(file)

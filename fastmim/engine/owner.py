@@ -18,7 +18,7 @@ LOCK_FILE = ".owner.json"
 _FOLDERS = ("checkpoints", "reconstructions", "tensorboard", "wandb", "mlflow")
 _FILES = (
     "config.yaml", "metrics.jsonl", "metrics.csv", "loggers.json", "bad_files.json", "encoder.safetensors",
-    "config.json", "loss.png",
+    "config.json", "loss.png", "classes.json", "best.safetensors", "best_ema.safetensors", "encoder_ema.safetensors",
 )  # fmt: skip
 
 

@@ -16,6 +16,10 @@ class TrainResult:
     output_dir: Path
     val_top1: float | None = None
     """Share of held-out images of which the class is right, of a fine-tuning."""
+    val_map: float | None = None
+    """Where an image may have several classes, the mean of their average precisions."""
+    ema_score: float | None = None
+    """The one of these two that there is, of the weights' moving average."""
     knn_top1: float | None = None
     """Per cent, of ``data.labelled_path``."""
     encoder_path: Path | None = None

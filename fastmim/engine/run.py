@@ -18,19 +18,18 @@ from torch import Tensor
 
 from fastmim._version import __version__
 from fastmim.engine import distributed
+from fastmim.engine.accuracy import Accuracy
 from fastmim.engine.base import Engine
-from fastmim.engine.checkpoint import consolidate, export, save_checkpoint
+from fastmim.engine.checkpoint import export, save_checkpoint
 from fastmim.engine.distributed import World
 from fastmim.engine.metrics import Metrics, StepClock, peak_memory, read_rows
 from fastmim.engine.progress import Progress, clock
 from fastmim.engine.result import TrainResult
-from fastmim.evaluate.classification import Counts, save_confusion
 from fastmim.evaluate.curve import save_curve
 from fastmim.evaluate.reconstruct import save_picture
-from fastmim.evaluate.validation import validation_counts, validation_loss
+from fastmim.evaluate.validation import validation_loss
 from fastmim.files import write_text
 
-BEST_FILE = "best.safetensors"
 _NAMED_BAD_FILES = 50
 
 
@@ -100,10 +99,10 @@ class Run:
         self.folder, self.engine, self.world, self.total = folder, engine, world, total
         self.global_batch_size, self.every, self.keep, self.stored = global_batch_size, every, keep, stored
         self.loader, self.val_loader, self.val_batches = loader, val_loader, val_batches
-        self.picture_batch, self.encoder, self.statistics = picture_batch, encoder, statistics
-        self.probe, self.classes = probe, classes
-        self._counts: Counts | None = None
-        self._best = max((row.get("val_top1", 0.0) for row in read_rows(folder / "metrics.jsonl")), default=0.0)
+        self.picture_batch, self.probe = picture_batch, probe
+        self.said: dict[str, Any] = {"encoder": encoder, "statistics": statistics}
+        how: dict[str, Any] = {"start": start, "said": self.said, "main": world.is_main}
+        self.accuracy = Accuracy(engine.objective, folder, classes, **how) if classes else None
         self.progress = Progress(total_steps=total, start=start, enabled=world.is_main)
         enabled = world.is_main
         self.metrics = Metrics(folder, start=start, loggers=loggers, settings=settings or {}, enabled=enabled)
@@ -141,21 +140,8 @@ class Run:
             if self._due(self.every.picture, step):
                 self._picture(step)
             saved = self.save() if self._due(self.every.save, step) else None
-            if self.classes and validate:
-                self._keep_best(saved)
-
-    def _keep_best(self, saved: Path | None) -> None:
-        """``best.safetensors``: encoder and classifier of the step of the highest accuracy; every rank calls it.
-
-        Args:
-            saved: this step's checkpoint, if there is one already.
-        """
-        top1 = distributed.broadcast(self._counts and self._counts.scores()["val_top1"])
-        if top1 is not None and top1 > self._best:
-            self._best, folder = top1, saved or self.save()
-            if self.world.is_main:
-                said: dict[str, Any] = dict(encoder=self.encoder, statistics=self.statistics)
-                consolidate(folder, self.folder / BEST_FILE, **said, whole=True)
+            if self.accuracy is not None and validate:
+                self.accuracy.keep_best(saved, self.save)
 
     def _due(self, every: int, step: int) -> bool:
         return step == self.total or (every > 0 and step % every == 0)
@@ -203,12 +189,10 @@ class Run:
 
     def _validate(self) -> dict[str, float]:
         batches, autocast = self.val_loader.epoch(0), self.engine.autocast()
-        objective: Any = self.engine.objective
         how: dict[str, Any] = dict(max_batches=self.val_batches, autocast=autocast, collective=self.engine.collective)
-        if not self.classes:
-            return {"val_loss": validation_loss(objective, batches, **how)}
-        self._counts = validation_counts(objective, batches, **how)
-        return self._counts.scores()
+        if self.accuracy is None:
+            return {"val_loss": validation_loss(self.engine.objective, batches, **how)}
+        return self.accuracy.validate(batches, **how)
 
     def picture_path(self, step: int) -> Path:
         """Where the picture of a step lies."""
@@ -265,8 +249,9 @@ class Run:
         if not distributed.broadcast(picture.exists()):
             self._picture(self.total)  # resumed at the very end
         if self.world.is_main:
-            export(checkpoint, encoder, encoder=self.encoder, statistics=self.statistics)
-            self._write_classes()
+            export(checkpoint, encoder, **self.said)
+            if self.accuracy is not None:
+                self.accuracy.export(checkpoint)
             curve = save_curve(read_rows(self.folder / "metrics.jsonl"), self.folder / "loss.png")
         distributed.barrier()
         result = self._result(
@@ -279,18 +264,12 @@ class Run:
         self.progress.close()
         loss = f", loss {result.loss:.4f}" if result.loss is not None else ""
         val = f", validation {result.val_loss:.4f}" if result.val_loss is not None else ""
-        val += f", top-1 {100 * result.val_top1:.1f} %" if result.val_top1 is not None else ""
+        for score, name in ((result.val_top1, "top-1"), (result.val_map, "mAP"), (result.ema_score, "of the average")):
+            val += f", {name} {100 * score:.1f} %" if score is not None else ""
         knn = f", k-NN {result.knn_top1:.1f} %" if result.knn_top1 is not None else ""
         self.progress.say(f"{clock()} done: {result.steps} steps{loss}{val}{knn}")
         self.progress.table(result.places())
         return result
-
-    def _write_classes(self) -> None:
-        """What the last validation says of each class, and of its confidence."""
-        if self._counts is not None:
-            content = {"scores": self._counts.scores(), "classes": self._counts.table(self.classes)}
-            write_text(self.folder / "classes.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-            save_confusion(self._counts, self.classes, self.folder / "confusion.png")
 
     def _result(self, **paths: Any) -> TrainResult:
         merged: dict[str, str] = {}
@@ -307,6 +286,8 @@ class Run:
             loss=last.get("loss"),
             val_loss=last.get("val_loss"),
             val_top1=last.get("val_top1"),
+            val_map=last.get("val_map"),
+            ema_score=last.get("ema_val_top1", last.get("ema_val_map")),
             knn_top1=last.get("knn_top1"),
             output_dir=self.folder,
             images_seen=self.engine.steps * self.global_batch_size,

@@ -12,6 +12,7 @@ import torch
 
 from fastmim._version import __version__
 from fastmim.config import Config, save_config
+from fastmim.data.index import ImageIndex
 from fastmim.data.labelled import LabelledImages
 from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
@@ -20,7 +21,7 @@ from fastmim.engine.build import Parts, build, encoder_arguments, make_loader
 from fastmim.engine.checkpoint import list_checkpoints, step_of
 from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
-from fastmim.engine.labels import find_classes, give_labels
+from fastmim.engine.labels import Labelled, find_labels, give_labels
 from fastmim.engine.loggers import check_loggers
 from fastmim.engine.loop import train_step
 from fastmim.engine.nonfinite import NonFiniteError, find_culprit
@@ -57,13 +58,13 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
         FloatingPointError: the loss or a gradient became non-finite; names the step and the module.
         OSError: a file of the run cannot be written, or ``output.dir`` was deleted meanwhile; names it.
     """
-    cfg, classes = settle_classes(cfg)
+    cfg, labelled = settle_classes(cfg)
     zero = cfg.efficiency.zero_stage is not None
     with distributed.distributed(always=zero) as world, ExitStack() as stack:
         distributed.check_same(shared_settings(cfg))
         distributed.on_main(lambda: check_loggers(cfg.output.loggers))
         with said_if_slow("preparing the model and the list of images", enabled=world.is_main):
-            parts = build(cfg, world, stack)
+            parts = build(cfg, world, stack, index=labelled.index)
         engine, loader, schedule, seed = parts.engine, parts.loader, parts.schedule, cfg.train.seed
         total = schedule.total_steps
         stored = {
@@ -72,16 +73,14 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
             "schedule": dataclasses.asdict(schedule),
             "images": loader.fingerprint,
         }
-        shown = held_out_images(cfg, parts, world, stack)
-        if classes:
-            held_out = "data.path" if cfg.data.val_path is None else "data.val_path"
-            found = loader, shown["val_loader"]
-            give_labels(parts.objective, classes, *found, table=cfg.data.labels, held_out=held_out)
+        shown = held_out_images(cfg, parts, world, stack, labelled.index)
+        if labelled.classes:
+            give_labels(parts.objective, labelled, loader, shown["val_loader"], table=cfg.data.val_labels)
         watch = make_watch(cfg, parts, world, stack, shown["val_loader"])
         distributed.check_same(shared_files(cfg, loader, shown["val_loader"], watch))
         distributed.on_main(lambda: stack.enter_context(own_folder(Path(cfg.output.dir))))
         start = resume(cfg, parts, world, stored)
-        shown |= {"probe": watch, "classes": classes}
+        shown |= {"probe": watch, "classes": labelled.classes}
         run = stack.enter_context(closing(make_run(cfg, parts, world, stored, start, **shown)))
         stop = stack.enter_context(StopRequest(ends_process=ends_process))
         for waited_for in (loader, run.val_loader, None if watch is None else watch.loader):
@@ -129,22 +128,26 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
         return run.finish()
 
 
-def settle_classes(cfg: Config) -> tuple[Config, tuple[str, ...]]:
-    """The config with the number of classes of ``data.path``, and their names; as it is where nobody needs labels.
+def settle_classes(cfg: Config) -> tuple[Config, Labelled]:
+    """The config with the number of classes of ``data.path``, and its images with their classes, listed once.
+
+    As it is, and nothing, where nobody needs labels.
 
     Raises:
         ValueError: no classes can be told, or others than ``objective.num_classes`` says.
     """
-    data, given = cfg.data, cfg.objective.arguments().get("num_classes")
+    data, own = cfg.data, cfg.objective.arguments()
     if not find_objective(cfg.objective.name).takes_labels or data.loader == "synthetic":
-        return cfg, ()
+        return cfg, Labelled()
     opening = data.model_dump(include={"follow_links", "component"})
-    classes = find_classes(data.path, data.file_list, data.labels, **opening)
-    if given not in (0, len(classes)):
-        found = plural(len(classes), "class", "classes")
-        raise ValueError(f"objective.num_classes={given}: data.path has {found}; leave it 0, or give that")
-    objective = cfg.objective.model_copy(update={"num_classes": len(classes)})
-    return cfg.model_copy(update={"objective": objective}), classes
+    several = bool(own.get("multi_label"))
+    found = find_labels(data.path, data.file_list, data.labels, several=several, **opening)
+    given, count = own.get("num_classes"), len(found.classes)
+    if given not in (0, count):
+        there = plural(count, "class", "classes")
+        raise ValueError(f"objective.num_classes={given}: data.path has {there}; leave it 0, or give that")
+    objective = cfg.objective.model_copy(update={"num_classes": count})
+    return cfg.model_copy(update={"objective": objective}), found
 
 
 def banner(cfg: Config, parts: Parts, world: World, start: int) -> list[tuple[str, str]]:
@@ -174,7 +177,7 @@ def earlier_checkpoint(root: Path, step: int) -> str | None:
 def shared_settings(cfg: Config) -> dict[str, Any]:
     """What must be the same on every rank: versions, and all settings but those that name a machine's own folders."""
     tree = cfg.model_dump(mode="json")
-    for key in ("path", "file_list", "val_path", "labelled_path", "labels"):
+    for key in ("path", "file_list", "val_path", "labelled_path", "labels", "val_labels"):
         tree["data"].pop(key)
     tree["efficiency"].pop("nvme_path")
     return {"version of fastmim": __version__, "version of torch": torch.__version__, **flat(tree)}
@@ -196,7 +199,7 @@ def shared_files(cfg: Config, loader: Any, val_loader: Any, watch: Watch | None)
 
 _LATER = {
     "objective": ("visible_only", "decoder_dim", "decoder_depth", "decoder_num_heads", "crop_chunks",
-                  "shared_head", "shared_head_teacher", "patch_out_dim",
+                  "shared_head", "shared_head_teacher", "patch_out_dim", "ema_decay", "mask",
                   "head", "target", "target_stride", "norm_patch", "beta", "bins", "clusters", "tokenizer"),
     "data": ("alpha", "val_fraction"), "optim": ("scale_min_lr", "weight_decay_end", "clip_each", "warmup_inclusive")
 }  # fmt: skip
@@ -225,15 +228,18 @@ def with_policy(written: dict[str, Any], cfg: Config) -> dict[str, Any]:
     return {"model.policy": "parity" if policy_matters(encoder) else encoder.get("policy"), **written}
 
 
-def held_out_images(cfg: Config, parts: Parts, world: World, stack: ExitStack) -> dict[str, Any]:
+def held_out_images(
+    cfg: Config, parts: Parts, world: World, stack: ExitStack, index: ImageIndex | None = None
+) -> dict[str, Any]:
     """The validation loader, and the few images that pictures show: held-out ones if there are any.
 
+    ``index``: the images of ``data.path``, where they have been listed.
     Rank 0 draws the pictures; where its forward pass needs the others, they get the same images.
     """
-    held_out: dict[str, Any] = dict(train=False, grad_accum_steps=1)
+    held_out: dict[str, Any] = dict(train=False, grad_accum_steps=1, index=index)
     val_loader, batch = None, None
     if cfg.data.val_path is not None:
-        held_out |= dict(path=cfg.data.val_path, weights=None, file_list=None, field="data.val_path")
+        held_out |= dict(path=cfg.data.val_path, index=None, weights=None, file_list=None, field="data.val_path")
     if cfg.data.val_path is not None or cfg.data.val_fraction is not None:
         val_loader = make_loader(cfg, parts.objective, world, **held_out)
         stack.enter_context(closing(val_loader))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastmim.evaluate.figure import empty_figure
@@ -24,6 +25,9 @@ class Counts:
         classes: how many.
         device: of the logits.
     """
+
+    headline = "val_top1"
+    """The score by which the best of several validations is known."""
 
     def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
         self.confusion = torch.zeros(classes, classes, dtype=torch.float64, device=device)
@@ -46,9 +50,12 @@ class Counts:
         loss = -log_p.gather(1, labels[:, None]).sum()
         self.sums += torch.stack((loss, top5.sum().double(), loss.new_tensor(len(labels))))
 
-    def tensors(self) -> list[Tensor]:
-        """What several ranks sum."""
-        return [self.confusion, self.bins, self.sums]
+    def reduce(self) -> int:
+        """Take what all ranks have counted; every rank calls it. Returns the number of images."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for tensor in (self.confusion, self.bins, self.sums):
+                dist.all_reduce(tensor)
+        return int(self.sums[2])
 
     def scores(self) -> dict[str, float]:
         """``val_loss`` (cross-entropy), ``val_top1``, ``val_top5`` as shares, ``val_ece``.
@@ -74,6 +81,11 @@ class Counts:
             row["taken_for"] = names[int(others.argmax())] if others.sum() else None
             rows.append(row)
         return rows
+
+
+    def report(self, names: Sequence[str]) -> dict[str, Any]:
+        """Everything, for ``classes.json``."""
+        return {"scores": self.scores(), "classes": self.table(names)}
 
 
 def save_confusion(counts: Counts, names: Sequence[str], path: Path) -> Path | None:

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from fastmim.evaluate.all_rows import all_rows
 from fastmim.evaluate.knn import NEIGHBOURS, knn_accuracy
 from fastmim.evaluate.linear import Classifier, Way, linear_probe
 from fastmim.evaluate.protocols import PROTOCOLS, Protocol, natural_pool
@@ -94,20 +94,9 @@ class _Look:
 
 def _gathered(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of all ranks by their ids, on every rank."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        counts = [torch.zeros(1, dtype=torch.int64, device=ids.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(counts, torch.tensor([len(ids)], device=ids.device))
-        ids, table = (_all_rows(own, [int(count) for count in counts]) for own in (ids, table))
+    ids, table = all_rows(ids), all_rows(table)
     order = ids.argsort()
     return ids[order], table[order]
-
-
-def _all_rows(own: Tensor, counts: list[int]) -> Tensor:
-    filled = own.new_zeros(max(counts), *own.shape[1:])
-    filled[: len(own)] = own
-    every = [torch.empty_like(filled) for _ in counts]
-    dist.all_gather(every, filled)
-    return torch.cat([rows[:count] for rows, count in zip(every, counts, strict=True)])
 
 
 def pooled(objective: Any, found: Pooled, pool: str | None = None) -> Tensor:

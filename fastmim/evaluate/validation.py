@@ -12,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmim.evaluate.classification import Counts
+from fastmim.evaluate.multi_label import ManyCounts
+
+ClassCounts = Counts | ManyCounts
+"""Of images with one class, or with several."""
 
 # Not the training seed: validation losses of runs with different seeds stay comparable.
 MASK_SEED = 1_000_003
@@ -77,25 +81,26 @@ def validation_counts(
     max_batches: int | None = None,
     autocast: AbstractContextManager[Any] | None = None,
     collective: bool = False,
-) -> Counts:
-    """What a classifier gets right; arguments as of :func:`validation_loss`.
+) -> dict[str, ClassCounts]:
+    """What each of an objective's ``classifiers`` gets right; arguments as of :func:`validation_loss`.
 
     Args:
-        objective: with ``logits`` and ``held_out_labels``, see :class:`fastmim.objectives.classify.Classify`.
+        objective: with ``classifiers`` and ``held_out_labels``, see :class:`fastmim.objectives.classify.Classify`.
 
     Raises:
         ValueError: no rank has an image.
     """
     labels = objective.held_out_labels
-    counts = Counts(objective.num_classes, labels.device)
+    kind = ManyCounts if labels.ndim == 2 else Counts
+    counts: dict[str, ClassCounts] = {
+        name: kind(objective.num_classes, labels.device) for name in objective.classifiers()
+    }
     with evaluating(objective), autocast or nullcontext():
         for images, sample_ids, count in _chosen(objective, batches, max_batches, collective):
-            logits = objective.logits(images)
-            counts.add(logits[:count], labels[sample_ids[:count]])
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for tensor in counts.tensors():
-            dist.all_reduce(tensor)
-    if not counts.sums[2]:
+            normalised = objective.normalise(images)
+            for name, classify in objective.classifiers().items():
+                counts[name].add(classify(normalised)[:count], labels[sample_ids[:count]])
+    if not all([one.reduce() for one in counts.values()]):
         raise ValueError("data.val_path: no readable image there; give another folder or leave it out")
     return counts
 

@@ -114,9 +114,15 @@ def _averages(objective: Objective) -> set[str]:
     return {name for name, param in objective.named_parameters() if id(param) in averages}
 
 
+def _learnt(objective: nn.Module) -> set[str]:
+    """Names of its parameters but for those that follow others: what a file of the whole of it holds at least."""
+    names = {name for name, _ in objective.named_parameters()}
+    return names - _averages(objective) if isinstance(objective, Objective) else names
+
+
 def _under_prefix(objective: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The tensors of the objective, or else of the encoder alone, without the prefix of their names."""
-    own = {name for name, _ in objective.named_parameters()}
+    own = _learnt(objective)
     if own <= tensors.keys():
         return tensors, ""
     prefix = split_prefix(tensors)
@@ -128,9 +134,10 @@ def _under_prefix(objective: nn.Module, tensors: dict[str, Tensor]) -> tuple[dic
 
 
 def _load_kind(objective: nn.Module, tensors: dict[str, Tensor]) -> LoadReport:
-    if {name for name, _ in objective.named_parameters()} <= tensors.keys():
+    if _learnt(objective) <= tensors.keys():
         report = LoadReport(names={k: k for k in tensors})
-        copy_strictly(objective, tensors, report, optional=())
+        averages = _averages(objective) if isinstance(objective, Objective) else set()
+        copy_strictly(objective, tensors, report, optional=sorted(averages))
         return report
     if "decoder.0.weight" in tensors:
         return load_simmim(objective, tensors)

@@ -185,9 +185,9 @@ class VisionTransformer(nn.Module):
         _, y = self._blocks(x)
         return y[:, 0], y[:, 1:].unflatten(1, grid)
 
-    def forward_stream(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, 1 + L, D) tokens after the last block, before the norm."""
-        return self._blocks(self._embed(images, None)[0])[0]
+    def forward_stream(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) → (B, 1 + L, D) tokens after the last block, before the norm and after it."""
+        return self._blocks(self._embed(images, None)[0])
 
     def all_blocks(self) -> list[VitBlock]:
         """Those that :meth:`features` counts."""

@@ -44,7 +44,7 @@ class Objective(nn.Module):
     mean: Tensor
     std: Tensor
     takes_labels = False
-    """Whether it learns classes; it then has ``give_labels`` and ``counts``, see :class:`.classify.Classify`."""
+    """Whether it learns classes; it then has ``give_labels`` and ``classifiers``, see :class:`.classify.Classify`."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import encoder_settings
-from ..models.layers import trunc_normal_
 from .base import Objective, at_least, one_of
+from .classifier import Average, Classifier, warm_momentum
 from .groups import split_for_tuning
 from .layer_decay import depths_of, scaled_groups
 from .mixing import Erasing, Mixing, erase, mix, smooth
@@ -41,7 +41,7 @@ RECIPES = {
 """microsoft/SimMIM and Swin-Transformer, microsoft/unilm's BEiT, facebookresearch/mae, bytedance/ibot."""
 
 
-class Classify(Objective):
+class Classify(Objective, Classifier):
     """Encoder, pooled tokens and a linear classifier, trained with the labels of images.
 
     Args:
@@ -57,6 +57,8 @@ class Classify(Objective):
         erasing: share of the images in which a box is erased
         auto_augment: timm's policy for the colours and shapes of crops, none = none
         multi_label: an image may have several classes, or none: a sigmoid for each
+        ema_decay: share of the weights' moving average that stays in an update, such as 0.9999, in the first ones less;
+            0: there is none
         common: of every :class:`Objective`
     """
 
@@ -81,33 +83,30 @@ class Classify(Objective):
         erasing: float = 0.25,
         auto_augment: str = "rand-m9-mstd0.5-inc1",
         multi_label: bool = False,
+        ema_decay: float = 0.0,
         **common: Any,
     ) -> None:
-        given = dict(num_classes=num_classes, pool=pool, recipe=recipe, layer_decay=layer_decay)
+        given = dict(num_classes=num_classes, pool=pool, recipe=recipe, layer_decay=layer_decay, ema_decay=ema_decay)
         mixing = dict(smoothing=smoothing, mixup=mixup, cutmix=cutmix, erasing=erasing)
         self.check(encoder=encoder, **given, **mixing, mix_probability=mix_probability, cutmix_share=cutmix_share)
         super().__init__(encoder=encoder, **common)
         self.num_classes, self.layer_decay, self.multi_label = max(num_classes, 1), layer_decay, multi_label
         self.recipe, self.is_vit = RECIPES[recipe], self.encoder.settings["name"] == "vit"
-        self.pool = "mean" if not self.is_vit else self.recipe.pool if pool == "auto" else pool
         self.mixing = Mixing(mixup, cutmix, mix_probability, cutmix_share, smoothing)
         self.erasing, self.auto_augment = Erasing(erasing), None if auto_augment == "none" else auto_augment
-        self.fc_norm: nn.LayerNorm | None = None
-        if self.is_vit and self.pool == "mean":
-            # Of the mean of patches, in place of the norm of all tokens.
-            self.fc_norm = nn.LayerNorm(self.encoder.num_features, eps=self.encoder.norm.eps)
-            self.encoder.norm.requires_grad_(False)
-        self.encoder.register_parameter("mask_token", None)
-        self.head = nn.Linear(self.encoder.num_features, self.num_classes)
-        trunc_normal_(self.head.weight, std=2e-5 if self.is_vit else 0.02, bound=2.0)
-        nn.init.zeros_(self.head.bias)
-        noise = torch.randn(self.in_chans, *(2 * e for e in self.img_size), generator=torch.Generator().manual_seed(0))
-        self.register_buffer("noise", noise, persistent=False)
+        self.add_head(self.num_classes, "mean" if not self.is_vit else self.recipe.pool if pool == "auto" else pool)
+        self.ema_decay, self._updates = ema_decay, 0
+        self.average = Average(self, encoder, self.impl) if ema_decay else None
+        shape, drawn = (self.in_chans, *(2 * e for e in self.img_size)), torch.Generator("cpu").manual_seed(0)
+        self.register_buffer("noise", torch.randn(shape, generator=drawn, device="cpu"), persistent=False)
         for name in ("labels", "held_out_labels"):
-            self.register_buffer(name, torch.zeros(1, dtype=torch.int64), persistent=False)
+            self.register_buffer(name, torch.zeros(1, dtype=torch.int64, device="cpu"), persistent=False)
 
     def give_labels(self, labels: Tensor, held_out: Tensor | None = None) -> None:
-        """(files,) int64 classes of the files trained on, by their number, and of those held out."""
+        """Classes of the files trained on, by their number, and of those held out.
+
+        (files,) int64, or of several classes an image (files, num_classes), 1 for each.
+        """
         self.labels = labels.to(self.labels.device)
         if held_out is not None:
             self.held_out_labels = held_out.to(self.labels.device)
@@ -121,6 +120,8 @@ class Classify(Objective):
             raise ValueError(f"layer_decay={given['layer_decay']}: must lie in (0, 1]; 1 = one rate for all layers")
         if given["pool"] == "cls" and encoder_settings(encoder)["name"] != "vit":
             raise ValueError("pool=cls: only a vit has a class token; use mean")
+        if not 0 <= given["ema_decay"] < 1:
+            raise ValueError(f"ema_decay={given['ema_decay']}: must lie in [0, 1), such as 0.9999; 0 = no average")
         Mixing(given["mixup"], given["cutmix"], given["mix_probability"], given["cutmix_share"], given["smoothing"])
         Erasing(given["erasing"])
 
@@ -129,33 +130,46 @@ class Classify(Objective):
 
         Args:
             images: (B, C, H, W), float normalised by mean and std, or uint8.
-            mask: The labels: (B,) integer, or (B, num_classes) float shares of each.
+            mask: The labels: (B,) integer, or (B, num_classes) shares of each; of several classes an image 1 for each.
 
         Returns:
-            ``loss`` float32: cross-entropy, or of several classes an image the mean binary one; ``top1``, the share of
-            images of which the largest logit is of the largest share.
+            ``loss`` float32: cross-entropy, or of several classes an image the mean binary one; and without these
+            ``top1``, the share of images of which the largest logit is of the largest share.
         """
-        logits = self.logits(images)
-        targets = mask if mask.ndim == 2 else smooth(mask, self.num_classes, 0.0)
+        logits, targets = self.logits(images), smooth(mask, self.num_classes, 0.0)
         if self.multi_label:
-            loss = F.binary_cross_entropy_with_logits(logits, targets)
-        else:
-            loss = F.cross_entropy(logits, targets)
+            return {"loss": F.binary_cross_entropy_with_logits(logits, targets)}
         right = logits.detach().argmax(1) == targets.argmax(1)
-        return {"loss": loss, "top1": right.float().mean()}
+        return {"loss": F.cross_entropy(logits, targets), "top1": right.float().mean()}
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 or normalised → (B, num_classes) float32."""
-        return F.linear(self.features(self.normalise(images)).float(), self.head.weight.float(), self.head.bias.float())
+        return self.classify(self.normalise(images))
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) normalised → (B, D), what the classifier reads."""
-        if self.fc_norm is None:
-            cls, patches = self.encoder.forward_tokens(images)
-            return cls if self.is_vit else patches.mean((1, 2))
-        vit: Any = self.encoder
-        features: Tensor = self.fc_norm(vit.forward_stream(images)[:, 1:].mean(1))
-        return features
+    def classifiers(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Logits of normalised images: of these weights under "", and of their average under "ema_", if there is one.
+
+        Scores of a validation begin with that name.
+        """
+        found: dict[str, Callable[[Tensor], Tensor]] = {"": self.classify}
+        return found if self.average is None else found | {"ema_": self.average.classify}
+
+    def set_step(self, step: int, total: int, steps_per_epoch: int) -> None:
+        """The average is of ``step`` updates."""
+        self._updates = step
+
+    def ema(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The average follows encoder and classifier."""
+        return [] if self.average is None else [(self.average, self)]
+
+    def ema_momentum(self) -> float:
+        """``ema_decay``, in the first updates less."""
+        return warm_momentum(self.ema_decay, self._updates)
+
+    def after_loading(self) -> None:
+        """The average starts as what was loaded."""
+        if self.average is not None:
+            self.average.follow(self)
 
     def inputs(
         self, images: Images, sample_ids: Tensor, files: Tensor, *, seed: int, epoch: int
@@ -166,8 +180,8 @@ class Classify(Objective):
             return images, labels
         keys: dict[str, Any] = dict(seed=seed, epoch=epoch)
         images = erase(self.normalise(images), sample_ids, self.noise, self.erasing, **keys)
-        smoothing = 0.0 if self.multi_label else self.mixing.smoothing
-        return mix(images, smooth(labels, self.num_classes, smoothing), sample_ids, self.mixing, **keys)
+        targets = smooth(labels, self.num_classes, self.mixing.smoothing)
+        return mix(images, targets, sample_ids, self.mixing, **keys)
 
     def views(self) -> tuple[View, ...]:
         """One crop, changed by timm's policy; held-out images are scaled to cover 256/224 of it."""

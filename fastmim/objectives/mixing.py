@@ -52,13 +52,15 @@ class Mixing:
 
 
 def smooth(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """(B,) integer labels → (B, classes) float32: 1 − s + s/classes for the label, s/classes for the others.
+    """Labels → (B, classes) float32 targets: 1 − s + s/classes for a label, s/classes for the others.
 
-    (B, classes) labels of several classes an image, 0 or 1, pass as float32.
+    Args:
+        labels: (B,) integer; or (B, classes), 1 for each of an image's classes, or their shares.
+        classes: How many.
+        smoothing: s.
     """
-    if labels.ndim == 2:
-        return labels.float()
-    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+    shares = F.one_hot(labels, classes) if labels.ndim == 1 else labels
+    return shares.float() * (1 - smoothing) + smoothing / classes
 
 
 def mix(

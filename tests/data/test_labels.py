@@ -69,7 +69,7 @@ def test_a_table_says_the_class(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("in/0.png,cat\nin/9.png,dog\n", "1 file not among the images (in/9.png)"),
+        ("in/0.png,cat\nin/9.png,dog\n", "1 file not among the images (line 2: in/9.png)"),
         ("in/0.png\n", "line 1: must be file,class, got in/0.png"),
         ("in/0.png,cat\nin/0.png,dog\n", "line 2: in/0.png has another class above"),
         ("", "is empty"),
@@ -83,6 +83,39 @@ def test_a_wrong_table_is_one_line(text, words, tmp_path):
         (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError) as error:
         read_labels(index, tmp_path / "t.csv", "DIR")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_table_says_several_classes(tmp_path):
+    """Of an image that has none of them too; one that is not named has no answer, and is counted."""
+    index = open_index(folder(tmp_path / "x", {"in": 4}))
+    table = tmp_path / "classes.csv"
+    table.write_text("file,classes\nin/0.png,cat; dog\nin/2.png,\nin/1.png,10;9;cat\n")
+    labels = read_labels(index, table, several=True)
+    assert labels.classes == ("9", "10", "cat", "dog") and labels.lacking == 1
+    assert labels.numbers.tolist() == [[0, 0, 1, 1], [1, 1, 1, 0], [0] * 4, [UNLABELLED] * 4]
+    table.write_text("in/0.png,dog\nin/1.png,dog;cat\n")
+    of_others = read_labels(index, table, classes=("bird", "cat", "dog"), several=True)
+    assert of_others.numbers[:2].tolist() == [[0, 0, 1], [0, 1, 1]]
+    with pytest.raises(ValueError, match=r"1 class not among those trained on \(cat\)"):
+        read_labels(index, table, classes=("bird", "dog"), several=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("in/1.png,cat;;dog", "line 2: must be file,class;class, got in/1.png,cat;;dog"),
+        ("in/1.png,cat,dog", "line 2: must be file,class;class"),
+        ("in/1.png,dog; dog", "line 2: names a class twice: dog; dog"),
+        ("in/0.png,dog", "line 2: in/0.png has other classes above (line 1)"),
+        ("in/7.png,dog", "1 file not among the images (line 2: in/7.png)"),
+    ],
+)
+def test_a_wrong_line_of_several_classes_is_named(line, words, tmp_path):
+    index = open_index(folder(tmp_path / "x", {"in": 2}))
+    (tmp_path / "t.csv").write_text(f"in/0.png,cat;dog\n{line}\n")
+    with pytest.raises(ValueError) as error:
+        read_labels(index, tmp_path / "t.csv", "DIR", several=True)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""Trains tiny iBOT, MoCo v3, BEiT or DVAE several times a rank: ``python ibot_worker.py RUNS.json [STEP]``.
+"""Trains tiny objectives several times a rank: ``python ibot_worker.py RUNS.json [STEP]``.
 
 RUNS.json holds a list of the arguments of :func:`train`. With STEP the last rank kills itself in that step, between the
 update of the student and that of the teacher.
@@ -64,6 +64,12 @@ def new_objective(
         apply_recompute(objective, recompute)
         return objective
     settings = {"name": encoder, "img_size": 32, **ENCODERS[encoder]}
+    if name == "classify":  # images are mixed with others of their micro-batch: without that, ranks make no difference
+        own = {"num_classes": 3, "layer_decay": 0.8, "mixup": 0.0, "cutmix": 0.0, "ema_decay": momentum}
+        objective = create_objective(name, encoder=settings, impl="torch", **own)
+        objective.give_labels(torch.arange(BATCH, device="cpu") % 3)
+        apply_recompute(objective, recompute)
+        return objective
     if name == "moco":
         settings |= {"abs_pos_embed": "sincos_moco", "init": "moco"}
         own = {"hidden_dim": 24, "out_dim": 12, "momentum": momentum, "augment": False}
@@ -102,6 +108,8 @@ def inputs_of(name: str, step: int) -> tuple[list[torch.Tensor], torch.Tensor | 
         return [first, second], mask
     if name == "dvae":
         return [second[0]], None
+    if name == "classify":
+        return [first[0]], None
     if name == "moco":
         pair, mask = pairs_of(step)
         return list(pair), mask

@@ -8,6 +8,7 @@ import torch
 from sklearn import metrics
 
 from fastmim.evaluate.classification import BINS, Counts, save_confusion
+from fastmim.evaluate.multi_label import THRESHOLDS, ManyCounts, average_precision
 
 
 def drawn(count=500, classes=7):
@@ -53,3 +54,45 @@ def test_a_class_that_nobody_names_and_one_without_images(tmp_path):
     assert rows[0]["recall"] == 1 and rows[1]["taken_for"] == "a" and rows[1]["precision"] is None
     assert rows[2]["recall"] is None and rows[2]["images"] == 0
     assert save_confusion(counts, ["a", "b", "c"], tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def several(count=300, classes=5):
+    """Scores with ties, and a class that no image has."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.rand(count, classes, generator=generator) < torch.tensor([0.5, 0.1, 0.3, 0.02, 0.0])
+    logits = (torch.randn(count, classes, generator=generator) + 1.5 * labels - 0.7).mul(4).round() / 4
+    counts = ManyCounts(classes)
+    for part in range(0, count, 64):
+        counts.add(logits[part : part + 64], labels[part : part + 64].to(torch.int8))
+    assert counts.reduce() == count
+    return logits, labels, counts
+
+
+def test_average_precision_is_scikit_learns():
+    logits, labels, counts = several()
+    expected = [metrics.average_precision_score(labels[:, k], logits[:, k]) for k in range(4)]
+    np.testing.assert_allclose(average_precision(logits, labels)[:4], expected, rtol=1e-12)
+    scores, rows = counts.scores(), counts.table("abcde")
+    assert scores["val_map"] == pytest.approx(np.mean(expected))
+    assert [row["ap"] for row in rows] == [*map(pytest.approx, expected), None]
+    assert rows[4]["best_threshold"] is None and rows[4]["recall"] is None
+    p = logits.double().sigmoid().numpy()
+    loss = np.mean([metrics.log_loss(labels[:, k], p[:, k], labels=[False, True]) for k in range(5)])
+    assert scores["val_loss"] == pytest.approx(loss)
+    assert scores["val_f1"] == pytest.approx(metrics.f1_score(labels, p > 0.5, average="micro"))
+
+
+def test_the_table_of_thresholds_is_scikit_learns():
+    logits, labels, counts = several()
+    p, how = logits.sigmoid().numpy(), dict(zero_division=0)
+    for row in counts.thresholds():
+        said = p > row["threshold"]
+        micro = metrics.precision_recall_fscore_support(labels, said, average="micro", **how)[:3]
+        assert [row["precision"], row["recall"], row["f1"]] == pytest.approx(micro)
+        assert row["mean_f1"] == pytest.approx(metrics.f1_score(labels, said, average="macro", **how))
+    by_threshold = [metrics.f1_score(labels, p > t, average=None, **how) for t in THRESHOLDS]
+    rows = counts.table("abcde")
+    assert [row["best_threshold"] for row in rows[:4]] == [THRESHOLDS[i] for i in np.argmax(by_threshold, 0)[:4]]
+    half = metrics.precision_recall_fscore_support(labels, p > 0.5, average=None, **how)
+    np.testing.assert_allclose([row["precision"] for row in rows], half[0])
+    np.testing.assert_allclose([row["f1"] for row in rows], half[2])

@@ -12,6 +12,11 @@ from safetensors.torch import load_file
 
 from fastmim.cli import main
 from fastmim.config import load_config
+from fastmim.data import source
+from fastmim.data.held_out import split
+from fastmim.data.labels import read_labels
+from fastmim.data.scan import scan_folder
+from fastmim.engine.labels import part_of
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.metrics import read_rows
 from fastmim.engine.train import train
@@ -22,6 +27,7 @@ TASK = {
     "objective__name": "classify",
     "objective__auto_augment": "none",
     "objective__layer_decay": 0.8,
+    "objective__ema_decay": 0.9,
     "optim__weight_decay": 0.0,
 }
 
@@ -72,8 +78,52 @@ def test_classes_are_learnt_from_the_files_that_were_used(run, coloured, tmp_pat
     assert [row["class"] for row in written["classes"]] == list(COLOURS)
     assert all(row["recall"] == 1 and row["images"] == 8 for row in written["classes"])
     assert (tmp_path / "run" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
-    best = load_file(tmp_path / "run" / "best.safetensors")
-    assert best["head.weight"].shape == (3, 16)
+    assert written["ema"]["scores"]["val_top1"] == result.ema_score == 1.0
+    best, average = (load_file(tmp_path / "run" / f"best{name}.safetensors") for name in ("", "_ema"))
+    assert best["head.weight"].shape == (3, 16) and best.keys() == average.keys()
+    assert not torch.equal(best["head.weight"], average["head.weight"])
+    end = load_file(tmp_path / "run" / "encoder_ema.safetensors")
+    assert {f"encoder.{name}" for name in end} | {"head.weight", "head.bias"} == average.keys()
+    checkpoint, out = tmp_path / "run" / "checkpoints", tmp_path / "converted.safetensors"
+    assert main(["convert", str(checkpoint), str(out), "--average"]) == 0
+    assert all(torch.equal(tensor, end[name]) for name, tensor in load_file(out).items())
+
+
+def test_several_classes_an_image(run, coloured, tmp_path, monkeypatch):
+    """Learnt from a table, beside a table of other images; folders are listed once."""
+    table, others = tmp_path / "labels.csv", tmp_path / "others.csv"
+    pairs = {"blue": "blue;cold", "green": "cold", "red": ""}
+    lines = [f"{name}/{i}.png,{classes}\n" for name, classes in pairs.items() for i in range(8)]
+    table.write_text("file,classes\n" + "".join(lines) + "red/broken.png,\n")
+    others.write_text("".join(lines[::2]) + "".join(lines[1::2]) + "red/broken.png,blue\n")
+    listed = []
+    monkeypatch.setattr(source, "scan_folder", lambda root, *how: listed.append(root) or scan_folder(root, *how))
+    result = run(
+        tmp_path / "run", objective__multi_label="true", data__labels=table, data__val_path=coloured,
+        data__val_labels=others, train__steps=40, optim__lr=2e-2, optim__lr_batch=None, data__verify="none",
+        objective__smoothing=0.0,
+    )  # fmt: skip
+    assert len(listed) == 2 and result.val_map == result.ema_score == 1.0 and result.val_top1 is None
+    written = json.loads((tmp_path / "run" / "classes.json").read_text())
+    assert [(row["class"], row["images"]) for row in written["classes"]] == [("blue", 8), ("cold", 16)]
+    assert max(row["f1"] for row in written["thresholds"]) == 1.0
+    assert (tmp_path / "run" / "best_ema.safetensors").is_file()
+
+
+def test_labels_of_a_part_are_those_of_its_files(coloured, tmp_path):
+    """Of one folder and of several, one of which may have nothing that is held out."""
+    (tmp_path / "one" / "red").mkdir(parents=True)
+    (tmp_path / "one" / "red" / "0.png").write_bytes((coloured / "red" / "0.png").read_bytes())
+    for paths in ([coloured], [tmp_path / "one", coloured]):
+        whole = source.open_index(paths)
+        numbers = read_labels(whole).numbers
+        assert np.array_equal(part_of(numbers, whole, whole), numbers)
+        sides = [split(whole, 0.4, held_out=held_out) for held_out in (False, True)]
+        for side in sides:
+            own = [{"blue": 0, "green": 1, "red": 2}[side.name(i).decode().split("/")[0]] for i in range(len(side))]
+            assert part_of(numbers, whole, side).tolist() == own
+        assert sum(map(len, sides)) == len(whole)
+        assert part_of(numbers, whole, source.open_index(coloured)) is None
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, tmp_path, monkeypatch):
@@ -91,15 +141,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, tmp_path, monkeypatch)
         run(tmp_path / "stopped", **changes)
     monkeypatch.undo()
     run(tmp_path / "stopped", **changes)
-    ours, theirs = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "stopped"))
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for file in ("encoder.safetensors", "encoder_ema.safetensors"):
+        ours, theirs = (load_file(tmp_path / name / file) for name in ("whole", "stopped"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     rows = [read_rows(tmp_path / name / "metrics.jsonl")[-1] for name in ("whole", "stopped")]
-    assert rows[0]["val_top1"] == rows[1]["val_top1"] and rows[0]["loss"] == rows[1]["loss"]
+    for key in ("val_top1", "ema_val_loss", "loss"):
+        assert rows[0][key] == rows[1][key]
 
 
 def test_two_ranks_are_one(zero_run, launch, coloured, tmp_path):
     """Images are mixed with others of their micro-batch: without that, what is computed is the same."""
     changes = TASK | {"data__path": coloured, "train__steps": 4, "objective__mixup": 0.0, "objective__cutmix": 0.0}
+    (tmp_path / "labels.csv").write_text(
+        "".join(f"{path.relative_to(coloured)},{path.parent.name};{'ab'[i % 2]}\n"
+                for i, path in enumerate(sorted(coloured.rglob("*.png"))))
+    )  # fmt: skip
+    changes |= {"objective__multi_label": "true", "data__labels": tmp_path / "labels.csv", "data__val_fraction": 0.4}
 
     def lines(ranks, stage):
         keys = zero_run(tmp_path / f"{ranks}-{stage}", ranks, **changes, efficiency__zero_stage=stage)
@@ -107,11 +164,13 @@ def test_two_ranks_are_one(zero_run, launch, coloured, tmp_path):
 
     train(load_config(None, lines(1, None)))
     launch([lines(2, None), lines(2, 2)], 2)
-    one, *others = (
-        [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")] for name in ("1-None", "2-None", "2-2")
-    )
-    for other in others:
-        assert other == pytest.approx(one, rel=1e-5)
+    for key in ("loss", "val_loss", "ema_val_loss", "val_map"):
+        one, *others = (
+            [row[key] for row in read_rows(tmp_path / name / "metrics.jsonl") if key in row]
+            for name in ("1-None", "2-None", "2-2")
+        )
+        for other in others:
+            assert other == pytest.approx(one, rel=1e-5)
 
 
 def test_from_a_pretraining_with_another_window(overrides, task, tmp_path, capsys):
@@ -135,6 +194,8 @@ def test_from_a_pretraining_with_another_window(overrides, task, tmp_path, capsy
         (dict(objective__num_classes=7), r"objective.num_classes=7: data.path has 3 classes"),
         (dict(data__labels="missing.csv"), r"data.labels=missing.csv: no such file"),
         (dict(objective__auto_augment="nothing-m9"), r"objective.auto_augment=nothing-m9"),
+        (dict(objective__multi_label="true"), r"data.labels=null: objective.multi_label=true needs a CSV"),
+        (dict(data__val_labels="x.csv"), r"data.val_labels=x.csv: names the classes of data.val_path"),
     ],
 )
 def test_what_cannot_work_is_one_line(run, tmp_path, changes, said):

@@ -1,4 +1,5 @@
-"""iBOT and MoCo v3 on several ranks: teacher, frozen layer, clipping, schedules and BatchNorm as in one process."""
+"""iBOT, MoCo v3 and others on several ranks: teacher, frozen layer, clipping, schedules, BatchNorm and the average of a
+fine-tuning's weights as in one process."""
 
 from __future__ import annotations
 
@@ -75,6 +76,14 @@ TOKENS = {
 TOKENS_BF16 = {
     f"{name} bf16": dict(name=name, stage=stage, precision="bf16") for name, stage in (("beit", 3), ("dvae", 2))
 }
+# The average of a classifier; the norm of all tokens is not trained.
+AVERAGED = {
+    "classify ddp in 2": dict(name="classify", accum=2),
+    "classify stage1 bf16": dict(name="classify", stage=1, **SLOW),
+    "classify stage2": dict(name="classify", stage=2),
+    "classify stage3": dict(name="classify", stage=3, recompute="full"),
+}
+AVERAGED_FROZEN = {"average.encoder.norm.weight", "average.encoder.norm.bias"}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +108,7 @@ def alone(tokenizer, tmp_path_factory):
         ibot_worker.train(folder / name, **with_tokenizer(dict(name=name), tokenizer))
     overflow = dict(overflow_in=2, save_at=(2, 3, STEPS))
     runs = {"plain": {}, "swin": SWIN, "overflow": overflow}
-    runs |= {"moco": dict(name="moco"), "moco in 2": dict(name="moco", accum=2)}
+    runs |= {"moco": dict(name="moco"), "moco in 2": dict(name="moco", accum=2), "classify": dict(name="classify")}
     for name, changes in runs.items():
         ibot_worker.train(folder / name, **changes)
     return folder
@@ -125,11 +134,13 @@ def two(alone, killed, tokenizer, launch, tmp_path_factory):
         "moco stage2 from one": dict(name="moco", stage=2, resume=str(checkpoint(alone / "moco", 1))),
         "stage2 bf16 again": dict(stage=2, **SLOW, resume=str(checkpoint(folder / "stage2 bf16", 1))),
         "beit stage1 again": dict(name="beit", stage=1, resume=str(checkpoint(folder / "beit stage3", 3))),
+        "classify stage3 again": dict(name="classify", stage=3, resume=str(checkpoint(folder / "classify stage3", 3))),
+        "classify stage2 from one": dict(name="classify", stage=2, resume=str(checkpoint(alone / "classify", 1))),
         "dvae stage2 again": dict(name="dvae", stage=2, resume=str(checkpoint(folder / "dvae stage3", 3))),
     }
     resumed = {name: with_tokenizer(changes, tokenizer) for name, changes in resumed.items()}
     tokens = {name: with_tokenizer(changes, tokenizer) for name, changes in (TOKENS | TOKENS_BF16).items()}
-    runs = RUNS | tokens | {"swin": dict(stage=3, **SWIN)} | OVERFLOWS | BF16 | MOCO | resumed
+    runs = RUNS | tokens | AVERAGED | {"swin": dict(stage=3, **SWIN)} | OVERFLOWS | BF16 | MOCO | resumed
     launch([dict(out=str(folder / name), **changes) for name, changes in runs.items()], 2, worker="ibot_worker.py")
     return folder
 
@@ -236,6 +247,16 @@ def test_moco_in_bf16_keeps_statistics_in_fp32(two, alone):
         torch.testing.assert_close(low[name], full[name], rtol=5e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in AVERAGED if "bf16" not in name])
+def test_an_average_of_a_classifier_equals_that_of_one_process(name, two, alone):
+    same_run(two / name, alone / "classify", 1e-6)
+
+
+def test_an_average_goes_on_with_the_same_bits_and_from_other_ranks(two, alone):
+    same_run(two / "classify stage3 again", two / "classify stage3", 0, steps=3)
+    same_run(two / "classify stage2 from one", alone / "classify", 1e-6, steps=5)
+
+
 @pytest.mark.parametrize("name", ["stage3 from one", "stage1 from stage3"])
 def test_goes_on_from_other_ranks_and_stages(name, two, alone):
     same_run(two / name, alone / "plain", 1e-6, steps=5)
@@ -257,14 +278,15 @@ def test_goes_on_in_bf16_in_the_frozen_epoch_with_the_same_bits(two):
     same_run(two / "stage2 bf16 again", two / "stage2 bf16", 0, steps=5)
 
 
-@pytest.mark.parametrize("name", [*RUNS, *BF16, *MOCO])
+@pytest.mark.parametrize("name", [*RUNS, *BF16, *MOCO, *AVERAGED])
 def test_the_forward_pass_reads_the_average(name, two):
     read, held = load_file(two / name / "teacher.safetensors"), stored(two / name)
     expected = {key: held[f"{key}|{WEIGHT}"].view_as(value).to(value.dtype) for key, value in read.items()}
     torch.testing.assert_close(read, expected, rtol=0, atol=0)
     students = {key: held[f"{key.partition('.')[2]}|{WEIGHT}"] for key in read}
     still = {key for key in read if torch.equal(held[f"{key}|{WEIGHT}"], students[key])}
-    assert still == (MOCO_FROZEN if name in MOCO else {"teacher.head.last_layer.weight_g"})  # what is not trained
+    untrained = AVERAGED_FROZEN if name in AVERAGED else {"teacher.head.last_layer.weight_g"}
+    assert still == (MOCO_FROZEN if name in MOCO else untrained)
 
 
 @pytest.mark.parametrize("name", ["ddp", "stage0", "stage1", "stage2", "stage3", "stage2 offload", "stage1 bf16"])

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from fastmim import create_objective
+from fastmim.engine.local import LocalEngine
 from fastmim.engine.optim import param_groups
 from fastmim.objectives.mixing import Erasing, Mixing, erase, mix, smooth
 
@@ -123,6 +124,46 @@ def test_smoothing_keeps_a_total_of_one():
     assert soft[0, 1] == pytest.approx(0.92) and soft[1, 0] == pytest.approx(0.02)
 
 
+def test_several_classes_an_image_are_a_sigmoid_each():
+    """Against the definition: −Σ y·log p + (1 − y)·log(1 − p), the mean over images and classes; also mixed labels."""
+    made = classifier(CASES["a Swin's"][0], multi_label=True)
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([[1, 1, 0, 0, 0], [0] * 5, [0, 0, 1, 0, 1], [1] * 5])
+    shares = torch.rand(4, 5)
+    p = made.logits(images).sigmoid()
+    for mask in (labels, labels.to(torch.int8), shares):
+        expected = -(mask * p.log() + (1 - mask.float()) * (1 - p).log()).mean()
+        torch.testing.assert_close(made(images, mask)["loss"], expected)
+    made.train().give_labels(labels.to(torch.int8))
+    made.mixing, made.erasing = Mixing(mixup=0.0, smoothing=0.1), Erasing(0.0)
+    pair = torch.stack((torch.zeros(3, 32, 32), torch.ones(3, 32, 32)))
+    mixed, targets = made.inputs(pair, torch.arange(2), torch.tensor([2, 3]), seed=0, epoch=0)
+    own = mixed[0].eq(0).float().mean()  # the share that is left of the image without a pixel of the other
+    expected = own * (0.9 * labels[2] + 0.02) + (1 - own) * (0.9 * labels[3] + 0.02)
+    torch.testing.assert_close(targets[0], expected)
+    assert 0 < own < 1
+
+
+def test_an_average_follows_and_is_another_classifier():
+    """After n updates each weight is the sum of its history, in float64; the first weights fade as few updates ask."""
+    made = create_objective("classify", encoder=PLAIN | dict(key_bias=True), num_classes=5, ema_decay=0.5)
+    engine = LocalEngine(made, torch.optim.SGD(param_groups(made, 0.05), lr=0.3))
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    names = [name for name, param in made.named_parameters() if param.requires_grad]
+    expected = {name: made.get_parameter(name).detach().double().clone() for name in names}
+    for step, momentum in enumerate((1 / 10, 2 / 11, 3 / 12)):
+        made.set_step(step, 3, 3)
+        engine.train_on(images, labels)
+        for name, value in expected.items():
+            value.mul_(momentum).add_((1 - momentum) * made.get_parameter(name).detach().double())
+    for name, value in expected.items():
+        torch.testing.assert_close(made.get_parameter(f"average.{name}").double(), value, rtol=1e-5, atol=1e-7)
+    plain, average = (classify(images) for classify in made.eval().classifiers().values())
+    alone = create_objective("classify", encoder=PLAIN | dict(key_bias=True), num_classes=5).eval()
+    alone.load_state_dict({name: value for name, value in made.average.state_dict().items()}, strict=False)
+    torch.testing.assert_close(average, alone.logits(images))
+    assert not torch.equal(average, plain)
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
@@ -131,6 +172,7 @@ def test_smoothing_keeps_a_total_of_one():
         (dict(mixup=-1.0), "mixup=-1.0"),
         (dict(erasing=2.0), "erasing=2.0"),
         (dict(recipe="deit"), "recipe='deit'"),
+        (dict(ema_decay=1.0), "ema_decay=1.0: must lie in"),
     ],
 )
 def test_what_cannot_be_is_refused(bad, said):

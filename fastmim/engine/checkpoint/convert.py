@@ -22,11 +22,13 @@ from fastmim.interop.timm_config import WEIGHTS_FILE, timm_config, why_not_timm
 log = logging.getLogger("fastmim")
 
 CONFIG_FILE = "config.json"
-_ENCODER, _TEACHER = "encoder.", "teacher.encoder."
+_ENCODER, _TEACHER, _AVERAGE = "encoder.", "teacher.encoder.", "average."
 OTHER_FORMATS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pth")
 
 
-def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False, student: bool = False) -> Path:
+def convert(
+    checkpoint: str | Path, out: str | Path, *, whole: bool = False, student: bool = False, average: bool = False
+) -> Path:
     """Write the encoder of a checkpoint under timm's names, as ``encoder.safetensors`` of a finished run is.
 
     Of iBOT and DINO it is the teacher's; of MoCo v3 the base encoder's, as in the reference.
@@ -40,6 +42,7 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False, stu
             them.
         whole: all weights of the objective, under its own names, instead; into a file.
         student: the student's encoder, where there is a teacher.
+        average: of a fine-tuning with ``objective.ema_decay`` the weights' moving average, which ``whole`` leaves out.
 
     Returns:
         ``out``.
@@ -65,16 +68,17 @@ def convert(checkpoint: str | Path, out: str | Path, *, whole: bool = False, stu
     keys = {key.removeprefix("model."): value for key, value in run.items() if key.startswith("model.")}
     encoder = {key: value for key, value in keys.items() if value is not None}
     statistics = {key: run.get(f"data.{key}") for key in ("mean", "std", "interpolation")}
+    said: dict[str, Any] = {"encoder": encoder, "statistics": statistics, "student": student, "average": average}
     if file:
-        return consolidate(folder, out, encoder=encoder, statistics=statistics, whole=whole, student=student)
+        return consolidate(folder, out, whole=whole, **said)
     if reason := why_not_timm(encoder):
         raise ValueError(f"{out}: {reason}; write a .safetensors file")
-    export(folder, out / WEIGHTS_FILE, encoder=encoder, statistics=statistics, student=student)
+    export(folder, out / WEIGHTS_FILE, **said)
     return out
 
 
 def export(
-    folder: Path, out: Path, *, encoder: dict[str, Any], statistics: dict[str, Any], student: bool = False
+    folder: Path, out: Path, *, encoder: dict[str, Any], statistics: dict[str, Any], **which: bool
 ) -> Path:
     """:func:`consolidate`, and beside the weights ``config.json`` for timm and transformers, if timm has such a model.
 
@@ -82,7 +86,7 @@ def export(
     """
     config = out.with_name(CONFIG_FILE)
     config.unlink(missing_ok=True)
-    consolidate(folder, out, encoder=encoder, statistics=statistics, student=student)
+    consolidate(folder, out, encoder=encoder, statistics=statistics, **which)
     if reason := why_not_timm(encoder):
         log.info("%s: no %s beside it: %s", out, CONFIG_FILE, reason)
     else:
@@ -99,6 +103,7 @@ def consolidate(
     statistics: dict[str, Any] | None = None,
     whole: bool = False,
     student: bool = False,
+    average: bool = False,
 ) -> Path:
     """:func:`convert` for a checkpoint folder into a file.
 
@@ -108,8 +113,10 @@ def consolidate(
     try:
         shards = Shards(folder)
         taught = not student and any(name.startswith(_TEACHER) for name in shards.shapes)
-        prefix = "" if whole else _TEACHER if taught else _ENCODER
-        names = [name for name in shards.shapes if name.startswith(prefix)]
+        prefix = (_AVERAGE if average else "") + ("" if whole else _TEACHER if taught else _ENCODER)
+        names = [name for name in shards.shapes if name.startswith(prefix) and name.startswith(_AVERAGE) == average]
+        if not names:
+            raise RuntimeError("there is no moving average in it: objective.ema_decay makes one")
         # The mask token belongs to pretraining: timm's models have none.
         names = [name for name in names if whole or name != f"{_ENCODER}mask_token"]
         entries = [

