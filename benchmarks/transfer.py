@@ -120,9 +120,15 @@ def train_tokenizer(images: Path, folder: Path) -> float:
 
 
 def cpu_seconds(cfg: Config) -> tuple[float, Any]:
-    """Of a run, and what it returns."""
+    """Of a run, and what it returns.
+
+    Raises:
+        KeyboardInterrupt: A signal has ended it early: what it reached is no row.
+    """
     began = time.process_time()
     result = train(cfg)
+    if result.interrupted:
+        raise KeyboardInterrupt
     return time.process_time() - began, result
 
 
