@@ -14,7 +14,6 @@ also show both sides' largest error against timm's own in float64.
 from __future__ import annotations
 
 import copy
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -164,7 +163,7 @@ def time_pairs(chosen: Sequence[str], batch: int, rounds: int) -> None:
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     """Into the table, in place of older rows of the same names."""
-    old = list(csv.DictReader(path.open(newline="", encoding="utf-8"))) if path.exists() else []
+    old = command.read_csv(path) if path.exists() else []
     new = {row["name"] for row in rows}
     kept = [r for r in old if r["name"] not in new]
     command.write_csv(path, COLUMNS, sorted([*kept, *rows], key=lambda r: r["name"]))

@@ -180,6 +180,12 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
     write_whole(path, text.getvalue())
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def one_line(message: object) -> str:
     """A message without line breaks, and no longer than some lines of a terminal."""
     return " ".join(str(message).split())[:600]

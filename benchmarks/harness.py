@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import importlib.metadata
 import os
@@ -158,8 +157,7 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a CSV that :func:`append_rows` wrote; a column it lacks is empty."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
+    return [dict.fromkeys(COLUMNS, "") | row for row in command.read_csv(path)]
 
 
 def _cpu_name() -> str:

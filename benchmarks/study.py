@@ -19,7 +19,6 @@ At the end: the table, mean ± standard deviation over seeds, and the same as a 
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -183,10 +182,7 @@ def fine_tuning(encoder: Path, lr: float, seed: int, given: list[str]) -> Config
 
 def read(path: Path) -> list[Row]:
     """The rows that are there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return list(command.read_csv(path)) if path.is_file() else []
 
 
 def found(rows: Sequence[Row], column: str, **key: Any) -> list[float]:

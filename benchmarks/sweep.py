@@ -11,7 +11,6 @@ not run again. At the end a table of means and standard deviations over seeds, a
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ from fastmim.data.labelled import LabelledImages  # noqa: E402
 from fastmim.engine.distributed import World  # noqa: E402
 from fastmim.engine.probe import load_encoder  # noqa: E402
 from fastmim.evaluate.figure import empty_figure  # noqa: E402
-from fastmim.evaluate.mask_distance import average_distance, distance_band  # noqa: E402
+from fastmim.evaluate.mask_distance import average_distance, distance_band, hidden_pixels  # noqa: E402
 from fastmim.evaluate.probe import features, knn_accuracy, rankme  # noqa: E402
 from fastmim.files import replacing  # noqa: E402
 from fastmim.objectives.unit_masks import UnitMasks  # noqa: E402
@@ -150,7 +149,7 @@ def pretrained(name: str, seed: int, steps: int, folder: Path, labelled: Path) -
 
 def avg_dist(point: Point) -> float:
     """In pixels, see :func:`fastmim.evaluate.mask_distance.average_distance`."""
-    return average_distance(point.masks(torch.arange(MASKS)).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2))
+    return average_distance(hidden_pixels(point.masks(torch.arange(MASKS)), (SIZE, SIZE), PATCH))
 
 
 def missing(
@@ -212,10 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print and draw what is there, and run nothing")
     parser.add_results("sweep.csv", "CSV; a row as soon as it is there, rows that are there are kept")
     args = parser.parse_args(argv)
-    found: list[dict[str, Any]] = []
-    if args.out.exists():
-        with args.out.open(newline="", encoding="utf-8") as file:
-            found = list(csv.DictReader(file))
+    found: list[dict[str, Any]] = list(command.read_csv(args.out)) if args.out.exists() else []
     if not args.show:
         torch.set_num_threads(1)
         args.runs.mkdir(parents=True, exist_ok=True)

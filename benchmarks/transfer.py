@@ -12,7 +12,6 @@ not which is better.
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 import tempfile
@@ -232,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_results("transfer.csv", "CSV, written anew; a row as soon as it is there")
     args = parser.parse_args(argv)
     if args.show:
-        with args.out.open(newline="", encoding="utf-8") as file:
-            print(table(list(csv.DictReader(file))))
+        print(table(command.read_csv(args.out)))
         return 0
     torch.set_num_threads(1)
     args.runs.mkdir(parents=True, exist_ok=True)

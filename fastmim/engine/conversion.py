@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastmim.engine.checkpoint.convert import CONFIG_FILE, OTHER_FORMATS, convert
-from fastmim.engine.checkpoint.save import find_resume
 from fastmim.engine.checkpoint.shards import Entry, write_safetensors
+from fastmim.engine.checkpoint.whole import found_checkpoint
 from fastmim.engine.onnx_file import export_onnx
 from fastmim.engine.probe import encoder_file
 from fastmim.files import replacing, write_text
@@ -83,7 +83,7 @@ def convert_any(
     source, out = Path(source), Path(out)
     known_project(project, "--from")
     target = _target(out, target)
-    ours = source.is_dir() and find_run(source)
+    ours = source.is_dir() and found_checkpoint(source) is not None
     if ours and (given or statistics or project not in (None, "fastmim")):
         raise ValueError(f"{source}: a checkpoint of fastmim says what it is; leave out --from and key=value")
     if whole or (ours and target in ("fastmim", "timm") and out.suffix not in _PYTORCH):
@@ -100,14 +100,6 @@ def convert_any(
         foreign = read_encoder(source, project=project, given=given, student=student)
     foreign.statistics |= statistics or {}
     return _write(foreign, target, out)
-
-
-def find_run(source: Path) -> bool:
-    """Whether there is a checkpoint of a run of ours."""
-    try:
-        return find_resume(str(source), Path()) is not None
-    except ValueError:
-        return False
 
 
 def _target(out: Path, target: str | None) -> str:

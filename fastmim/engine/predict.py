@@ -19,11 +19,12 @@ from fastmim.data.given import open_given
 from fastmim.data.held_out import PartIndex
 from fastmim.data.index import ImageIndex
 from fastmim.engine.saved import READING, load_objective
-from fastmim.evaluate.given_mask import as_patches, cell_grid, painted_cells, square_cells
+from fastmim.evaluate.given_mask import cell_grid, painted_cells, square_cells
 from fastmim.evaluate.reconstruct import draw_grid, draw_image
 from fastmim.evaluate.validation import evaluating
 from fastmim.files import replacing
 from fastmim.objectives import Objective
+from fastmim.objectives.masks import over_patches
 from fastmim.objectives.pictures import COMPOSITE, Picture
 
 _BATCH = 8
@@ -120,7 +121,7 @@ def _chosen_mask(objective: Objective, wanted: Wanted) -> Tensor | None:
     rows, columns = cell_grid(objective.img_size, unit, patch)
     square = wanted.mask == "square"
     cells = square_cells(rows, columns, wanted.ratio) if square else painted_cells(wanted.mask, rows, columns)
-    return as_patches(cells, unit // patch, 1)
+    return over_patches(cells[None], objective.encoder.grid, unit // patch)
 
 
 def _picture(objective: Objective, batch: Any, given: Tensor | None, seed: int) -> Picture:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from fastmim.data.labelled import LabelledImages
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint import convert
-from fastmim.engine.checkpoint.save import find_resume
+from fastmim.engine.checkpoint.whole import found_checkpoint
 from fastmim.engine.distributed import World
 from fastmim.evaluate.probe import Report, features, pooled, probe, quick_probe
 from fastmim.evaluate.rank import rankme
@@ -108,10 +108,7 @@ def encoder_file(source: Path, *, student: bool = False) -> Iterator[Path]:
     if source.is_file():
         yield source
         return
-    try:
-        checkpoint = find_resume(str(source), Path())
-    except ValueError:
-        checkpoint = None
+    checkpoint = found_checkpoint(source)
     if checkpoint is not None:
         with TemporaryDirectory() as folder:
             yield convert(checkpoint, Path(folder, ENCODER_FILE), student=student)

@@ -7,9 +7,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fastmim.engine.checkpoint.save import find_resume
 from fastmim.engine.checkpoint.shards import Shards
-from fastmim.engine.checkpoint.whole import whole_checkpoint
+from fastmim.engine.checkpoint.whole import open_whole
+from fastmim.engine.settings import section_of
 from fastmim.interop.strict import LoadReport, copy_strictly
 from fastmim.objectives import Objective, create_objective
 
@@ -33,15 +33,12 @@ def load_objective(source: str | Path) -> tuple[Objective, dict[str, Any]]:
     source = Path(source)
     if source.is_file():
         raise ValueError(f"{source}: a file of weights says nothing of heads; give the run's output folder")
-    find_resume(str(source), Path(), key="CHECKPOINT")
-    folder, state = whole_checkpoint(str(source), Path(), key="CHECKPOINT")
-    assert folder is not None
-    run = state["run"]
+    folder, run = open_whole(source, "reconstruct {path}")
     name = run.get("objective.name", "simmim")
     if ":" in name:
         raise ValueError(f"{folder}: objective.name={name}: a module of your own is not imported on a file's word")
-    given = {key: value for key, value in _section(run, "objective").items() if key != "name"}
-    encoder = {key: value for key, value in _section(run, "model").items() if value is not None}
+    given = {key: value for key, value in section_of(run, "objective").items() if key != "name"}
+    encoder = {key: value for key, value in section_of(run, "model").items() if value is not None}
     statistics = {key: run[f"data.{key}"] for key in ("mean", "std") if run.get(f"data.{key}")}
     objective: Objective = create_objective(name, encoder=encoder, **statistics, **given)
     try:
@@ -51,7 +48,3 @@ def load_objective(source: str | Path) -> tuple[Objective, dict[str, Any]]:
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"{folder}: {' '.join(str(error).split())}") from None
     return objective.eval(), run
-
-
-def _section(run: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key.removeprefix(f"{name}."): value for key, value in run.items() if key.startswith(f"{name}.")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from fastmim.engine.progress import said_if_slow
 from fastmim.engine.result import TrainResult
 from fastmim.engine.resume import find_start, go_on
 from fastmim.engine.run import Intervals, Run
+from fastmim.engine.settings import flat
 from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.models import encoder_settings
@@ -181,11 +181,6 @@ def shared_settings(cfg: Config) -> dict[str, Any]:
         tree["data"].pop(key)
     tree["efficiency"].pop("nvme_path")
     return {"version of fastmim": __version__, "version of torch": torch.__version__, **flat(tree)}
-
-
-def flat(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Sections of keys as ``section.key``."""
-    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
 
 
 def shared_files(cfg: Config, loader: Any, val_loader: Any, watch: Watch | None) -> dict[str, Any]:

@@ -71,8 +71,3 @@ def cell_grid(img_size: tuple[int, int], unit: int, patch_size: int) -> tuple[in
         if edge % unit:
             raise ValueError(f"--unit {unit}: does not divide the image size {img_size[0]} x {img_size[1]}")
     return img_size[0] // unit, img_size[1] // unit
-
-
-def as_patches(cells: Tensor, repeat: int, batch: int) -> Tensor:
-    """(rows, columns) cells of ``repeat`` patches an edge → (batch, H/p, W/p) bool."""
-    return cells.repeat_interleave(repeat, 0).repeat_interleave(repeat, 1).expand(batch, -1, -1)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 """By which the names are known, and what stands before them."""
-_PREFIXES = ("swin", "swinv2", "vit", "beit")
 _PARTS = ("query", "key", "value")
 # Ours → theirs, the first that fits; {a} is where their attention's own parameters are.
 _OUTSIDE = (

@@ -17,6 +17,7 @@ from fastmim.config.messages import show
 from fastmim.data.source import open_index
 from fastmim.engine.build import build_objective
 from fastmim.engine.precision import precision_of
+from fastmim.engine.settings import flat
 from fastmim.wording import plural
 
 from .command import footprint_of
@@ -74,7 +75,7 @@ def own_config(
     """
     given = _given(images, config, overrides)
     out = given.get("output", {}).get("dir") or f"runs/{name_of(images)}"
-    said = _flat(given) | (dict.fromkeys(_RATES) if _says_lr(config) else {})
+    said = flat(given) | (dict.fromkeys(_RATES) if _says_lr(config) else {})
     given = merge_trees(given, {"output": {"dir": out}})
     earlier = _earlier(Path(os.path.expanduser(out)), images, given)
     if earlier is not None:
@@ -179,10 +180,6 @@ def _seconds(objective: Any, images: Any, mask: torch.Tensor) -> float:
 
 def _of_the_model(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key.startswith(("model.", "objective."))}
-
-
-def _flat(tree: Tree) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in (keys or {}).items()}
 
 
 def _nested(flat: Mapping[str, Any]) -> Tree:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 from fastmim.evaluate.figure import empty_figure
@@ -47,7 +48,8 @@ CHARTS = (
 
 def charts_of(runs: Sequence[RunFiles]) -> Iterator[Chart]:
     """The charts that have numbers: the known ones, then one for each that an objective adds."""
-    there = dict.fromkeys(key for run in runs for row in run.rows for key in row if run.series(key))
+    rows = (row for run in runs for row in run.rows)
+    there = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, (int, float)))
     known = {key for chart in CHARTS for key in chart.keys} | _NOT_MONITORS
     for chart in CHARTS:
         if there.keys() & chart.keys.keys():
@@ -66,7 +68,7 @@ def draw(chart: Chart, runs: Sequence[RunFiles]) -> str | None:
 
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
         axes = figure.add_subplot()
-        for run, colour in zip(runs, _colours(), strict=False):
+        for run, colour in zip(runs, cycle(COLOURS), strict=False):
             for (key, line), style in zip(chart.keys.items(), _STYLES, strict=False):
                 _line(axes, run, key, label=_label(run, line, len(runs)), color=colour, linestyle=style)
         _dress(axes)
@@ -74,11 +76,6 @@ def draw(chart: Chart, runs: Sequence[RunFiles]) -> str | None:
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
-
-
-def _colours() -> Iterator[str]:
-    while True:
-        yield from COLOURS
 
 
 def _label(run: RunFiles, line: str, runs: int) -> str:

@@ -17,6 +17,7 @@ from fastmim.data.names import printable
 from fastmim.engine.checkpoint import list_checkpoints, step_of
 from fastmim.engine.checkpoint.save import read_state
 from fastmim.engine.metrics import read_rows
+from fastmim.engine.settings import flat
 
 Row = dict[str, Any]
 MODEL, OBJECTIVE = "model.name", "objective.name"
@@ -63,18 +64,18 @@ class RunFiles:
         except (ValueError, KeyError, TypeError):
             return None
 
-    @property
+    @cached_property
     def pictures(self) -> list[tuple[int, Path]]:
         """(step, file) of the pictures, by step."""
         found = [(step_of(path.with_suffix("")), path) for path in (self.folder / "reconstructions").glob("*.png")]
         return sorted((step, path) for step, path in found if step is not None)
 
-    @property
+    @cached_property
     def bad_files(self) -> dict[str, str]:
         """Path → reason of the files that could not be used."""
         return {str(path): str(why) for path, why in self._json("bad_files.json").items()}
 
-    @property
+    @cached_property
     def classes(self) -> list[Row]:
         """Of a fine-tuning: a row a class."""
         rows = self._json("classes.json").get("classes", [])
@@ -112,8 +113,7 @@ def read_run(folder: str | os.PathLike[str], name: str) -> RunFiles:
     try:
         # Read as what it says, not as a config to train by: one of another version is shown too.
         tree = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        settings = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
-        settings = dict.fromkeys((MODEL, OBJECTIVE), "?") | settings
+        settings = dict.fromkeys((MODEL, OBJECTIVE), "?") | flat(tree)
     except (ValueError, AttributeError, OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path / 'config.yaml'}: not a config ({' '.join(str(error).split())[:200]})") from None
     try:

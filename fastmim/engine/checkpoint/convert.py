@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastmim.engine.checkpoint.save import find_resume
 from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
-from fastmim.engine.checkpoint.whole import check_whole, instead_of
+from fastmim.engine.checkpoint.whole import open_whole
+from fastmim.engine.settings import section_of
 from fastmim.files import replacing, write_text
 from fastmim.interop.facts import header
 from fastmim.interop.timm_config import WEIGHTS_FILE, timm_config, why_not_timm
@@ -55,18 +55,8 @@ def convert(
     file = out.suffix == ".safetensors"
     if not file and (whole or out.is_file() or out.suffix in OTHER_FORMATS):
         raise ValueError(f"{out}: must end in .safetensors, for example encoder.safetensors")
-    try:
-        folder = find_resume(str(checkpoint), Path())
-    except ValueError:
-        folder = None
-    if folder is None:
-        raise ValueError(f"{checkpoint}: no complete checkpoint there; give a step-… folder or a run's output folder")
-    try:
-        run = check_whole(folder)["run"]
-    except ValueError as error:
-        raise ValueError(f"{error}; {instead_of(folder, 'convert {path}')}") from None
-    keys = {key.removeprefix("model."): value for key, value in run.items() if key.startswith("model.")}
-    encoder = {key: value for key, value in keys.items() if value is not None}
+    folder, run = open_whole(checkpoint, "convert {path}")
+    encoder = {key: value for key, value in section_of(run, "model").items() if value is not None}
     statistics = {key: run.get(f"data.{key}") for key in ("mean", "std", "interpolation")}
     said: dict[str, Any] = {"encoder": encoder, "statistics": statistics, "student": student, "average": average}
     if file:

@@ -63,6 +63,32 @@ def check_whole(folder: Path) -> dict[str, Any]:
     return state
 
 
+def found_checkpoint(source: str | Path) -> Path | None:
+    """The checkpoint at a path, see :func:`find_resume`; None where there is none."""
+    try:
+        return find_resume(str(source), Path())
+    except ValueError:
+        return None
+
+
+def open_whole(source: str | Path, use: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint at a path, found whole, and the settings of its run as ``section.key``.
+
+    Args:
+        use: what takes ``{path}`` instead, where it is damaged.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    folder = found_checkpoint(source)
+    if folder is None:
+        raise ValueError(f"{source}: no complete checkpoint there; give a step-… folder or a run's output folder")
+    try:
+        return folder, check_whole(folder)["run"]
+    except ValueError as error:
+        raise ValueError(f"{error}; {instead_of(folder, use)}") from None
+
+
 def whole_checkpoint(resume: str, root: Path, key: str = "train.resume") -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint that ``key`` means (``last_whole``, or as :func:`find_resume` takes it) and its state.
 
