@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from importlib import resources
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def render(runs: Sequence[RunFiles]) -> str:
         version=__version__,
         date=time.strftime("%Y-%m-%d %H:%M"),
         lead=lead(runs),
-        runs=[_shown(run, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs)],
+        runs=[_shown(run, colour) for run, colour in zip(runs, cycle(COLOURS), strict=False)],
         numbers=numbers(runs),
         charts=[(chart, Markup(svg)) for chart, svg in drawn if svg is not None],
         mixed=len({run.settings[OBJECTIVE] for run in runs}) > 1,
@@ -138,7 +139,7 @@ def show(value: Any) -> str:
 def _shown(run: RunFiles, colour: str) -> dict[str, Any]:
     bad = dict(sorted(run.bad_files.items())[:_MOST_BAD])
     settings = {key: show(value) for key, value in run.settings.items()}
-    return {"name": run.name, "colour": colour, "bad_files": bad, "settings": settings}
+    return {"name": run.name, "colour": colour, "bad_files": bad, "bad_count": len(run.bad_files), "settings": settings}
 
 
 def _pictures(run: RunFiles) -> dict[str, Any] | None:

@@ -123,6 +123,13 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys, words, said):
     assert said in errors and errors.count("\n") == 1
 
 
+def test_files_left_out_are_counted_even_where_only_the_first_are_named(tmp_path):
+    run = make_run(tmp_path / "run", [row(1)], bad={f"/images/{i:03d}.png": "cut short" for i in range(501)})
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "run: 501, of which the first\n500" in page and "/images/499.png" in page and "/images/500.png" not in page
+
+
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     run = make_run(tmp_path / "run", [])
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
