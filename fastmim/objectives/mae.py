@@ -22,10 +22,11 @@ from ..models.vit import NORM_EPS, Attention, VitBlock, run_blocks
 from ..models.vit_init import xavier_linears
 from .base import Objective
 from .groups import split_by_rank
+from .losses import pixel_loss
 from .masks import kept_patches, pixel_mask, random_units, split_patches
 from .pictures import Picture, reconstruction
 from .pixel_heads import predict_pixels
-from .targets import PATCH_EPS, patch_statistics
+from .targets import PATCH_EPS, normalised_target, patch_statistics
 from .visible_decoder import check_whole, decoder_untrained
 
 
@@ -117,7 +118,8 @@ class MAE(Objective):
         """Loss of a batch: the mean over hidden patches of the mean squared error of their pixels.
 
         Args:
-            images: (B, C, H, W), float normalised by mean and std, or uint8.
+            images: (B, C, H, W), float normalised by mean and std, or uint8. With ``has_gaps`` NaN is no data: the
+                encoder sees the mean there, and the loss is the mean over the other pixels, see :func:`.pixel_loss`.
             mask: (B, H/p, W/p) of the encoder's own patches, bool or 0/1, 1 = hidden; whole tokens, as many in every
                 image as :meth:`random_mask` hides.
 
@@ -128,12 +130,18 @@ class MAE(Objective):
             ValueError: Shapes differ from what the encoder was built for; on a CPU also another number of patches.
         """
         keep, hidden, places = self._split(images, mask)
-        tokens = self.decode(self._encode(images, keep), places, hidden)
+        tokens = self.decode(self._encode(images, keep), places, hidden)[:, None, None]
         target = patch_pixels(images, hidden, self.stride).flatten(0, 1)
-        statistics = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         everywhere = torch.ones(len(target), 1, 1, dtype=torch.bool, device=images.device)
+        if self.has_gaps:
+            target = normalised_target(
+                self.true_pixels(target), 0, self.stride if self.norm_pix_loss else 0, has_gaps=True
+            )
+            error = pixel_loss("l2", has_gaps=True)
+            return {"loss": error(tokens, self.decoder_pred, target, everywhere, stride=self.stride, impl=self.impl)}
+        statistics = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         loss = fk.linear_masked_l1(
-            tokens[:, None, None],
+            tokens,
             self.decoder_pred.weight,
             self.decoder_pred.bias,
             target,
@@ -198,13 +206,13 @@ class MAE(Objective):
         prediction = self.reconstruct(images, mask)
         if not self.norm_pix_loss:
             return prediction
-        mean, std = patch_statistics(self.normalise(images), self.stride)
+        mean, std = patch_statistics(self.true_pixels(images), self.stride, self.has_gaps)
         return prediction * std + mean
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
         """See :func:`~fastmim.objectives.pictures.reconstruction`."""
-        guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
-        return reconstruction(self.denormalise(self.normalise(images)), guess, mask)
+        guess = self.reconstruct_pixels(images, mask).float()
+        return reconstruction(*self.truth_and_guess(images, guess), mask)
 
     def untrained(self) -> str | None:
         """The decoder, after an encoder alone was loaded."""

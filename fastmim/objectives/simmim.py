@@ -87,6 +87,7 @@ class SimMIM(Objective):
         decoder: dict[str, Any] = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth)
         decoder |= dict(decoder_num_heads=decoder_num_heads, visible_only=visible_only)
         self.check(encoder=encoder, **decoder, **own, **what)
+        self.check_pixels(**common, **what)
         super().__init__(encoder=encoder, **common)
         self.masks = UnitMasks(self.img_size, self.encoder.patch_size, kind=mask, mask_ratio=mask_ratio, unit=unit)
         self.loss_on = loss_on
@@ -98,7 +99,8 @@ class SimMIM(Objective):
             self.shown = self.masks.shown * (unit // self.stride) ** 2
             how = dict(dim=decoder_dim, depth=decoder_depth, num_heads=decoder_num_heads)
             self.decoder = VisibleDecoder(self.encoder.num_features, self.token_grid, **how, impl=self.impl)
-        self.target = make_target(encoder_stride=self.stride, mean=self.mean, std=self.std, impl=self.impl, **what)
+        what |= dict(mean=self.mean, std=self.std, has_gaps=self.has_gaps, impl=self.impl)
+        self.target = make_target(encoder_stride=self.stride, **what)
         dim = decoder_dim if visible_only else self.encoder.num_features
         sizes = dict(values=self.target.values, stride=self.stride, target_stride=self.target.stride)
         self.head = make_head(head, self.encoder.settings, dim, self.token_grid, **sizes, impl=self.impl)
@@ -134,11 +136,23 @@ class SimMIM(Objective):
             check_visible(settings, unit)
             check_decoder(decoder_dim, decoder_depth, decoder_num_heads)
 
+    @classmethod
+    def check_pixels(
+        cls, *, pixels: str = "uint8", has_gaps: bool = False, target: str = "pixels", **given: Any
+    ) -> None:
+        """Classes are of values in [0, 1]; a predicted pixel is one pixel, where some may be missing."""
+        if pixels == "float32" and target != "pixels":
+            raise ValueError(f"target={target}: of values in [0, 1], not of data.pixels=float32; use target=pixels")
+        if has_gaps and given.get("target_stride") not in (None, 1):
+            stride = given["target_stride"]
+            raise ValueError(f"target_stride={stride}: not where pixels may be missing (data.no_data); use 1")
+
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Loss of a batch.
 
         Args:
-            images: (B, C, H, W), float normalised by mean and std, or uint8.
+            images: (B, C, H, W), float normalised by mean and std, or uint8. With ``has_gaps`` NaN is no data: the
+                encoder sees the mean there, and the loss is that of the other pixels, see :func:`.pixel_loss`.
             mask: (B, H/p, W/p) bool or 0/1, 1 = masked.
 
         Returns:
@@ -148,8 +162,7 @@ class SimMIM(Objective):
             ValueError: Shapes differ from what the encoder was built for.
         """
         self.check_inputs(images, mask)
-        images = self.normalise(images)
-        target = self.target.of(images)
+        target, images = self.target.of(self.true_pixels(images)), self.normalise(images)
         only_masked = self.loss_on == "masked" and not self.head.mixes
         tokens = self.head.tokens(self._tokens(images, mask, only_masked=only_masked))
         return {"loss": self.target.loss(tokens, self.head, target, self._scored(mask))}
@@ -188,14 +201,14 @@ class SimMIM(Objective):
     @torch.no_grad()
     def reconstruct_pixels(self, images: Tensor, mask: Tensor) -> Tensor:
         """:meth:`reconstruct` as a normalised image; a normalisation of the target is undone with true statistics."""
-        return self.target.undo(self.reconstruct(images, mask), self.normalise(images))
+        return self.target.undo(self.reconstruct(images, mask), self.true_pixels(images))
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
         """See :func:`~fastmim.objectives.pictures.reconstruction`, or of tokens :func:`.tokenizer.code_picture`."""
         if isinstance(self.target, Codes):
             return self._code_picture(self.target, images, mask)
-        guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
-        return reconstruction(self.denormalise(self.normalise(images)), guess, mask, self._scored(mask))
+        guess = self.reconstruct_pixels(images, mask).float()
+        return reconstruction(*self.truth_and_guess(images, guess), mask, self._scored(mask))
 
     def untrained(self) -> str | None:
         """The decoder, if it has one."""
