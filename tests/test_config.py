@@ -135,7 +135,7 @@ MISTAKES = [
     ("data.weights=[0]", ["data.weights[0]=0: must be > 0"]),
     ("data.value_range=[5, 5]", ["data.value_range=[5, 5]: must be [low, high] with low < high"]),
     ("data.value_range=4095", ["data.value_range=4095: expected two numbers [low, high]"]),
-    ("data.alpha=pink", ["data.alpha=pink: expected one of white, black, drop"]),
+    ("data.alpha=pink", ["data.alpha=pink: expected one of white, black, drop, or a colour"]),
     ("data.mean=[123.675, 116.28, 103.53]", ["data.mean=[123.675, 116.28, 103.53]: ", "[0.485, 0.456, 0.406]"]),
     ("data.mean=[123, 116, 103]", ["data.mean=[123.0, 116.0, 103.0]: ", "in [0, 1]", "[0.4824, 0.4549, 0.4039]"]),
     ("data.std=[0.2, 57, 0.2]", ["data.std=[0.2, 57.0, 0.2]: must be of values in [0, 1]"]),

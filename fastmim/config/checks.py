@@ -52,26 +52,46 @@ def default_statistics(tree: Any) -> Any:
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         return tree
     data = tree.get("data") or {}
-    if tree["model"].get("in_chans", 3) == 3 or not isinstance(data, dict):
+    if tree["model"].get("in_chans", 3) == 3 or not isinstance(data, dict) or data.get("pixels") == "float32":
         return tree
     return {**tree, "data": {"mean": [0.5], "std": [0.5], **data}}
 
 
-def statistics(in_chans: int, **given: Sequence[float]) -> None:
+def statistics(in_chans: int, data: Any) -> None:
     """One value per channel, or one for all, in the unit that the objective takes."""
     from fastmim.objectives.base import check_statistics
 
+    given: dict[str, Sequence[float]] = {"mean": data.mean, "std": data.std}
     for name, values in given.items():
         if len(values) not in (1, in_chans):
             example = {"mean": 0.45, "std": 0.22}[name]
             raise problem(
-                f"data.{name}={show(values)}: {len(values)} values for model.in_chans={in_chans}; "
-                f"give {in_chans} or one for all, for example data.{name}=[{example}]"
+                f"data.{name}={show(values)}: {len(values)} values for model.in_chans={in_chans}; give {in_chans} or "
+                f"one for all, for example data.{name}=[{example}]; `fastmim data stats` measures them"
             )
+        if data.pixels == "float32":  # in the unit of the samples, whatever that is
+            continue
         try:
             check_statistics(name, values)
         except ValueError as error:
             raise said_by("data", given, error) from None
+
+
+def reading(data: Any) -> None:
+    """What says how a file is read goes together; for samples as they are stored no mean is known beforehand."""
+    from fastmim.data.reading import check_reading
+
+    keys = ("pixels", "value_range", "alpha", "no_data", "array", "channel_order")
+    try:
+        check_reading(**{key: getattr(data, key) for key in keys})
+    except ValueError as error:
+        raise problem(str(error)) from None
+    for key in ("mean", "std"):
+        if data.pixels == "float32" and key not in data.model_fields_set:
+            raise problem(
+                f"data.{key}: not given, and data.pixels=float32 needs that of its samples; `fastmim data stats CONFIG "
+                "--write FILE` measures it"
+            )
 
 
 def weights(path: str | Sequence[str] | None, given: Sequence[float] | None) -> None:

@@ -196,7 +196,8 @@ _LATER = {
     "objective": ("visible_only", "decoder_dim", "decoder_depth", "decoder_num_heads", "crop_chunks",
                   "shared_head", "shared_head_teacher", "patch_out_dim", "ema_decay", "mask",
                   "head", "target", "target_stride", "norm_patch", "beta", "bins", "clusters", "tokenizer"),
-    "data": ("alpha", "val_fraction"), "optim": ("scale_min_lr", "weight_decay_end", "clip_each", "warmup_inclusive")
+    "data": ("alpha", "val_fraction", "pixels", "no_data", "rot90", "exif_orientation", "array", "channel_order"),
+    "optim": ("scale_min_lr", "weight_decay_end", "clip_each", "warmup_inclusive")
 }  # fmt: skip
 """Keys that older checkpoints lack: their default is not recorded, and such a checkpoint goes on."""
 
@@ -204,7 +205,7 @@ _LATER = {
 def run_identity(cfg: Config, global_batch: int, objective: Any) -> dict[str, Any]:
     """Every setting that makes this another run if it changes: what is trained, not how fast or where."""
     kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std", "weights", "component", "value_range", "alpha",
-            "val_fraction")  # fmt: skip
+            "val_fraction", "pixels", "no_data", "rot90", "exif_orientation", "array", "channel_order")  # fmt: skip
     tree = cfg.model_dump(mode="json", include={"model", "objective", "optim"})
     tree["data"] = cfg.data.model_dump(mode="json", include=set(kept))
     tree["model"].pop("init_from")
