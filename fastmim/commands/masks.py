@@ -49,9 +49,10 @@ def show_masks(options: argparse.Namespace) -> int:
 
 
 def _images(cfg: Any, objective: Any, count: int) -> Any:
-    """(N, C, H, W) in [0, 1] of the config's images, evenly spread; None without data.path."""
+    """(N, 3, H, W) in [0, 1] of the config's images, evenly spread, as pictures show them; None without data.path."""
     from fastmim.data import build_loader
     from fastmim.evaluate.reconstruct import spread_images
+    from fastmim.objectives.pictures import stretch, to_rgb
 
     if cfg.data.path is None and cfg.data.file_list is None:
         return None
@@ -60,4 +61,7 @@ def _images(cfg: Any, objective: Any, count: int) -> Any:
     reading = cfg.data.model_dump(include=keys)
     with closing(build_loader(img_size=objective.img_size, in_chans=cfg.model.in_chans, **reading, **how)) as loader:
         found = spread_images(loader, count)
-    return None if found is None else found[0].float() / 255
+    if found is None:
+        return None
+    images = found[0]
+    return to_rgb(stretch(images) if images.is_floating_point() else images.float() / 255, cfg.output.bands)

@@ -32,8 +32,8 @@ def architecture(encoder: Mapping[str, Any]) -> None:
         raise said_by("model", encoder, error) from None
 
 
-def objective(section: ObjectiveSection, encoder: Mapping[str, Any], tree: Any) -> None:
-    """The objective takes its keys together with the encoder; `tree` has them as they were written."""
+def objective(section: ObjectiveSection, encoder: Mapping[str, Any], data: Any, tree: Any) -> None:
+    """The objective takes its keys together with the encoder and the images; `tree` has them as they were written."""
     from fastmim.objectives import find_objective
 
     arguments = section.arguments()
@@ -42,6 +42,7 @@ def objective(section: ObjectiveSection, encoder: Mapping[str, Any], tree: Any) 
         found = find_objective(section.name)
         found.check_family(encoder)
         found.check(encoder=encoder, **arguments)
+        found.check_pixels(pixels=data.pixels, has_gaps=data.no_data is not None, **arguments)
     except ValueError as error:
         given = {**arguments, **written} if isinstance(written, Mapping) else arguments
         raise said_by("objective", given, error) from None
@@ -69,12 +70,20 @@ def statistics(in_chans: int, data: Any) -> None:
                 f"data.{name}={show(values)}: {len(values)} values for model.in_chans={in_chans}; give {in_chans} or "
                 f"one for all, for example data.{name}=[{example}]; `fastmim data stats` measures them"
             )
-        if data.pixels == "float32":  # in the unit of the samples, whatever that is
-            continue
         try:
-            check_statistics(name, values)
+            check_statistics(name, values, data.pixels)
         except ValueError as error:
             raise said_by("data", given, error) from None
+
+
+def bands(given: Sequence[int] | None, in_chans: int) -> None:
+    """Pictures show channels that there are."""
+    from fastmim.objectives.pictures import check_bands
+
+    try:
+        check_bands(given, in_chans)
+    except ValueError as error:
+        raise said_by("output", {"bands": given}, error) from None
 
 
 def reading(data: Any) -> None:

@@ -299,6 +299,9 @@ class OutputSection(Section):
         description="where numbers and pictures go beside metrics.jsonl: tensorboard, csv, wandb, mlflow; [] = nowhere",
     )
     pictures: Count = Field(4, description="images in a reconstruction picture, 0 = no pictures")
+    bands: Positives | None = Field(
+        None, description="channels that pictures show, one or three, from 1 on; null = the first three, or all of 1 or 4"
+    )
 
 
 class Config(Section):
@@ -325,6 +328,7 @@ class Config(Section):
         checks.probe(cfg.train.probe_every, cfg.data)
         checks.labels(cfg.data, cfg.objective)
         checks.lamb(cfg.optim.name, cfg.efficiency.zero_stage)
-        checks.objective(cfg.objective, encoder, value)
+        checks.objective(cfg.objective, encoder, cfg.data, value)
         checks.statistics(cfg.model.in_chans, cfg.data)
+        checks.bands(cfg.output.bands, cfg.model.in_chans)
         return cfg

@@ -25,7 +25,7 @@ from fastmim.evaluate.validation import evaluating
 from fastmim.files import replacing
 from fastmim.objectives import Objective
 from fastmim.objectives.masks import over_patches
-from fastmim.objectives.pictures import COMPOSITE, Picture
+from fastmim.objectives.pictures import COMPOSITE, Picture, check_bands
 
 _BATCH = 8
 
@@ -39,12 +39,14 @@ class Wanted:
         ratio: area of the square.
         unit: edge in pixels of the cells that a square or a painted mask is made of; None: a token of the encoder.
         seeds: of random masks.
+        bands: channels that are drawn, one or three from 1 on; None: as :func:`~fastmim.objectives.pictures.to_rgb`.
     """
 
     mask: str = "random"
     ratio: float = 0.25
     unit: int | None = None
     seeds: Sequence[int] = (0,)
+    bands: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -84,6 +86,11 @@ def predict_images(
     objective, run = load_objective(checkpoint)
     if part := objective.untrained():
         raise ValueError(f"{checkpoint}: {part} has never been trained, and its picture would be noise; train on")
+    try:
+        check_bands(wanted.bands, objective.in_chans)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    objective.bands = wanted.bands
     given = _chosen_mask(objective, wanted)
     index = open_given(images, component=run.get("data.component"))
     if most and most < len(index):

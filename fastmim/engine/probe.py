@@ -16,6 +16,7 @@ from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint import convert
 from fastmim.engine.checkpoint.whole import found_checkpoint
 from fastmim.engine.distributed import World
+from fastmim.engine.settings import image_arguments
 from fastmim.evaluate.probe import Report, features, pooled, probe, quick_probe
 from fastmim.evaluate.rank import rankme
 from fastmim.interop import load_weights
@@ -144,8 +145,6 @@ def load_encoder(file: Path) -> Objective:
         ValueError: the file does not say what encoder it holds.
     """
     facts = encoder_facts(file)
-    statistics = facts.get("statistics", {})
-    means = {key: statistics[key] for key in ("mean", "std") if statistics.get(key)}
-    objective = Objective(encoder=facts["encoder"], **means)
+    objective = Objective(encoder=facts["encoder"], **image_arguments(facts.get("statistics", {})))
     load_weights(objective, file)
     return objective.eval()

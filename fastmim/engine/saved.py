@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from fastmim.engine.checkpoint.shards import Shards
 from fastmim.engine.checkpoint.whole import open_whole
-from fastmim.engine.settings import section_of
+from fastmim.engine.settings import image_arguments, section_of
 from fastmim.interop.strict import LoadReport, copy_strictly
 from fastmim.objectives import Objective, create_objective
 
@@ -39,8 +39,7 @@ def load_objective(source: str | Path) -> tuple[Objective, dict[str, Any]]:
         raise ValueError(f"{folder}: objective.name={name}: a module of your own is not imported on a file's word")
     given = {key: value for key, value in section_of(run, "objective").items() if key != "name"}
     encoder = {key: value for key, value in section_of(run, "model").items() if value is not None}
-    statistics = {key: run[f"data.{key}"] for key in ("mean", "std") if run.get(f"data.{key}")}
-    objective: Objective = create_objective(name, encoder=encoder, **statistics, **given)
+    objective: Objective = create_objective(name, encoder=encoder, **image_arguments(section_of(run, "data")), **given)
     try:
         shards = Shards(folder)
         tensors = {name: shards.tensor(name).float() for name in shards.shapes}

@@ -33,6 +33,7 @@ from fastmim.engine.run import Intervals, Run
 from fastmim.engine.settings import flat
 from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
+from fastmim.interop.facts import image_facts
 from fastmim.models import encoder_settings
 from fastmim.models.rules import policy_matters
 from fastmim.objectives import Objective, find_objective
@@ -318,6 +319,6 @@ def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], st
         loggers=cfg.output.loggers,
         settings=flat(cfg.model_dump(mode="json")),
         encoder=encoder_arguments(cfg),
-        statistics=cfg.data.model_dump(mode="json", include={"mean", "std", "interpolation"}),
+        statistics=image_facts(cfg.data.model_dump(mode="json")),
         **images,
     )

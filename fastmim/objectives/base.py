@@ -266,17 +266,17 @@ class Objective(nn.Module):
         """uint8, or float normalised by mean and std → float32 in [0, 1]."""
         return images.float() / 255 if images.dtype == torch.uint8 else images * self.std + self.mean
 
-    def shown(self, images: Tensor) -> Tensor:
+    def shown(self, images: Tensor, guess: Tensor | None = None) -> Tensor:
         """(B, C, H, W) uint8 or normalised → (B, 3, H, W) in [0, 1], as pictures show them, see :func:`.to_rgb`.
 
-        With ``pixels="float32"`` each band goes from black at its mean − 2 std to its mean + 2 std.
-        """
-        images = self.true_pixels(images)
-        return to_rgb(stretch(images) if self.pixels == "float32" else self.denormalise(images), self.bands)
+        With ``pixels="float32"`` bands are stretched by :func:`.stretch`.
 
-    def truth_and_guess(self, images: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`shown` of images and of the normalised ``guess`` at them; where there is no data, it is of neither."""
-        return self.shown(images), self.shown(guess.masked_fill(self.true_pixels(images).isnan(), torch.nan))
+        Args:
+            guess: (B, C, H, W) normalised: show it as the images are, without data where they have none.
+        """
+        truth = self.true_pixels(images)
+        one = truth if guess is None else guess.float().masked_fill(truth.isnan(), torch.nan)
+        return to_rgb(stretch(one, truth) if self.pixels == "float32" else self.denormalise(one), self.bands)
 
     def check_inputs(self, images: Tensor, mask: Tensor) -> None:
         """Refuse images or masks of another shape than the encoder was built for.

@@ -211,8 +211,8 @@ class MAE(Objective):
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
         """See :func:`~fastmim.objectives.pictures.reconstruction`."""
-        guess = self.reconstruct_pixels(images, mask).float()
-        return reconstruction(*self.truth_and_guess(images, guess), mask)
+        guess = self.shown(images, self.reconstruct_pixels(images, mask))
+        return reconstruction(self.shown(images), guess, mask)
 
     def untrained(self) -> str | None:
         """The decoder, after an encoder alone was loaded."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gaps import valid_moments
 from .masks import pixel_mask
 
 COMPOSITE = "composite"
@@ -52,9 +53,17 @@ def to_rgb(images: Tensor, bands: Sequence[int] | None = None) -> Tensor:
     return torch.where(missing, nothing[:, None, None], images)
 
 
-def stretch(images: Tensor) -> Tensor:
-    """Normalised images -> [0, 1]: the mean is 0.5, two standard deviations from it are 0 and 1; NaN stays."""
-    return (images / 4 + 0.5).clamp(0, 1)
+def stretch(images: Tensor, like: Tensor | None = None) -> Tensor:
+    """Each band of (B, C, H, W) float images -> [0, 1]: its mean is 0.5, two standard deviations from it are 0 and 1.
+
+    NaN, no data, counts for neither and stays.
+
+    Args:
+        like: Of the same shape, whose bands' mean and deviation are taken; default: the images themselves.
+    """
+    mean, variance = valid_moments((images if like is None else like).flatten(2))
+    spread = 4 * variance.sqrt().clamp(min=1e-6)
+    return ((images - mean[..., None]) / spread[..., None] + 0.5).clamp(0, 1)
 
 
 def check_bands(bands: Sequence[int] | None, in_chans: int) -> None:

@@ -207,8 +207,8 @@ class SimMIM(Objective):
         """See :func:`~fastmim.objectives.pictures.reconstruction`, or of tokens :func:`.tokenizer.code_picture`."""
         if isinstance(self.target, Codes):
             return self._code_picture(self.target, images, mask)
-        guess = self.reconstruct_pixels(images, mask).float()
-        return reconstruction(*self.truth_and_guess(images, guess), mask, self._scored(mask))
+        guess = self.shown(images, self.reconstruct_pixels(images, mask))
+        return reconstruction(self.shown(images), guess, mask, self._scored(mask))
 
     def untrained(self) -> str | None:
         """The decoder, if it has one."""

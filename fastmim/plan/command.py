@@ -15,6 +15,7 @@ from fastmim.data.held_out import split
 from fastmim.data.source import open_index
 from fastmim.engine.build import recomputed_objective, step_sizes
 from fastmim.engine.precision import auto_is_fp32, precision_of
+from fastmim.engine.settings import image_arguments
 
 from . import kept
 from .hardware import Gpu, in_precision
@@ -125,7 +126,7 @@ def _name_of(cfg: Config, policy: str, low_weights: bool) -> str:
     sections = [section.model_dump(mode="json") for section in (cfg.model, cfg.objective)]
     how = cfg.efficiency.model_dump(mode="json", include={"kernels", "residual_dtype", "recompute_offload"})
     wide = cfg.efficiency.precision == "fp32"
-    return kept.key_of(sections, how, wide, cfg.data.mean, cfg.data.std, policy, low_weights)
+    return kept.key_of(sections, how, wide, image_arguments(cfg.data.model_dump()), policy, low_weights)
 
 
 def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
