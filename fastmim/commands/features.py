@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from fastmim.wording import plural
 
 from .configs import positive
 from .console import bar, shown_on_a_terminal, write
-from .probe import READING, reading_of
+from .probe import READING, check_overrides, reading_of
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -44,18 +45,20 @@ def _numbers(text: str) -> list[int]:
 
 def run_features(options: argparse.Namespace) -> int:
     """Write the features, name the images that are left out."""
-    data = reading_of(options.overrides, "features")
+    check_overrides(options.overrides, "features")
     with shown_on_a_terminal("loading libraries …"):
         from fastmim.data.source import open_index
         from fastmim.engine.distributed import distributed
         from fastmim.engine.extract import extract_features
+        from fastmim.engine.probe import encoder_facts, encoder_file
 
-    with distributed() as world, bar() as told:
+    with distributed() as world, bar() as told, encoder_file(Path(options.source)) as file:
         if world.size > 1:
             raise ValueError(f"features is for one process, not {world.size}: start it without a launcher")
+        data = reading_of(options.overrides, encoder_facts(file))
         index = open_index(options.folder, follow_links=data.follow_links, component=data.component, field="IMAGES")
         done = extract_features(
-            options.source,
+            file,
             index,
             options.out,
             device=world.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from fastmim.wording import plural
@@ -41,30 +42,46 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     probe.set_defaults(command=run_probe)
 
 
-def reading_of(overrides: list[str], command: str) -> Any:
-    """The data section of overrides that say how images are read.
+def check_overrides(overrides: list[str], command: str) -> None:
+    """Refuse overrides that do not say how images are read.
 
     Raises:
-        ValueError: one of them says something else.
+        ValueError: names one.
     """
-    from fastmim.config import load_config
-
     other = [word for word in overrides if word.partition("=")[0].removeprefix("data.") not in _KEYS]
     if other:
         known = ", ".join(f"data.{key}" for key in sorted(_KEYS))
         raise ValueError(f"{other[0]}: {command} takes {known}; what the encoder is, its file says")
-    return load_config(None, overrides).data
+
+
+def reading_of(overrides: list[str], facts: dict[str, Any]) -> Any:
+    """The data section of overrides, over what an encoder's file says of float images.
+
+    Args:
+        overrides: of :func:`check_overrides`.
+        facts: of :func:`fastmim.engine.probe.encoder_facts`.
+    """
+    from fastmim.config import config_of, merge_trees, read_tree
+    from fastmim.interop.facts import image_facts
+    from fastmim.models import encoder_settings
+
+    said = image_facts(facts.get("statistics", {}))
+    if said.get("pixels") != "float32":
+        said = {}
+    tree = {"model": {"in_chans": encoder_settings(facts["encoder"])["in_chans"]}, "data": said} if said else {}
+    return config_of(merge_trees(tree, read_tree(None, overrides))).data
 
 
 def run_probe(options: argparse.Namespace) -> int:
     """Probe an encoder and print what was found."""
-    data = reading_of(options.overrides, "probe")
+    check_overrides(options.overrides, "probe")
     with shown_on_a_terminal("loading libraries …"):
         from fastmim.data.labelled import LabelledImages
         from fastmim.engine.distributed import distributed
-        from fastmim.engine.probe import probe_encoder
+        from fastmim.engine.probe import encoder_facts, encoder_file, probe_encoder
 
-    with distributed() as world:
+    with distributed() as world, encoder_file(Path(options.source)) as file:
+        data = reading_of(options.overrides, encoder_facts(file))
         images = LabelledImages(
             options.labelled,
             options.val,
@@ -74,7 +91,7 @@ def run_probe(options: argparse.Namespace) -> int:
             component=data.component,
         )
         report, encoder = probe_encoder(
-            options.source,
+            file,
             images,
             world,
             micro_batch_size=options.batch,
