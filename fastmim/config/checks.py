@@ -60,7 +60,7 @@ def default_statistics(tree: Any) -> Any:
 
 def statistics(in_chans: int, data: Any) -> None:
     """One value per channel, or one for all, in the unit that the objective takes."""
-    from fastmim.objectives.base import check_statistics
+    from fastmim.objectives.arguments import check_statistics
 
     given: dict[str, Sequence[float]] = {"mean": data.mean, "std": data.std}
     for name, values in given.items():

@@ -300,7 +300,7 @@ class OutputSection(Section):
     )
     pictures: Count = Field(4, description="images in a reconstruction picture, 0 = no pictures")
     bands: Positives | None = Field(
-        None, description="channels that pictures show, one or three, from 1 on; null = the first three, or all of 1 or 4"
+        None, description="channels that pictures show, one or three, from 1 on; null: the first three, all of up to 4"
     )
 
 

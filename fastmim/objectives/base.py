@@ -6,13 +6,14 @@ the methods below; nothing reads an attribute that only one objective has.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..models import create_encoder, encoder_settings
+from .arguments import one_of, per_channel
 from .gaps import filled
 from .groups import split_parameters
 from .pictures import Picture, check_bands, stretch, to_rgb
@@ -72,7 +73,7 @@ class Objective(nn.Module):
         check_bands(bands, self.in_chans)
         self.pixels, self.has_gaps, self.bands = pixels, has_gaps, bands
         for name, values, usual in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
-            self.register_buffer(name, _per_channel(name, values, usual, self.in_chans, pixels), persistent=False)
+            self.register_buffer(name, per_channel(name, values, usual, self.in_chans, pixels), persistent=False)
 
     @classmethod
     def check(cls, *_: Any, **arguments: Any) -> None:
@@ -290,45 +291,3 @@ class Objective(nn.Module):
             raise ValueError(f"images must have shape (B, {shape}), got {tuple(images.shape)}")
         if tuple(mask.shape) != (images.shape[0], *self.encoder.grid):
             raise ValueError(f"mask must have shape {(images.shape[0], *self.encoder.grid)}, got {tuple(mask.shape)}")
-
-
-def at_least(argument: str, value: float, least: float) -> None:
-    """Refuse a smaller value."""
-    if value < least:
-        raise ValueError(f"{argument}={value}: must be at least {least}")
-
-
-def one_of(argument: str, value: Any, choices: Collection[str]) -> None:
-    """Refuse a value that is not among the choices."""
-    if value not in choices:
-        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(choices)}")
-
-
-def no_colours(argument: str, value: Any, off: Any, pixels: str) -> None:
-    """Refuse a change of colours that is not ``off`` where pixels are float."""
-    if pixels == "float32" and value != off:
-        value, off = (str(one).lower() if isinstance(one, bool) else one for one in (value, off))
-        raise ValueError(f"{argument}={value}: changes colours, which data.pixels=float32 has not; use {off}")
-
-
-def check_statistics(name: str, values: Sequence[float], pixels: str = "uint8") -> None:
-    """Refuse a mean or std (`name`) that is not of values in [0, 1], or of float images not of a unit of their own."""
-    if pixels == "uint8" and max(values) > 1:
-        scaled = ", ".join(f"{value / 255:.4g}" for value in values)
-        fix = f"; of values in 0 ... 255 these are [{scaled}]" if max(values) <= 255 else ""
-        raise ValueError(f"{name}={list(values)}: must be of values in [0, 1]{fix}")
-    if name == "std" and min(values) <= 0:
-        raise ValueError(f"std={list(values)}: must be positive")
-    if pixels == "uint8" and min(values) < 0:
-        raise ValueError(f"{name}={list(values)}: must be of values in [0, 1], not negative")
-
-
-def _per_channel(
-    name: str, values: Sequence[float] | None, imagenet: Sequence[float], in_chans: int, pixels: str
-) -> Tensor:
-    if values is None:
-        values = imagenet if in_chans == 3 else (0.5,)
-    if len(values) not in (1, in_chans):
-        raise ValueError(f"{name}={tuple(values)}: must hold 1 value or one per channel ({in_chans})")
-    check_statistics(name, values, pixels)
-    return torch.tensor(values, dtype=torch.float32, device="cpu").expand(in_chans).reshape(in_chans, 1, 1).clone()

@@ -14,7 +14,8 @@ import fastmim_kernels as fk
 from ..models import encoder_settings
 from ..models.layers import to_pair, trunc_normal_
 from ..models.rules import encoder_stride
-from .base import Objective, no_colours
+from .arguments import no_colours
+from .base import Objective
 from .block_masks import beit_mask, masked_rows
 from .photometric import Photometric
 from .pictures import Picture

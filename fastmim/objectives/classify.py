@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import encoder_settings
-from .base import Objective, at_least, no_colours, one_of
+from .arguments import at_least, no_colours, one_of
+from .base import Objective
 from .classifier import Average, Classifier, warm_momentum
 from .groups import split_for_tuning
 from .layer_decay import depths_of, scaled_groups

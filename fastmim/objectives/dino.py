@@ -15,7 +15,8 @@ from ..models import create_encoder, encoder_settings
 from ..models.layers import to_pair
 from ..models.recomputed import repeated
 from ..models.rules import patch_grid
-from .base import Objective, at_least, no_colours
+from .arguments import at_least, no_colours
+from .base import Objective
 from .groups import split_by_rank
 from .heads import ProjectionHead
 from .photometric import Photometric

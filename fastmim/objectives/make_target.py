@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from .base import one_of
+from .arguments import one_of
 from .class_targets import Bins, Clusters, Codes
 from .clusters import read_clusters
 from .losses import PIXEL_LOSSES

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..models import create_encoder, encoder_settings
 from .across_ranks import gather, ranks
-from .base import Objective, no_colours
+from .arguments import no_colours
+from .base import Objective
 from .groups import all_decay
 from .heads import norm_mlp
 from .photometric import Photometric

@@ -75,7 +75,7 @@ def check_bands(bands: Sequence[int] | None, in_chans: int) -> None:
     if bands is None:
         return
     if len(bands) not in (1, 3):
-        raise ValueError(f"bands={list(bands)}: pictures show one channel as grey or three as colours, not {len(bands)}")
+        raise ValueError(f"bands={list(bands)}: give one channel (grey) or three (colours), not {len(bands)}")
     if not all(1 <= band <= in_chans for band in bands):
         raise ValueError(f"bands={list(bands)}: the {in_chans} channels are numbered from 1 to {in_chans}")
 

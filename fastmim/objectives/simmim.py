@@ -14,7 +14,8 @@ from ..models.layers import to_pair
 from ..models.read_rows import masked_tokens, shown_tokens
 from ..models.rules import encoder_stride
 from ..models.visible import VisibleColumns
-from .base import Objective, one_of
+from .arguments import one_of
+from .base import Objective
 from .class_targets import Codes
 from .losses import PixelLossName
 from .make_target import TargetName, check_target, make_target

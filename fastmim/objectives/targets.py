@@ -129,9 +129,7 @@ class Layer(NamedTuple):
     bias: Tensor
 
 
-def normalised_target(
-    images: Tensor, window: int, patch: int, *, has_gaps: bool = False, impl: str = "auto"
-) -> Tensor:
+def normalised_target(images: Tensor, window: int, patch: int, *, has_gaps: bool = False, impl: str = "auto") -> Tensor:
     """Normalised images (B, C, H, W), each pixel by the statistics of the ``window`` × ``window`` around it.
 
     0 leaves them as they are (SimMIM, Xie et al. 2022); a window is SwinV2's target (Liu et al. 2022, section 4.1).

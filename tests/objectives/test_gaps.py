@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastmim.config import load_config
 from fastmim.engine.nonfinite import find_nonfinite
@@ -18,7 +17,6 @@ SWIN = dict(name="swinv2", img_size=32, in_chans=BANDS, embed_dim=8, depths=(1, 
 VIT = dict(name="vit", img_size=32, in_chans=BANDS, patch_size=8, embed_dim=16, depth=1, num_heads=2)
 VIT |= dict(abs_pos_embed="sincos", key_bias=True)
 SAMPLES = dict(mean=(300.0,) * BANDS, std=(50.0,), pixels="float32", has_gaps=True)
-ERRORS = dict(l1=torch.abs, l2=torch.square)
 
 
 def gappy(batch=2, bands=BANDS, size=32):
@@ -212,10 +210,10 @@ FLOAT = ["model.in_chans=13", "data.pixels=float32", "data.mean=[7]", "data.std=
         (["data.no_data=0", "objective.target_stride=4"], "objective.target_stride=4: not where pixels may be missing"),
         (["objective.name=dvae", "model.name=dvae"], "objective.name=dvae: learns images in [0, 1]"),
         (["objective.name=beit", "objective.tokenizer=t", "objective.jitter=0"], "objective.tokenizer=t: reads images"),
-        (["objective.name=ibot", "model.name=vit_small"], "objective.augment=true: changes colours, which data.pixels="),
+        (["objective.name=ibot", "model.name=vit_small"], "objective.augment=true: changes colours, which"),
         (["objective.name=moco", "model.name=vit_small", "model.abs_pos_embed=sincos"], "objective.augment=true: "),
         (["objective.name=classify"], "objective.auto_augment=rand-m9-mstd0.5-inc1: changes colours"),
-        (["output.bands=[1, 2]"], "output.bands=[1, 2]: pictures show one channel as grey or three"),
+        (["output.bands=[1, 2]"], "output.bands=[1, 2]: give one channel (grey) or three"),
         (["output.bands=[14]"], "output.bands=[14]: the 13 channels are numbered from 1 to 13"),
     ],
 )
