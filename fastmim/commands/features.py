@@ -9,7 +9,7 @@ from fastmim.wording import plural
 
 from .configs import positive
 from .console import bar, shown_on_a_terminal, write
-from .probe import READING, reading_of
+from .probe import data_of
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -44,8 +44,9 @@ def _numbers(text: str) -> list[int]:
 
 def run_features(options: argparse.Namespace) -> int:
     """Write the features, name the images that are left out."""
-    data = reading_of(options.overrides, "features")
+    data = data_of(options.overrides, "features")
     with shown_on_a_terminal("loading libraries …"):
+        from fastmim.data.reading import FROZEN, opening_of, reading_of
         from fastmim.data.source import open_index
         from fastmim.engine.distributed import distributed
         from fastmim.engine.extract import extract_features
@@ -53,7 +54,7 @@ def run_features(options: argparse.Namespace) -> int:
     with distributed() as world, bar() as told:
         if world.size > 1:
             raise ValueError(f"features is for one process, not {world.size}: start it without a launcher")
-        index = open_index(options.folder, follow_links=data.follow_links, component=data.component, field="IMAGES")
+        index = open_index(options.folder, field="IMAGES", **opening_of(data))
         done = extract_features(
             options.source,
             index,
@@ -65,7 +66,7 @@ def run_features(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             batch=options.batch,
             labels=options.labels,
-            reading=data.model_dump(include=READING),
+            reading=reading_of(data, *FROZEN),
             told=told,
         )
     lines = [f"left out {path}: {reason}" for path, reason in done.bad.items()]

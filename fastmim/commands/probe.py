@@ -8,13 +8,10 @@ from typing import Any
 
 from fastmim.wording import plural
 
-from .configs import positive
+from .configs import UNNORMALISED, positive
 from .console import shown_on_a_terminal, write
 
 _PROTOCOLS = ("dino", "ibot", "mae", "moco", "beit", "none")
-READING = {"min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"}
-"""Keys of the data section that a loader of frozen features takes."""
-_KEYS = READING | {"follow_links", "component"}
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -41,26 +38,29 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     probe.set_defaults(command=run_probe)
 
 
-def reading_of(overrides: list[str], command: str) -> Any:
+def data_of(overrides: list[str], command: str) -> Any:
     """The data section of overrides that say how images are read.
 
     Raises:
         ValueError: one of them says something else.
     """
     from fastmim.config import load_config
+    from fastmim.data.reading import FROZEN, KEYS, OPENING
 
-    other = [word for word in overrides if word.partition("=")[0].removeprefix("data.") not in _KEYS]
+    known_keys = {*KEYS, *OPENING, *FROZEN} - {"mean", "std"}
+    other = [word for word in overrides if word.partition("=")[0].removeprefix("data.") not in known_keys]
     if other:
-        known = ", ".join(f"data.{key}" for key in sorted(_KEYS))
+        known = ", ".join(f"data.{key}" for key in sorted(known_keys))
         raise ValueError(f"{other[0]}: {command} takes {known}; what the encoder is, its file says")
-    return load_config(None, overrides).data
+    return load_config(None, [*UNNORMALISED, *overrides]).data
 
 
 def run_probe(options: argparse.Namespace) -> int:
     """Probe an encoder and print what was found."""
-    data = reading_of(options.overrides, "probe")
+    data = data_of(options.overrides, "probe")
     with shown_on_a_terminal("loading libraries …"):
         from fastmim.data.labelled import LabelledImages
+        from fastmim.data.reading import FROZEN, opening_of, reading_of
         from fastmim.engine.distributed import distributed
         from fastmim.engine.probe import probe_encoder
 
@@ -70,15 +70,14 @@ def run_probe(options: argparse.Namespace) -> int:
             options.val,
             table=options.labels,
             most=options.most,
-            follow_links=data.follow_links,
-            component=data.component,
+            **opening_of(data),
         )
         report, encoder = probe_encoder(
             options.source,
             images,
             world,
             micro_batch_size=options.batch,
-            reading=data.model_dump(include=READING),
+            reading=reading_of(data, *FROZEN),
             protocol=None if options.protocol == "none" else options.protocol,
             pool=options.pool,
             epochs=options.epochs,
