@@ -117,6 +117,9 @@ def data_pack(options: argparse.Namespace) -> int:
     from fastmim.data.reading import reading_of
 
     cfg = load_config(None, [*options.overrides, *UNNORMALISED])
+    if options.overrides and cfg.data.pixels != "float32":
+        raise ValueError(f"{options.overrides[0]}: says how files are read, and they are packed as they are; leave it "
+                         "out, or give data.pixels=float32 too")  # fmt: skip
     with naming(options.target), bar() as progress:
         report = pack_images(
             options.folder,

@@ -17,22 +17,21 @@ def with_values(text: str, section: str, values: Mapping[str, Any]) -> str:
     end.
 
     Raises:
-        ValueError: not YAML, or written in a way in which that cannot be done, as with ``{braces}`` or anchors.
+        ValueError: not YAML, or written in a way in which that cannot be done, as with anchors.
     """
     tree = yaml_text.parse(text) or {}
     if not isinstance(tree, dict) or not isinstance(tree.get(section) or {}, dict):
         raise ValueError(f"expected sections, and {section} with keys and values")
     wanted = {**tree, section: {**(tree.get(section) or {}), **values}}
-    for key, value in values.items():
-        text = _with(text, section, key, yaml_text.dump([value]).strip()[1:-1])
     try:
-        done = yaml_text.parse(text) == wanted
-    except ValueError:
-        done = False
-    if not done:
-        keys = ", ".join(values)
-        raise ValueError(f"cannot be changed as it is written; give {section} a line of its own for each key ({keys})")
-    return text
+        for key, value in values.items():
+            text = _with(text, section, key, yaml_text.dump([value]).strip()[1:-1])
+        if yaml_text.parse(text) == wanted:
+            return text
+    except (ValueError, yaml.YAMLError):
+        pass
+    lines = ", ".join(f"{key}: {yaml_text.dump([value]).strip()[1:-1]}" for key, value in values.items())
+    raise ValueError(f"cannot be changed as {section} is written there; put it in by hand: {lines}")
 
 
 def _with(text: str, section: str, key: str, shown: str) -> str:
@@ -45,11 +44,14 @@ def _with(text: str, section: str, key: str, shown: str) -> str:
     name, body = found
     entry = _entry(body, key)
     if entry is not None:
-        return text[: entry[1].start_mark.index] + shown + text[entry[1].end_mark.index :]
+        start, end = (mark.index for mark in (entry[1].start_mark, entry[1].end_mark))
+        end = start + len(text[start:end].rstrip())  # a list in lines ends where the next key starts
+        return text[:start] + shown + text[end:]
     keys = getattr(body, "value", None)
     if isinstance(body, yaml.MappingNode) and keys:
-        start = keys[0][0].start_mark
-        return f"{text[: start.index]}{key}: {shown}\n{' ' * start.column}{text[start.index :]}"
+        mark = keys[0][0].start_mark
+        gap = ", " if body.flow_style else f"\n{' ' * mark.column}"
+        return f"{text[: mark.index]}{key}: {shown}{gap}{text[mark.index :]}"
     at = text.index(":", name.end_mark.index) + 1  # a section without keys is null
     return f"{text[:at]}\n  {key}: {shown}{text[at:]}"
 
