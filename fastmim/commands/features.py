@@ -10,7 +10,7 @@ from fastmim.wording import plural
 
 from .configs import positive
 from .console import bar, shown_on_a_terminal, write
-from .probe import READING, check_overrides, reading_of
+from .probe import check_overrides, data_of
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -47,6 +47,7 @@ def run_features(options: argparse.Namespace) -> int:
     """Write the features, name the images that are left out."""
     check_overrides(options.overrides, "features")
     with shown_on_a_terminal("loading libraries …"):
+        from fastmim.data.reading import FROZEN, opening_of, reading_of
         from fastmim.data.source import open_index
         from fastmim.engine.distributed import distributed
         from fastmim.engine.extract import extract_features
@@ -55,8 +56,8 @@ def run_features(options: argparse.Namespace) -> int:
     with distributed() as world, bar() as told, encoder_file(Path(options.source)) as file:
         if world.size > 1:
             raise ValueError(f"features is for one process, not {world.size}: start it without a launcher")
-        data = reading_of(options.overrides, encoder_facts(file))
-        index = open_index(options.folder, follow_links=data.follow_links, component=data.component, field="IMAGES")
+        data = data_of(options.overrides, encoder_facts(file))
+        index = open_index(options.folder, field="IMAGES", **opening_of(data))
         done = extract_features(
             file,
             index,
@@ -68,7 +69,7 @@ def run_features(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             batch=options.batch,
             labels=options.labels,
-            reading=data.model_dump(include=READING),
+            reading=reading_of(data, *FROZEN),
             told=told,
         )
     lines = [f"left out {path}: {reason}" for path, reason in done.bad.items()]

@@ -51,14 +51,14 @@ def show_masks(options: argparse.Namespace) -> int:
 def _images(cfg: Any, objective: Any, count: int) -> Any:
     """(N, 3, H, W) in [0, 1] of the config's images, evenly spread, as pictures show them; None without data.path."""
     from fastmim.data import build_loader
+    from fastmim.data.reading import opening_of, reading_of
     from fastmim.evaluate.reconstruct import spread_images
     from fastmim.objectives.pictures import stretch, to_rgb
 
     if cfg.data.path is None and cfg.data.file_list is None:
         return None
-    keys = {"path", "file_list", "follow_links", "component", "interpolation", "min_size", "value_range", "alpha"}
     how: dict[str, Any] = dict(train=False, micro_batch_size=1, num_workers=0, verify="none", loader="torchvision")
-    reading = cfg.data.model_dump(include=keys)
+    reading = {**opening_of(cfg.data), **reading_of(cfg.data, "path", "file_list", "interpolation")}
     with closing(build_loader(img_size=objective.img_size, in_chans=cfg.model.in_chans, **reading, **how)) as loader:
         found = spread_images(loader, count)
     if found is None:

@@ -13,9 +13,6 @@ from .configs import positive
 from .console import shown_on_a_terminal, write
 
 _PROTOCOLS = ("dino", "ibot", "mae", "moco", "beit", "none")
-READING = {"min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"}
-"""Keys of the data section that a loader of frozen features takes."""
-_KEYS = READING | {"follow_links", "component"}
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -48,13 +45,16 @@ def check_overrides(overrides: list[str], command: str) -> None:
     Raises:
         ValueError: names one.
     """
-    other = [word for word in overrides if word.partition("=")[0].removeprefix("data.") not in _KEYS]
+    from fastmim.data.reading import FROZEN, KEYS, OPENING
+
+    known_keys = {*KEYS, *OPENING, *FROZEN} - {"mean", "std"}
+    other = [word for word in overrides if word.partition("=")[0].removeprefix("data.") not in known_keys]
     if other:
-        known = ", ".join(f"data.{key}" for key in sorted(_KEYS))
+        known = ", ".join(f"data.{key}" for key in sorted(known_keys))
         raise ValueError(f"{other[0]}: {command} takes {known}; what the encoder is, its file says")
 
 
-def reading_of(overrides: list[str], facts: dict[str, Any]) -> Any:
+def data_of(overrides: list[str], facts: dict[str, Any]) -> Any:
     """The data section of overrides, over what an encoder's file says of float images.
 
     Args:
@@ -65,10 +65,9 @@ def reading_of(overrides: list[str], facts: dict[str, Any]) -> Any:
     from fastmim.interop.facts import image_facts
     from fastmim.models import encoder_settings
 
-    said = image_facts(facts.get("statistics", {}))
-    if said.get("pixels") != "float32":
-        said = {}
-    tree = {"model": {"in_chans": encoder_settings(facts["encoder"])["in_chans"]}, "data": said} if said else {}
+    said, tree = image_facts(facts.get("statistics", {})), {}
+    if said.get("pixels") == "float32":
+        tree = {"model": {"in_chans": encoder_settings(facts["encoder"])["in_chans"]}, "data": said}
     return config_of(merge_trees(tree, read_tree(None, overrides))).data
 
 
@@ -77,25 +76,25 @@ def run_probe(options: argparse.Namespace) -> int:
     check_overrides(options.overrides, "probe")
     with shown_on_a_terminal("loading libraries …"):
         from fastmim.data.labelled import LabelledImages
+        from fastmim.data.reading import FROZEN, opening_of, reading_of
         from fastmim.engine.distributed import distributed
         from fastmim.engine.probe import encoder_facts, encoder_file, probe_encoder
 
     with distributed() as world, encoder_file(Path(options.source)) as file:
-        data = reading_of(options.overrides, encoder_facts(file))
+        data = data_of(options.overrides, encoder_facts(file))
         images = LabelledImages(
             options.labelled,
             options.val,
             table=options.labels,
             most=options.most,
-            follow_links=data.follow_links,
-            component=data.component,
+            **opening_of(data),
         )
         report, encoder = probe_encoder(
             file,
             images,
             world,
             micro_batch_size=options.batch,
-            reading=data.model_dump(include=READING),
+            reading=reading_of(data, *FROZEN),
             protocol=None if options.protocol == "none" else options.protocol,
             pool=options.pool,
             epochs=options.epochs,

@@ -88,11 +88,10 @@ def bands(given: Sequence[int] | None, in_chans: int) -> None:
 
 def reading(data: Any) -> None:
     """What says how a file is read goes together; for samples as they are stored no mean is known beforehand."""
-    from fastmim.data.reading import check_reading
+    from fastmim.data.reading import check_reading, checked
 
-    keys = ("pixels", "value_range", "alpha", "no_data", "array", "channel_order")
     try:
-        check_reading(**{key: getattr(data, key) for key in keys})
+        check_reading(**checked(dict(data)))
     except ValueError as error:
         raise problem(str(error)) from None
     for key in ("mean", "std"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 #: What becomes of a file: arguments of ``decode_image`` and of ``build_loader``.
 KEYS = (
@@ -18,6 +19,27 @@ PIXELS = ("uint8", "float32")
 ALPHA = ("white", "black", "drop")
 ORDERS = ("auto", "first", "last")
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+
+
+#: Beside :data:`KEYS`, what a loader of a frozen encoder's images takes of a data section.
+FROZEN = ("num_workers", "max_bad_fraction")
+#: Those that have a rule: arguments of :func:`check_reading`.
+_WITH_RULES = ("pixels", "value_range", "alpha", "no_data", "array", "channel_order")
+
+
+def reading_of(section: Any, *more: str) -> dict[str, Any]:
+    """:data:`KEYS`, and `more`, of a data section."""
+    return {key: getattr(section, key) for key in (*KEYS, *more)}
+
+
+def opening_of(section: Any) -> dict[str, Any]:
+    """:data:`OPENING` of a data section."""
+    return {key: getattr(section, key) for key in OPENING}
+
+
+def checked(reading: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some keys for :func:`check_reading`."""
+    return {key: reading[key] for key in _WITH_RULES if key in reading}
 
 
 def check_reading(

@@ -40,11 +40,9 @@ from fastmim.objectives.schedule import Schedule, scale_lr
 
 log = logging.getLogger("fastmim")
 
-_OF_A_CROP = {"scale", "ratio", "hflip", "interpolation"}
-# Keys of the data section that are not arguments of build_loader: of images that are looked at, and the objective's.
-_NOT_THE_LOADERS = {"val_path", "labelled_path", "labels", "val_labels", "mean", "std"} | {
-    *("pixels", "no_data", "rot90", "exif_orientation", "array", "channel_order")
-}
+_OF_A_CROP = {"scale", "ratio", "hflip", "interpolation", "rot90"}
+# Keys of the data section that are not arguments of build_loader: of images that are looked at.
+_NOT_THE_LOADERS = {"val_path", "labelled_path", "labels", "val_labels"}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from fastmim.data import build_loader
 from fastmim.data.given import open_given
 from fastmim.data.held_out import PartIndex
 from fastmim.data.index import ImageIndex
-from fastmim.engine.saved import READING, load_objective
+from fastmim.data.reading import KEYS
+from fastmim.engine.saved import load_objective
 from fastmim.evaluate.given_mask import cell_grid, painted_cells, square_cells
 from fastmim.evaluate.reconstruct import draw_grid, draw_image
 from fastmim.evaluate.validation import evaluating
@@ -92,10 +93,10 @@ def predict_images(
         raise ValueError(f"--{error}") from None
     objective.bands = wanted.bands
     given = _chosen_mask(objective, wanted)
-    index = open_given(images, component=run.get("data.component"))
+    index = open_given(images, component=run.get("data.component"), pixels=run.get("data.pixels", "uint8"))
     if most and most < len(index):
         index = PartIndex(index, np.linspace(0, len(index) - 1, most).astype(np.int64))
-    reading = {key: run[f"data.{key}"] for key in READING if run.get(f"data.{key}") is not None}
+    reading = {key: run[f"data.{key}"] for key in (*KEYS, "interpolation") if run.get(f"data.{key}") is not None}
     how: dict[str, Any] = dict(img_size=objective.img_size, in_chans=objective.in_chans, micro_batch_size=_BATCH)
     how |= dict(index=index, train=False, num_workers=0, verify="none", max_bad_fraction=1.0, field="IMAGES", **reading)
     drawn, pictures = Drawn(), []

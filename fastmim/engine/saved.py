@@ -13,9 +13,6 @@ from fastmim.engine.settings import image_arguments, section_of
 from fastmim.interop.strict import LoadReport, copy_strictly
 from fastmim.objectives import Objective, create_objective
 
-READING = ("value_range", "alpha", "interpolation")
-"""How a run has read its images: keys of the data section, and arguments of ``build_loader``."""
-
 
 def load_objective(source: str | Path) -> tuple[Objective, dict[str, Any]]:
     """Encoder and heads of a checkpoint, whatever the number of ranks and the ZeRO stage that wrote it.

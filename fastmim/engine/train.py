@@ -13,6 +13,7 @@ from fastmim._version import __version__
 from fastmim.config import Config, save_config
 from fastmim.data.index import ImageIndex
 from fastmim.data.labelled import LabelledImages
+from fastmim.data.reading import FROZEN, KEYS, opening_of, reading_of
 from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
 from fastmim.engine.banner import start_rows
@@ -140,9 +141,8 @@ def settle_classes(cfg: Config) -> tuple[Config, Labelled]:
     data, own = cfg.data, cfg.objective.arguments()
     if not find_objective(cfg.objective.name).takes_labels or data.loader == "synthetic":
         return cfg, Labelled()
-    opening = data.model_dump(include={"follow_links", "component"})
     several = bool(own.get("multi_label"))
-    found = find_labels(data.path, data.file_list, data.labels, several=several, **opening)
+    found = find_labels(data.path, data.file_list, data.labels, several=several, **opening_of(data))
     given, count = own.get("num_classes"), len(found.classes)
     if given not in (0, count):
         there = plural(count, "class", "classes")
@@ -205,10 +205,9 @@ _LATER = {
 
 def run_identity(cfg: Config, global_batch: int, objective: Any) -> dict[str, Any]:
     """Every setting that makes this another run if it changes: what is trained, not how fast or where."""
-    kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std", "weights", "component", "value_range", "alpha",
-            "val_fraction", "pixels", "no_data", "rot90", "exif_orientation", "array", "channel_order")  # fmt: skip
+    kept = {"scale", "ratio", "hflip", "rot90", "interpolation", "weights", "component", "val_fraction", *KEYS}
     tree = cfg.model_dump(mode="json", include={"model", "objective", "optim"})
-    tree["data"] = cfg.data.model_dump(mode="json", include=set(kept))
+    tree["data"] = cfg.data.model_dump(mode="json", include=kept - {"min_size"})
     tree["model"].pop("init_from")
     tree["model"]["policy"] = encoder_arguments(cfg).get("policy")
     for section, keys in _LATER.items():
@@ -260,10 +259,8 @@ def make_watch(cfg: Config, parts: Parts, world: World, stack: ExitStack, val_lo
         table=data.labels,
         most=train.probe_images,
         field="data.labelled_path",
-        follow_links=data.follow_links,
-        component=data.component,
+        **opening_of(data),
     )
-    how = data.model_dump(include={"min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"})
     loader = images.loader(
         parts.objective.img_size,
         in_chans=cfg.model.in_chans,
@@ -271,7 +268,7 @@ def make_watch(cfg: Config, parts: Parts, world: World, stack: ExitStack, val_lo
         rank=world.rank,
         world_size=world.size,
         device=world.device,
-        **how,
+        **reading_of(data, *FROZEN),
     )
     return Watch(parts.engine, stack.enter_context(closing(loader)), images)
 

@@ -163,7 +163,8 @@ class SimMIM(Objective):
             ValueError: Shapes differ from what the encoder was built for.
         """
         self.check_inputs(images, mask)
-        target, images = self.target.of(self.true_pixels(images)), self.normalise(images)
+        true = self.true_pixels(images)
+        target, images = self.target.of(true), self.normalise(true)
         only_masked = self.loss_on == "masked" and not self.head.mixes
         tokens = self.head.tokens(self._tokens(images, mask, only_masked=only_masked))
         return {"loss": self.target.loss(tokens, self.head, target, self._scored(mask))}

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastmim.config import Config
 from fastmim.data.held_out import split
+from fastmim.data.reading import opening_of
 from fastmim.data.source import open_index
 from fastmim.engine.build import recomputed_objective, step_sizes
 from fastmim.engine.precision import auto_is_fp32, precision_of
@@ -234,7 +235,7 @@ def _data_set(cfg: Config) -> tuple[int, str]:
     path, listed = cfg.data.path, cfg.data.file_list
     paths = [] if path is None else [path] if isinstance(path, str) else path
     if (paths and all(Path(one).is_dir() for one in paths)) or listed is not None:
-        opened = open_index(path, listed, follow_links=cfg.data.follow_links, component=cfg.data.component)
+        opened = open_index(path, listed, **opening_of(cfg.data))
         if cfg.data.val_fraction is not None:
             opened = split(opened, cfg.data.val_fraction, held_out=False)
         return len(opened), "data.file_list" if listed is not None else "data.path"
