@@ -195,7 +195,7 @@ def test_a_path_may_look_like_anything(tmp_path: Path, text: str) -> None:
 
 def test_configs_of_versions_with_output_tensorboard_mean_the_same(tmp_path: Path) -> None:
     old = write(tmp_path / "config.yaml", "output:\n  dir: a\n  tensorboard: false\n  pictures: 2\n")
-    assert load_config(old).output.model_dump() == {"dir": "a", "loggers": (), "pictures": 2}
+    assert load_config(old).output.model_dump() == {"dir": "a", "loggers": (), "pictures": 2, "bands": None}
     assert load_config(old, ["output.loggers=[csv]"]).output.loggers == ("csv",)
     assert load_config(old, ["output.tensorboard=true"]).output.loggers == ("tensorboard",)
     assert load_config().output.loggers == ("tensorboard",)

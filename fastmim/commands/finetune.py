@@ -50,7 +50,7 @@ def _of_encoder(source: Path) -> dict[str, Any]:
     fine-tuning; a SwinV2's position biases stay those of the window that they were trained with.
     """
     from fastmim.engine.probe import ENCODER_FILE, encoder_facts
-    from fastmim.interop.facts import image_facts
+    from fastmim.engine.settings import image_facts
 
     file = source / ENCODER_FILE if source.is_dir() else source
     if not file.is_file():

@@ -52,8 +52,7 @@ def _images(cfg: Any, objective: Any, count: int) -> Any:
     """(N, 3, H, W) in [0, 1] of the config's images, evenly spread, as pictures show them; None without data.path."""
     from fastmim.data import build_loader
     from fastmim.data.reading import opening_of, reading_of
-    from fastmim.evaluate.reconstruct import spread_images
-    from fastmim.objectives.pictures import stretch, to_rgb
+    from fastmim.evaluate.reconstruct import rgb_of, spread_images
 
     if cfg.data.path is None and cfg.data.file_list is None:
         return None
@@ -61,7 +60,4 @@ def _images(cfg: Any, objective: Any, count: int) -> Any:
     reading = {**opening_of(cfg.data), **reading_of(cfg.data, "path", "file_list", "interpolation")}
     with closing(build_loader(img_size=objective.img_size, in_chans=cfg.model.in_chans, **reading, **how)) as loader:
         found = spread_images(loader, count)
-    if found is None:
-        return None
-    images = found[0]
-    return to_rgb(stretch(images) if images.is_floating_point() else images.float() / 255, cfg.output.bands)
+    return None if found is None else rgb_of(found[0], cfg.output.bands)

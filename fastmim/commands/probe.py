@@ -62,12 +62,11 @@ def data_of(overrides: list[str], facts: dict[str, Any]) -> Any:
         facts: of :func:`fastmim.engine.probe.encoder_facts`.
     """
     from fastmim.config import config_of, merge_trees, read_tree
-    from fastmim.interop.facts import image_facts
-    from fastmim.models import encoder_settings
+    from fastmim.engine.settings import image_facts
 
     said, tree = image_facts(facts.get("statistics", {})), {}
     if said.get("pixels") == "float32":
-        tree = {"model": {"in_chans": encoder_settings(facts["encoder"])["in_chans"]}, "data": said}
+        tree = {"model": {"in_chans": facts["encoder"].get("in_chans", 3)}, "data": said}
     return config_of(merge_trees(tree, read_tree(None, overrides))).data
 
 

@@ -31,10 +31,9 @@ from fastmim.engine.progress import said_if_slow
 from fastmim.engine.result import TrainResult
 from fastmim.engine.resume import find_start, go_on
 from fastmim.engine.run import Intervals, Run
-from fastmim.engine.settings import flat
+from fastmim.engine.settings import flat, image_facts
 from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
-from fastmim.interop.facts import image_facts
 from fastmim.models import encoder_settings
 from fastmim.models.rules import policy_matters
 from fastmim.objectives import Objective, find_objective

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastmim.evaluate.validation import MASK_SEED, evaluating
 from fastmim.files import replacing
-from fastmim.objectives.pictures import Picture
+from fastmim.objectives.pictures import Picture, stretch, to_rgb
 
 _GAP = 4
 _HEADING = 24
@@ -46,6 +47,15 @@ def draw_grid(picture: Picture) -> Image.Image:
 def draw_image(image: Tensor) -> Image.Image:
     """One (3, H, W) image in [0, 1], a pixel a pixel."""
     return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
+def rgb_of(images: Tensor, bands: Sequence[int] | None = None) -> Tensor:
+    """(B, C, H, W) uint8, or float, as a loader gives them -> (B, 3, H, W) in [0, 1]: of float ones bands stretched.
+
+    Args:
+        bands: see :func:`~fastmim.objectives.pictures.to_rgb`.
+    """
+    return to_rgb(stretch(images) if images.is_floating_point() else images.float() / 255, bands)
 
 
 def save_picture(

@@ -23,24 +23,13 @@ _TABLE = "relative_coords_table"
 Span = tuple[int, int]
 
 
-_OF_SAMPLES = ("pixels", "no_data", "array", "channel_order")
-
-
-def image_facts(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What an encoder's file says of its images, from the values of a run's data section by key.
-
-    ``mean``, ``std`` and ``interpolation``; of ``pixels: float32`` also how samples were read.
-    """
-    keys = ("mean", "std", "interpolation", *(_OF_SAMPLES if data.get("pixels") == "float32" else ()))
-    return {key: data.get(key) for key in keys}
-
-
 def header(encoder: Mapping[str, Any], statistics: Mapping[str, Any] | None = None) -> dict[str, str]:
     """What the header of a file of ours says, for :func:`read_facts`.
 
     Args:
         encoder: Keyword arguments; those that a size or a default gives are added.
-        statistics: Of :func:`image_facts`; None: not known.
+        statistics: Of the images: ``mean``, ``std``, ``interpolation``, and of float ones how they were read; None: not
+            known.
     """
     full = encoder_settings(encoder) if encoder else {}
     said = {"format": "pt", "source": "fastmim", "version": __version__,

@@ -45,7 +45,7 @@ def tiles(tmp_path_factory):
         slopes = generator.uniform(-400, 400, (2, BANDS, 1, 1))
         tile = np.array(MEAN)[:, None, None] + slopes[0] * y + slopes[1] * x + generator.normal(0, 30, (BANDS, 40, 44))
         tile[:, 5 + number : 12 + number, :] = 0
-        tile[number] = 0
+        tile[4 + number % 9] = 0
         path = folder / "ab"[number % 2] / f"{number:02d}.tif"
         path.parent.mkdir(exist_ok=True)
         tifffile.imwrite(path, tile.round().astype(np.uint16), planarconfig="separate", photometric="minisblack")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
 from fastmim.engine.checkpoint.whole import open_whole
-from fastmim.engine.settings import section_of
+from fastmim.engine.settings import image_facts, section_of
 from fastmim.files import replacing, write_text
-from fastmim.interop.facts import header, image_facts
+from fastmim.interop.facts import header
 from fastmim.interop.timm_config import WEIGHTS_FILE, timm_config, why_not_timm
 
 log = logging.getLogger("fastmim")
