@@ -47,7 +47,7 @@ def check_overrides(overrides: list[str], command: str) -> None:
     """
     from fastmim.data.reading import FROZEN, KEYS, OPENING
 
-    known_keys = {*KEYS, *OPENING, *FROZEN} - {"mean", "std"}
+    known_keys = {*KEYS, *OPENING, *FROZEN} - {"mean", "std", "pixels"}
     other = [word for word in overrides if word.partition("=")[0].removeprefix("data.") not in known_keys]
     if other:
         known = ", ".join(f"data.{key}" for key in sorted(known_keys))

@@ -79,6 +79,7 @@ def probe_encoder(
     """
     with encoder_file(Path(source)) as file:
         objective = load_encoder(file).to(world.device)
+    objective.has_gaps = reading.get("no_data") is not None
 
     def load(augmented: bool = False) -> Any:
         return images.loader(
