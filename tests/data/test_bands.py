@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import zipfile
 
@@ -113,14 +114,14 @@ def spoilt(value: float) -> np.ndarray:
 
 
 REFUSED = (
-    (npy(BANDS[:12]), {}, r"array of shape 12x17x23: no axis first or last has model.in_chans=13"),
+    (npy(BANDS[:12]), {}, r"array of shape 12x17x23: neither its first nor its last axis is model.in_chans=13"),
     (npy(BANDS[:12]), {"channel_order": "first"}, "has 12 bands, and model.in_chans=13"),
     (npy(BANDS[:, :13, :13]), {}, "either axis may be the bands; give data.channel_order=first or last"),
     (tiff(LAST[..., :4], planarconfig="contig", **GREY), {}, "has 4 bands, and model.in_chans=13"),
-    (npy(spoilt(np.nan)), {}, "1 samples are NaN or infinite; data.no_data=nan"),
-    (npy(spoilt(np.nan)), {"no_data": 0}, "1 samples are NaN or infinite"),
-    (npy(spoilt(np.inf)), {"no_data": "nan"}, "1 samples are NaN or infinite"),
-    (npy(BANDS.astype(np.float64) * 1e300), {}, "are NaN or infinite"),
+    (npy(spoilt(np.nan)), {}, "1 sample NaN or infinite; data.no_data=nan"),
+    (npy(spoilt(np.nan)), {"no_data": 0}, "1 sample NaN or infinite$"),
+    (npy(spoilt(np.inf)), {"no_data": "nan"}, "1 sample NaN or infinite"),
+    (npy(BANDS.astype(np.float64) * 1e300), {}, "5,083 samples NaN or infinite"),
     (npy(np.full_like(BANDS, 7)), {"no_data": 7}, r"every sample is no data \(data.no_data=7\)"),
     (npz(image=BANDS, label=BANDS), {}, r"holds 2 arrays \(image, label\); say which with data.array"),
     (npz(image=BANDS), {"array": "img"}, r"no array named data.array=img \(there: image\)"),
@@ -137,7 +138,7 @@ REFUSED = (
     (tiff(LAST, planarconfig="contig", compression="zlib", **GREY)[:900], {}, "."),
     (npy(BANDS), {"min_size": 18}, "23x17 px is smaller than data.min_size=18"),
     (b"", {}, "empty file"),
-    (b"II*\0" + bytes(30), {}, "."),
+    (b"II*\0" + bytes(30), {}, "damaged TIFF: it has no page"),
 )
 
 
@@ -146,6 +147,16 @@ def test_what_cannot_be_used_is_refused_in_one_line(data, options, reason):
     with pytest.raises(DecodeError, match=reason) as refusal:
         bands(data, **options)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_compression_that_tifffile_lacks():
+    file = io.BytesIO()
+    Image.fromarray(BANDS[0]).save(file, "TIFF", compression="tiff_lzw")
+    if importlib.util.find_spec("imagecodecs"):
+        assert (bands(file.getvalue(), 1) == BANDS[:1]).all()
+    else:
+        with pytest.raises(DecodeError, match=r"LZW.* requires the 'imagecodecs' package: .*\[bands\]"):
+            bands(file.getvalue(), 1)
 
 
 def test_pages_that_are_no_bands():
@@ -300,8 +311,8 @@ def test_the_loader_gives_the_crops_of_what_is_stored(folder, views):
         assert loader.num_images == 15
         batches = list(loader.epoch(0))
         assert {reason.split(",")[0] for reason in loader.bad_files.values()} == {
-            "array of shape 4x17x23: no axis first or last has model.in_chans=13",
-            "1 samples are NaN or infinite".replace("1 ", "22880 ") + "; data.no_data=nan takes NaN for no data",
+            "array of shape 4x17x23: neither its first nor its last axis is model.in_chans=13",
+            "22",  # 22,880 samples NaN or infinite
             "not an image (it starts with b'not an image')",
         }
         tail = list(loader.epoch(0, start=1))
@@ -358,10 +369,10 @@ def test_what_cannot_be_loaded_is_said_in_one_line(folder):
         (dict(value_range=(0, 9)), "data.value_range=.*: not with data.pixels=float32"),
         (dict(rot90=True, img_size=(8, 16)), "data.rot90=true: needs square crops"),
         (dict(views=[View((8, 8), auto_augment="rand-m9")], in_chans=3), "is for 8-bit colours, not data.pixels="),
-        (dict(in_chans=12, max_bad_fraction=0.2), "data.max_bad_fraction=0.2: 15 of 15 files cannot be used .*has 13"),
+        (dict(in_chans=12, verify="full"), "15 of 15 files cannot be used .* last axis is model.in_chans=12"),
     ):
         with pytest.raises(ValueError, match=message) as refusal:
-            load(folder, **options)
+            load(folder, **({"verify": "none"} | options))
         assert "\n" not in str(refusal.value)
 
 
