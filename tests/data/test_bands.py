@@ -19,6 +19,7 @@ from fastmim.data.decode import DecodeError, decode_image
 from fastmim.data.order import augment_random
 from fastmim.data.source import open_index
 from fastmim.data.survey import survey
+from fastmim.data.worker import EncodedDataset
 
 # Odd, and unequal: no axis can be taken for another. 14 bits: 8 would not hold them.
 BANDS = np.random.default_rng(0).integers(0, 1 << 14, (13, 17, 23)).astype(np.uint16)
@@ -247,6 +248,18 @@ def test_orientation_is_heeded_where_asked_for(orientation):
         for pixels in ("uint8", "float32"):
             got = decode_image(file.getvalue(), exif_orientation=True, pixels=pixels)
             assert np.array_equal(got.permute(1, 2, 0).numpy(), truth)
+
+
+def test_another_decoder_gets_turned_jpegs_decoded(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(LAST[..., :3].astype(np.uint8)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    options = dict(views=[View((8, 8))], in_chans=3, seed=0, decoder="auto", train=True)
+    as_stored = EncodedDataset(open_index(tmp_path), frozenset(), **options).encode(0)
+    assert as_stored == ((tmp_path / "a.jpg").read_bytes(), 17, 23)
+    data, *size = EncodedDataset(open_index(tmp_path), frozenset(), exif_orientation=True, **options).encode(0)
+    turned = decode_image(as_stored[0]).numpy().transpose(1, 2, 0)[::-1].transpose(1, 0, 2)
+    assert size == [23, 17] and (np.asarray(Image.open(io.BytesIO(data))) == turned).all()
 
 
 def test_a_colour_behind_transparent_pixels(make):
