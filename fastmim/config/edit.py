@@ -24,7 +24,7 @@ def with_values(text: str, section: str, values: Mapping[str, Any]) -> str:
         raise ValueError(f"expected sections, and {section} with keys and values")
     wanted = {**tree, section: {**(tree.get(section) or {}), **values}}
     try:
-        for key, value in values.items():
+        for key, value in reversed(values.items()):  # each goes to the top
             text = _with(text, section, key, yaml_text.dump([value]).strip()[1:-1])
         if yaml_text.parse(text) == wanted:
             return text

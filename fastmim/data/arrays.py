@@ -19,7 +19,7 @@ import tifffile
 
 from fastmim.data import tiff
 from fastmim.data.samples import UnusableError
-from fastmim.wording import install_extra
+from fastmim.wording import install_extra, plural
 
 NPY, NPZ = b"\x93NUMPY", (b"PK\x03\x04", b"PK\x05\x06")
 #: Samples above which an image is refused: of four bands, those of the largest image that is read at all.
@@ -102,15 +102,16 @@ def _bands_first(values: Array, in_chans: int, order: str) -> Array:
     if order == "auto":
         first, last = values.shape[0] == in_chans, values.shape[2] == in_chans
         if first and last:
-            raise UnusableError(f"array of shape {shape}: either axis may be the bands; give data.channel_order=first"
-                                " or last")  # fmt: skip
+            fix = "give data.channel_order=first or last"
+            raise UnusableError(f"array of shape {shape}: either axis may be the bands; {fix}")
         if not first and not last:
-            raise UnusableError(f"array of shape {shape}: no axis first or last has model.in_chans={in_chans}")
+            where = "neither its first nor its last axis"
+            raise UnusableError(f"array of shape {shape}: {where} is model.in_chans={in_chans}")
         order = "last" if last else "first"
     if order == "last":
         values = values.transpose(2, 0, 1)
     if len(values) != in_chans:
-        raise UnusableError(f"has {len(values)} band{'s' * (len(values) > 1)}, and model.in_chans={in_chans}")
+        raise UnusableError(f"has {plural(len(values), 'band')}, and model.in_chans={in_chans}")
     return values
 
 
@@ -120,14 +121,16 @@ def _tiff(data: bytes | bytearray) -> tuple[Array, bool]:
         pages = list(itertools.islice(file.pages, _MAX_PAGES + 1))
         if len(pages) > _MAX_PAGES:
             raise UnusableError(f"more than {_MAX_PAGES} pages")
+        if not pages:
+            raise UnusableError("damaged TIFF: it has no page")
         whole: list[Any] = [page for page in pages if not (page.is_reduced or page.is_mask)] or pages[:1]
         first = whole[0]
         if len({page.shape for page in whole}) > 1:
             sizes = ", ".join(dict.fromkeys("x".join(map(str, page.shape)) for page in whole[:5]))
             raise UnusableError(f"{len(whole)} pages of different sizes ({sizes})")
         if len(whole) > 1 and first.samplesperpixel > 1:
-            raise UnusableError(f"{len(whole)} pages of {first.samplesperpixel} bands each: bands are in one page, or"
-                                " one a page")  # fmt: skip
+            rule = "bands are in one page, or one a page"
+            raise UnusableError(f"{len(whole)} pages of {first.samplesperpixel} bands each: {rule}")
         if first.axes not in ("YX", "YXS", "SYX"):
             raise UnusableError(f"TIFF of axes {first.axes}: must be rows and columns, with or without bands")
         _check_samples(math.prod(first.shape) * len(whole))

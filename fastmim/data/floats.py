@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastmim.data.samples import Samples, UnusableError
+from fastmim.wording import plural
 
 Array = np.ndarray[Any, Any]
 
@@ -25,7 +26,7 @@ def all_bands(samples: Samples, in_chans: int) -> Array:
         bands = np.concatenate([bands, samples.fourth[None]])
     if len(bands) != in_chans:
         what = " (alpha is one)" if samples.is_alpha else ""
-        raise UnusableError(f"has {len(bands)} band{'s' * (len(bands) > 1)}{what}, and model.in_chans={in_chans}")
+        raise UnusableError(f"has {plural(len(bands), 'band')}{what}, and model.in_chans={in_chans}")
     return bands
 
 
@@ -54,8 +55,8 @@ def to_floats(
         if gaps is not None:
             odd &= ~gaps
         if odd.any():
-            fix = "; data.no_data=nan takes NaN for no data" if np.isnan(floats[odd]).all() else ""
-            raise UnusableError(f"{int(odd.sum())} samples are NaN or infinite{fix}")
+            fix = "; data.no_data=nan takes NaN for no data" if no_data is None and np.isnan(floats[odd]).all() else ""
+            raise UnusableError(f"{plural(int(odd.sum()), 'sample')} NaN or infinite{fix}")
     if gaps is not None and gaps.all():
         raise UnusableError(f"every sample is no data (data.no_data={no_data})")
     if mean is not None:

@@ -15,16 +15,18 @@ KEYS = (
 #: Which files there are: arguments of ``open_index`` and of ``build_loader``.
 OPENING = ("follow_links", "component", "pixels")
 
+#: Beside :data:`KEYS`, what a loader of a frozen encoder's images takes of a data section.
+FROZEN = ("num_workers", "max_bad_fraction")
+
 PIXELS = ("uint8", "float32")
 ALPHA = ("white", "black", "drop")
 ORDERS = ("auto", "first", "last")
+#: Keys that mean something with these pixels alone, and their value with the others.
+_ONLY: dict[str, dict[str, Any]] = {
+    "uint8": {"value_range": None, "alpha": "white"},
+    "float32": {"no_data": None, "array": None, "channel_order": "auto"},
+}
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
-
-
-#: Beside :data:`KEYS`, what a loader of a frozen encoder's images takes of a data section.
-FROZEN = ("num_workers", "max_bad_fraction")
-#: Those that have a rule: arguments of :func:`check_reading`.
-_WITH_RULES = ("pixels", "value_range", "alpha", "no_data", "array", "channel_order")
 
 
 def reading_of(section: Any, *more: str) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def opening_of(section: Any) -> dict[str, Any]:
 
 def checked(reading: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some keys for :func:`check_reading`."""
-    return {key: reading[key] for key in _WITH_RULES if key in reading}
+    return {key: reading[key] for key in ("pixels", *_ONLY["uint8"], *_ONLY["float32"]) if key in reading}
 
 
 def check_reading(
@@ -57,26 +59,22 @@ def check_reading(
     if value_range is not None and not (
         len(value_range) == 2 and all(map(math.isfinite, value_range)) and value_range[0] < value_range[1]
     ):
-        shown = list(value_range)
-        raise ValueError(f"data.value_range={shown}: must be [low, high] with low < high, for example [0, 4095]")
+        raise ValueError(
+            f"data.value_range={list(value_range)}: must be [low, high] with low < high, for example [0, 4095]"
+        )
     background(alpha)
     if channel_order not in ORDERS:
         raise ValueError(f"data.channel_order={channel_order!r}: unknown; use one of {', '.join(ORDERS)}")
     if no_data is not None and no_data != "nan" and not (isinstance(no_data, (int, float)) and math.isfinite(no_data)):
         raise ValueError(f"data.no_data={no_data}: must be a number, nan or null")
-    if pixels == "float32":
-        for key, value in {"value_range": value_range, "alpha": None if alpha == "white" else alpha}.items():
-            if value is not None:
-                shown_value = value if isinstance(value, str) else list(value)
-                raise ValueError(
-                    f"data.{key}={shown_value}: not with data.pixels=float32, which takes samples as stored; leave it"
-                    " out, or use data.pixels=uint8"
-                )
-        return
-    for key, value, default in (("no_data", no_data, None), ("array", array, None), ("channel_order", channel_order,
-                                "auto")):  # fmt: skip
-        if value != default:
-            raise ValueError(f"data.{key}={value}: needs data.pixels=float32; set that, or leave {key} out")
+    given = {"value_range": value_range, "alpha": alpha, "no_data": no_data, "array": array,
+             "channel_order": channel_order}  # fmt: skip
+    (other,) = (one for one in PIXELS if one != pixels)
+    for key, default in _ONLY[other].items():
+        if given[key] != default:
+            shown = list(given[key]) if key == "value_range" else given[key]
+            fix = f"set data.pixels={other}, or data.{key}={'null' if default is None else default}"
+            raise ValueError(f"data.{key}={shown}: not with data.pixels={pixels}; {fix}")
 
 
 def background(alpha: str) -> tuple[int, int, int] | None:
@@ -88,5 +86,5 @@ def background(alpha: str) -> tuple[int, int, int] | None:
     if alpha in ALPHA:
         return {"white": (255, 255, 255), "black": (0, 0, 0)}.get(alpha)
     if not _COLOUR.fullmatch(alpha):
-        raise ValueError(f"data.alpha={alpha}: expected one of {', '.join(ALPHA)}, or a colour such as \"#8040ff\"")
+        raise ValueError(f'data.alpha={alpha}: expected one of {", ".join(ALPHA)}, or a colour such as "#8040ff"')
     return int(alpha[1:3], 16), int(alpha[3:5], 16), int(alpha[5:7], 16)

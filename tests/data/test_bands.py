@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import zipfile
 
@@ -18,6 +19,7 @@ from fastmim.data.decode import DecodeError, decode_image
 from fastmim.data.order import augment_random
 from fastmim.data.source import open_index
 from fastmim.data.survey import survey
+from fastmim.data.worker import EncodedDataset
 
 # Odd, and unequal: no axis can be taken for another. 14 bits: 8 would not hold them.
 BANDS = np.random.default_rng(0).integers(0, 1 << 14, (13, 17, 23)).astype(np.uint16)
@@ -113,14 +115,14 @@ def spoilt(value: float) -> np.ndarray:
 
 
 REFUSED = (
-    (npy(BANDS[:12]), {}, r"array of shape 12x17x23: no axis first or last has model.in_chans=13"),
+    (npy(BANDS[:12]), {}, r"array of shape 12x17x23: neither its first nor its last axis is model.in_chans=13"),
     (npy(BANDS[:12]), {"channel_order": "first"}, "has 12 bands, and model.in_chans=13"),
     (npy(BANDS[:, :13, :13]), {}, "either axis may be the bands; give data.channel_order=first or last"),
     (tiff(LAST[..., :4], planarconfig="contig", **GREY), {}, "has 4 bands, and model.in_chans=13"),
-    (npy(spoilt(np.nan)), {}, "1 samples are NaN or infinite; data.no_data=nan"),
-    (npy(spoilt(np.nan)), {"no_data": 0}, "1 samples are NaN or infinite"),
-    (npy(spoilt(np.inf)), {"no_data": "nan"}, "1 samples are NaN or infinite"),
-    (npy(BANDS.astype(np.float64) * 1e300), {}, "are NaN or infinite"),
+    (npy(spoilt(np.nan)), {}, "1 sample NaN or infinite; data.no_data=nan"),
+    (npy(spoilt(np.nan)), {"no_data": 0}, "1 sample NaN or infinite$"),
+    (npy(spoilt(np.inf)), {"no_data": "nan"}, "1 sample NaN or infinite"),
+    (npy(BANDS.astype(np.float64) * 1e300), {}, "5,083 samples NaN or infinite"),
     (npy(np.full_like(BANDS, 7)), {"no_data": 7}, r"every sample is no data \(data.no_data=7\)"),
     (npz(image=BANDS, label=BANDS), {}, r"holds 2 arrays \(image, label\); say which with data.array"),
     (npz(image=BANDS), {"array": "img"}, r"no array named data.array=img \(there: image\)"),
@@ -137,7 +139,7 @@ REFUSED = (
     (tiff(LAST, planarconfig="contig", compression="zlib", **GREY)[:900], {}, "."),
     (npy(BANDS), {"min_size": 18}, "23x17 px is smaller than data.min_size=18"),
     (b"", {}, "empty file"),
-    (b"II*\0" + bytes(30), {}, "."),
+    (b"II*\0" + bytes(30), {}, "damaged TIFF: it has no page"),
 )
 
 
@@ -146,6 +148,16 @@ def test_what_cannot_be_used_is_refused_in_one_line(data, options, reason):
     with pytest.raises(DecodeError, match=reason) as refusal:
         bands(data, **options)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_compression_that_tifffile_lacks():
+    file = io.BytesIO()
+    Image.fromarray(BANDS[0]).save(file, "TIFF", compression="tiff_lzw")
+    if importlib.util.find_spec("imagecodecs"):
+        assert (bands(file.getvalue(), 1) == BANDS[:1]).all()
+    else:
+        with pytest.raises(DecodeError, match=r"LZW.* requires the 'imagecodecs' package: .*\[bands\]"):
+            bands(file.getvalue(), 1)
 
 
 def test_pages_that_are_no_bands():
@@ -238,6 +250,18 @@ def test_orientation_is_heeded_where_asked_for(orientation):
             assert np.array_equal(got.permute(1, 2, 0).numpy(), truth)
 
 
+def test_another_decoder_gets_turned_jpegs_decoded(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(LAST[..., :3].astype(np.uint8)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    options = dict(views=[View((8, 8))], in_chans=3, seed=0, decoder="auto", train=True)
+    as_stored = EncodedDataset(open_index(tmp_path), frozenset(), **options).encode(0)
+    assert as_stored == ((tmp_path / "a.jpg").read_bytes(), 17, 23)
+    data, *size = EncodedDataset(open_index(tmp_path), frozenset(), exif_orientation=True, **options).encode(0)
+    turned = decode_image(as_stored[0]).numpy().transpose(1, 2, 0)[::-1].transpose(1, 0, 2)
+    assert size == [23, 17] and (np.asarray(Image.open(io.BytesIO(data))) == turned).all()
+
+
 def test_a_colour_behind_transparent_pixels(make):
     rng = np.random.default_rng(3)
     colour, alpha = rng.integers(0, 256, (9, 11, 3)).astype(np.uint8), rng.integers(0, 256, (9, 11, 1)).astype(np.uint8)
@@ -300,8 +324,8 @@ def test_the_loader_gives_the_crops_of_what_is_stored(folder, views):
         assert loader.num_images == 15
         batches = list(loader.epoch(0))
         assert {reason.split(",")[0] for reason in loader.bad_files.values()} == {
-            "array of shape 4x17x23: no axis first or last has model.in_chans=13",
-            "1 samples are NaN or infinite".replace("1 ", "22880 ") + "; data.no_data=nan takes NaN for no data",
+            "array of shape 4x17x23: neither its first nor its last axis is model.in_chans=13",
+            "22",  # 22,880 samples NaN or infinite
             "not an image (it starts with b'not an image')",
         }
         tail = list(loader.epoch(0, start=1))
@@ -358,10 +382,10 @@ def test_what_cannot_be_loaded_is_said_in_one_line(folder):
         (dict(value_range=(0, 9)), "data.value_range=.*: not with data.pixels=float32"),
         (dict(rot90=True, img_size=(8, 16)), "data.rot90=true: needs square crops"),
         (dict(views=[View((8, 8), auto_augment="rand-m9")], in_chans=3), "is for 8-bit colours, not data.pixels="),
-        (dict(in_chans=12, max_bad_fraction=0.2), "data.max_bad_fraction=0.2: 15 of 15 files cannot be used .*has 13"),
+        (dict(in_chans=12, verify="full"), "15 of 15 files cannot be used .* last axis is model.in_chans=12"),
     ):
         with pytest.raises(ValueError, match=message) as refusal:
-            load(folder, **options)
+            load(folder, **({"verify": "none"} | options))
         assert "\n" not in str(refusal.value)
 
 
