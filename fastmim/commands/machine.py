@@ -45,13 +45,18 @@ def show_plan(options: argparse.Namespace) -> int:
 
     cfg = load_config(options.config, options.overrides)
     count = None if options.images is None else int(options.images)
-    from fastmim.engine.progress import counted
+    from fastmim.engine.progress import counted, said_if_slow
     from fastmim.plan.command import make_plan
     from fastmim.plan.hardware import find_gpu
     from fastmim.plan.report import as_json, as_text, save_picture
     from fastmim.plan.terminal import show
 
-    with counted("tracing the model", enabled=own_rank() == 0 and sys.stderr.isatty(), stderr=True) as told:
+    main, live = own_rank() == 0, sys.stderr.isatty()
+    slow = "tracing the model; of a large one that takes minutes, and is kept for the next plan"
+    with (
+        counted("tracing the model", enabled=main and live, stderr=True) as told,
+        said_if_slow(slow, enabled=main and not live, seconds=30),
+    ):
         plan = make_plan(cfg, gpu=find_gpu(options.gpu or _GPU), gpus=options.gpus, images=count, told=told)
     if options.picture:
         save_picture(plan, options.picture)
