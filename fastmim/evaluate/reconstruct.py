@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmim.evaluate.validation import MASK_SEED, evaluating
 from fastmim.files import replacing
-from fastmim.objectives.pictures import Picture, stretch, to_rgb
+from fastmim.objectives.pictures import Picture, stretched, to_rgb
 
 _GAP = 4
 _HEADING = 24
@@ -50,12 +50,12 @@ def draw_image(image: Tensor) -> Image.Image:
 
 
 def rgb_of(images: Tensor, bands: Sequence[int] | None = None) -> Tensor:
-    """(B, C, H, W) uint8, or float, as a loader gives them -> (B, 3, H, W) in [0, 1]: of float ones bands stretched.
+    """(B, C, H, W) uint8 or float images of a loader -> (B, 3, H, W) in [0, 1], see :mod:`fastmim.objectives.pictures`.
 
     Args:
-        bands: see :func:`~fastmim.objectives.pictures.to_rgb`.
+        bands: numbers of the channels that are shown, from 1 on.
     """
-    return to_rgb(stretch(images) if images.is_floating_point() else images.float() / 255, bands)
+    return stretched(images, bands) if images.is_floating_point() else to_rgb(images.float() / 255, bands)
 
 
 def save_picture(

@@ -16,7 +16,7 @@ from ..models import create_encoder, encoder_settings
 from .arguments import one_of, per_channel
 from .gaps import filled
 from .groups import split_parameters
-from .pictures import Picture, check_bands, stretch, to_rgb
+from .pictures import Picture, check_bands, stretched, to_rgb
 from .views import Images, View, augmented
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -268,16 +268,18 @@ class Objective(nn.Module):
         return images.float() / 255 if images.dtype == torch.uint8 else images * self.std + self.mean
 
     def shown(self, images: Tensor, guess: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) uint8 or normalised → (B, 3, H, W) in [0, 1], as pictures show them, see :func:`.to_rgb`.
+        """(B, C, H, W) uint8 or normalised → (B, 3, H, W) in [0, 1], as pictures show them.
 
-        With ``pixels="float32"`` bands are stretched by :func:`.stretch`.
+        By :func:`.to_rgb`, with ``pixels="float32"`` by :func:`.stretched`.
 
         Args:
             guess: (B, C, H, W) normalised: show it as the images are, without data where they have none.
         """
         truth = self.true_pixels(images)
         one = truth if guess is None else guess.float().masked_fill(truth.isnan(), torch.nan)
-        return to_rgb(stretch(one, truth) if self.pixels == "float32" else self.denormalise(one), self.bands)
+        if self.pixels == "float32":
+            return stretched(one, self.bands, truth)
+        return to_rgb(self.denormalise(one), self.bands)
 
     def check_inputs(self, images: Tensor, mask: Tensor) -> None:
         """Refuse images or masks of another shape than the encoder was built for.

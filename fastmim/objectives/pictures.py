@@ -19,8 +19,6 @@ CHECKS = (1.0, 0.75)
 """The two greys of the board that shows through transparent pixels."""
 CHECK_EDGE = 8
 """Edge of one of its squares in pixels of the image."""
-
-
 NO_DATA = (1.0, 0.0, 1.0)
 """Colour of pixels without data, magenta."""
 
@@ -53,17 +51,20 @@ def to_rgb(images: Tensor, bands: Sequence[int] | None = None) -> Tensor:
     return torch.where(missing, nothing[:, None, None], images)
 
 
-def stretch(images: Tensor, like: Tensor | None = None) -> Tensor:
-    """Each band of (B, C, H, W) float images -> [0, 1]: its mean is 0.5, two standard deviations from it are 0 and 1.
+def stretched(images: Tensor, bands: Sequence[int] | None = None, like: Tensor | None = None) -> Tensor:
+    """Float images (B, C, H, W) -> (B, 3, H, W) in [0, 1]: of any unit, and none of their bands is alpha.
 
-    NaN, no data, counts for neither and stays.
+    In every image a band's mean is 0.5, and two standard deviations from it are 0 and 1; NaN, no data, counts for
+    neither and is :data:`NO_DATA`.
 
     Args:
-        like: Of the same shape, whose bands' mean and deviation are taken; default: the images themselves.
+        bands: As of :func:`to_rgb`; default: the first three, or the first of fewer.
+        like: Of the same shape, whose mean and deviation are taken; default: the images themselves.
     """
     mean, variance = valid_moments((images if like is None else like).flatten(2))
     spread = 4 * variance.sqrt().clamp(min=1e-6)
-    return ((images - mean[..., None]) / spread[..., None] + 0.5).clamp(0, 1)
+    shown = ((images - mean[..., None]) / spread[..., None] + 0.5).clamp(0, 1)
+    return to_rgb(shown, bands or ((1, 2, 3) if images.shape[1] >= 3 else (1,)))
 
 
 def check_bands(bands: Sequence[int] | None, in_chans: int) -> None:

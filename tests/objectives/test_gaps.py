@@ -12,7 +12,7 @@ from fastmim.config import load_config
 from fastmim.engine.nonfinite import find_nonfinite
 from fastmim.objectives import create_objective
 from fastmim.objectives.gaps import window_statistics
-from fastmim.objectives.pictures import NO_DATA, to_rgb
+from fastmim.objectives.pictures import NO_DATA, stretched, to_rgb
 from fastmim_kernels.local_norm.op import local_statistics
 
 BANDS = 13
@@ -202,7 +202,8 @@ def test_pictures_stretch_bands_and_colour_gaps():
     for column in (shown[0], shown[3]):
         assert (column[missing] == torch.tensor(NO_DATA)).all()
     assert (shown[1][hidden] == 0.5).all() and (shown[2][~hidden] == 0.5).all()
-    assert torch.equal(to_rgb(images[:, :5])[..., 0], to_rgb(images[:, :3])[..., 0])
+    assert torch.equal(stretched(images[:, :4]), stretched(images[:, :3]))  # the fourth band is no alpha
+    assert torch.equal(stretched(images[:, :2]), stretched(images, (1,)))
     assert torch.equal(to_rgb(images[:, :5].nan_to_num(0), (2,)), images[:, 1:2].nan_to_num(0).expand(-1, 3, -1, -1))
 
 
