@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from fastmim.config import load_config
+from fastmim.engine.build import make_schedule
 from fastmim.engine.nonfinite import find_nonfinite
+from fastmim.models import encoder_settings
 from fastmim.objectives import create_objective
 from fastmim.objectives.gaps import window_statistics
 from fastmim.objectives.pictures import NO_DATA, stretched, to_rgb
@@ -19,6 +22,7 @@ BANDS = 13
 SWIN = dict(name="swinv2", img_size=32, in_chans=BANDS, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4)
 VIT = dict(name="vit", img_size=32, in_chans=BANDS, patch_size=8, embed_dim=16, depth=1, num_heads=2)
 VIT |= dict(abs_pos_embed="sincos", key_bias=True)
+DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 SAMPLES = dict(mean=(300.0,) * BANDS, std=(50.0,), pixels="float32", has_gaps=True)
 
 
@@ -122,8 +126,7 @@ def test_simmim_scores_valid_pixels(own):
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_mae_scores_valid_pixels(norm_pix_loss):
     torch.manual_seed(0)
-    how = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, norm_pix_loss=norm_pix_loss)
-    objective = create_objective("mae", encoder=VIT, **SAMPLES, **how).double()
+    objective = create_objective("mae", encoder=VIT, norm_pix_loss=norm_pix_loss, **SAMPLES, **DECODER).double()
     images, mask = gappy(), objective.random_mask(torch.arange(2))
     keep, _, places = objective._split(images, mask)
     tokens = objective.decode(objective._encode(images.nan_to_num(0), keep), places)[:, 1:].unflatten(1, (4, 4))
@@ -134,7 +137,7 @@ def test_mae_scores_valid_pixels(norm_pix_loss):
     same_gradients(objective, objective(images, mask)["loss"], expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name, own", [("simmim", dict(unit=8, norm_target=7)), ("mae", dict(norm_pix_loss=True))])
+@pytest.mark.parametrize("name, own", [("simmim", dict(unit=8, norm_target=7)), ("mae", dict(norm_pix_loss=True) | DECODER)])
 def test_without_gaps_the_loss_is_that_of_the_fused_op(name, own):
     encoder = VIT if name == "mae" else SWIN
     losses = []
@@ -150,7 +153,7 @@ def test_without_gaps_the_loss_is_that_of_the_fused_op(name, own):
         torch.testing.assert_close(second[gradient], first[gradient], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, own", [("simmim", dict(unit=8, norm_target=7)), ("mae", dict(norm_pix_loss=True))])
+@pytest.mark.parametrize("name, own", [("simmim", dict(unit=8, norm_target=7)), ("mae", dict(norm_pix_loss=True) | DECODER)])
 def test_nothing_valid_gives_no_loss_and_no_gradient(name, own):
     objective = create_objective(name, encoder=VIT if name == "mae" else SWIN, **SAMPLES, **own)
     images = torch.full((2, BANDS, 32, 32), torch.nan)
@@ -231,3 +234,19 @@ def test_what_floats_cannot_do_is_refused_in_one_line(overrides, said):
     with pytest.raises(ValueError) as refused:
         load_config(None, [*FLOAT, *overrides])
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_14_band_config_has_satvision_toas_settings():
+    """pytorch-caney's configs/mim_pretrain_swinv2_satvision_giant_128_onecycle_100ep.yaml and modis_toa_scale.py."""
+    cfg = load_config(Path(__file__).parents[2] / "configs/satellite/satvision_toa.yaml")
+    model = encoder_settings(cfg.model.encoder_kwargs())
+    sizes = dict(embed_dim=512, depths=(2, 2, 42, 2), num_heads=(16, 32, 64, 128), window_size=8, extra_norm_period=6)
+    sizes |= dict(img_size=128, in_chans=14, patch_size=4)
+    assert {key: model[key] for key in sizes} == sizes
+    assert (cfg.objective.mask_ratio, cfg.objective.unit, cfg.train.epochs) == (0.6, 8, 50)
+    schedule = make_schedule(cfg, 10, 512)
+    assert [schedule(step) for step in (0, 150, 499)] == pytest.approx([2e-4, 3e-4, 2e-4], rel=1e-3)
+    low, width = np.array(cfg.data.mean), np.array(cfg.data.std)
+    largest = {0: 100, 5: 352.7182, 6: 100, 7: 261.2920, 13: 285.9848}
+    scaled = [(value - low[band]) / width[band] for band, value in largest.items()]
+    assert scaled == pytest.approx([1] * len(largest), abs=1e-6)
