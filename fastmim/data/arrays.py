@@ -89,8 +89,6 @@ def stated_no_data(data: bytes | bytearray) -> str | None:
 
 def _bands_first(values: Array, in_chans: int, order: str) -> Array:
     shape = "x".join(map(str, values.shape))
-    if values.dtype.kind not in "iuf" or values.dtype.itemsize > _GREATEST:
-        raise UnusableError(f"samples of type {values.dtype}: must be integers or floats")
     if values.ndim == 2:
         values, order = values[None], "first"
     if values.ndim != 3 or not values.size:
@@ -149,6 +147,7 @@ def _check_page(page: Any) -> None:
     if page.axes not in ("YX", "YXS", "SYX") or 0 in page.shape:
         what = f"{page.axes or 'none'} of {'x'.join(map(str, page.shape)) or 'no'} samples"
         raise UnusableError(f"TIFF with axes {what}: must be rows and columns, with or without bands")
+    _check_type(page.dtype)
     # Else each of the millions of tiles that a damaged header may promise is looked for.
     there, wanted = len(page.dataoffsets), math.prod(page.chunked)
     if there != wanted:
@@ -170,8 +169,7 @@ def _npz(data: bytes | bytearray, array: str | None) -> Array:
 
 def _npy(file: Any) -> Array:
     shape, fortran, dtype = _header(file)
-    if dtype.hasobject or dtype.kind not in "iuf":
-        raise UnusableError(f"samples of type {str(dtype)[:60]}: must be integers or floats")
+    _check_type(dtype)
     count = math.prod(shape)
     if min(shape, default=1) < 1:
         raise UnusableError(f"array of shape {shape}: must be rows x columns, with an axis of bands first or last")
@@ -191,6 +189,11 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     if read is None:
         raise UnusableError(f"an .npy of version {version}: 1.0 and 2.0 are read")
     return read(file)
+
+
+def _check_type(dtype: np.dtype[Any] | None) -> None:
+    if dtype is None or dtype.kind not in "iuf" or dtype.itemsize > _GREATEST:
+        raise UnusableError(f"samples of type {str(dtype)[:60]}: must be integers or floats of 8 to 64 bits")
 
 
 def _check_samples(count: int) -> None:
