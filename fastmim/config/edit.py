@@ -24,7 +24,7 @@ def with_values(text: str, section: str, values: Mapping[str, Any]) -> str:
         raise ValueError(f"expected sections, and {section} with keys and values")
     wanted = {**tree, section: {**(tree.get(section) or {}), **values}}
     try:
-        for key, value in reversed(values.items()):  # each goes to the top
+        for key, value in reversed(list(values.items())):  # each goes to the top
             text = _with(text, section, key, yaml_text.dump([value]).strip()[1:-1])
         if yaml_text.parse(text) == wanted:
             return text
@@ -39,8 +39,8 @@ def _with(text: str, section: str, key: str, shown: str) -> str:
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     found = _entry(root, section)
     if found is None:
-        end = "" if not text or text.endswith("\n") else "\n"
-        return f"{text}{end}{section}:\n  {key}: {shown}\n"
+        gap = "" if not text or text.endswith("\n") else "\n"
+        return f"{text}{gap}{section}:\n  {key}: {shown}\n"
     name, body = found
     entry = _entry(body, key)
     if entry is not None:
@@ -52,8 +52,8 @@ def _with(text: str, section: str, key: str, shown: str) -> str:
         mark = keys[0][0].start_mark
         gap = ", " if body.flow_style else f"\n{' ' * mark.column}"
         return f"{text[: mark.index]}{key}: {shown}{gap}{text[mark.index :]}"
-    at = text.index(":", name.end_mark.index) + 1  # a section without keys is null
-    return f"{text[:at]}\n  {key}: {shown}{text[at:]}"
+    after = text.index(":", name.end_mark.index) + 1  # a section without keys is null
+    return f"{text[:after]}\n  {key}: {shown}{text[after:]}"
 
 
 def _entry(node: Any, key: str) -> tuple[yaml.Node, yaml.Node] | None:

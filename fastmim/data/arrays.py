@@ -6,12 +6,10 @@ Sizes come from headers, and are judged before memory is taken for what they pro
 from __future__ import annotations
 
 import io
-import itertools
 import logging
 import math
 import warnings
 import zipfile
-import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -72,10 +70,8 @@ def stored_bands(
             values, settled = _npz(data, array) if data.startswith(NPZ) else _npy(io.BytesIO(data)), False
     except UnusableError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as err:
-        raise UnusableError(f"damaged, or not a kind that is read: {_line(err)}") from None
-    except Exception as err:  # tifffile meets damaged files with whatever Python raises
-        raise UnusableError(_with_fix(_line(err))) from None
+    except Exception as err:  # tifffile, NumPy and zipfile meet damaged files with whatever Python raises
+        raise UnusableError(_reason(err)) from None
     return _bands_first(values, in_chans, "first" if settled else channel_order)
 
 
@@ -93,8 +89,6 @@ def stated_no_data(data: bytes | bytearray) -> str | None:
 
 def _bands_first(values: Array, in_chans: int, order: str) -> Array:
     shape = "x".join(map(str, values.shape))
-    if values.dtype.kind not in "iuf" or values.dtype.itemsize > _GREATEST:
-        raise UnusableError(f"samples of type {values.dtype}: must be integers or floats")
     if values.ndim == 2:
         values, order = values[None], "first"
     if values.ndim != 3 or not values.size:
@@ -118,12 +112,7 @@ def _bands_first(values: Array, in_chans: int, order: str) -> Array:
 def _tiff(data: bytes | bytearray) -> tuple[Array, bool]:
     """The samples, and whether the file itself says that the bands are first."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        pages = list(itertools.islice(file.pages, _MAX_PAGES + 1))
-        if len(pages) > _MAX_PAGES:
-            raise UnusableError(f"more than {_MAX_PAGES} pages")
-        if not pages:
-            raise UnusableError("damaged TIFF: it has no page")
-        whole: list[Any] = [page for page in pages if not (page.is_reduced or page.is_mask)] or pages[:1]
+        whole = _pages(file)
         first = whole[0]
         if len({page.shape for page in whole}) > 1:
             sizes = ", ".join(dict.fromkeys("x".join(map(str, page.shape)) for page in whole[:5]))
@@ -131,14 +120,38 @@ def _tiff(data: bytes | bytearray) -> tuple[Array, bool]:
         if len(whole) > 1 and first.samplesperpixel > 1:
             rule = "bands are in one page, or one a page"
             raise UnusableError(f"{len(whole)} pages of {first.samplesperpixel} bands each: {rule}")
-        if first.axes not in ("YX", "YXS", "SYX"):
-            raise UnusableError(f"TIFF of axes {first.axes}: must be rows and columns, with or without bands")
         _check_samples(math.prod(first.shape) * len(whole))
         # In this thread: a worker's others would outlive what it answers.
         planes = [page.asarray(maxworkers=1) for page in whole]
     if len(planes) > 1:
         return np.stack(planes), False
     return (planes[0].transpose(2, 0, 1) if first.axes == "YXS" else planes[0]), True
+
+
+def _pages(file: tifffile.TiffFile) -> list[Any]:
+    """Those of full size that are no masks; the first where all are."""
+    pages: list[Any] = []
+    places: set[int] = set()
+    for page in file.pages:
+        _check_page(page)
+        if page.offset in places or len(pages) == _MAX_PAGES:
+            raise UnusableError(f"damaged TIFF: its pages lead back to one of them, or are more than {_MAX_PAGES}")
+        places.add(page.offset)
+        pages.append(page)
+    if not pages:
+        raise UnusableError("damaged TIFF: it has no page")
+    return [page for page in pages if not (page.is_reduced or page.is_mask)] or pages[:1]
+
+
+def _check_page(page: Any) -> None:
+    if page.axes not in ("YX", "YXS", "SYX") or 0 in page.shape:
+        what = f"{page.axes or 'none'} of {'x'.join(map(str, page.shape)) or 'no'} samples"
+        raise UnusableError(f"TIFF with axes {what}: must be rows and columns, with or without bands")
+    _check_type(page.dtype)
+    # Else each of the millions of tiles that a damaged header may promise is looked for.
+    there, wanted = len(page.dataoffsets), math.prod(page.chunked)
+    if there != wanted:
+        raise UnusableError(f"damaged TIFF: {there} of {wanted} strips or tiles")
 
 
 def _npz(data: bytes | bytearray, array: str | None) -> Array:
@@ -156,8 +169,7 @@ def _npz(data: bytes | bytearray, array: str | None) -> Array:
 
 def _npy(file: Any) -> Array:
     shape, fortran, dtype = _header(file)
-    if dtype.hasobject or dtype.kind not in "iuf":
-        raise UnusableError(f"samples of type {str(dtype)[:60]}: must be integers or floats")
+    _check_type(dtype)
     count = math.prod(shape)
     if min(shape, default=1) < 1:
         raise UnusableError(f"array of shape {shape}: must be rows x columns, with an axis of bands first or last")
@@ -179,14 +191,17 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return read(file)
 
 
+def _check_type(dtype: np.dtype[Any] | None) -> None:
+    if dtype is None or dtype.kind not in "iuf" or dtype.itemsize > _GREATEST:
+        raise UnusableError(f"samples of type {str(dtype)[:60]}: must be integers or floats of 8 to 64 bits")
+
+
 def _check_samples(count: int) -> None:
     if count > MAX_SAMPLES:
         raise UnusableError(f"{count} samples are more than {MAX_SAMPLES} (decompression bomb?)")
 
 
-def _line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]
-
-
-def _with_fix(reason: str) -> str:
-    return f"{reason}: {install_extra('bands')}" if "imagecodecs" in reason else reason
+def _reason(err: Exception) -> str:
+    line = (str(err).strip() or type(err).__name__).splitlines()[0]
+    fix = f"{line}: {install_extra('bands')}"
+    return fix if "imagecodecs" in line else f"damaged, or not a kind that is read: {line}"

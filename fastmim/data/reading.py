@@ -67,8 +67,8 @@ def check_reading(
         raise ValueError(f"data.channel_order={channel_order!r}: unknown; use one of {', '.join(ORDERS)}")
     if no_data is not None and no_data != "nan" and not (isinstance(no_data, (int, float)) and math.isfinite(no_data)):
         raise ValueError(f"data.no_data={no_data}: must be a number, nan or null")
-    given = {"value_range": value_range, "alpha": alpha, "no_data": no_data, "array": array,
-             "channel_order": channel_order}  # fmt: skip
+    given: dict[str, Any] = {"value_range": value_range, "alpha": alpha}
+    given |= {"no_data": no_data, "array": array, "channel_order": channel_order}
     (other,) = (one for one in PIXELS if one != pixels)
     for key, default in _ONLY[other].items():
         if given[key] != default:
