@@ -77,7 +77,7 @@ def plain_features(objective, path):
         ("nowhere", [], "no encoder there; give a run's output folder"),
         ("alien.safetensors", [], "says nothing of its architecture"),
         ("alien.safetensors", ["optim.lr=1"], "optim.lr=1: probe takes data."),
-        ("alien.safetensors", ["--labels", "none.csv"], "data.labels=none.csv: no such file"),
+        ("own.safetensors", ["--labels", "none.csv"], "data.labels=none.csv: no such file"),
     ],
 )
 def test_what_cannot_be_probed_is_one_line(source, rest, words, labelled, tmp_path, monkeypatch, capsys):
@@ -85,6 +85,7 @@ def test_what_cannot_be_probed_is_one_line(source, rest, words, labelled, tmp_pa
 
     monkeypatch.chdir(tmp_path)
     save_file({"x": torch.zeros(1)}, "alien.safetensors")
+    save_file({"x": torch.zeros(1)}, "own.safetensors", {"encoder": '{"name": "vit"}'})
     assert cli.main(["probe", source, str(labelled), *rest]) == 2
     line = capsys.readouterr().err
     assert words in line and line.count("\n") == 1
