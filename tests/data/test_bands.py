@@ -20,6 +20,7 @@ from fastmim.data.order import augment_random
 from fastmim.data.source import open_index
 from fastmim.data.survey import survey
 from fastmim.data.worker import EncodedDataset
+from fastmim.plan.own_facts import look
 
 # Odd, and unequal: no axis can be taken for another. 14 bits: 8 would not hold them.
 BANDS = np.random.default_rng(0).integers(0, 1 << 14, (13, 17, 23)).astype(np.uint16)
@@ -165,6 +166,7 @@ def test_pages_that_are_no_bands():
     with tifffile.TiffWriter(file) as writer:
         writer.write(LAST, planarconfig="contig", subifds=0, **GREY)
         writer.write(LAST[::2, ::2], planarconfig="contig", subfiletype=1, **GREY)  # an overview, as GDAL's
+        writer.write(LAST[..., 0] > 0, subfiletype=4, **GREY)  # and its mask, of one bit
     assert (bands(file.getvalue()) == BANDS).all()
     for second, reason in ((LAST[::2], "2 pages of different sizes"), (LAST, "2 pages of 13 bands each")):
         file = io.BytesIO()
@@ -367,6 +369,8 @@ def test_arrays_are_images_of_floats_alone(folder, caplog):
     assert len(open_index(folder)) == 6 and len(open_index(folder, pixels="float32")) == 16
     assert "left out 10 images in a format that is not read (.npy: 6, .npz: 4)" in caplog.text
     assert "or set data.pixels=float32, which reads .npy and .npz" in caplog.text
+    heads = look(open_index(folder, pixels="float32"), bands=READING)
+    assert [tuple(head) for head in heads] == [(40, 44, False, False)] * 12
     usable, bad = check_images(folder, in_chans=13, no_data=0.0, **FLOAT)
     assert usable == 12 and {path.rpartition("/")[2] for path in bad} == {"few.npy", "nan.npy", "text.tif", "photo.png"}
     with pytest.raises(DecodeError, match="a NumPy array; data.pixels=float32 reads"):
