@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import zipfile
 
@@ -12,14 +13,17 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
+from fastmim.config import Config, DataSection
 from fastmim.data import build_loader, check_images, pack_images
 from fastmim.data.arrays import MAX_SAMPLES
 from fastmim.data.augment import Crop, View, apply_crop, check_views, draw_crop
 from fastmim.data.decode import DecodeError, decode_image
 from fastmim.data.order import augment_random
+from fastmim.data.reading import KEYS, OPENING
 from fastmim.data.source import open_index
 from fastmim.data.survey import survey
 from fastmim.data.worker import EncodedDataset
+from fastmim.engine.train import run_identity
 from fastmim.plan.own_facts import look
 
 # Odd, and unequal: no axis can be taken for another. 14 bits: 8 would not hold them.
@@ -398,6 +402,20 @@ def test_noise_of_any_number_of_bands():
         how = dict(img_size=(8, 8), in_chans=13, micro_batch_size=4, loader="synthetic", pixels=pixels)
         batch = next(build_loader(**how).epoch(0))
         assert batch.images.shape == (4, 13, 8, 8) and batch.images.dtype == dtype
+
+
+def test_one_list_says_how_images_are_read(photos):
+    fields, known = set(DataSection.model_fields), set(inspect.signature(decode_image).parameters)
+    assert set(KEYS) <= fields & known and set(OPENING) <= fields & set(inspect.signature(open_index).parameters)
+    with pytest.raises(TypeError, match="unknown arguments: no_date"):
+        build_loader(path=photos, img_size=(8, 8), micro_batch_size=1, no_date=0)
+    # A run that reads otherwise is another run, and one of before these keys is the same.
+    own = {"pixels": "float32", "mean": (2.0,), "std": (3.0,)}
+    changes = {"no_data": 0.0, "rot90": True, "exif_orientation": True, "array": "x", "channel_order": "last"}
+    plain, base = (run_identity(Config(data=data), 8, None) for data in ({}, own))
+    assert base != plain and not {f"data.{key}" for key in (*changes, "pixels")} & set(plain)
+    for key, value in changes.items():
+        assert run_identity(Config(data=own | {key: value}), 8, None) == base | {f"data.{key}": value}
 
 
 def test_gdals_no_data_is_told_of(tmp_path):
