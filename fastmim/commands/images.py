@@ -90,7 +90,7 @@ def data_clusters(options: argparse.Namespace) -> int:
     from fastmim.data.reading import opening_of, reading_of
     from fastmim.evaluate.clusters import write_clusters
 
-    cfg = load_config(None, options.overrides)
+    cfg = load_config(None, [*UNNORMALISED, *options.overrides])
     how: dict[str, Any] = dict(encoder=cfg.model.encoder_kwargs(), seed=cfg.train.seed)
     how |= opening_of(cfg.data) | reading_of(cfg.data)
     with naming(options.out), bar() as progress:

@@ -51,12 +51,11 @@ def _put(target: Path, config: str, overrides: list[str], values: dict[str, list
     from fastmim.config.edit import with_values
     from fastmim.config.yaml_text import dump
 
-    if target.exists():
-        text = target.read_text(encoding="utf-8")
-    else:
-        base = os.path.relpath(config, target.parent)
-        text = dump({"base": base, **read_tree(None, overrides)})
     try:
+        if target.exists():
+            text = target.read_text(encoding="utf-8")
+        else:
+            text = dump({"base": os.path.relpath(config, target.parent), **read_tree(None, overrides)})
         write_text(target, with_values(text, "data", values))
     except ValueError as error:
         raise ValueError(f"--write {target}: {error}") from None

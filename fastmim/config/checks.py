@@ -88,10 +88,10 @@ def bands(given: Sequence[int] | None, in_chans: int) -> None:
 
 def reading(data: Any) -> None:
     """What says how a file is read goes together; for samples as they are stored no mean is known beforehand."""
-    from fastmim.data.reading import check_reading, checked
+    from fastmim.data.reading import check_reading, checked, reading_of
 
     try:
-        check_reading(**checked(dict(data)))
+        check_reading(**checked(reading_of(data)))
     except ValueError as error:
         raise problem(str(error)) from None
     for key in ("mean", "std"):

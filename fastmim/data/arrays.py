@@ -80,7 +80,8 @@ def stated_no_data(data: bytes | bytearray) -> str | None:
     if not data.startswith(tiff.MAGIC):
         return None
     try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
+        with warnings.catch_warnings(), tifffile.TiffFile(io.BytesIO(data)) as file:
+            warnings.simplefilter("ignore")  # told of where the image is read
             tag = file.pages.first.tags.get(tiff.GDAL_NO_DATA)
             return None if tag is None else str(tag.value).strip("\0 ")[:40]
     except Exception:  # as in :func:`stored_bands`, where it is said
@@ -129,18 +130,20 @@ def _tiff(data: bytes | bytearray) -> tuple[Array, bool]:
 
 
 def _pages(file: tifffile.TiffFile) -> list[Any]:
-    """Those of full size that are no masks; the first where all are."""
+    """Those of full size that are no masks."""
     pages: list[Any] = []
     places: set[int] = set()
     for page in file.pages:
-        _check_page(page)
         if page.offset in places or len(pages) == _MAX_PAGES:
             raise UnusableError(f"damaged TIFF: its pages lead back to one of them, or are more than {_MAX_PAGES}")
         places.add(page.offset)
         pages.append(page)
-    if not pages:
-        raise UnusableError("damaged TIFF: it has no page")
-    return [page for page in pages if not (page.is_reduced or page.is_mask)] or pages[:1]
+    whole = [page for page in pages if not (page.is_reduced or page.is_mask)]
+    if not whole:
+        raise UnusableError("damaged TIFF: it has no page of an image in full size")
+    for page in whole:
+        _check_page(page)
+    return whole
 
 
 def _check_page(page: Any) -> None:

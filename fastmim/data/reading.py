@@ -40,7 +40,9 @@ def opening_of(section: Any) -> dict[str, Any]:
 
 
 def checked(reading: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some keys for :func:`check_reading`."""
+    """Those of some :data:`KEYS` for :func:`check_reading`; TypeError where others are among them."""
+    if unknown := sorted(set(reading) - set(KEYS)):
+        raise TypeError(f"unknown arguments: {', '.join(unknown)}")
     return {key: reading[key] for key in ("pixels", *_ONLY["uint8"], *_ONLY["float32"]) if key in reading}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import zipfile
 
@@ -12,14 +13,18 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
+from fastmim.config import Config, DataSection
 from fastmim.data import build_loader, check_images, pack_images
 from fastmim.data.arrays import MAX_SAMPLES
 from fastmim.data.augment import Crop, View, apply_crop, check_views, draw_crop
 from fastmim.data.decode import DecodeError, decode_image
 from fastmim.data.order import augment_random
+from fastmim.data.reading import KEYS, OPENING
 from fastmim.data.source import open_index
 from fastmim.data.survey import survey
 from fastmim.data.worker import EncodedDataset
+from fastmim.engine.train import run_identity
+from fastmim.plan.own_facts import look
 
 # Odd, and unequal: no axis can be taken for another. 14 bits: 8 would not hold them.
 BANDS = np.random.default_rng(0).integers(0, 1 << 14, (13, 17, 23)).astype(np.uint16)
@@ -165,6 +170,7 @@ def test_pages_that_are_no_bands():
     with tifffile.TiffWriter(file) as writer:
         writer.write(LAST, planarconfig="contig", subifds=0, **GREY)
         writer.write(LAST[::2, ::2], planarconfig="contig", subfiletype=1, **GREY)  # an overview, as GDAL's
+        writer.write(LAST[..., 0] > 0, subfiletype=4, **GREY)  # and its mask, of one bit
     assert (bands(file.getvalue()) == BANDS).all()
     for second, reason in ((LAST[::2], "2 pages of different sizes"), (LAST, "2 pages of 13 bands each")):
         file = io.BytesIO()
@@ -367,6 +373,8 @@ def test_arrays_are_images_of_floats_alone(folder, caplog):
     assert len(open_index(folder)) == 6 and len(open_index(folder, pixels="float32")) == 16
     assert "left out 10 images in a format that is not read (.npy: 6, .npz: 4)" in caplog.text
     assert "or set data.pixels=float32, which reads .npy and .npz" in caplog.text
+    heads = look(open_index(folder, pixels="float32"), bands=READING)
+    assert [tuple(head) for head in heads] == [(40, 44, False, False)] * 12
     usable, bad = check_images(folder, in_chans=13, no_data=0.0, **FLOAT)
     assert usable == 12 and {path.rpartition("/")[2] for path in bad} == {"few.npy", "nan.npy", "text.tif", "photo.png"}
     with pytest.raises(DecodeError, match="a NumPy array; data.pixels=float32 reads"):
@@ -394,6 +402,20 @@ def test_noise_of_any_number_of_bands():
         how = dict(img_size=(8, 8), in_chans=13, micro_batch_size=4, loader="synthetic", pixels=pixels)
         batch = next(build_loader(**how).epoch(0))
         assert batch.images.shape == (4, 13, 8, 8) and batch.images.dtype == dtype
+
+
+def test_one_list_says_how_images_are_read(photos):
+    fields, known = set(DataSection.model_fields), set(inspect.signature(decode_image).parameters)
+    assert set(KEYS) <= fields & known and set(OPENING) <= fields & set(inspect.signature(open_index).parameters)
+    with pytest.raises(TypeError, match="unknown arguments: no_date"):
+        build_loader(path=photos, img_size=(8, 8), micro_batch_size=1, no_date=0)
+    # A run that reads otherwise is another run, and one of before these keys is the same.
+    own = {"pixels": "float32", "mean": (2.0,), "std": (3.0,)}
+    changes = {"no_data": 0.0, "rot90": True, "exif_orientation": True, "array": "x", "channel_order": "last"}
+    plain, base = (run_identity(Config(data=data), 8, None) for data in ({}, own))
+    assert base != plain and not {f"data.{key}" for key in (*changes, "pixels")} & set(plain)
+    for key, value in changes.items():
+        assert run_identity(Config(data=own | {key: value}), 8, None) == base | {f"data.{key}": value}
 
 
 def test_gdals_no_data_is_told_of(tmp_path):
