@@ -5,6 +5,7 @@ Sizes come from headers, and are judged before memory is taken for what they pro
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -13,7 +14,6 @@ import zipfile
 from typing import Any, BinaryIO
 
 import numpy as np
-import tifffile
 
 from fastmim.data import tiff
 from fastmim.data.samples import UnusableError
@@ -34,9 +34,15 @@ class _AsWarning(logging.Handler):
         warnings.warn(record.getMessage(), stacklevel=2)
 
 
-_TIFFFILE = logging.getLogger("tifffile")
-_TIFFFILE.propagate = False
-_TIFFFILE.addHandler(_AsWarning(logging.WARNING))
+@functools.cache
+def _tifffile() -> Any:
+    """tifffile, imported with the first TIFF: kernels are tested on machines that have torch and little else."""
+    import tifffile
+
+    log = logging.getLogger("tifffile")
+    log.propagate = False
+    log.addHandler(_AsWarning(logging.WARNING))
+    return tifffile
 
 
 def is_stored(data: bytes | bytearray) -> bool:
@@ -80,7 +86,7 @@ def stated_no_data(data: bytes | bytearray) -> str | None:
     if not data.startswith(tiff.MAGIC):
         return None
     try:
-        with warnings.catch_warnings(), tifffile.TiffFile(io.BytesIO(data)) as file:
+        with warnings.catch_warnings(), _tifffile().TiffFile(io.BytesIO(data)) as file:
             warnings.simplefilter("ignore")  # told of where the image is read
             tag = file.pages.first.tags.get(tiff.GDAL_NO_DATA)
             return None if tag is None else str(tag.value).strip("\0 ")[:40]
@@ -112,7 +118,7 @@ def _bands_first(values: Array, in_chans: int, order: str) -> Array:
 
 def _tiff(data: bytes | bytearray) -> tuple[Array, bool]:
     """The samples, and whether the file itself says that the bands are first."""
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
+    with _tifffile().TiffFile(io.BytesIO(data)) as file:
         whole = _pages(file)
         first = whole[0]
         if len({page.shape for page in whole}) > 1:
@@ -129,8 +135,8 @@ def _tiff(data: bytes | bytearray) -> tuple[Array, bool]:
     return (planes[0].transpose(2, 0, 1) if first.axes == "YXS" else planes[0]), True
 
 
-def _pages(file: tifffile.TiffFile) -> list[Any]:
-    """Those of full size that are no masks."""
+def _pages(file: Any) -> list[Any]:
+    """Those of a TiffFile in full size that are no masks."""
     pages: list[Any] = []
     places: set[int] = set()
     for page in file.pages:
@@ -206,5 +212,6 @@ def _check_samples(count: int) -> None:
 
 def _reason(err: Exception) -> str:
     line = (str(err).strip() or type(err).__name__).splitlines()[0]
-    fix = f"{line}: {install_extra('bands')}"
-    return fix if "imagecodecs" in line else f"damaged, or not a kind that is read: {line}"
+    if "imagecodecs" in line or isinstance(err, ImportError):
+        return f"{line}: {install_extra('bands')}"
+    return f"damaged, or not a kind that is read: {line}"
