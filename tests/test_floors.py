@@ -29,7 +29,7 @@ ALLOWED = {
     },
     "fastmim.__main__": {"fastmim.cli"},
     # The checks ask the encoders what they take, and the mask how many units it hides.
-    "fastmim.config": {"fastmim.models", "fastmim.objectives", "fastmim.files"},
+    "fastmim.config": {"fastmim.models", "fastmim.objectives", "fastmim.files", "fastmim.wording"},
     "fastmim.engine": {
         "fastmim.evaluate",
         "fastmim.interop",

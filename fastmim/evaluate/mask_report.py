@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,6 @@ class MaskReport:
         units: Hidden units of every image and all of them; None where masks are of patches or tokens.
         ratio: Mean share of hidden pixels.
         distance: AvgDist in pixels, see :func:`.mask_distance.average_distance`.
-        table: AvgDist of other masks of this kind, by (unit, ratio).
     """
 
     hidden: Tensor
@@ -55,7 +55,11 @@ class MaskReport:
     units: tuple[int, int] | None
     ratio: float
     distance: float
-    table: dict[tuple[int, float], float]
+
+    @cached_property
+    def table(self) -> dict[tuple[int, float], float]:
+        """AvgDist of other masks of this kind, by (unit, ratio)."""
+        return distance_table(self.img_size, table_units(self.img_size, self.unit), self.kind)
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -68,19 +72,23 @@ class MaskReport:
         return distance_band(self.img_size)
 
     def __str__(self) -> str:
-        height, width = self.img_size
-        count = "" if self.units is None else f": {self.units[0]} of {plural(self.units[1], 'unit')}"
+        facts = [f"{name:<10}{value}" for name, value in self.facts().items()]
+        title = f"AvgDist of {self.kind} masks by unit and ratio, px; * = in the band"
+        return "\n".join([self.what(), *facts, "", title, *_table_lines(self)])
+
+    def what(self) -> str:
+        """Which masks these are."""
         of_units = "masks of cells" if self.units is None else f"{self.kind} masks of units"
-        lines = [
-            f"{of_units} of {self.unit} px in images of {height} × {width} px",
-            f"hidden    {100 * self.ratio:.1f} % of the pixels{count}",
-            f"AvgDist   {self.distance:.1f} px, {_place(self.distance, self.band)}",
-            _origin(self.band),
-            "",
-            f"AvgDist of {self.kind} masks by unit and ratio, px; * = in the band",
-            *_table_lines(self),
-        ]
-        return "\n".join(lines)
+        return f"{of_units} of {self.unit} px in images of {self.img_size[0]} × {self.img_size[1]} px"
+
+    def facts(self) -> dict[str, str]:
+        """What they hide, by name."""
+        count = "" if self.units is None else f": {self.units[0]} of {plural(self.units[1], 'unit')}"
+        return {
+            "hidden": f"{100 * self.ratio:.1f} % of the pixels{count}",
+            "AvgDist": f"{self.distance:.1f} px, {_place(self.distance, self.band)}",
+            "band": _origin(self.band),
+        }
 
 
 def mask_report(objective: Any, *, seed: int = 0, epoch: int = 0, count: int = SHOWN) -> MaskReport:
@@ -112,7 +120,6 @@ def mask_report(objective: Any, *, seed: int = 0, epoch: int = 0, count: int = S
         None if units is None else (units.hidden, units.hidden + units.shown),
         float(hidden.double().mean()),
         average_distance(hidden),
-        distance_table(size, table_units(size, unit), kind),
     )
 
 
@@ -125,7 +132,7 @@ def _place(distance: float, band: tuple[float, float]) -> str:
 
 def _origin(band: tuple[float, float]) -> str:
     low, high = PUBLISHED_BAND
-    text = f"band      {low:g} to {high:g} px, of SimMIM's good runs (Swin-B, images of {PUBLISHED_SIZE} px)"
+    text = f"{low:g} to {high:g} px, of SimMIM's good runs (Swin-B, images of {PUBLISHED_SIZE} px)"
     return text if band == PUBLISHED_BAND else f"{text}; here {band[0]:.1f} to {band[1]:.1f} px in proportion, a guess"
 
 
