@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fastmim.data.labelled import LabelledImages
@@ -58,6 +59,7 @@ def probe_encoder(
     *,
     micro_batch_size: int,
     reading: Mapping[str, Any],
+    untrained: bool = False,
     **how: Any,
 ) -> tuple[Report, dict[str, Any]]:
     """Probe an encoder on labelled images; every rank calls it.
@@ -68,6 +70,7 @@ def probe_encoder(
         world: this process.
         micro_batch_size: images of a rank in one forward pass.
         reading: arguments of :func:`fastmim.data.build_loader`.
+        untrained: the same encoder with new weights, to compare with.
         how: arguments of :func:`fastmim.evaluate.probe.probe`.
 
     Returns:
@@ -77,7 +80,7 @@ def probe_encoder(
         ValueError: there is no encoder at ``source``, or it does not say what it is.
     """
     with encoder_file(Path(source)) as file:
-        objective = load_encoder(file).to(world.device)
+        objective = load_encoder(file, untrained=untrained).to(world.device)
 
     def load(augmented: bool = False) -> Any:
         return images.loader(
@@ -136,9 +139,9 @@ def encoder_facts(file: Path) -> dict[str, Any]:
     return facts
 
 
-def load_encoder(file: Path) -> Objective:
+def load_encoder(file: Path, *, untrained: bool = False) -> Objective:
     """An encoder of a file that fastmim has written, with the statistics of its images, in an objective that does
-    nothing else.
+    nothing else; ``untrained``: with weights as a run of seed 0 might begin with, the same at every call.
 
     Raises:
         ValueError: the file does not say what encoder it holds.
@@ -146,6 +149,9 @@ def load_encoder(file: Path) -> Objective:
     facts = encoder_facts(file)
     statistics = facts.get("statistics", {})
     means = {key: statistics[key] for key in ("mean", "std") if statistics.get(key)}
-    objective = Objective(encoder=facts["encoder"], **means)
-    load_weights(objective, file)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        objective = Objective(encoder=facts["encoder"], **means)
+    if not untrained:
+        load_weights(objective, file)
     return objective.eval()
