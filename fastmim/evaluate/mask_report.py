@@ -72,23 +72,26 @@ class MaskReport:
         return distance_band(self.img_size)
 
     def __str__(self) -> str:
-        facts = [f"{name:<10}{value}" for name, value in self.facts().items()]
-        title = f"AvgDist of {self.kind} masks by unit and ratio, px; * = in the band"
-        return "\n".join([self.what(), *facts, "", title, *_table_lines(self)])
+        lines = [
+            self.what(),
+            f"hidden    {self.share()}",
+            f"AvgDist   {self.distance:.1f} px, {_place(self.distance, self.band)}",
+            _origin(self.band),
+            "",
+            f"AvgDist of {self.kind} masks by unit and ratio, px; * = in the band",
+            *_table_lines(self),
+        ]
+        return "\n".join(lines)
 
     def what(self) -> str:
         """Which masks these are."""
         of_units = "masks of cells" if self.units is None else f"{self.kind} masks of units"
         return f"{of_units} of {self.unit} px in images of {self.img_size[0]} × {self.img_size[1]} px"
 
-    def facts(self) -> dict[str, str]:
-        """What they hide, by name."""
+    def share(self) -> str:
+        """How much they hide."""
         count = "" if self.units is None else f": {self.units[0]} of {plural(self.units[1], 'unit')}"
-        return {
-            "hidden": f"{100 * self.ratio:.1f} % of the pixels{count}",
-            "AvgDist": f"{self.distance:.1f} px, {_place(self.distance, self.band)}",
-            "band": _origin(self.band),
-        }
+        return f"{100 * self.ratio:.1f} % of the pixels{count}"
 
 
 def mask_report(objective: Any, *, seed: int = 0, epoch: int = 0, count: int = SHOWN) -> MaskReport:
@@ -132,7 +135,7 @@ def _place(distance: float, band: tuple[float, float]) -> str:
 
 def _origin(band: tuple[float, float]) -> str:
     low, high = PUBLISHED_BAND
-    text = f"{low:g} to {high:g} px, of SimMIM's good runs (Swin-B, images of {PUBLISHED_SIZE} px)"
+    text = f"band      {low:g} to {high:g} px, of SimMIM's good runs (Swin-B, images of {PUBLISHED_SIZE} px)"
     return text if band == PUBLISHED_BAND else f"{text}; here {band[0]:.1f} to {band[1]:.1f} px in proportion, a guess"
 
 

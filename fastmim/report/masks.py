@@ -40,9 +40,9 @@ def masks_of(run: RunFiles) -> Masks | None:
         found = mask_report(objective, seed=settings.get("train.seed") or 0, epoch=epoch)
     except ValueError:
         return None
-    facts = "; ".join(f"{name} {value}" for name, value in found.facts().items())
-    what = f"{found.what()}, filled where hidden, as epoch {epoch} draws them for the first {SHOWN} images"
-    return Masks([_svg(one, found.unit) for one in found.hidden[:SHOWN]], f"{what}: {facts}.")
+    what = f"The first {SHOWN} {found.what()} of epoch {epoch}, filled where hidden: {found.share()}"
+    distance = f"AvgDist, from a hidden pixel to the nearest visible one, {found.distance:.1f} px"
+    return Masks([_svg(one, found.unit) for one in found.hidden[:SHOWN]], f"{what}; {distance}.")
 
 
 def _svg(hidden: Tensor, unit: int) -> str:
