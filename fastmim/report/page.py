@@ -64,7 +64,7 @@ def render(runs: Sequence[RunFiles]) -> str:
         runs=[_shown(run, colour) for run, colour in zip(runs, cycle(COLOURS), strict=False)],
         numbers=numbers(runs),
         charts=[(chart, Markup(svg)) for chart, svg in drawn if svg is not None],
-        masks=[(run.name, list(map(Markup, found.svgs)), found.said) for run in runs if (found := masks_of(run))],
+        masks=[(run.name, list(map(Markup, one.svgs)), one.said) for run in runs if (one := masks_of(run))],
         mixed=len({run.settings[OBJECTIVE] for run in runs}) > 1,
         pictures=[found for run in runs if (found := _pictures(run))],
         classes=[_classes(run) for run in runs if run.classes],
