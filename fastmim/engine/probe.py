@@ -141,7 +141,7 @@ def encoder_facts(file: Path) -> dict[str, Any]:
 
 def load_encoder(file: Path, *, untrained: bool = False) -> Objective:
     """An encoder of a file that fastmim has written, with the statistics of its images, in an objective that does
-    nothing else; ``untrained``: with weights as a run of seed 0 might begin with, the same at every call.
+    nothing else; ``untrained``: with new weights, the same at every call.
 
     Raises:
         ValueError: the file does not say what encoder it holds.
