@@ -14,7 +14,7 @@ from fastmim.engine.saved import objective_of
 from fastmim.evaluate.mask_report import SHOWN, mask_report
 from fastmim.report.runs import RunFiles
 
-_MOST_PIXELS = 1 << 21
+_MOST_PIXELS = 1 << 19
 """Of an image: the masks of a larger one are left to `fastmim masks`, which takes a while."""
 
 
@@ -31,14 +31,14 @@ def masks_of(run: RunFiles) -> Masks | None:
     try:
         with FakeTensorMode():  # the weights of a giant are not needed
             objective: Any = built(lambda: objective_of(settings, run.folder))
-    except (ValueError, TypeError, OSError) as error:
+    except Exception as error:  # settings of another version may fail anywhere; the rest of the page is worth having
         return Masks([], f"Not drawn: {' '.join(str(error).split())[:300]}")
     if math.prod(objective.img_size) > _MOST_PIXELS:
         return Masks([], "Not drawn of images as large as these: see `fastmim masks`.")
-    epoch = int(run.last("epoch") or 0)
     try:
-        found = mask_report(objective, seed=settings.get("train.seed") or 0, epoch=epoch)
-    except ValueError:
+        epoch = int(run.last("epoch") or 0)
+        found = mask_report(objective, seed=int(settings.get("train.seed") or 0), epoch=epoch)
+    except (ValueError, TypeError, OverflowError):
         return None
     what = f"The first {SHOWN} {found.what()} of epoch {epoch}, filled where hidden: {found.share()}"
     distance = f"AvgDist, from a hidden pixel to the nearest visible one, {found.distance:.1f} px"
