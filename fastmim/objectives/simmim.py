@@ -154,9 +154,7 @@ class SimMIM(Objective):
         tokens = self.head.tokens(self._tokens(images, mask, only_masked=only_masked))
         return {"loss": self.target.loss(tokens, self.head, target, self._scored(mask))}
 
-    def _tokens(
-        self, images: Tensor, mask: Tensor, *, only_masked: bool = False, shown: int | None = None
-    ) -> Tensor:
+    def _tokens(self, images: Tensor, mask: Tensor, *, only_masked: bool = False, shown: int | None = None) -> Tensor:
         """(B, h, w, D) for the head; with ``only_masked`` it reads no others; ``shown``: if not as in training."""
         if self.visible is not None and self.decoder is not None:
             keep = shown_tokens(mask, self.token_grid, self.shown if shown is None else shown)
