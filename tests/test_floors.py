@@ -29,7 +29,7 @@ ALLOWED = {
     },
     "fastmim.__main__": {"fastmim.cli"},
     # The checks ask the encoders what they take, the mask how many units it hides, and the data how samples are read.
-    "fastmim.config": {"fastmim.models", "fastmim.objectives", "fastmim.data", "fastmim.files"},
+    "fastmim.config": {"fastmim.models", "fastmim.objectives", "fastmim.data", "fastmim.files", "fastmim.wording"},
     "fastmim.engine": {
         "fastmim.evaluate",
         "fastmim.interop",

@@ -18,7 +18,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     features = commands.add_parser("features", parents=[common], help="write an encoder's features of images")
     features.add_argument("source", metavar="RUN|ENCODER", help="a run's output folder, a step-… folder, or the "
                           "encoder.safetensors that a run or `fastmim convert` has written")
-    features.add_argument("folder", metavar="IMAGES", help="folder of images, nested or flat, or tar shards")
+    features.add_argument("given", metavar="IMAGES", help="folder of images, nested or flat, tar shards, or a file")
     features.add_argument("overrides", metavar="key=value", nargs="*",
                           help="how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
     features.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file; a .json of its name "
@@ -47,8 +47,8 @@ def run_features(options: argparse.Namespace) -> int:
     """Write the features, name the images that are left out."""
     check_overrides(options.overrides, "features")
     with shown_on_a_terminal("loading libraries …"):
+        from fastmim.data.given import open_given
         from fastmim.data.reading import FROZEN, opening_of, reading_of
-        from fastmim.data.source import open_index
         from fastmim.engine.distributed import distributed
         from fastmim.engine.extract import extract_features
         from fastmim.engine.probe import encoder_facts, encoder_file
@@ -57,7 +57,7 @@ def run_features(options: argparse.Namespace) -> int:
         if world.size > 1:
             raise ValueError(f"features is for one process, not {world.size}: start it without a launcher")
         data = data_of(options.overrides, encoder_facts(file))
-        index = open_index(options.folder, field="IMAGES", **opening_of(data))
+        index = open_given([options.given], **opening_of(data))
         done = extract_features(
             file,
             index,

@@ -9,7 +9,7 @@ from fastmim.files import naming
 from fastmim.wording import plural
 
 from .configs import UNNORMALISED, takes_config
-from .console import bar, write
+from .console import bar, shown_on_a_terminal, write
 from .statistics import data_stats
 
 
@@ -53,7 +53,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def data_demo(options: argparse.Namespace) -> int:
     """Write the demo's photographs."""
-    from fastmim.data import make_demo
+    with shown_on_a_terminal("loading libraries …"):
+        from fastmim.data import make_demo
 
     counts = make_demo(options.folder)
     write(f"{options.folder}: {plural(counts.train, 'photograph')} in train, {counts.val} in val\n")
@@ -62,7 +63,8 @@ def data_demo(options: argparse.Namespace) -> int:
 
 def data_digits(options: argparse.Namespace) -> int:
     """Write the digits."""
-    from fastmim.data.digits import make_digits
+    with shown_on_a_terminal("loading libraries …"):
+        from fastmim.data.digits import make_digits
 
     counts = make_digits(options.folder)
     write(f"{options.folder}: {plural(counts.train, 'digit')} in train, {plural(counts.val, 'digit')} in val\n")

@@ -28,15 +28,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def show_masks(options: argparse.Namespace) -> int:
     """Report on the masks, and draw them."""
-    from fastmim.config import load_config
-
-    cfg = load_config(options.config, options.overrides)
     with shown_on_a_terminal("loading libraries …"):
         from torch._subclasses import FakeTensorMode
 
+        from fastmim.config import load_config
         from fastmim.engine.build import build_objective
         from fastmim.engine.dry_step import built
         from fastmim.evaluate.mask_report import mask_report, save_mask_picture
+    cfg = load_config(options.config, options.overrides)
     with FakeTensorMode():  # the weights of a giant are not needed
         objective = built(lambda: build_objective(cfg))
     report = mask_report(objective, seed=cfg.train.seed, epoch=options.epoch, count=options.samples)

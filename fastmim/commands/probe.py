@@ -35,6 +35,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     probe.add_argument("--most", type=positive, metavar="N", help="use so many, evenly spread (default: all)")
     probe.add_argument("--batch", type=positive, metavar="B", default=64, help="images in a forward pass (default 64)")
     probe.add_argument("--seed", type=int, default=0, metavar="S", help="of the linear probe (default 0)")
+    probe.add_argument("--untrained", action="store_true", help="the same of the encoder with new weights, to compare")
     probe.add_argument("--json", action="store_true", help="print the report as JSON")
     probe.set_defaults(command=run_probe)
 
@@ -88,10 +89,7 @@ def run_probe(options: argparse.Namespace) -> int:
             most=options.most,
             **opening_of(data),
         )
-        report, encoder = probe_encoder(
-            file,
-            images,
-            world,
+        how: dict[str, Any] = dict(
             micro_batch_size=options.batch,
             reading=reading_of(data, *FROZEN),
             protocol=None if options.protocol == "none" else options.protocol,
@@ -100,36 +98,48 @@ def run_probe(options: argparse.Namespace) -> int:
             augment=options.augment,
             seed=options.seed,
         )
-    write(_as_json(report, encoder, options) if options.json else _as_text(report, encoder, options))
+        report, encoder = probe_encoder(file, images, world, **how)
+        new = probe_encoder(file, images, world, untrained=True, **how)[0] if options.untrained else None
+    write(_as_json(report, new, encoder, options) if options.json else _as_text(report, new, encoder, options))
     return 0
 
 
-def _as_text(report: Any, encoder: dict[str, Any], options: argparse.Namespace) -> str:
+def _as_text(report: Any, new: Any, encoder: dict[str, Any], options: argparse.Namespace) -> str:
     images = f"{plural(report.train_images, 'image')} to learn from, {report.test_images:,} to try it on"
     what = "class token" if report.pool == "cls" else "mean of the tokens"
     lines = [
         f"{options.source}: {encoder['name']}, {report.width} channels ({what} behind the last block)",
         f"{options.labelled}: {plural(report.classes, 'class', 'classes')}, {images}",
         "",
-        *(f"k-NN, k = {k:<4} {first:5.1f} % top-1  {five:5.1f} % top-5" for k, (first, five) in report.knn.items()),
-        f"RankMe       {report.rankme:5.1f} of {report.width}",
+        *_scores(report, options),
     ]
+    if new is not None:
+        lines += ["", "the same encoder untrained, with new weights:", *_scores(new, options)]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(report: Any, options: argparse.Namespace) -> list[str]:
+    lines = [f"k-NN, k = {k:<4} {first:5.1f} % top-1  {five:5.1f} % top-5" for k, (first, five) in report.knn.items()]
+    lines.append(f"RankMe       {report.rankme:5.1f} of {report.width}")
     if report.linear:
         best = max(report.linear, key=lambda one: one.top1)
         lines.append(f"linear, {options.protocol:<5}{best.top1:5.1f} % top-1  {best.top5:5.1f} % top-5")
         crops = f"{options.augment} passes of random crops" if options.augment else "centre crops"
         many = f"; the best of {len(report.linear)} on the images tried" if len(report.linear) > 1 else ""
         lines.append(f"             rate {best.rate:g} per 256 images, features {best.features + 1}, {crops}{many}")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def _as_json(report: Any, encoder: dict[str, Any], options: argparse.Namespace) -> str:
-    found = report._asdict() | {
+def _as_json(report: Any, new: Any, encoder: dict[str, Any], options: argparse.Namespace) -> str:
+    found = _found(report) | {
         "source": options.source,
         "labelled": options.labelled,
         "protocol": options.protocol,
-        "knn": {str(k): {"top1": first, "top5": five} for k, (first, five) in report.knn.items()},
-        "linear": [one._asdict() for one in report.linear],
         "encoder": encoder,
     }
-    return json.dumps(found, indent=2, default=list) + "\n"
+    return json.dumps(found if new is None else found | {"untrained": _found(new)}, indent=2, default=list) + "\n"
+
+
+def _found(report: Any) -> dict[str, Any]:
+    knn = {str(k): {"top1": first, "top5": five} for k, (first, five) in report.knn.items()}
+    return report._asdict() | {"knn": knn, "linear": [one._asdict() for one in report.linear]}

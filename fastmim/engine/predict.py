@@ -21,7 +21,7 @@ from fastmim.data.index import ImageIndex
 from fastmim.data.reading import KEYS
 from fastmim.engine.saved import load_objective
 from fastmim.evaluate.given_mask import cell_grid, painted_cells, square_cells
-from fastmim.evaluate.reconstruct import draw_grid, draw_image
+from fastmim.evaluate.reconstruct import draw_image, write_grid
 from fastmim.evaluate.validation import evaluating
 from fastmim.files import replacing
 from fastmim.objectives import Objective
@@ -113,8 +113,7 @@ def predict_images(
         raise ValueError("IMAGES: none of them can be read" + "".join(f"; {why}" for why in drawn.bad_files.values()))
     drawn.headings = pictures[0].headings
     whole = Picture(drawn.headings, [torch.cat(parts) for parts in zip(*(p.columns for p in pictures), strict=True)])
-    with replacing(Path(out)) as partial:
-        draw_grid(whole).save(partial, format="PNG")
+    write_grid(whole, Path(out))
     return drawn
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fastmim.data.labelled import LabelledImages
@@ -59,6 +60,7 @@ def probe_encoder(
     *,
     micro_batch_size: int,
     reading: Mapping[str, Any],
+    untrained: bool = False,
     **how: Any,
 ) -> tuple[Report, dict[str, Any]]:
     """Probe an encoder on labelled images; every rank calls it.
@@ -69,6 +71,7 @@ def probe_encoder(
         world: this process.
         micro_batch_size: images of a rank in one forward pass.
         reading: arguments of :func:`fastmim.data.build_loader`.
+        untrained: the same encoder with new weights, to compare with.
         how: arguments of :func:`fastmim.evaluate.probe.probe`.
 
     Returns:
@@ -78,7 +81,7 @@ def probe_encoder(
         ValueError: there is no encoder at ``source``, or it does not say what it is.
     """
     with encoder_file(Path(source)) as file:
-        objective = load_encoder(file).to(world.device)
+        objective = load_encoder(file, untrained=untrained).to(world.device)
     objective.has_gaps = reading.get("no_data") is not None
 
     def load(augmented: bool = False) -> Any:
@@ -138,14 +141,17 @@ def encoder_facts(file: Path) -> dict[str, Any]:
     return facts
 
 
-def load_encoder(file: Path) -> Objective:
+def load_encoder(file: Path, *, untrained: bool = False) -> Objective:
     """An encoder of a file that fastmim has written, with the statistics of its images, in an objective that does
-    nothing else.
+    nothing else; ``untrained``: with new weights, the same at every call.
 
     Raises:
         ValueError: the file does not say what encoder it holds.
     """
     facts = encoder_facts(file)
-    objective = Objective(encoder=facts["encoder"], **image_arguments(facts.get("statistics", {})))
-    load_weights(objective, file)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        objective = Objective(encoder=facts["encoder"], **image_arguments(facts.get("statistics", {})))
+    if not untrained:
+        load_weights(objective, file)
     return objective.eval()

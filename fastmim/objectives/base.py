@@ -48,6 +48,9 @@ class Objective(nn.Module):
     #: Families of encoders that it can train.
     families: ClassVar[tuple[str, ...]] = ("swin", "swinv2", "vit")
 
+    #: What in its loss is of the micro-batch over all ranks, whatever the global batch; empty: nothing.
+    of_micro_batch: ClassVar[str] = ""
+
     mean: Tensor
     std: Tensor
     takes_labels = False

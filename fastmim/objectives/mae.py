@@ -14,7 +14,7 @@ import fastmim_kernels as fk
 from ..models import encoder_settings
 from ..models.layers import to_pair
 from ..models.positions import absolute_positions, check_positions
-from ..models.read_rows import hidden_tokens
+from ..models.read_rows import count_shown, hidden_tokens
 from ..models.rules import check_heads, encoder_stride, patch_grid
 from ..models.stream import Step, stream_dtype
 from ..models.visible import VisibleColumns
@@ -129,7 +129,7 @@ class MAE(Objective):
         Raises:
             ValueError: Shapes differ from what the encoder was built for; on a CPU also another number of patches.
         """
-        keep, hidden, places = self._split(images, mask)
+        keep, hidden, places = self._split(images, mask, self.kept)
         tokens = self.decode(self._encode(images, keep), places, hidden)[:, None, None]
         target = patch_pixels(images, hidden, self.stride).flatten(0, 1)
         everywhere = torch.ones(len(target), 1, 1, dtype=torch.bool, device=images.device)
@@ -156,10 +156,10 @@ class MAE(Objective):
         )
         return {"loss": loss}
 
-    def _split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, images: Tensor, mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`~fastmim.objectives.masks.split_patches`."""
         self.check_inputs(images, mask)
-        return split_patches(hidden_tokens(mask, self.token_grid, self.kept), self.kept)
+        return split_patches(hidden_tokens(mask, self.token_grid, kept), kept)
 
     def _encode(self, images: Tensor, keep: Tensor) -> Tensor:
         """(B, 1 + K, D): the class token, then the visible ones."""
@@ -195,10 +195,18 @@ class MAE(Objective):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        """(B, C, H, W) prediction of every patch, in the space of the target (pixels, or a patch's normalised ones)."""
-        keep, _, places = self._split(images, mask)
-        tokens = self.decode(self._encode(images, keep), places)[:, 1:].unflatten(1, self.token_grid)
-        return predict_pixels(tokens, self.decoder_pred, self.stride, self.img_size)
+        """(B, C, H, W) prediction of every patch, in the space of the target (pixels, or a patch's normalised ones).
+
+        The mask may hide another number of patches than in training, and of each image another one.
+        """
+        self.check_inputs(images, mask)
+        tokens = torch.cat([self._all_tokens(*one) for one in zip(images.split(1), mask.split(1), strict=True)])
+        return predict_pixels(tokens.unflatten(1, self.token_grid), self.decoder_pred, self.stride, self.img_size)
+
+    def _all_tokens(self, image: Tensor, mask: Tensor) -> Tensor:
+        """(1, L, decoder_embed_dim) of one image."""
+        keep, _, places = self._split(image, mask, count_shown(mask, self.token_grid))
+        return self.decode(self._encode(image, keep), places)[:, 1:]
 
     @torch.no_grad()
     def reconstruct_pixels(self, images: Tensor, mask: Tensor) -> Tensor:

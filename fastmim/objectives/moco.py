@@ -44,6 +44,8 @@ class MoCo(Objective):
         common: of every :class:`Objective`
     """
 
+    of_micro_batch = "negatives and BatchNorm statistics"
+
     def __init__(
         self,
         *,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models import encoder_settings
 from ..models.layers import to_pair
-from ..models.read_rows import masked_tokens, shown_tokens
+from ..models.read_rows import count_shown, masked_tokens, shown_tokens
 from ..models.rules import encoder_stride
 from ..models.visible import VisibleColumns
 from .arguments import one_of
@@ -169,10 +169,10 @@ class SimMIM(Objective):
         tokens = self.head.tokens(self._tokens(images, mask, only_masked=only_masked))
         return {"loss": self.target.loss(tokens, self.head, target, self._scored(mask))}
 
-    def _tokens(self, images: Tensor, mask: Tensor, *, only_masked: bool = False) -> Tensor:
-        """(B, h, w, D) for the head; with ``only_masked`` it reads no others."""
+    def _tokens(self, images: Tensor, mask: Tensor, *, only_masked: bool = False, shown: int | None = None) -> Tensor:
+        """(B, h, w, D) for the head; with ``only_masked`` it reads no others; ``shown``: if not as in training."""
         if self.visible is not None and self.decoder is not None:
-            keep = shown_tokens(mask, self.token_grid, self.shown)
+            keep = shown_tokens(mask, self.token_grid, self.shown if shown is None else shown)
             return self.decoder(self.encoder(images, visible=self.visible(keep)), keep)
         rows = masked_tokens(mask, self.img_size, self.token_grid, self.stride) if only_masked else None
         return self.encoder(images, mask, rows)
@@ -184,7 +184,8 @@ class SimMIM(Objective):
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """(B, C, H, W) prediction in the space of the target: normalised pixels, or locally normalised ones.
 
-        Of classes the colours of the likeliest ones.
+        Of classes the colours of the likeliest ones. The mask may hide another share than in training, and of each
+        image another one.
 
         Raises:
             ValueError: Shapes differ, or the target is codes of a tokenizer without a decoder.
@@ -196,9 +197,13 @@ class SimMIM(Objective):
     def _predictions(self, images: Tensor, mask: Tensor) -> list[Tensor]:
         """The head's (1, values, H/s, W/s) of each image."""
         self.check_inputs(images, mask)
+        return [self._prediction(*one) for one in zip(images.split(1), mask.split(1), strict=True)]
+
+    def _prediction(self, image: Tensor, mask: Tensor) -> Tensor:
         size = (self.img_size[0] // self.target.stride, self.img_size[1] // self.target.stride)
-        tokens = self.head.tokens(self._tokens(images, mask))
-        return [predict_pixels(one, self.head, self.head.stride, size) for one in tokens.split(1)]
+        shown = None if self.visible is None else count_shown(mask, self.token_grid)
+        tokens = self.head.tokens(self._tokens(image, mask, shown=shown))
+        return predict_pixels(tokens, self.head, self.head.stride, size)
 
     @torch.no_grad()
     def reconstruct_pixels(self, images: Tensor, mask: Tensor) -> Tensor:
