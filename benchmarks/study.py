@@ -22,6 +22,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ import torch  # noqa: E402
 
 from benchmarks import command  # noqa: E402
 from benchmarks.harness import environment  # noqa: E402
-from benchmarks.transfer import COMMON, cpu_seconds, judged, spread  # noqa: E402
+from benchmarks.sweep import worth  # noqa: E402
+from benchmarks.transfer import COMMON, cpu_seconds, spread  # noqa: E402
 from fastmim import load_config  # noqa: E402
 from fastmim.config import Config  # noqa: E402
 from fastmim.data.digits import make_digits  # noqa: E402
@@ -67,16 +69,19 @@ FINE_TUNING = [
     "objective.name=classify", "objective.mixup=0", "objective.cutmix=0", "objective.erasing=0",
     "objective.auto_augment=none", "data.scale=[0.6,1.0]", "train.micro_batch_size=32", "optim.warmup_steps=30",
 ]  # fmt: skip
-STEPS = 1000
-LONGER, LONGER_STEPS = "longer", 4000
-RATES = (1e-3, 3e-3, 6e-3)
+STEPS = 600
+LONGER, LONGER_STEPS = "longer", 3000
 LABELS = (5, 20)
 """A class."""
+RATES, DECAYS = (1e-3, 3e-3, 6e-3), (1.0, 0.75)
+"""Of the learning rate from a layer to the one below; each start takes the best pair for each number of labels."""
+CHOICE, TEST = 0, 1
+"""Folds of the digits: what was chosen was chosen on the one, what is reported is of the other."""
 COLUMNS = (
-    "kind", "start", "seed", "labels", "lr", "steps", "cpu_seconds", "loss", "top1", "knn20", "linear", "rankme",
-    "machine", "threads", "python", "torch", "load_average", "commit", "date",
+    "kind", "fold", "start", "seed", "labels", "lr", "layer_decay", "steps", "cpu_seconds", "loss", "top1", "knn20",
+    "linear", "rankme", "machine", "threads", "python", "torch", "load_average", "commit", "date",
 )  # fmt: skip
-KEY = ("kind", "start", "seed", "labels", "lr")
+KEY = ("kind", "fold", "start", "seed", "labels", "lr", "layer_decay")
 
 
 class Study:
@@ -84,14 +89,11 @@ class Study:
 
     Args:
         out: The CSV.
-        runs: Folder of the outputs.
-        images: Folder with train and val, each of class folders.
+        runs: Folder of the outputs, and of each fold's digits.
     """
 
-    def __init__(self, out: Path, runs: Path, images: Path) -> None:
-        self.out, self.runs, self.images = out, runs, images
-        self.labelled = LabelledImages(images)
-        self.rows = read(out)
+    def __init__(self, out: Path, runs: Path) -> None:
+        self.out, self.runs, self.rows = out, runs, read(out)
 
     def row(self, make: Callable[[], Row], *, needs: Path | None = None, **key: Any) -> Row:
         """The row of this key, made and written if it is not there, or if the file that it ``needs`` is not."""
@@ -99,72 +101,80 @@ class Study:
         for row in self.rows:
             if [row[name] for name in KEY] == wanted and (needs is None or needs.is_file()):
                 return row
-        self.rows = [row for row in self.rows if [row[name] for name in KEY] != wanted]
         facts = {name: value for name, value in environment().items() if name in COLUMNS}
-        self.rows.append({name: str(value) for name, value in {**dict.fromkeys(COLUMNS, ""), **key, **facts,
-                                                               **make()}.items()})  # fmt: skip
+        made = {**dict.fromkeys(COLUMNS, ""), **key, **facts, **make()}
+        self.rows = [row for row in self.rows if [row[name] for name in KEY] != wanted]
+        self.rows.append({name: str(value) for name, value in made.items()})
         command.write_csv(self.out, COLUMNS, self.rows)
         print(", ".join(f"{name} {value}" for name, value in self.rows[-1].items() if value and name != "machine"))
         sys.stdout.flush()
         return self.rows[-1]
 
-    def encoder(self, start: str, seed: int) -> Path:
-        """The file of a start."""
-        return self.runs / f"{start}-{seed}" / ENCODER_FILE
-
-    def pretrain(self, start: str, seed: int) -> None:
-        """A start, and what its frozen features are worth."""
-        file, (steps, own) = self.encoder(start, seed), STARTS[start]
+    def encoder(self, fold: int, start: str, seed: int) -> Path:
+        """The file of a start, pretrained if it is not there."""
+        file, (steps, own) = self.runs / f"{start}-{fold}-{seed}" / ENCODER_FILE, STARTS[start]
 
         def train() -> Row:
-            spent, result = cpu_seconds(pretraining(own, steps, seed, self.images / "train", file.parent))
+            spent, result = cpu_seconds(pretraining(own, steps, seed, digits(self.runs, fold) / "train", file.parent))
             return {"steps": steps, "cpu_seconds": round(spent, 1), "loss": round(result.loss, 4)}
 
-        def probe() -> Row:
-            found = judged(load_encoder(file), self.labelled, "ibot", "mean")
+        self.row(train, needs=file, kind="pretrain", fold=fold, start=start, seed=seed)
+        return file
+
+    def probe(self, start: str, seed: int) -> None:
+        """What the frozen features of a start are worth."""
+
+        def judge() -> Row:
+            found = worth(load_encoder(self.encoder(TEST, start, seed)), LabelledImages(digits(self.runs, TEST)), seed)
             return {name: found[name] for name in ("knn20", "linear", "rankme")}
 
-        self.row(train, needs=file, kind="pretrain", start=start, seed=seed)
-        self.row(probe, kind="probe", start=start, seed=seed)
+        self.row(judge, kind="probe", fold=TEST, start=start, seed=seed)
 
-    def fine_tune(self, kind: str, start: str, seed: int, labels: int, lr: float) -> Row:
-        """Kind "choose" holds a fifth of the labels out, "finetune" tests on the digits of val."""
-        held_out = "data.val_fraction=0.2" if kind == "choose" else f"data.val_path={self.images / 'val'}"
+    def fine_tune(self, fold: int, start: str, seed: int, labels: int, lr: float, decay: float) -> Row:
+        """Accuracy on the held-out digits of the fold."""
 
         def train() -> Row:
-            out = self.runs / f"{kind}-{start}-{seed}-{labels}-{lr:g}"
-            some = [f"data.path={self.images / 'train'}", f"data.file_list={self.listed(seed, labels)}", held_out]
-            some += [f"train.steps={LONGER_STEPS if start == LONGER else STEPS}", f"output.dir={out}"]
-            first = self.encoder("scratch" if start == LONGER else start, seed)
-            spent, result = cpu_seconds(fine_tuning(first, lr, seed, some))
+            images, out = digits(self.runs, fold), self.runs / f"tuned-{start}-{fold}-{seed}-{labels}-{lr:g}-{decay:g}"
+            given = [f"data.path={images / 'train'}", f"data.val_path={images / 'val'}", f"output.dir={out}"]
+            given += [f"data.file_list={listed(images / 'train', seed, labels, out.with_suffix('.txt'))}"]
+            given += [f"optim.lr={lr}", f"objective.layer_decay={decay}"]
+            given += [f"train.steps={LONGER_STEPS if start == LONGER else STEPS}"]
+            first = self.encoder(fold, "scratch" if start == LONGER else start, seed)
+            spent, result = cpu_seconds(fine_tuning(first, seed, given))
             found = {"steps": result.steps, "cpu_seconds": round(spent, 1), "loss": round(result.loss, 4)}
             return found | {"top1": round(100 * result.val_top1, 2)}
 
-        return self.row(train, kind=kind, start=start, seed=seed, labels=labels, lr=lr)
+        key = dict(fold=fold, start=start, seed=seed, labels=labels, lr=lr, layer_decay=decay)
+        return self.row(train, kind="choose" if fold == CHOICE else "finetune", **key)
 
-    def listed(self, seed: int, labels: int) -> Path:
-        """A list of so many images a class, drawn by the seed; more labels hold the fewer."""
-        file, random, lines = self.runs / f"labels-{labels}-{seed}.txt", np.random.default_rng(seed), []
-        for folder in sorted((self.images / "train").iterdir()):
-            names = sorted(path.name for path in folder.iterdir())
-            lines += [f"{folder.name}/{names[i]}\n" for i in random.permutation(len(names))[:labels]]
-        command.write_whole(file, "".join(lines))
-        return file
-
-    def rate(self, start: str) -> float:
-        """The rate of a start, the same for all seeds and numbers of labels; of equal ones the lowest."""
-        return max(RATES, key=lambda lr: float(self.fine_tune("choose", start, 0, max(LABELS), lr)["top1"]))
+    def chosen(self, start: str, labels: int) -> tuple[float, float]:
+        """Learning rate and layer decay; of equally good ones the first, which is the lowest rate."""
+        pairs = list(product(RATES, DECAYS))
+        return max(pairs, key=lambda pair: float(self.fine_tune(CHOICE, start, 0, labels, *pair)["top1"]))
 
     def run(self, seeds: int) -> None:
-        """All rows: the starts of a seed, their rates, their fine-tunings; what takes longest at the end."""
+        """The choice, then all rows of a seed after the other, what takes longest last."""
+        chosen = {pair: self.chosen(*pair) for pair in product((*STARTS, LONGER), LABELS)}
         for seed in range(seeds):
             for start in STARTS:
-                self.pretrain(start, seed)
-                for labels in LABELS:
-                    self.fine_tune("finetune", start, seed, labels, self.rate(start))
-        for seed in range(seeds):
-            for labels in LABELS:
-                self.fine_tune("finetune", LONGER, seed, labels, self.rate("scratch"))
+                self.probe(start, seed)
+            for (start, labels), pair in chosen.items():
+                self.fine_tune(TEST, start, seed, labels, *pair)
+
+
+def digits(runs: Path, fold: int) -> Path:
+    """The folder of a fold, with train and val of class folders."""
+    return runs / f"digits-{fold}"
+
+
+def listed(folder: Path, seed: int, labels: int, file: Path) -> Path:
+    """A list of so many images of each class folder, drawn by the seed, in a file; more labels hold the fewer."""
+    random, lines = np.random.default_rng(seed), []
+    for one in sorted(folder.iterdir()):
+        names = sorted(path.name for path in one.iterdir())
+        lines += [f"{one.name}/{names[i]}\n" for i in random.permutation(len(names))[:labels]]
+    command.write_whole(file, "".join(lines))
+    return file
 
 
 def pretraining(own: list[str], steps: int, seed: int, images: Path, out: Path) -> Config:
@@ -174,9 +184,9 @@ def pretraining(own: list[str], steps: int, seed: int, images: Path, out: Path) 
     return load_config(None, [*COMMON, *ENCODER, *given, *own])
 
 
-def fine_tuning(encoder: Path, lr: float, seed: int, given: list[str]) -> Config:
+def fine_tuning(encoder: Path, seed: int, given: list[str]) -> Config:
     """A fine-tuning, whose positions are learnt from the fixed ones on."""
-    own = [f"model.init_from={encoder}", "model.abs_pos_embed=true", f"optim.lr={lr}", f"train.seed={seed}"]
+    own = [f"model.init_from={encoder}", "model.abs_pos_embed=true", f"train.seed={seed}"]
     return load_config(None, [*COMMON, *ENCODER, *FINE_TUNING, *own, *given, "train.resume=none"])
 
 
@@ -195,7 +205,7 @@ def table(rows: Sequence[Row]) -> str:
     tuned = [f"{labels} labels a class" for labels in LABELS]
     lines = [f"| start | pretraining, CPU s | {' | '.join(tuned)} | linear probe | k-NN (20) |", "|---" * 6 + "|"]
     for start in [name for name in (*STARTS, LONGER) if found(rows, "top1", kind="finetune", start=name)]:
-        seconds = found(rows, "cpu_seconds", kind="pretrain", start=start)
+        seconds = found(rows, "cpu_seconds", kind="pretrain", fold=TEST, start=start)
         cells = [found(rows, "top1", kind="finetune", start=start, labels=labels) for labels in LABELS]
         cells += [found(rows, column, kind="probe", start=start) for column in ("linear", "knn20")]
         shown = " | ".join(spread(values) if values else "–" for values in cells)
@@ -227,17 +237,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("study.py", __doc__)
     parser.add_argument("--seeds", type=command.positive, default=3, help="runs of each")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with train and val (default: the digits)")
     parser.add_argument("--runs", type=Path, metavar="DIR", default=ROOT / "runs" / "study", help="outputs of runs")
     parser.add_argument("--show", action="store_true", help="the table and picture of what is there; run nothing")
     parser.add_results("study.csv", "CSV; rows that it has are kept")
     args = parser.parse_args(argv)
     if not args.show:
         torch.set_num_threads(1)
-        args.runs.mkdir(parents=True, exist_ok=True)
-        if args.data is None and not (args.runs / "digits").is_dir():
-            make_digits(args.runs / "digits")
-        Study(args.out, args.runs, args.data or args.runs / "digits").run(args.seeds)
+        for fold in (CHOICE, TEST):
+            make_digits(digits(args.runs, fold), fold=fold)
+        Study(args.out, args.runs).run(args.seeds)
     rows = read(args.out)
     draw(rows, args.out.with_suffix(".png"))
     print(table(rows))
