@@ -65,15 +65,15 @@ def test_settings_are_chosen_on_one_fold_and_tried_on_the_other(tmp_path, monkey
     made, asked = study.Study(tmp_path / "s.csv", tmp_path), []
 
     def tune(fold, start, seed, labels, lr, decay):
-        asked.append((fold, start, seed, labels, lr, decay))
-        return {"top1": {1e-3: "9", 3e-3: "60"}.get(lr, "60") if decay < 1 else "50"}
+        asked.append((fold, start, seed, labels, (lr, decay)))
+        return {"top1": "60" if (lr, decay) in study.GRID[1:] else "9"}
 
     monkeypatch.setattr(made, "fine_tune", tune)
     monkeypatch.setattr(made, "probe", lambda start, seed: None)
     made.run(2)
     tried = [one for one in asked if one[0] != study.CHOICE]
     assert {one[2] for one in asked if one[0] == study.CHOICE} == {0} and {one[0] for one in tried} == {study.TEST}
-    assert {one[4:] for one in tried} == {(3e-3, 0.75)} and asked.index(tried[0]) == len(asked) - len(tried)
+    assert {one[4] for one in tried} == {study.GRID[1]} and asked.index(tried[0]) == len(asked) - len(tried)
     assert len(set(tried)) == len(tried) == 2 * 5 * len(study.LABELS)
 
 
