@@ -9,8 +9,8 @@ again, given on top of that about the time that the others were pretrained. One 
 
 The digits come in folds (:func:`fastmim.data.digits.make_digits`). All that was chosen was chosen by the 1,000 digits
 that fold 0 holds out: encoder, objectives and lengths by hand, from the two earlier designs of this study and seven
-runs of seed 0; learning rate and layer decay of each start by the rows "choose". What is reported is of the 1,000 digits
-of fold 1, which had judged nothing, run once with all of this frozen.
+runs of seed 0; learning rate and layer decay of each start by the rows "choose". What is reported is of the 1,000
+digits of fold 1, which had judged nothing, run once with all of this frozen.
 
 A row a run, written as soon as it is there; what the CSV has is not run again, an encoder that is gone only where a row
 needs it. At the end: the table, mean ± standard deviation over seeds, and the same as a picture beside the CSV.
