@@ -41,6 +41,7 @@ from fastmim.data.digits import make_digits  # noqa: E402
 from fastmim.data.labelled import LabelledImages  # noqa: E402
 from fastmim.engine.probe import ENCODER_FILE, load_encoder  # noqa: E402
 from fastmim.evaluate.figure import empty_figure  # noqa: E402
+from fastmim.files import replacing  # noqa: E402
 
 Row = dict[str, Any]
 ENCODER = [
@@ -155,12 +156,13 @@ class Study:
         return max(GRID, key=lambda pair: float(self.fine_tune(CHOICE, start, 0, min(LABELS), *pair)["top1"]))
 
     def run(self, seeds: int) -> None:
-        """The choice, then all else; with fewer labels first."""
+        """The choice, then all else; more labels last."""
         chosen = {start: self.chosen(start) for start in (*STARTS, LONGER)}
-        for labels, seed, start in product(LABELS, range(seeds), chosen):
-            self.fine_tune(TEST, start, seed, labels, *chosen[start])
-        for start, seed in product(STARTS, range(seeds)):
-            self.probe(start, seed)
+        for labels in LABELS:
+            for seed, start in product(range(seeds), chosen):
+                self.fine_tune(TEST, start, seed, labels, *chosen[start])
+            for seed, start in product(range(seeds), STARTS):
+                self.probe(start, seed)
 
 
 def digits(runs: Path, fold: int) -> Path:
@@ -232,7 +234,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="png")
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_digits(digits(args.runs, fold), fold=fold)
         Study(args.out, args.runs).run(args.seeds)
     rows = read(args.out)
-    draw(rows, args.out.with_suffix(".png"))
+    if rows:
+        draw(rows, args.out.with_suffix(".png"))
     print(table(rows))
     return 0
 
