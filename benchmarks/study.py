@@ -76,7 +76,7 @@ STEPS = 400
 LONGER, LONGER_STEPS = "longer", 1400
 LABELS = (5, 20)
 """A class."""
-GRID = ((1e-3, 1.0), (3e-3, 1.0), (6e-3, 0.75))
+GRID = ((3e-3, 1.0), (6e-3, 0.75), (1.2e-2, 0.75))
 """Learning rates, and their decay from a layer to the one below: each start takes the best pair, "longer" scratch's."""
 CHOICE, TEST = 0, 1
 """Folds of the digits: what was chosen was chosen on the one, what is reported is of the other."""
