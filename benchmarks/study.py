@@ -37,7 +37,7 @@ from benchmarks.sweep import worth  # noqa: E402
 from benchmarks.transfer import COMMON, cpu_seconds, spread  # noqa: E402
 from fastmim import load_config  # noqa: E402
 from fastmim.config import Config  # noqa: E402
-from fastmim.data.digits import make_digits  # noqa: E402
+from fastmim.data.digits import FOLDS, make_digits  # noqa: E402
 from fastmim.data.labelled import LabelledImages  # noqa: E402
 from fastmim.engine.probe import ENCODER_FILE, load_encoder  # noqa: E402
 from fastmim.evaluate.figure import empty_figure  # noqa: E402
@@ -73,18 +73,19 @@ FINE_TUNING = [
     "model.abs_pos_embed=true",
 ]  # fmt: skip
 STEPS = 400
-LONGER, LONGER_STEPS = "longer", 1400
-LABELS = (5, 20)
-"""A class."""
+LONGER, MORE_STEPS = "longer", 1000
+"""Scratch, with so many more steps, which take about as long as a pretraining."""
 GRID = ((3e-3, 1.0), (6e-3, 0.75), (1.2e-2, 0.75))
 """Learning rates, and their decay from a layer to the one below: each start takes the best pair, "longer" scratch's."""
-CHOICE, TEST = 0, 1
-"""Folds of the digits: what was chosen was chosen on the one, what is reported is of the other."""
+CHOICE_LABELS = 5
+"""A class."""
+CHOICE = 0
+"""The fold of the digits on which settings are chosen."""
 COLUMNS = (
-    "kind", "fold", "start", "seed", "labels", "lr", "layer_decay", "steps", "cpu_seconds", "loss", "top1", "knn20",
-    "linear", "rankme", "machine", "threads", "python", "torch", "load_average", "commit", "date",
+    "kind", "fold", "times", "start", "seed", "labels", "lr", "layer_decay", "steps", "cpu_seconds", "loss", "top1",
+    "knn20", "linear", "rankme", "machine", "threads", "python", "torch", "load_average", "commit", "date",
 )  # fmt: skip
-KEY = ("kind", "fold", "start", "seed", "labels", "lr", "layer_decay")
+KEY = ("kind", "fold", "times", "start", "seed", "labels", "lr", "layer_decay")
 
 
 class Study:
@@ -93,10 +94,11 @@ class Study:
     Args:
         out: The CSV.
         runs: Folder of the outputs, and of each fold's digits.
+        times: The lengths of all pretrainings are multiplied by it.
     """
 
-    def __init__(self, out: Path, runs: Path) -> None:
-        self.out, self.runs, self.rows = out, runs, read(out)
+    def __init__(self, out: Path, runs: Path, times: int = 1) -> None:
+        self.out, self.runs, self.times, self.rows = out, runs, times, read(out)
 
     def row(self, make: Callable[[], Row], *, needs: Path | None = None, **key: Any) -> Row:
         """The row of this key, made and written if it is not there, or if the file that it ``needs`` is not."""
@@ -115,54 +117,54 @@ class Study:
 
     def encoder(self, fold: int, start: str, seed: int) -> Path:
         """The file of a start, pretrained if it is not there."""
-        file, (steps, own) = self.runs / f"{start}-{fold}-{seed}" / ENCODER_FILE, STARTS[start]
+        file, (steps, own) = self.runs / f"{start}-{fold}-{seed}-{self.times}" / ENCODER_FILE, STARTS[start]
+        steps *= 1 if start == "scratch" else self.times
 
         def train() -> Row:
             spent, result = cpu_seconds(pretraining(own, steps, seed, digits(self.runs, fold) / "train", file.parent))
             return {"steps": steps, "cpu_seconds": round(spent, 1), "loss": round(result.loss, 4)}
 
-        self.row(train, needs=file, kind="pretrain", fold=fold, start=start, seed=seed)
+        self.row(train, needs=file, kind="pretrain", fold=fold, times=self.times, start=start, seed=seed)
         return file
 
-    def probe(self, start: str, seed: int) -> None:
+    def probe(self, fold: int, start: str, seed: int) -> None:
         """What the frozen features of a start are worth."""
 
         def judge() -> Row:
-            found = worth(load_encoder(self.encoder(TEST, start, seed)), LabelledImages(digits(self.runs, TEST)), seed)
+            found = worth(load_encoder(self.encoder(fold, start, seed)), LabelledImages(digits(self.runs, fold)), seed)
             return {name: found[name] for name in ("knn20", "linear", "rankme")}
 
-        self.row(judge, kind="probe", fold=TEST, start=start, seed=seed)
+        self.row(judge, kind="probe", fold=fold, times=self.times, start=start, seed=seed)
 
     def fine_tune(self, fold: int, start: str, seed: int, labels: int, lr: float, decay: float) -> Row:
         """Accuracy on the held-out digits of the fold."""
 
         def train() -> Row:
-            images, out = digits(self.runs, fold), self.runs / f"tuned-{start}-{fold}-{seed}-{labels}-{lr:g}-{decay:g}"
-            given = [f"data.path={images / 'train'}", f"data.val_path={images / 'val'}", f"output.dir={out}"]
-            given += [f"data.file_list={listed(images / 'train', seed, labels, out.with_suffix('.txt'))}"]
-            given += [f"optim.lr={lr}", f"objective.layer_decay={decay}"]
-            given += [f"train.steps={LONGER_STEPS if start == LONGER else STEPS}"]
+            images, name = digits(self.runs, fold), f"{start}-{fold}-{seed}-{self.times}-{labels}-{lr:g}-{decay:g}"
+            given = [f"data.path={images / 'train'}", f"data.val_path={images / 'val'}"]
+            given += [f"data.file_list={listed(images / 'train', seed, labels, self.runs / f'{name}-list.txt')}"]
+            given += [f"output.dir={self.runs / name}", f"optim.lr={lr}", f"objective.layer_decay={decay}"]
+            given += [f"train.steps={STEPS + (self.times * MORE_STEPS if start == LONGER else 0)}"]
             first = self.encoder(fold, "scratch" if start == LONGER else start, seed)
             spent, result = cpu_seconds(fine_tuning(first, seed, given))
             found = {"steps": result.steps, "cpu_seconds": round(spent, 1), "loss": round(result.loss, 4)}
             return found | {"top1": round(100 * result.val_top1, 2)}
 
-        key = dict(fold=fold, start=start, seed=seed, labels=labels, lr=lr, layer_decay=decay)
+        key = dict(fold=fold, times=self.times, start=start, seed=seed, labels=labels, lr=lr, layer_decay=decay)
         return self.row(train, kind="choose" if fold == CHOICE else "finetune", **key)
 
     def chosen(self, start: str) -> tuple[float, float]:
-        """Learning rate and layer decay, the best with the fewest labels; of equally good ones the first."""
+        """Learning rate and layer decay, for all numbers of labels; of equally good ones the first."""
         start = "scratch" if start == LONGER else start
-        return max(GRID, key=lambda pair: float(self.fine_tune(CHOICE, start, 0, min(LABELS), *pair)["top1"]))
+        return max(GRID, key=lambda pair: float(self.fine_tune(CHOICE, start, 0, CHOICE_LABELS, *pair)["top1"]))
 
-    def run(self, seeds: int) -> None:
-        """The choice, then all else; more labels last."""
-        chosen = {start: self.chosen(start) for start in (*STARTS, LONGER)}
-        for labels in LABELS:
-            for seed, start in product(range(seeds), chosen):
-                self.fine_tune(TEST, start, seed, labels, *chosen[start])
-            for seed, start in product(range(seeds), STARTS):
-                self.probe(start, seed)
+    def run(self, fold: int, starts: Sequence[str], labels: Sequence[int], seeds: int) -> None:
+        """The choice, then all else."""
+        chosen = {start: self.chosen(start) for start in (*starts, LONGER)}
+        for many, seed, start in product(labels, range(seeds), chosen):
+            self.fine_tune(fold, start, seed, many, *chosen[start])
+        for seed, start in product(range(seeds), starts):
+            self.probe(fold, start, seed)
 
 
 def digits(runs: Path, fold: int) -> Path:
@@ -205,35 +207,52 @@ def found(rows: Sequence[Row], column: str, **key: Any) -> list[float]:
 
 def table(rows: Sequence[Row]) -> str:
     """Mean ± standard deviation over seeds, in Markdown; accuracies in per cent."""
-    tuned = [f"{labels} labels a class" for labels in LABELS]
-    lines = [f"| start | pretraining, CPU s | {' | '.join(tuned)} | linear probe | k-NN (20) |", "|---" * 6 + "|"]
-    for start in [name for name in (*STARTS, LONGER) if found(rows, "top1", kind="finetune", start=name)]:
-        seconds = found(rows, "cpu_seconds", kind="pretrain", fold=TEST, start=start)
-        cells = [found(rows, "top1", kind="finetune", start=start, labels=labels) for labels in LABELS]
-        cells += [found(rows, column, kind="probe", start=start) for column in ("linear", "knn20")]
-        shown = " | ".join(spread(values) if values else "–" for values in cells)
-        spent = f"{statistics.mean(seconds):.0f}" if start in STARTS and start != "scratch" else "–"
-        lines.append(f"| {start} | {spent} | {shown} |")
+    many = labels_of(rows)
+    heads = ["start", "pretraining, CPU s", "fine-tuning, CPU s", *(f"{one} labels a class" for one in many)]
+    heads += ["linear probe", "k-NN (20)", "fold"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for own in studies(rows):
+        for start in [name for name in (*STARTS, LONGER) if found(own, "top1", kind="finetune", start=name)]:
+            cells = [found(own, "cpu_seconds", kind=kind, start=start) for kind in ("pretrain", "finetune")]
+            shown = [f"{statistics.mean(seconds):.0f}" if seconds else "–" for seconds in cells]
+            cells = [found(own, "top1", kind="finetune", start=start, labels=one) for one in many]
+            cells += [found(own, column, kind="probe", start=start) for column in ("linear", "knn20")]
+            shown += [spread(values) if values else "–" for values in cells]
+            lines.append(f"| {' | '.join([start, *shown, own[0]['fold']])} |")
     return "\n".join(lines)
 
 
+def studies(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each fold and length of pretraining, but for those that choose."""
+    tried = [row for row in rows if row["fold"] != str(CHOICE)]
+    kinds = dict.fromkeys((row["fold"], row["times"]) for row in tried)
+    return [[row for row in tried if (row["fold"], row["times"]) == kind] for kind in kinds]
+
+
+def labels_of(rows: Sequence[Row]) -> list[int]:
+    """Numbers of labels that are there, rising."""
+    return sorted({int(row["labels"]) for row in rows if row["kind"] == "finetune"})
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy of every start over the number of labels, with the standard deviation over seeds."""
-    figure = empty_figure((6, 4), "picture of the study")
-    if figure is None:
+    """Accuracy of every start over the time it took, with the standard deviation over seeds; a panel a study."""
+    panels = [(own, many) for own in studies(rows) for many in labels_of(own)]
+    figure = empty_figure((1 + 4 * len(panels), 4), "picture of the study")
+    if figure is None or not panels:
         return
-    axes = figure.add_subplot()
-    for start in (*STARTS, LONGER):
-        values = [found(rows, "top1", kind="finetune", start=start, labels=labels) for labels in LABELS]
-        if all(values):
-            deviations = [statistics.stdev(one) if len(one) > 1 else 0.0 for one in values]
-            means = [statistics.mean(one) for one in values]
-            axes.errorbar(LABELS, means, deviations, marker="o", capsize=4, label=start)
-    axes.set(xscale="log", xlabel="labels a class", ylabel="top-1 on 1,000 held-out digits, %")
-    axes.set_xticks(LABELS, [str(labels) for labels in LABELS])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for axes, (own, many) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for start in (*STARTS, LONGER):
+            values = found(own, "top1", kind="finetune", start=start, labels=many)
+            if not values:
+                continue
+            seconds = statistics.mean(found(own, "cpu_seconds", kind="finetune", start=start, labels=many))
+            seconds += statistics.mean(found(own, "cpu_seconds", kind="pretrain", start=start) or [0.0])
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            axes.errorbar(seconds, statistics.mean(values), deviation, marker="o", capsize=4, label=start)
+        axes.set(xlabel="CPU seconds of pretraining and fine-tuning", ylabel="top-1 on 1,000 held-out digits, %")
+        axes.set_title(f"{many} labels a class, fold {own[0]['fold']}")
+        axes.grid(alpha=0.3)
+        axes.legend()
     with replacing(path) as partial:
         figure.savefig(partial, format="png")
 
@@ -241,18 +260,21 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("study.py", __doc__)
     parser.add_argument("--seeds", type=command.positive, default=3, help="runs of each")
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS, help="compared")
+    parser.add_argument("--labels", nargs="+", type=command.positive, default=[5], help="a class")
+    parser.add_argument("--times", type=command.positive, default=1, help="longer than 700 steps of SimMIM")
+    parser.add_argument("--fold", type=int, default=1, choices=range(1, FOLDS), help="of the digits that are tried")
     parser.add_argument("--runs", type=Path, metavar="DIR", default=ROOT / "runs" / "study", help="outputs of runs")
     parser.add_argument("--show", action="store_true", help="the table and picture of what is there; run nothing")
     parser.add_results("study.csv", "CSV; rows that it has are kept")
     args = parser.parse_args(argv)
     if not args.show:
         torch.set_num_threads(1)
-        for fold in (CHOICE, TEST):
+        for fold in (CHOICE, args.fold):
             make_digits(digits(args.runs, fold), fold=fold)
-        Study(args.out, args.runs).run(args.seeds)
+        Study(args.out, args.runs, args.times).run(args.fold, args.starts, args.labels, args.seeds)
     rows = read(args.out)
-    if rows:
-        draw(rows, args.out.with_suffix(".png"))
+    draw(rows, args.out.with_suffix(".png"))
     print(table(rows))
     return 0
 

@@ -51,7 +51,7 @@ def test_a_row_is_made_once_and_written_at_once(tmp_path):
         made.append(1)
         return {"top1": 50.0 + len(made)}
 
-    key = dict(kind="finetune", fold=1, start="mae", seed=0, labels=10, lr=1e-3, layer_decay=1.0)
+    key = dict(kind="finetune", fold=1, times=1, start="mae", seed=0, labels=10, lr=1e-3, layer_decay=1.0)
     study.Study(out, tmp_path).row(make, **key)
     again = study.Study(out, tmp_path)
     assert again.row(make, **key)["top1"] == "51.0" and len(made) == 1
@@ -69,26 +69,29 @@ def test_settings_are_chosen_on_one_fold_and_tried_on_the_other(tmp_path, monkey
         return {"top1": "60" if (lr, decay) in study.GRID[1:] else "9"}
 
     monkeypatch.setattr(made, "fine_tune", tune)
-    monkeypatch.setattr(made, "probe", lambda start, seed: None)
-    made.run(2)
+    monkeypatch.setattr(made, "probe", lambda fold, start, seed: None)
+    made.run(2, ["scratch", "mae"], [5, 20], 2)
     tried = [one for one in asked if one[0] != study.CHOICE]
-    assert {one[2] for one in asked if one[0] == study.CHOICE} == {0} and {one[0] for one in tried} == {study.TEST}
+    assert {one[2] for one in asked if one[0] == study.CHOICE} == {0} and {one[0] for one in tried} == {2}
     assert {one[4] for one in tried} == {study.GRID[1]} and asked.index(tried[0]) == len(asked) - len(tried)
-    assert len(set(tried)) == len(tried) == 2 * 5 * len(study.LABELS)
+    assert len(set(tried)) == len(tried) == 2 * 3 * 2
 
 
 def test_the_table_is_the_mean_and_deviation_over_seeds(tmp_path):
-    common = dict(start="mae", fold="1")
-    few, more = study.LABELS
-    rows = [dict(common, kind="finetune", labels=str(few), top1=top1) for top1 in ("80", "84")]
-    rows += [dict(common, kind="finetune", labels=str(more), top1="90")]
-    rows += [dict(common, kind="pretrain", cpu_seconds="61"), dict(common, kind="pretrain", fold="0", cpu_seconds="1")]
-    rows += [dict(common, kind="probe", linear=70, knn20=60)]
-    rows += [dict(common, kind="choose", fold="0", labels=str(few), top1="99")]
-    rows += [dict(common, kind="finetune", start="longer", labels=str(few), top1="40")]
+    common = dict(start="mae", fold="1", times="1", labels="", top1="", cpu_seconds="")
+    tuned = common | dict(kind="finetune", labels="5", cpu_seconds="20")
+    rows = [tuned | dict(top1=top1) for top1 in ("80", "84")]
+    rows += [tuned | dict(labels="20", top1="90", cpu_seconds="23")]
+    rows += [common | dict(kind="pretrain", cpu_seconds="61"), common | dict(kind="probe", linear="70", knn20="60")]
+    rows += [
+        common | dict(kind="pretrain", fold="0", cpu_seconds="1"),
+        tuned | dict(kind="choose", fold="0", top1="99"),
+    ]
+    rows += [tuned | dict(start="longer", top1="40", cpu_seconds="99"), tuned | dict(fold="2", times="3", top1="93")]
     assert study.table(rows).splitlines()[2:] == [
-        "| mae | 61 | 82.0 ± 2.8 | 90.0 | 70.0 | 60.0 |",
-        "| longer | – | 40.0 | – | – | – |",
+        "| mae | 61 | 21 | 82.0 ± 2.8 | 90.0 | 70.0 | 60.0 | 1 |",
+        "| longer | – | 99 | 40.0 | – | – | – | 1 |",
+        "| mae | – | 20 | 93.0 | – | – | – | 2 |",
     ]
     study.draw(rows, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
