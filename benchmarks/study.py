@@ -161,10 +161,11 @@ class Study:
         return max(GRID, key=lambda pair: float(self.fine_tune(CHOICE, start, 0, CHOICE_LABELS, *pair)["top1"]))
 
     def run(self, fold: int, starts: Sequence[str], labels: Sequence[int], seeds: int) -> None:
-        """The choice, then all else."""
+        """The choice, then all else; what takes longest last."""
         chosen = {start: self.chosen(start) for start in (*starts, LONGER)}
-        for many, seed, start in product(labels, range(seeds), chosen):
-            self.fine_tune(fold, start, seed, many, *chosen[start])
+        for many, group in product(labels, (starts, [LONGER])):
+            for seed, start in product(range(seeds), group):
+                self.fine_tune(fold, start, seed, many, *chosen[start])
         for seed, start in product(range(seeds), starts):
             self.probe(fold, start, seed)
 
