@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from benchmarks.transfer_settings import (  # noqa: E402
     TOKENIZER,
     TOKENIZER_STEPS,
     config,
+    first_weights,
     pool_of,
     takes,
     tokenizer_of,
@@ -89,12 +90,17 @@ def cpu_seconds(cfg: Config) -> tuple[float, Any]:
     return time.process_time() - began, result
 
 
-def cost_of_a_step(objective: str, encoder: str, images: Path, folder: Path) -> float:
-    """CPU seconds: the difference of two short runs, so that what a run costs at its ends does not count."""
+def cost_of_a_step(run: Callable[[int], Config], folder: Path) -> float:
+    """CPU seconds: the difference of two short runs, so that what a run costs at its ends does not count.
+
+    Args:
+        run: The config for a number of steps.
+        folder: For what they write.
+    """
     found = []
     for steps in (1, *_TIMED):  # the first pays for imports
         with tempfile.TemporaryDirectory(dir=folder) as out:
-            cfg = config(objective, encoder, 0, images, folder / "run", steps)
+            cfg = run(steps)
             found.append(cpu_seconds(cfg.model_copy(update={"output": cfg.output.model_copy(update={"dir": out})}))[0])
     return (found[2] - found[1]) / (_TIMED[1] - _TIMED[0])
 
@@ -187,11 +193,14 @@ class Study:
         for row in self.found():
             if (row["objective"], row["encoder"]) == (name, encoder):
                 return int(row["steps"]), float(row["seconds_per_step"])
-        cost = cost_of_a_step(name, encoder, self.unlabelled, self.args.runs)
+        cost = cost_of_a_step(lambda steps: self.config(name, encoder, 0, steps), self.args.runs)
         return self.args.steps or max(10, round(self.args.seconds / cost)), round(cost, 4)
 
     def config(self, name: str, encoder: str, seed: int, steps: int) -> Config:
-        return config(name, encoder, seed, self.unlabelled, run_folder(self.args.runs, name, encoder, seed), steps)
+        out = run_folder(self.args.runs, name, encoder, seed)
+        cfg = config(name, encoder, seed, self.unlabelled, out, steps)
+        first_weights(cfg)
+        return cfg
 
 
 def length(args: Any) -> str:
