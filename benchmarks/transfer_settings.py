@@ -30,12 +30,10 @@ ENCODERS = {
         "model.init_from={first}",
     ],
 }  # fmt: skip
-"""Either has 4 × 4 tokens, of which {stride} below are the pixels; ``{first}`` is a file of :func:`first_weights`."""
+"""Either has 4 × 4 tokens at its end; ``{first}`` is the file of :func:`first_weights`."""
 _MASKED = ["data.scale=[1.0,1.0]", "data.ratio=[1.0,1.0]", "train.micro_batch_size=32", "optim.lr=4e-3"]
 """Whole digits: what is hidden is task enough."""
-_VIEWS = [
-    "objective.augment=false", "objective.hidden_dim=128", "train.micro_batch_size=32", "optim.lr=3e-3",
-]  # fmt: skip
+_VIEWS = ["objective.augment=false", "objective.hidden_dim=128", "train.micro_batch_size=32", "optim.lr=3e-3"]
 _SELF_DISTILLATION = [
     *_VIEWS, "objective.bottleneck_dim=32", "objective.out_dim=128", "objective.local_crops=0",
     "objective.global_scale=[0.4,1.0]", "objective.freeze_last_layer=0", "objective.momentum_teacher=0.97",
@@ -46,15 +44,15 @@ OBJECTIVES = {
     "simmim": ["objective.name=simmim", *_MASKED, "objective.unit={stride}", "objective.loss=l2",
                "objective.mask_ratio=0.4"],
     "visible": ["objective.name=simmim", *_MASKED, "objective.visible_only=true", "objective.unit={stride}",
-                "objective.loss=l2", "objective.mask_ratio=0.5", "objective.decoder_dim=32",
-                "objective.decoder_num_heads=2"],
-    "mae": ["objective.name=mae", *_MASKED, "objective.mask_ratio=0.6", "objective.decoder_embed_dim=48",
+                "objective.loss=l2", "objective.mask_ratio=0.5", "objective.decoder_dim=192",
+                "objective.decoder_num_heads=6", "optim.lr=3e-3"],
+    "mae": ["objective.name=mae", *_MASKED, "objective.mask_ratio=0.5", "objective.decoder_embed_dim=48",
             "objective.decoder_depth=1", "objective.decoder_num_heads=3", "optim.clip_grad=null"],
     "beit": ["objective.name=beit", *_MASKED, "objective.tokenizer={tokenizer}", "objective.num_mask=8",
-             "objective.min_block=2", "objective.jitter=0", "optim.clip_grad=3.0"],
+             "objective.min_block=2", "objective.jitter=0", "optim.clip_grad=3.0", "optim.lr=3e-3"],
     "dino": ["objective.name=dino", *_SELF_DISTILLATION],
     "ibot": ["objective.name=ibot", *_SELF_DISTILLATION, "objective.teacher_patch_temp=0.04",
-             "objective.patch_weight=0.3"],
+             "objective.patch_weight=0.1"],
     "moco": ["objective.name=moco", *_VIEWS, "train.micro_batch_size=64", "objective.out_dim=32",
              "objective.scale=[0.5,1.0]", "objective.momentum=0.97", "objective.freeze_patch_embed=false",
              "optim.clip_grad=null"],
