@@ -150,11 +150,12 @@ class Study:
 
     Args:
         args: Of the command line.
+        runs: Folder of the outputs of these images.
         images: Folder with train and val, each of class folders.
     """
 
-    def __init__(self, args: Any, images: Path) -> None:
-        self.args, self.unlabelled, self.labelled = args, images / "train", LabelledImages(images)
+    def __init__(self, args: Any, runs: Path, images: Path) -> None:
+        self.args, self.runs, self.unlabelled, self.labelled = args, runs, images / "train", LabelledImages(images)
         self.same = {"fold": "" if args.data else str(args.fold), "length": length(args)}
 
     def found(self) -> list[Row]:
@@ -176,9 +177,8 @@ class Study:
         for key in missing(self.args, self.found()):
             name, encoder, pool, seed = key
             facts = {key: value for key, value in environment().items() if key in COLUMNS}
-            own = self.untrained(encoder, seed) if name == UNTRAINED else self.trained(name, encoder, seed)
-            objective, row = own
-            row = dict(zip(KEY, key, strict=True)) | self.same | row | facts
+            objective, row = self.untrained(encoder, seed) if name == UNTRAINED else self.trained(name, encoder, seed)
+            row |= dict(zip(KEY, key, strict=True)) | self.same | facts
             row |= judged(objective, self.labelled, self.args.protocol, pool)
             command.write_csv(self.args.out, COLUMNS, [*self.found(), row])
             print(", ".join(f"{word} {row[word]}" for word in (*KEY, "knn20", "linear", "rankme")), flush=True)
@@ -200,12 +200,12 @@ class Study:
         for row in self.found():
             if (row["objective"], row["encoder"]) == (name, encoder):
                 return int(row["steps"]), float(row["seconds_per_step"])
-        cost = cost_of_a_step(lambda steps: self.config(name, encoder, 0, steps), self.args.runs)
+        cost = cost_of_a_step(lambda steps: self.config(name, encoder, 0, steps), self.runs)
         return self.args.steps or max(10, round(self.args.seconds / cost)), round(cost, 4)
 
     def config(self, name: str, encoder: str, seed: int, steps: int) -> Config:
         """Of a run, whose tokenizer and first weights are there."""
-        tokenizer, out = tokenizer_of(encoder, self.args.runs), run_folder(self.args.runs, name, encoder, seed)
+        tokenizer, out = tokenizer_of(encoder, self.runs), run_folder(self.runs, name, encoder, seed)
         if name == "beit" and not (tokenizer / ENCODER_FILE).is_file():
             train_tokenizer(self.unlabelled, tokenizer)
         cfg = config(name, encoder, seed, self.unlabelled, out, steps)
@@ -233,7 +233,8 @@ def table(found: Sequence[Row]) -> str:
     heading = "| encoder | objective | pool | seeds | steps | CPU s | k-NN (20), % | gained | linear, % | RankMe |"
     lines, keys = [heading, "|" + "---|" * 10], ("encoder", "objective", "pool")
     first = {_start(row): float(row["knn20"]) for row in found if row["objective"] == UNTRAINED}
-    for kind in dict.fromkeys(tuple(row[key] for key in keys) for row in found):
+    kinds = dict.fromkeys(tuple(row[key] for key in keys) for row in found)
+    for kind in sorted(kinds, key=lambda kind: list(ENCODERS).index(kind[0])):
         own = [row for row in found if tuple(row[key] for key in keys) == kind]
         spent = [float(row["cpu_seconds"]) for row in own if row["cpu_seconds"]]
         gains = [float(row["knn20"]) - first[_start(row)] for row in own if spent and _start(row) in first]
@@ -292,14 +293,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="the table and picture of what is there; run nothing")
     parser.add_results("transfer.csv", "CSV; rows that it has are kept")
     args = parser.parse_args(argv)
+    runs = args.runs if args.data else args.runs / f"fold-{args.fold}"
     if not args.show:
         torch.set_num_threads(1)
-        args.runs.mkdir(parents=True, exist_ok=True)
-        digits = args.runs / f"digits-{args.fold}"
-        if args.data is None and not (digits / "val").is_dir():
-            make_digits(digits, fold=args.fold)
-        Study(args, args.data or digits).run()
-    draw(args.runs, args.out.with_suffix(".png"))
+        runs.mkdir(parents=True, exist_ok=True)
+        if args.data is None and not (runs / "digits" / "val").is_dir():
+            make_digits(runs / "digits", fold=args.fold)
+        Study(args, runs, args.data or runs / "digits").run()
+    draw(runs, args.out.with_suffix(".png"))
     print(table(command.read_csv(args.out)))
     return 0
 

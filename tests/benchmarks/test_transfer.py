@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -93,3 +94,16 @@ def test_the_table_is_the_mean_and_deviation_over_seeds():
         "| vit | ibot | cls | 2 | 7 | 4 | 51.5 ± 2.1 | 10.5 ± 0.7 | 90.0 ± 0.0 | 5.0 ± 0.0 |",
         "| vit | untrained | cls | 2 | – | – | 41.0 ± 1.4 | – | 90.0 ± 0.0 | 5.0 ± 0.0 |",
     ]
+
+
+def test_the_picture_is_of_the_runs_that_are_there(tmp_path):
+    transfer.draw(tmp_path, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    pictures = transfer.run_folder(tmp_path, "dino", "swin", 0) / "reconstructions"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (60, 120)).save(pictures / "step-00000050.png")
+    curves = dict(loss=3.0, teacher_entropy=2.0, mean_entropy=2.5, agreement=0.5)
+    rows = [json.dumps(dict(curves, step=25)), json.dumps(dict(curves, step=50)), '{"step": 50, "val_loss": 1}']
+    (pictures.parent / "metrics.jsonl").write_text("\n".join(rows))
+    transfer.draw(tmp_path, tmp_path / "transfer.png")
+    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
