@@ -92,6 +92,16 @@ class IBOT(DINO):
         self.after_loading()
         self.register_buffer("teacher_patch_temp", torch.tensor(teacher_patch_temp, device="cpu"), persistent=False)
 
+    @torch.no_grad()
+    def after_loading(self) -> None:
+        """The teacher starts as the student; prototypes that its patches and class tokens share, as those of patches.
+
+        So it is in the authors' code, where a shared layer has two names and that of patches is read last.
+        """
+        super().after_loading()
+        if self.teacher.head.last_layer2 is None and self.head.last_layer2 is not None:
+            self.teacher.head.last_layer.load_state_dict(self.head.last_layer2.state_dict())
+
     @classmethod
     def check(cls, *, encoder: Mapping[str, Any], **given: Any) -> None:
         """As :meth:`.DINO.check`; masks leave some patches visible, weights are not negative."""

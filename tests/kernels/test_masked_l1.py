@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim_kernels import linear_masked_l1, masked_l1
-from fastmim_kernels.masked_loss import linear_on_torch
+from fastmim_kernels.masked_loss import linear_on_torch, on_torch
 from fastmim_kernels.masked_loss.linear_op import OP as LINEAR_OP
 from fastmim_kernels.masked_loss.linear_op import linear_traffic
 from fastmim_kernels.masked_loss.op import OP, traffic
@@ -66,6 +66,14 @@ def test_against_float64(op: Any, geometry: tuple[Any, ...], loss: str, dtype: t
     check_both(op, "torch", inputs_for(geometry, op is linear_masked_l1), dtype, loss=loss)
 
 
+@pytest.mark.parametrize("loss", ["l1", "smooth_l1"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_tokens_picked_out_of_many(geometry: tuple[Any, ...], loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What large maps take where few tokens count; small ones are worked on whole."""
+    monkeypatch.setattr(on_torch, "VALUES", 0)
+    check_both(masked_l1, "torch", inputs_for(geometry, linear=False), torch.float32, loss=loss)
+
+
 @pytest.mark.parametrize("op", [masked_l1, linear_masked_l1])
 def test_uint8_target_is_the_normalised_image(op: Any) -> None:
     inputs = inputs_for(GEOMETRIES[1], op is linear_masked_l1)
@@ -80,9 +88,10 @@ def test_uint8_target_is_the_normalised_image(op: Any) -> None:
         assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [3, 13])
-def test_what_is_not_masked_is_not_read(masked: int) -> None:
-    """Few tokens are picked out, of many all are worked on: in either case without a trace of the others."""
+@pytest.mark.parametrize("masked, values", [(3, 0), (13, 0), (3, on_torch.VALUES)])
+def test_what_is_not_masked_is_not_read(masked: int, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few of many tokens are picked out, else all are worked on: in any case without a trace of the others."""
+    monkeypatch.setattr(on_torch, "VALUES", values)
     inputs = inputs_for(((2, 3, 32, 32), (4, 4), (4, 4), 8), linear=False)
     mask = inputs["mask"] = (torch.arange(16) < masked).view(1, 4, 4).repeat(2, 1, 1)
     clean = inputs["prediction"].float()

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
 import fastmim_kernels as fk
+from fastmim.engine.base import _pairs
 from fastmim.engine.local import LocalEngine, clip_each_
 from fastmim.interop import load_reference, load_weights
 from fastmim.interop.self_distilled import save_self_distilled
@@ -142,6 +143,16 @@ def test_patches_with_prototypes_of_their_own(shared_teacher):
     own_gradient = dict(zip(names, gradients, strict=True))
     assert own_gradient["last_layer.weight_v"] is None
     torch.testing.assert_close(student.last_layer2.weight_v.grad, own_gradient["last_layer2.weight_v"])
+
+
+def test_a_shared_teacher_starts_from_the_prototypes_of_patches_and_follows_those_of_class_tokens():
+    """A quirk of the published code: there both names of the shared layer are loaded, that of patches last."""
+    objective = build(**dict(OWN, shared_head_teacher=True, patch_out_dim=0))
+    own, student = objective.teacher.head.last_layer, objective.head
+    assert torch.equal(own.weight_v, student.last_layer2.weight_v)
+    assert not torch.equal(own.weight_v, student.last_layer.weight_v)
+    followed = {id(teacher): theirs for teacher, theirs in _pairs(objective)}
+    assert followed[id(own.weight_v)] is student.last_layer.weight_v
 
 
 def test_micro_batches_and_the_whole_batch_move_a_centre_alike():

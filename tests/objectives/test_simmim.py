@@ -253,7 +253,10 @@ def test_a_wrong_stream_dtype_is_named():
 
 @pytest.mark.parametrize("name", ["swin", "swinv2"])
 def test_weights_cast_ahead_give_the_same_step(name, monkeypatch):
-    """What the Triton path does, on a CPU: one cast for all weights, and none in later micro-batches."""
+    """What the Triton path does, on a CPU: one cast for all weights, and none in later micro-batches.
+
+    Of parameters alone: its table keeps addresses for the steps to come, and a CUDA graph those of its capture.
+    """
     objective, images, mask = small_objective(name)
     expected = bf16_step(objective, images, mask)
     calls, copies = [], fastmim_kernels.low_copies
@@ -265,6 +268,8 @@ def test_weights_cast_ahead_give_the_same_step(name, monkeypatch):
             loss, grad = bf16_step(objective, images, mask)
             assert loss == expected[0] and torch.equal(grad, expected[1]), (step, index)
     assert len(calls) == 2
+    own = {parameter.data_ptr() for parameter in objective.parameters()}
+    assert all(tensor.data_ptr() in own for tensors, _ in calls for tensor in tensors)
     with torch.no_grad():
         objective.encoder.layers[0].blocks[0].attn.qkv.weight.zero_()
     objective.set_micro_batch(0, 2)

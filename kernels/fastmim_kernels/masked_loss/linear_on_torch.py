@@ -39,7 +39,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     dtype, low = (torch.float32, dtype) if slow else (dtype, dtype)
     head, shift = weight.to(low).to(dtype), None if bias is None else bias.to(low).to(dtype)
     x, d_x = tokens.flatten(0, 2), d_tokens.flatten(0, 2) if grads else d_tokens
-    first, scale = True, pixel_scale(target, mask, wide, count_eps)
+    first, exact, scale = True, dtype == wide, pixel_scale(target, mask, wide, count_eps)
     for rows, chosen in token_chunks(cells):
         chunk = x[rows].to(low).to(dtype)
         pixels = normalised(patches[rows].unflatten(1, (-1, stride, stride)), mean, std, wide)
@@ -52,9 +52,11 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
                 d_bias += slope.sum(0)
             slope = slope.to(low).to(dtype)
             d_x[rows] = input_gradient(slope, head, None).to(d_x.dtype)
+            if exact:
+                chunk = chunk * scale  # a few rows, in place of a pass over the gradient of the weight
             if first:
                 d_weight = weight_gradient(slope, chunk, wide)
-            elif dtype == wide:
+            elif exact:
                 d_weight.addmm_(slope.T, chunk)
             else:
                 d_weight += weight_gradient(slope, chunk, dtype)
@@ -62,7 +64,7 @@ def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     if grads and first:
         d_weight.zero_()
     # The factor is left to backward where a low precision would round or lose what it scales.
-    return total * scale, scale, d_tokens, d_weight.mul_(scale), d_bias.mul_(scale)
+    return total * scale, scale, d_tokens, d_weight if exact else d_weight.mul_(scale), d_bias.mul_(scale)
 
 
 def backward(grad: Tensor, scale: Tensor, d_tokens: Tensor, d_weight: Tensor, d_bias: Tensor,

@@ -59,7 +59,7 @@ def _differences(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor 
     """Yield (row numbers of the flattened tokens, masked difference) in chunks that stay in cache."""
     grid, wide = prediction.shape[1:3], wide_dtype(prediction.dtype, target.dtype)
     cells = token_cells(mask, target.shape[2:], grid, stride)
-    if prediction.is_cpu and 2 * cells.flatten(3).any(3).sum().item() > cells[..., 0, 0].numel():
+    if prediction.is_cpu and (prediction.numel() <= VALUES or _most(cells)):
         yield from _all_differences(prediction, target, cells, mean, std, stride, wide)
         return
     patches = patchify(cover(grid, target, stride), stride).flatten(0, 2)
@@ -70,11 +70,16 @@ def _differences(prediction: Tensor, target: Tensor, mask: Tensor, mean: Tensor 
         yield rows, masked_difference(flat[rows], chunk, chosen)
 
 
+def _most(cells: Tensor) -> bool:
+    """Whether more than half of the tokens hold a masked pixel."""
+    return bool(2 * cells.flatten(3).any(3).sum() > cells[..., 0, 0].numel())
+
+
 def _all_differences(prediction: Tensor, target: Tensor, cells: Tensor, mean: Tensor | None, std: Tensor | None,
                      stride: int, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The same over all tokens, some images at a time.
 
-    Where more than half of them count, copies of those and of their patches cost more than the others do.
+    Where more than half of them count, or all are few, copies of those and of their patches cost more than the others.
     """
     grid, tokens = prediction.shape[1:3], prediction[0, ..., 0].numel()
     images = max(VALUES // prediction[0].numel(), 1)
