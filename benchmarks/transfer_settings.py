@@ -19,6 +19,7 @@ COMMON = [
     "output.pictures=4", "optim.lr_batch=null", "optim.warmup_lr=0", "optim.min_lr=1e-5", "optim.warmup_inclusive=true",
     "efficiency.threads=1",
 ]  # fmt: skip
+"""Of ``study.py`` and ``sweep.py`` too."""
 ENCODERS = {
     "vit": [
         "model.name=vit", "model.img_size=28", "model.patch_size=7", "model.embed_dim=48", "model.depth=3",
@@ -60,8 +61,7 @@ OBJECTIVES = {
 """Overrides of each: a new objective is a line here. ``{stride}`` is that of the encoder's tokens, ``{tokenizer}`` a
 discrete autoencoder of the same images, whose training comes on top."""
 ONLY = {"moco": ("vit",), "visible": ("swin",)}
-"""The encoders of an objective that is not tried on all: MoCo v3 is published for ViT alone, and visible tokens are
-SimMIM's way on a Swin."""
+"""The encoders of an objective that is not tried on all: MoCo v3 is published for ViT, ``visible_only`` is for Swin."""
 POOLS = {"simmim": "mean", "mae": "mean", "beit": "mean"}
 """What stands for an image, where it is not the class token of a ViT: its loss reads patches alone."""
 TOKENIZER = [
@@ -88,7 +88,8 @@ def config(objective: str, encoder: str, seed: int, images: Path, out: Path, ste
 def first_weights(cfg: Config) -> None:
     """Make the file that ``model.init_from`` names, if any: Xavier-uniform linear layers (Glorot & Bengio 2010).
 
-    Swin's own, of a deviation of 0.02 whatever the width, leave so narrow an encoder nearly linear.
+    Swin's own have a deviation of 0.02 whatever the width, which is little for one so narrow: on fold 0, seed 0, 400
+    steps of DINO gave a k-NN of 45.1 % from them and 57.0 % from these (untrained 50.9 and 51.8).
     """
     file: Any = cfg.model.init_from
     if file is None or Path(file).is_file():

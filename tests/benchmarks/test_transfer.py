@@ -37,6 +37,8 @@ def test_the_first_weights_are_those_of_every_objective(tmp_path):
             own = transfer.untrained(cfg, WORLD).encoder
             for key, value in own.named_parameters():
                 assert key == "mask_token" or first.setdefault(key, value).equal(value), (name, key)
+    weight = first["layers.0.blocks.0.attn.qkv.weight"]  # (3 · 24, 24), uniform within √(6 / (72 + 24)) = 0.25
+    assert 0.24 < weight.abs().max() <= 0.25 and weight.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.05)
 
 
 def test_only_what_is_missing_is_run_a_seed_after_the_other():
@@ -59,25 +61,13 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-def test_rows_are_made_once_and_those_of_another_length_are_refused(images, tmp_path, monkeypatch, capsys):
+def test_rows_are_made_once_and_those_of_another_length_are_refused(images, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "cost_of_a_step", lambda *_: 0.25)
-    given = [
-        "--data",
-        str(images),
-        "--out",
-        str(tmp_path / "out.csv"),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--seeds",
-        "1",
-    ]
+    given = f"--data {images} --out {tmp_path / 'out.csv'} --runs {tmp_path / 'runs'} --seeds 1".split()
     given += ["--objectives", "simmim", "--encoders", "swin"]
     assert transfer.main([*given, "--steps", "2"]) == 0
     first = command.read_csv(tmp_path / "out.csv")
-    assert [(row["objective"], row["steps"], row["fold"]) for row in first] == [
-        ("untrained", "", ""),
-        ("simmim", "2", ""),
-    ]
+    assert [(row["objective"], row["steps"]) for row in first] == [("untrained", ""), ("simmim", "2")]
     assert {(row["train_images"], row["test_images"], row["pool"]) for row in first} == {("80", "20", "mean")}
     transfer.main([*given, "--steps", "2"])
     assert command.read_csv(tmp_path / "out.csv") == first
