@@ -97,7 +97,7 @@ class SimMIM(Objective):
         if visible_only:
             self.encoder.register_parameter("mask_token", None)
             self.visible = VisibleColumns(self.encoder)
-            self.shown = self.masks.shown * (unit // self.stride) ** 2
+            self.kept = self.masks.shown * (unit // self.stride) ** 2
             how = dict(dim=decoder_dim, depth=decoder_depth, num_heads=decoder_num_heads)
             self.decoder = VisibleDecoder(self.encoder.num_features, self.token_grid, **how, impl=self.impl)
         what |= dict(mean=self.mean, std=self.std, has_gaps=self.has_gaps, impl=self.impl)
@@ -172,7 +172,7 @@ class SimMIM(Objective):
     def _tokens(self, images: Tensor, mask: Tensor, *, only_masked: bool = False, shown: int | None = None) -> Tensor:
         """(B, h, w, D) for the head; with ``only_masked`` it reads no others; ``shown``: if not as in training."""
         if self.visible is not None and self.decoder is not None:
-            keep = shown_tokens(mask, self.token_grid, self.shown if shown is None else shown)
+            keep = shown_tokens(mask, self.token_grid, self.kept if shown is None else shown)
             return self.decoder(self.encoder(images, visible=self.visible(keep)), keep)
         rows = masked_tokens(mask, self.img_size, self.token_grid, self.stride) if only_masked else None
         return self.encoder(images, mask, rows)

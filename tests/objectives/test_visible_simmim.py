@@ -150,3 +150,14 @@ def test_a_mask_of_another_share_is_completed_as_by_the_objective_of_that_share(
     found = objective.reconstruct(images, torch.cat((own, fewer)))
     assert torch.equal(found[:1], objective.reconstruct(images[:1], own))
     assert torch.equal(found[1:], other.reconstruct(images[1:], fewer))
+
+
+def test_a_picture_shows_what_is_predicted_of_hidden_pixels():
+    objective = build(mean=(0.4, 0.5), std=(0.2, 0.3)).eval()
+    images, mask = objective.example(2)
+    picture = objective.picture(images, mask)
+    hidden = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    scale, shift = (torch.tensor(values).view(2, 1, 1) for values in ((0.2, 0.3), (0.4, 0.5)))
+    colours = (objective.reconstruct(images, mask) * scale + shift).clamp(0, 1)
+    completed = picture.columns[-1].permute(0, 2, 3, 1)[hidden]
+    torch.testing.assert_close(completed[:, 0], colours[:, 0][hidden])
