@@ -36,7 +36,8 @@ import torch  # noqa: E402
 from benchmarks import command  # noqa: E402
 from benchmarks.harness import environment  # noqa: E402
 from benchmarks.sweep import worth  # noqa: E402
-from benchmarks.transfer import COMMON, cpu_seconds, spread  # noqa: E402
+from benchmarks.transfer import cpu_seconds, spread  # noqa: E402
+from benchmarks.transfer_settings import COMMON  # noqa: E402
 from fastmim import load_config  # noqa: E402
 from fastmim.config import Config  # noqa: E402
 from fastmim.data.digits import FOLDS, make_digits  # noqa: E402
@@ -211,17 +212,22 @@ def found(rows: Sequence[Row], column: str, **key: Any) -> list[float]:
 def table(rows: Sequence[Row]) -> str:
     """Mean ± standard deviation over seeds, in Markdown; accuracies in per cent."""
     many = labels_of(rows)
-    heads = ["start", "pretraining, CPU s", "fine-tuning, CPU s", *(f"{one} labels a class" for one in many)]
-    heads += ["linear probe", "k-NN (20)", "fold"]
+    heads = ["fold", "start", "seeds", "pretraining, CPU s", "fine-tuning, CPU s"]
+    heads += [*(f"{one} labels a class" for one in many), "linear probe", "k-NN (20)"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for own in studies(rows):
-        for start in [name for name in (*STARTS, LONGER) if found(own, "top1", kind="finetune", start=name)]:
-            cells = [found(own, "cpu_seconds", kind=kind, start=start) for kind in ("pretrain", "finetune")]
-            shown = [f"{statistics.mean(seconds):.0f}" if seconds else "–" for seconds in cells]
-            cells = [found(own, "top1", kind="finetune", start=start, labels=one) for one in many]
-            cells += [found(own, column, kind="probe", start=start) for column in ("linear", "knn20")]
-            shown += [spread(values) if values else "–" for values in cells]
-            lines.append(f"| {' | '.join([start, *shown, own[0]['fold']])} |")
+        for start in (*STARTS, LONGER):
+            tuned, probed = (dict(kind=kind, start=start) for kind in ("finetune", "probe"))
+            if not found(own, "top1", **tuned):
+                continue
+            pretraining_seconds = found(own, "cpu_seconds", kind="pretrain", start=start) if start != "scratch" else []
+            seconds = [pretraining_seconds, found(own, "cpu_seconds", **tuned)]
+            cells = [f"{statistics.mean(values):.0f}" if values else "–" for values in seconds]
+            accuracies = [found(own, "top1", **tuned, labels=one) for one in many]
+            accuracies += [found(own, column, **probed) for column in ("linear", "knn20")]
+            cells += [spread(values) if values else "–" for values in accuracies]
+            seeds = {row["seed"] for row in own if row["kind"] == "finetune" and row["start"] == start}
+            lines.append(f"| {' | '.join([own[0]['fold'], start, str(len(seeds)), *cells])} |")
     return "\n".join(lines)
 
 

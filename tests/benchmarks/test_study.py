@@ -78,9 +78,9 @@ def test_settings_are_chosen_on_one_fold_and_tried_on_the_other(tmp_path, monkey
 
 
 def test_the_table_is_the_mean_and_deviation_over_seeds(tmp_path):
-    common = dict(start="mae", fold="1", times="1", labels="", top1="", cpu_seconds="")
+    common = dict(start="mae", fold="1", times="1", seed="0", labels="", top1="", cpu_seconds="")
     tuned = common | dict(kind="finetune", labels="5", cpu_seconds="20")
-    rows = [tuned | dict(top1=top1) for top1 in ("80", "84")]
+    rows = [tuned | dict(seed=str(seed), top1=str(80 + 4 * seed)) for seed in (0, 1)]
     rows += [tuned | dict(labels="20", top1="90", cpu_seconds="23")]
     rows += [common | dict(kind="pretrain", cpu_seconds="61"), common | dict(kind="probe", linear="70", knn20="60")]
     rows += [
@@ -89,9 +89,9 @@ def test_the_table_is_the_mean_and_deviation_over_seeds(tmp_path):
     ]
     rows += [tuned | dict(start="longer", top1="40", cpu_seconds="99"), tuned | dict(fold="2", times="3", top1="93")]
     assert study.table(rows).splitlines()[2:] == [
-        "| mae | 61 | 21 | 82.0 ± 2.8 | 90.0 | 70.0 | 60.0 | 1 |",
-        "| longer | – | 99 | 40.0 | – | – | – | 1 |",
-        "| mae | – | 20 | 93.0 | – | – | – | 2 |",
+        "| 1 | mae | 2 | 61 | 21 | 82.0 ± 2.8 | 90.0 | 70.0 | 60.0 |",
+        "| 1 | longer | 1 | – | 99 | 40.0 | – | – | – |",
+        "| 2 | mae | 1 | – | 20 | 93.0 | – | – | – |",
     ]
     study.draw(rows, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
