@@ -1,6 +1,6 @@
 """From unlabelled images to an accuracy with few labels: pretraining against training from scratch, a real study.
 
-    python benchmarks/study.py                                                    # 25 minutes of CPU time
+    python benchmarks/study.py                                                    # 20 minutes of CPU time
     python benchmarks/study.py --times 3 --fold 2 --starts scratch simmim mae     # 30
 
 A small ViT starts from its first weights ("scratch"), or from these after about as many CPU seconds of SimMIM, MAE or
@@ -264,7 +264,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_title(f"{many} labels a class, fold {own[0]['fold']}")
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("top-1 on 1,000 held-out digits, %")
-    all_axes[0].legend()
+    all_axes[0].legend(loc="lower left")
     with replacing(path) as partial:
         figure.savefig(partial, format="png")
 
