@@ -37,7 +37,7 @@ from benchmarks import command, harness  # noqa: E402
 from fastmim.data import build_loader, pack_images  # noqa: E402
 from fastmim.data.demo import _find_photos  # noqa: E402
 from fastmim.data.loader import PREFETCH  # noqa: E402
-from fastmim.objectives.masks import random_mask  # noqa: E402
+from fastmim.objectives.unit_masks import UnitMasks  # noqa: E402
 
 SIZE, TILE, UNIT, PATCH, MASK_RATIO, BATCH = 192, (500, 375), 32, 4, 0.6, 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -109,7 +109,7 @@ def our_reader(name: str, folder: Path, workers: int, every: int = 2) -> Callabl
         loader=kind.partition("-")[0],
     )  # fmt: skip
     mean, std = (255 * torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    grid = (SIZE // PATCH, SIZE // PATCH)
+    masks = UnitMasks(SIZE, PATCH, kind="random", mask_ratio=MASK_RATIO, unit=UNIT)
     epochs = iter(range(0, 1 << 30, every))
 
     def read() -> int:
@@ -117,7 +117,7 @@ def our_reader(name: str, folder: Path, workers: int, every: int = 2) -> Callabl
         for images, sample_ids in loader.epoch(next(epochs)):
             if as_float:
                 images = (images - mean) / std
-                random_mask(sample_ids, grid=grid, repeat=UNIT // PATCH, mask_ratio=MASK_RATIO)
+                masks(sample_ids)
             count += len(images)
         return count
 

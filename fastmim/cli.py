@@ -120,7 +120,8 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _pretrain_here(options: argparse.Namespace) -> int:
-    from fastmim.config import load_config
+    with shown_on_a_terminal("loading libraries …"):
+        from fastmim.config import load_config
 
     if hasattr(options, "read"):
         cfg = options.read(options)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
 _NAME = "fastmim"
@@ -15,6 +16,15 @@ _NAME = "fastmim"
 def plural(count: int, noun: str, several: str | None = None) -> str:
     """``1 image``, ``2 images``, ``10,000 images``; with ``several`` what it takes instead of an s."""
     return f"{count:,} {noun if count == 1 else several or f'{noun}s'}"
+
+
+def as_yaml(value: Any) -> str:
+    """A setting as in YAML, on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    return " ".join(str(value).split()) or "''"
 
 
 def install_packages(*requirements: str) -> str:

@@ -135,7 +135,7 @@ MISTAKES = [
     ("data.weights=[0]", ["data.weights[0]=0: must be > 0"]),
     ("data.value_range=[5, 5]", ["data.value_range=[5, 5]: must be [low, high] with low < high"]),
     ("data.value_range=4095", ["data.value_range=4095: expected two numbers [low, high]"]),
-    ("data.alpha=pink", ["data.alpha=pink: expected one of white, black, drop"]),
+    ("data.alpha=pink", ["data.alpha=pink: expected one of white, black, drop, or a colour"]),
     ("data.mean=[123.675, 116.28, 103.53]", ["data.mean=[123.675, 116.28, 103.53]: ", "[0.485, 0.456, 0.406]"]),
     ("data.mean=[123, 116, 103]", ["data.mean=[123.0, 116.0, 103.0]: ", "in [0, 1]", "[0.4824, 0.4549, 0.4039]"]),
     ("data.std=[0.2, 57, 0.2]", ["data.std=[0.2, 57.0, 0.2]: must be of values in [0, 1]"]),
@@ -195,7 +195,7 @@ def test_a_path_may_look_like_anything(tmp_path: Path, text: str) -> None:
 
 def test_configs_of_versions_with_output_tensorboard_mean_the_same(tmp_path: Path) -> None:
     old = write(tmp_path / "config.yaml", "output:\n  dir: a\n  tensorboard: false\n  pictures: 2\n")
-    assert load_config(old).output.model_dump() == {"dir": "a", "loggers": (), "pictures": 2}
+    assert load_config(old).output.model_dump() == {"dir": "a", "loggers": (), "pictures": 2, "bands": None}
     assert load_config(old, ["output.loggers=[csv]"]).output.loggers == ("csv",)
     assert load_config(old, ["output.tensorboard=true"]).output.loggers == ("tensorboard",)
     assert load_config().output.loggers == ("tensorboard",)

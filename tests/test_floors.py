@@ -28,8 +28,8 @@ ALLOWED = {
         "fastmim.threads",
     },
     "fastmim.__main__": {"fastmim.cli"},
-    # The checks ask the encoders what they take, and the mask how many units it hides.
-    "fastmim.config": {"fastmim.models", "fastmim.objectives", "fastmim.files"},
+    # The checks ask the encoders what they take, the mask how many units it hides, and the data how samples are read.
+    "fastmim.config": {"fastmim.models", "fastmim.objectives", "fastmim.data", "fastmim.files", "fastmim.wording"},
     "fastmim.engine": {
         "fastmim.evaluate",
         "fastmim.interop",
@@ -82,6 +82,7 @@ CONFIG_READERS = {
     "fastmim.commands.masks",
     "fastmim.commands.own",
     "fastmim.commands.probe",
+    "fastmim.commands.statistics",
     "fastmim.engine.build",
     "fastmim.engine.train",
     "fastmim.plan.command",

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCKED = ["rich", "matplotlib", "tensorboard", "triton", "deepspeed", "nvidia.dali", "pynvml"]
 BLOCKED += ["wandb", "mlflow", "sqlalchemy", "alembic", "transformers"]
 BLOCKED += ["onnx", "onnxruntime", "onnxscript"]
-BLOCKED += ["skimage", "sklearn", "mlxtend", "scipy", "hypothesis", "pytest"]
+BLOCKED += ["imagecodecs", "skimage", "sklearn", "mlxtend", "scipy", "hypothesis", "pytest"]
 
 # The blocked packages look as if they were not installed: also to a find_spec(), which torch uses to ask.
 _BLOCKER = """
@@ -127,6 +127,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     meta = email.message_from_string(archive.read(f"{info}/METADATA").decode())
     assert meta["Version"] == fastmim.__version__ and meta["License-Expression"] == "Apache-2.0"
     extras = {"triton", "zero", "dali", "plots", "loggers", "demo", "profile", "bench", "study", "onnx", "dev", "all"}
+    extras |= {"bands"}
     assert set(meta.get_all("Provides-Extra")) == extras
     required = meta.get_all("Requires-Dist")
     # PyPI's apex is another project; a requirement on it would install that.
@@ -141,6 +142,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         "pyyaml",
         "numpy",
         "pillow",
+        "tifffile",
         "rich",
         "jinja2",
     }

@@ -8,6 +8,9 @@ from typing import Any
 
 from .console import say, write
 
+UNNORMALISED = ("data.mean=[0]", "data.std=[1]")
+"""For commands that read images and need no statistics of them, which ``data.pixels=float32`` asks for."""
+
 OVERRIDES = "section.key=value, the value in YAML; may be repeated and wins over the file"
 
 

@@ -74,12 +74,13 @@ def let_go_of_stdout() -> None:
 
 @contextmanager
 def bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error, a row a stage."""
+    """A progress bar on standard error where that is a terminal, a row a stage."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), disable=own_rank() != 0)
+    console = Console(stderr=True)
+    progress = Progress(*columns, console=console, disable=own_rank() != 0 or not console.is_terminal)
     rows: dict[str, TaskID] = {}
 
     def tell(stage: str, done: int, total: int) -> None:

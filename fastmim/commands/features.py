@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from fastmim.wording import plural
 
 from .configs import positive
 from .console import bar, shown_on_a_terminal, write
-from .probe import READING, reading_of
+from .probe import check_overrides, data_of
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -17,7 +18,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     features = commands.add_parser("features", parents=[common], help="write an encoder's features of images")
     features.add_argument("source", metavar="RUN|ENCODER", help="a run's output folder, a step-… folder, or the "
                           "encoder.safetensors that a run or `fastmim convert` has written")
-    features.add_argument("folder", metavar="IMAGES", help="folder of images, nested or flat, or tar shards")
+    features.add_argument("given", metavar="IMAGES", help="folder of images, nested or flat, tar shards, or a file")
     features.add_argument("overrides", metavar="key=value", nargs="*",
                           help="how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
     features.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file; a .json of its name "
@@ -44,18 +45,21 @@ def _numbers(text: str) -> list[int]:
 
 def run_features(options: argparse.Namespace) -> int:
     """Write the features, name the images that are left out."""
-    data = reading_of(options.overrides, "features")
+    check_overrides(options.overrides, "features")
     with shown_on_a_terminal("loading libraries …"):
-        from fastmim.data.source import open_index
+        from fastmim.data.given import open_given
+        from fastmim.data.reading import FROZEN, opening_of, reading_of
         from fastmim.engine.distributed import distributed
         from fastmim.engine.extract import extract_features
+        from fastmim.engine.probe import encoder_facts, encoder_file
 
-    with distributed() as world, bar() as told:
+    with distributed() as world, bar() as told, encoder_file(Path(options.source)) as file:
         if world.size > 1:
             raise ValueError(f"features is for one process, not {world.size}: start it without a launcher")
-        index = open_index(options.folder, follow_links=data.follow_links, component=data.component, field="IMAGES")
+        data = data_of(options.overrides, encoder_facts(file))
+        index = open_given([options.given], **opening_of(data))
         done = extract_features(
-            options.source,
+            file,
             index,
             options.out,
             device=world.device,
@@ -65,7 +69,7 @@ def run_features(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             batch=options.batch,
             labels=options.labels,
-            reading=data.model_dump(include=READING),
+            reading=reading_of(data, *FROZEN),
             told=told,
         )
     lines = [f"left out {path}: {reason}" for path, reason in done.bad.items()]

@@ -50,6 +50,7 @@ def _of_encoder(source: Path) -> dict[str, Any]:
     fine-tuning; a SwinV2's position biases stay those of the window that they were trained with.
     """
     from fastmim.engine.probe import ENCODER_FILE, encoder_facts
+    from fastmim.engine.settings import image_facts
 
     file = source / ENCODER_FILE if source.is_dir() else source
     if not file.is_file():
@@ -62,6 +63,7 @@ def _of_encoder(source: Path) -> dict[str, Any]:
     settings["abs_pos_embed"] = bool(settings["abs_pos_embed"]) if "abs_pos_embed" in settings else None
     if settings.get("name") == "swinv2" and not settings.get("pretrained_window_size"):
         settings["pretrained_window_size"] = settings["window_size"]
-    statistics = {key: value for key, value in facts.get("statistics", {}).items() if key in ("mean", "std") and value}
+    said = image_facts(facts.get("statistics", {}))
+    images = {key: value for key, value in said.items() if value is not None and key != "interpolation"}
     model = {key: value for key, value in settings.items() if value is not None}
-    return {"model": model | {"init_from": str(file)}, "data": statistics}
+    return {"model": model | {"init_from": str(file)}, "data": images}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .configs import takes_config
-from .console import own_rank, write
+from .console import own_rank, shown_on_a_terminal, write
 from .own import is_number, show_own, takes_images
 
 _GPU = "h100-80g"
@@ -41,17 +41,22 @@ def show_plan(options: argparse.Namespace) -> int:
     """Print what fits on a machine, and how fast it is."""
     if options.images is not None and not is_number(options.images):
         return show_own(options)
-    from fastmim.config import load_config
+    with shown_on_a_terminal("loading libraries …"):
+        from fastmim.config import load_config
+        from fastmim.engine.progress import counted, said_if_slow
+        from fastmim.plan.command import make_plan
+        from fastmim.plan.hardware import find_gpu
+        from fastmim.plan.report import as_json, as_text, save_picture
+        from fastmim.plan.terminal import show
 
     cfg = load_config(options.config, options.overrides)
     count = None if options.images is None else int(options.images)
-    from fastmim.engine.progress import counted
-    from fastmim.plan.command import make_plan
-    from fastmim.plan.hardware import find_gpu
-    from fastmim.plan.report import as_json, as_text, save_picture
-    from fastmim.plan.terminal import show
-
-    with counted("tracing the model", enabled=own_rank() == 0 and sys.stderr.isatty(), stderr=True) as told:
+    slow = "tracing the model; of a large one that takes minutes, and is kept for the next plan"
+    main, live = own_rank() == 0, sys.stderr.isatty()
+    with (
+        counted("tracing the model", enabled=main and live, stderr=True) as told,
+        said_if_slow(slow, enabled=main and not live, seconds=30),
+    ):
         plan = make_plan(cfg, gpu=find_gpu(options.gpu or _GPU), gpus=options.gpus, images=count, told=told)
     if options.picture:
         save_picture(plan, options.picture)
@@ -64,18 +69,19 @@ def show_plan(options: argparse.Namespace) -> int:
 
 def profile_steps(options: argparse.Namespace) -> int:
     """Profile a few real steps."""
-    from fastmim.config import load_config
+    with shown_on_a_terminal("loading libraries …"):
+        from fastmim.config import load_config
+        from fastmim.profiling.command import profile_run
 
     cfg = load_config(options.config, options.overrides)
-    from fastmim.profiling.command import profile_run
-
     write(profile_run(cfg, steps=options.steps, out=Path(options.out) if options.out else None))
     return 0
 
 
 def examine(options: argparse.Namespace) -> int:
     """Check the installation."""
-    from fastmim.doctor import doctor
+    with shown_on_a_terminal("loading libraries …"):
+        from fastmim.doctor import doctor
 
     report, status = doctor(as_json=options.json)
     write(report)

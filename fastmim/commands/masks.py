@@ -28,15 +28,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def show_masks(options: argparse.Namespace) -> int:
     """Report on the masks, and draw them."""
-    from fastmim.config import load_config
-
-    cfg = load_config(options.config, options.overrides)
     with shown_on_a_terminal("loading libraries …"):
         from torch._subclasses import FakeTensorMode
 
+        from fastmim.config import load_config
         from fastmim.engine.build import build_objective
         from fastmim.engine.dry_step import built
         from fastmim.evaluate.mask_report import mask_report, save_mask_picture
+    cfg = load_config(options.config, options.overrides)
     with FakeTensorMode():  # the weights of a giant are not needed
         objective = built(lambda: build_objective(cfg))
     report = mask_report(objective, seed=cfg.train.seed, epoch=options.epoch, count=options.samples)
@@ -49,15 +48,15 @@ def show_masks(options: argparse.Namespace) -> int:
 
 
 def _images(cfg: Any, objective: Any, count: int) -> Any:
-    """(N, C, H, W) in [0, 1] of the config's images, evenly spread; None without data.path."""
+    """(N, 3, H, W) in [0, 1] of the config's images, evenly spread, as pictures show them; None without data.path."""
     from fastmim.data import build_loader
-    from fastmim.evaluate.reconstruct import spread_images
+    from fastmim.data.reading import opening_of, reading_of
+    from fastmim.evaluate.reconstruct import rgb_of, spread_images
 
     if cfg.data.path is None and cfg.data.file_list is None:
         return None
-    keys = {"path", "file_list", "follow_links", "component", "interpolation", "min_size", "value_range", "alpha"}
     how: dict[str, Any] = dict(train=False, micro_batch_size=1, num_workers=0, verify="none", loader="torchvision")
-    reading = cfg.data.model_dump(include=keys)
+    reading = {**opening_of(cfg.data), **reading_of(cfg.data, "path", "file_list", "interpolation")}
     with closing(build_loader(img_size=objective.img_size, in_chans=cfg.model.in_chans, **reading, **how)) as loader:
         found = spread_images(loader, count)
-    return None if found is None else found[0].float() / 255
+    return None if found is None else rgb_of(found[0], cfg.output.bands)

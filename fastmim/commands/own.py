@@ -41,7 +41,7 @@ def own_images(options: argparse.Namespace) -> Config:
     from fastmim.engine.distributed import on_main, world_from_env
     from fastmim.plan.own_command import Own, own_config
 
-    say(f"--images {options.images}: looking at the images and the machine …")
+    _say_what_takes_long(options)
     ranks = world_from_env().size
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 
@@ -70,7 +70,12 @@ def show_own(options: argparse.Namespace) -> int:
             raise ValueError(f"--{option}: not with a folder for --images; save what is printed without it, as "
                              f"mine.yaml, and give `fastmim plan mine.yaml --{option}`")  # fmt: skip
     gpu = None if options.gpu is None else find_gpu(options.gpu)
+    _say_what_takes_long(options)
     own = own_config(options.images, options.config, options.overrides, gpu=gpu, ranks=options.gpus,
                      local_ranks=options.gpus)  # fmt: skip
     write(own.text if own.is_new else f"# {own.text}\n")
     return 0
+
+
+def _say_what_takes_long(options: argparse.Namespace) -> None:
+    say(f"--images {options.images}: looking at the images and the machine …")

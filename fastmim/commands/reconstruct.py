@@ -24,6 +24,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
                          "made of, whole patches (default: a token of the encoder)")
     command.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="of random masks; several give "
                          "an image several rows (default 0)")
+    command.add_argument("--bands", type=int, nargs="+", metavar="N", help="channels to draw, one as grey or three as "
+                         "colours, from 1 on (default: the first three)")
     command.add_argument("--most", type=int, default=8, metavar="N", help="images, evenly spread (default 8; 0: all)")
     command.add_argument("--composites", metavar="DIR", help="also write each completed image, named as its file")
     command.set_defaults(command=reconstruct)
@@ -34,7 +36,10 @@ def reconstruct(options: argparse.Namespace) -> int:
     with shown_on_a_terminal("loading libraries …"):
         from fastmim.engine.predict import Wanted, predict_images
 
-    wanted = Wanted(mask=options.mask, ratio=options.ratio, unit=options.unit, seeds=tuple(options.seed))
+    bands = None if options.bands is None else tuple(options.bands)
+    wanted = Wanted(
+        mask=options.mask, ratio=options.ratio, unit=options.unit, seeds=tuple(options.seed), bands=bands
+    )
     drawn = predict_images(
         options.checkpoint, options.given, wanted, out=options.out, most=options.most, composites=options.composites
     )

@@ -32,8 +32,8 @@ def architecture(encoder: Mapping[str, Any]) -> None:
         raise said_by("model", encoder, error) from None
 
 
-def objective(section: ObjectiveSection, encoder: Mapping[str, Any], tree: Any) -> None:
-    """The objective takes its keys together with the encoder; `tree` has them as they were written."""
+def objective(section: ObjectiveSection, encoder: Mapping[str, Any], data: Any, tree: Any) -> None:
+    """The objective takes its keys together with the encoder and the images; `tree` has them as they were written."""
     from fastmim.objectives import find_objective
 
     arguments = section.arguments()
@@ -42,6 +42,7 @@ def objective(section: ObjectiveSection, encoder: Mapping[str, Any], tree: Any) 
         found = find_objective(section.name)
         found.check_family(encoder)
         found.check(encoder=encoder, **arguments)
+        found.check_pixels(pixels=data.pixels, has_gaps=data.no_data is not None, **arguments)
     except ValueError as error:
         given = {**arguments, **written} if isinstance(written, Mapping) else arguments
         raise said_by("objective", given, error) from None
@@ -52,26 +53,53 @@ def default_statistics(tree: Any) -> Any:
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         return tree
     data = tree.get("data") or {}
-    if tree["model"].get("in_chans", 3) == 3 or not isinstance(data, dict):
+    if tree["model"].get("in_chans", 3) == 3 or not isinstance(data, dict) or data.get("pixels") == "float32":
         return tree
     return {**tree, "data": {"mean": [0.5], "std": [0.5], **data}}
 
 
-def statistics(in_chans: int, **given: Sequence[float]) -> None:
+def statistics(in_chans: int, data: Any) -> None:
     """One value per channel, or one for all, in the unit that the objective takes."""
-    from fastmim.objectives.base import check_statistics
+    from fastmim.objectives.arguments import check_statistics
 
+    given: dict[str, Sequence[float]] = {"mean": data.mean, "std": data.std}
     for name, values in given.items():
         if len(values) not in (1, in_chans):
             example = {"mean": 0.45, "std": 0.22}[name]
             raise problem(
-                f"data.{name}={show(values)}: {len(values)} values for model.in_chans={in_chans}; "
-                f"give {in_chans} or one for all, for example data.{name}=[{example}]"
+                f"data.{name}={show(values)}: {len(values)} values for model.in_chans={in_chans}; give {in_chans} or "
+                f"one for all, for example data.{name}=[{example}]; `fastmim data stats` measures them"
             )
         try:
-            check_statistics(name, values)
+            check_statistics(name, values, data.pixels)
         except ValueError as error:
             raise said_by("data", given, error) from None
+
+
+def bands(given: Sequence[int] | None, in_chans: int) -> None:
+    """Pictures show channels that there are."""
+    from fastmim.objectives.pictures import check_bands
+
+    try:
+        check_bands(given, in_chans)
+    except ValueError as error:
+        raise said_by("output", {"bands": given}, error) from None
+
+
+def reading(data: Any) -> None:
+    """What says how a file is read goes together; for samples as they are stored no mean is known beforehand."""
+    from fastmim.data.reading import check_reading, checked, reading_of
+
+    try:
+        check_reading(**checked(reading_of(data)))
+    except ValueError as error:
+        raise problem(str(error)) from None
+    for key in ("mean", "std"):
+        if data.pixels == "float32" and key not in data.model_fields_set:
+            raise problem(
+                f"data.{key}: not given, and data.pixels=float32 needs that of its samples; `fastmim data stats CONFIG "
+                "--write FILE` measures it"
+            )
 
 
 def weights(path: str | Sequence[str] | None, given: Sequence[float] | None) -> None:

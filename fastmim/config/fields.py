@@ -101,6 +101,15 @@ def _positions(value: Any) -> Any:
     raise ValueError("expected true, false, sincos or sincos_moco")
 
 
+def _no_data(value: Any) -> Any:
+    """A finite number; NaN becomes the text ``nan``, which JSON has."""
+    if isinstance(value, str) and value.lower() == "nan":
+        return "nan"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) == float("inf"):
+        raise ValueError("expected a number, nan or null")
+    return float(value) if value == value else "nan"
+
+
 def _path(value: str) -> str:
     if not value.strip():
         raise ValueError("expected a path")
@@ -150,6 +159,7 @@ Loggers = Annotated[
     BeforeValidator(lambda v: () if v is None else _a_list(v)),
     AfterValidator(_once),
 ]
+NoData = Annotated[float | Literal["nan"], BeforeValidator(_no_data)]
 Tree = Annotated[dict[str, Any], BeforeValidator(lambda v: {} if v is None else v)]
 AutoOrBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
@@ -160,6 +170,7 @@ Fused = Annotated[Literal["auto", "apex", "cpu_adam"] | bool, BeforeValidator(_f
 def describe(annotation: Any) -> str:
     """The type of a field in words, for ``fastmim config keys``."""
     words = {Size: "integer or [height, width]", IntOrInts: "integer or list", PathOrPaths: "text or list"}
+    words[NoData] = "number or nan"
     if annotation in words:
         return words[annotation]
     arguments = getattr(annotation, "__args__", ())

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from fastmim.wording import as_yaml
+
 Sections = Mapping[str, type[BaseModel]]
 """The class of every section by its name, that of the objective chosen by the config included."""
 
@@ -60,12 +62,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 def show(value: Any) -> str:
     """`value` as a person would write it in YAML, on one line and not longer than 80 characters."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = f"[{', '.join(map(show, value))}]" if isinstance(value, (list, tuple)) else str(value)
-    text = " ".join(text.split()) or "''"
+    text = as_yaml(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -15,7 +15,7 @@ from fastmim.config.signature import arguments
 
 DEFAULT = "simmim"
 # What every objective takes from other sections.
-_GIVEN = ("encoder", "impl", "mean", "std")
+_GIVEN = ("encoder", "impl", "mean", "std", "pixels", "has_gaps", "bands")
 
 
 class ObjectiveSection(Section):

@@ -20,6 +20,7 @@ from fastmim.config.fields import (
     Interval,
     IntOrInts,
     Loggers,
+    NoData,
     Path,
     PathOrPaths,
     Positions,
@@ -45,7 +46,7 @@ class ModelSection(Section):
     name: str = Field("swinv2_base", description="family (swin, swinv2, vit, dvae, dalle) or size (swinv2_base, ...)")
     img_size: Size | None = Field(None, description="pixels of the training crop, one number or [height, width]")
     patch_size: Positive | None = Field(None, description="edge of a patch in pixels")
-    in_chans: Positive = Field(3, description="image channels: 1 grey, 3 RGB, 4 RGBA")
+    in_chans: Positive = Field(3, description="image channels: 1 grey, 3 RGB, 4 RGBA; any with data.pixels=float32")
     embed_dim: Positive | None = Field(None, description="channels (of the first stage)")
     depths: Positives | None = Field(None, description="swin: blocks per stage")
     num_heads: IntOrInts | None = Field(None, description="attention heads; swin: one number per stage")
@@ -125,15 +126,34 @@ class DataSection(Section):
     ratio: Range = Field((3 / 4, 4 / 3), description="crop aspect ratio, [low, high]")
     hflip: Probability = Field(0.5, description="probability of a horizontal flip")
     interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="resampling of the crop")
-    mean: Channels = Field((0.485, 0.456, 0.406), description="per channel, of values in [0, 1]; one value fits all")
-    std: Spreads = Field((0.229, 0.224, 0.225), description="per channel, of values in [0, 1]; one value fits all")
+    mean: Channels = Field(
+        (0.485, 0.456, 0.406),
+        description="per channel, of values in [0, 1], or of samples as stored with pixels=float32; one value fits all",
+    )
+    std: Spreads = Field((0.229, 0.224, 0.225), description="in the unit of mean; `fastmim data stats` measures both")
     value_range: Interval | None = Field(
         None,
         description="sample values that become 0 and 255, others are clipped; null = all that the type holds "
         "(of 16 bits the high byte), [0, 4095] for 12 bits in 16",
     )
-    alpha: Literal["white", "black", "drop"] = Field(
-        "white", description="1 or 3 channels: what is laid under transparent pixels; drop = ignore alpha"
+    alpha: str = Field(
+        "white",
+        description='1 or 3 channels: what is laid under transparent pixels: white, black or "#rrggbb"; drop = ignore '
+        "alpha",
+    )
+    pixels: Literal["uint8", "float32"] = Field(
+        "uint8", description="float32: samples as stored, any number of channels, normalised by mean and std"
+    )
+    no_data: NoData | None = Field(
+        None, description="pixels=float32: samples of this value (a number or nan) are no data; null = none are"
+    )
+    rot90: bool = Field(False, description="turn square crops by 0 to 3 quarter turns (aerial images have no up)")
+    exif_orientation: bool = Field(
+        False, description="turn images as their EXIF or TIFF orientation says; false = pixels as they are stored"
+    )
+    array: str | None = Field(None, description="pixels=float32: the array of an .npz; null = the only one")
+    channel_order: Literal["auto", "first", "last"] = Field(
+        "auto", description="pixels=float32: axis of the channels in arrays; auto = the one as long as model.in_chans"
     )
     max_bad_fraction: Probability = Field(0.5, description="stop when more than this share of files is unreadable")
     verify: Literal["auto", "full", "none"] = Field("auto", description="decode every file before training starts")
@@ -143,6 +163,7 @@ class DataSection(Section):
     def _check(self) -> DataSection:
         checks.weights(self.path, self.weights)
         checks.held_out(self.val_path, self.val_fraction)
+        checks.reading(self)
         return self
 
 
@@ -278,6 +299,9 @@ class OutputSection(Section):
         description="where numbers and pictures go beside metrics.jsonl: tensorboard, csv, wandb, mlflow; [] = nowhere",
     )
     pictures: Count = Field(4, description="images in a reconstruction picture, 0 = no pictures")
+    bands: Positives | None = Field(
+        None, description="channels that pictures show, one or three, from 1 on; null: the first three, all of up to 4"
+    )
 
 
 class Config(Section):
@@ -304,6 +328,7 @@ class Config(Section):
         checks.probe(cfg.train.probe_every, cfg.data)
         checks.labels(cfg.data, cfg.objective)
         checks.lamb(cfg.optim.name, cfg.efficiency.zero_stage)
-        checks.objective(cfg.objective, encoder, value)
-        checks.statistics(cfg.model.in_chans, mean=cfg.data.mean, std=cfg.data.std)
+        checks.objective(cfg.objective, encoder, cfg.data, value)
+        checks.statistics(cfg.model.in_chans, cfg.data)
+        checks.bands(cfg.output.bands, cfg.model.in_chans)
         return cfg

@@ -1,4 +1,4 @@
-"""Random resized crops and flips on uint8, keyed per sample: one description for every loader.
+"""Random resized crops, flips and quarter turns, keyed per sample: one description for every loader.
 
 The box is drawn as torchvision's RandomResizedCrop draws it (same formulas, same order of draws), but from a
 generator per sample: torchvision can only draw from the process-wide one. What differs between the loaders is
@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as tv
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 _BOX_TRIES = 10
+_ROUNDING = 1e-5  # of the filter's weights in float32
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class View:
     interpolation: str = "bilinear"
     margin: float = 1.0  # held-out images: edge that they are scaled to cover, over that of the crop
     auto_augment: str | None = None  # timm's policy for the crop, see `rand_augment.py`
-    same_crop: bool = False  # the boxes and flips of the view before, in another size
+    same_crop: bool = False  # the boxes, flips and turns of the view before, in another size
+    rot90: bool = False  # turned by 0 to 3 quarter turns, each as likely
 
 
 def check_views(views: Sequence[View]) -> None:
@@ -55,6 +57,8 @@ def check_views(views: Sequence[View]) -> None:
             raise ValueError(f"data.ratio={list(view.ratio)}: must satisfy 0 < low <= high")
         if not 0 <= view.hflip <= 1:
             raise ValueError(f"data.hflip={view.hflip}: must lie in [0, 1]")
+        if view.rot90 and view.size[0] != view.size[1]:
+            raise ValueError(f"data.rot90=true: needs square crops, not model.img_size={list(view.size)}; use false")
         if not view.margin >= 1:
             raise ValueError(f"View.margin={view.margin}: must be at least 1")
         if view.interpolation not in INTERPOLATIONS:
@@ -63,13 +67,14 @@ def check_views(views: Sequence[View]) -> None:
 
 
 class Crop(NamedTuple):
-    """A box in source pixels, and whether the result is mirrored."""
+    """A box in source pixels, whether the result is mirrored, and by how many quarter turns it is then turned left."""
 
     top: int
     left: int
     height: int
     width: int
     flip: bool
+    turns: int = 0
 
 
 def draw_crop(
@@ -79,9 +84,10 @@ def draw_crop(
     scale: Sequence[float],
     ratio: Sequence[float],
     hflip: float,
+    rot90: bool = False,
     rng: random.Random,
 ) -> Crop:
-    """Draw a box of area U(scale) * H * W and aspect (width / height) log-uniform in `ratio`, and the flip.
+    """Draw a box of area U(scale) * H * W and aspect (width / height) log-uniform in `ratio`, the flip and the turn.
 
     After ten boxes that do not fit, the largest centred box whose aspect lies in `ratio` is taken.
     Source: Inception-style crop as in SimMIM (arXiv:2111.09886, appendix A) with scale (0.67, 1).
@@ -97,7 +103,8 @@ def draw_crop(
         aspect = min(max(width / height, ratio[0]), ratio[1])
         w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
         top, left = (height - h) // 2, (width - w) // 2
-    return Crop(top, left, h, w, rng.random() < hflip)
+    # Drawn last, and only where asked for: the crops of other runs stay as they are.
+    return Crop(top, left, h, w, rng.random() < hflip, rng.randrange(4) if rot90 else 0)
 
 
 def draw_crops(views: Sequence[View], height: int, width: int, rng: random.Random) -> list[Crop]:
@@ -107,20 +114,21 @@ def draw_crops(views: Sequence[View], height: int, width: int, rng: random.Rando
         if view.same_crop:
             crops += crops[-view.count :]
             continue
-        how: dict[str, Any] = dict(scale=view.scale, ratio=view.ratio, hflip=view.hflip)
+        how: dict[str, Any] = dict(scale=view.scale, ratio=view.ratio, hflip=view.hflip, rot90=view.rot90)
         crops += [draw_crop(height, width, **how, rng=rng) for _ in range(view.count)]
     return crops
 
 
 def apply_crop(image: Tensor, crop: Crop, size: tuple[int, int], interpolation: str) -> Tensor:
-    """uint8 (C, H, W) -> uint8 (C, *size)."""
+    """(C, H, W) -> (C, *size), uint8 or float32 (:func:`resize_valid`)."""
     box = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     out = _resize(box, size, interpolation)
-    return out.flip(-1) if crop.flip else out
+    out = out.flip(-1) if crop.flip else out
+    return out.rot90(crop.turns, (-2, -1)) if crop.turns else out
 
 
 def centre_crop(image: Tensor, size: tuple[int, int], interpolation: str, margin: float = 1.0) -> Tensor:
-    """uint8 (C, H, W) -> uint8 (C, *size): scaled until it just covers `margin` · `size`, then cropped in the middle.
+    """(C, H, W) -> (C, *size): scaled until it just covers `margin` · `size`, then cropped in the middle.
 
     For a square `size` that is torchvision's Resize(round(margin · size)) + CenterCrop(size).
     """
@@ -134,6 +142,24 @@ def centre_crop(image: Tensor, size: tuple[int, int], interpolation: str, margin
 
 
 def _resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    if image.is_floating_point() and (gaps := image.isnan()).any():
+        return resize_valid(image, gaps, size, interpolation)
+    return _filtered(image, size, interpolation)
+
+
+def resize_valid(image: Tensor, gaps: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Each pixel the mean of the samples that are there, by the weights of the filter; NaN below half of the weight.
+
+    Args:
+        image: float32 (C, H, W).
+        gaps: bool (C, H, W), samples that are not there.
+    """
+    total = _filtered(image.masked_fill(gaps, 0), size, interpolation)
+    weight = _filtered(1 - gaps.to(image.dtype), size, interpolation)
+    return torch.where(weight >= 0.5 - _ROUNDING, total / weight, torch.nan)
+
+
+def _filtered(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     if interpolation == "lanczos":
         return _lanczos(image, size)
     return tv.resize_image(image, list(size), interpolation=InterpolationMode(interpolation), antialias=True)
@@ -146,6 +172,6 @@ def _lanczos(image: Tensor, size: tuple[int, int]) -> Tensor:
     def resized(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
 
-    if image.shape[0] == 3:
+    if image.shape[0] == 3 and image.dtype == torch.uint8:
         return torch.from_numpy(resized(image.permute(1, 2, 0).contiguous().numpy()).transpose(2, 0, 1).copy())
     return torch.from_numpy(np.stack([resized(plane) for plane in image.contiguous().numpy()]))

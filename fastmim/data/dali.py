@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmim.data.augment import View
+from fastmim.data.augment import Crop, View
 from fastmim.data.decode import DecodeError
 from fastmim.data.loader import Loader
 from fastmim.data.worker import Encoded, EncodedDataset, Request, Result
@@ -42,7 +42,7 @@ def build_pipeline(
     """The graph, not yet built: `on_gpu` decides the devices of its operators and nothing else.
 
     Inputs, fed by name: ``data`` (uint8 bytes), ``region`` (int32: top, left, height, width of what is decoded) and
-    ``crops`` (int32 (crops, 5), relative to the region). Outputs: one uint8 (C, h, w) batch a crop.
+    ``crops`` (int32 (crops, 6), relative to the region). Outputs: one uint8 (C, h, w) batch a crop.
 
     Args:
         device_id: None builds a graph that needs no GPU; with `on_gpu` that one can be serialised, not run.
@@ -135,7 +135,7 @@ class _Decoder:
 
 
 def regions_of(crops: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """int32 crops (V, B, 5) -> regions (B, 4) that hold every crop of an image, crops (B, V, 5) relative to them."""
+    """int32 crops (V, B, 6) -> regions (B, 4) that hold every crop of an image, crops (B, V, 6) relative to them."""
     start = crops[..., 0:2].min(0)
     stop = (crops[..., 0:2] + crops[..., 2:4]).max(0)
     relative = crops.transpose(1, 0, 2).copy()
@@ -239,7 +239,7 @@ class DaliLoader(Loader):
 
     def _dali_decodes(self, file: int) -> bool:
         data, height, width = self._dataset.encode(file)
-        box = torch.tensor([[[0, 0, height, width, 0]]], dtype=torch.int32)
+        box = torch.tensor([[Crop(0, 0, height, width, False)]], dtype=torch.int32)
         joined = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
         one = torch.tensor([len(joined)])
         probe = self._new_decoder([View((8, 8))], batch_size=1)

@@ -1,8 +1,9 @@
-"""Image bytes to uint8 (C, H, W) tensors, or one clear reason why not.
+"""Image bytes to (C, H, W) tensors, uint8 or normalised float32, or one clear reason why not.
 
 JPEG and PNG go through ``torchvision.io``; everything else, and whatever torchvision refuses, through PIL. libpng only
-gets files that are written here from checked data (``png.py``). Pixels are those stored: no orientation (EXIF's or
-TIFF's) is applied. What deep samples, alpha and a fourth band become is said in ``samples.py``.
+gets files that are written here from checked data (``png.py``). Pixels are those stored: an orientation (EXIF's or
+TIFF's) is applied where `exif_orientation` asks for it alone. What deep samples, alpha and a fourth band become in 8
+bits is said in ``samples.py``; samples that keep their values are read by ``arrays.py`` and finished by ``floats.py``.
 
 A damaged file is bad when the decoder cannot give the image; what libjpeg gives with a warning is used, and the warning
 is told with the file's name (``notes.py``). Decoders differ about damaged JPEGs: torchvision's verdict, wherever it is
@@ -14,19 +15,23 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fastmim.data import png, tiff
+from fastmim.data.arrays import is_stored, stored_bands
+from fastmim.data.floats import all_bands, to_floats
+from fastmim.data.orientation import orientation_of, upright
 from fastmim.data.plugins import open_image
+from fastmim.data.reading import check_reading
 from fastmim.data.reasons import why_unidentified
 from fastmim.data.samples import (
     Samples,
     UnusableError,
-    check_conversion,
     pil_samples,
     to_pixels,
     transparent_where,
@@ -76,29 +81,56 @@ def decode_image(
     min_size: int = 1,
     value_range: Sequence[float] | None = None,
     alpha: str = "white",
+    pixels: str = "uint8",
+    no_data: float | str | None = None,
+    exif_orientation: bool = False,
+    array: str | None = None,
+    channel_order: str = "auto",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Tensor:
     """Decode one image.
 
     Args:
         data: the bytes of the file.
         in_chans: 1 (grey), 3 (RGB) or 4 (RGBA, or RGB and another band; 255 where the file has no fourth samples).
+            With pixels="float32" the number of the file's bands, whatever that is.
         loader: "torchvision" (JPEG and PNG only, no fall-back), "pil", or "auto" (torchvision, then PIL).
         min_size: images with a side below this many pixels are refused.
         value_range, alpha: see :func:`fastmim.data.samples.to_pixels`.
+        pixels: "float32" keeps the samples as stored, also of arrays (``.npy``, ``.npz``) and TIFFs of many bands.
+        array, channel_order: of these, see :func:`fastmim.data.arrays.stored_bands`.
+        no_data, mean, std: of these samples, see :func:`fastmim.data.floats.to_floats`; not used for uint8.
+        exif_orientation: turn the image as its EXIF or TIFF orientation says.
 
     Returns:
-        uint8 tensor (in_chans, H, W).
+        tensor (in_chans, H, W), uint8, or float32 with NaN for no data.
 
     Raises:
         DecodeError: with a one-line reason, for any image that cannot be used in full.
-        ValueError: for an unknown `in_chans`, `loader`, `value_range` or `alpha`.
+        ValueError: for arguments that do not go together.
     """
-    check_decode_options(in_chans, loader, value_range, alpha)
-    samples = read_samples(data, in_chans=in_chans, loader=loader, min_size=min_size)
+    own = dict(value_range=value_range, alpha=alpha, no_data=no_data, array=array, channel_order=channel_order)
+    check_decode_options(in_chans, loader, pixels, **own)
+    how: dict[str, Any] = dict(in_chans=in_chans, loader=loader, min_size=min_size)
     try:
-        return to_pixels(samples, in_chans=in_chans, value_range=value_range, alpha=alpha)
+        if pixels == "float32":
+            values = _all_bands(data, array, channel_order, **how)
+            image = torch.from_numpy(to_floats(values, no_data=no_data, mean=mean, std=std))
+        else:
+            image = to_pixels(read_samples(data, **how), in_chans=in_chans, value_range=value_range, alpha=alpha)
     except UnusableError as err:
         raise DecodeError(str(err)) from None
+    return upright(image, orientation_of(data)) if exif_orientation else image
+
+
+def _all_bands(data: bytes | bytearray, array: str | None, channel_order: str, **how: Any) -> np.ndarray[Any, Any]:
+    """(in_chans, H, W) of samples as they are stored."""
+    if not is_stored(data):
+        return all_bands(read_samples(data, **how), how["in_chans"])
+    values = stored_bands(data, in_chans=how["in_chans"], array=array, channel_order=channel_order)
+    _check_size(values.shape[1:], how["min_size"])
+    return values
 
 
 def read_samples(data: bytes | bytearray, *, in_chans: int, loader: str, min_size: int) -> Samples:
@@ -129,13 +161,14 @@ def read_samples(data: bytes | bytearray, *, in_chans: int, loader: str, min_siz
     return _decode_pil(data, min_size)
 
 
-def check_decode_options(
-    in_chans: int, loader: str, value_range: Sequence[float] | None = None, alpha: str = "white"
-) -> None:
-    """Raise ValueError for an unknown number of channels, loader, range or treatment of alpha."""
-    check_conversion(value_range, alpha)
-    if in_chans not in CHANNELS:
-        raise ValueError(f"model.in_chans={in_chans}: image files give 1 (grey), 3 (RGB) or 4 (RGBA) channels")
+def check_decode_options(in_chans: int, loader: str, pixels: str = "uint8", **own: Any) -> None:
+    """Raise ValueError for channels or a loader that there are not, or what ``check_reading`` says of the others."""
+    check_reading(pixels=pixels, **own)
+    if pixels == "uint8" and in_chans not in CHANNELS:
+        raise ValueError(
+            f"model.in_chans={in_chans}: image files give 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits; set"
+            " data.pixels=float32 for other bands"
+        )
     if loader not in LOADERS:
         raise ValueError(f"data.loader={loader!r}: unknown; use one of {', '.join(LOADERS)}")
     if loader == "torchvision" and not _HAS_TORCHVISION:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -33,18 +33,29 @@ def each_file(
         DataWorkerError: the processes cannot go on.
     """
     outcome = Outcome({}, {}, {})
+    for values, bad, notes in some_at_a_time(index, files, use, num_workers):
+        outcome.values.update(values)
+        outcome.bad.update(bad)
+        outcome.notes.update(notes)
+    return outcome
+
+
+def some_at_a_time(
+    index: ImageIndex, files: Sequence[int], use: Callable[[int], Any], num_workers: int | None = None
+) -> Iterator[Outcome]:
+    """What :func:`each_file` finds, of some of `files` after the other; nothing is kept of those before."""
     if not files:
-        return outcome
+        return
     workers = min(num_workers or min(8, os.cpu_count() or 1), len(files))
     chunk = max(1, min(_CHUNK, len(files) // (4 * workers)))
     parts = (files[start : start + chunk] for start in range(0, len(files), chunk))
-    pool = WorkerPool(_Use(use), workers, ahead=2, label=index.label, crashed=outcome.bad.__setitem__)
+    crashed: dict[int, str] = {}
+    pool = WorkerPool(_Use(use), workers, ahead=2, label=index.label, crashed=crashed.__setitem__)
     with closing(pool):
-        for values, bad, notes in pool.items(parts):
-            outcome.values.update(values)
-            outcome.bad.update(bad)
-            outcome.notes.update(notes)
-    return outcome
+        for outcome in pool.items(parts):
+            outcome.bad.update(crashed)
+            crashed.clear()
+            yield outcome
 
 
 class _Use(Generic[T]):

@@ -26,7 +26,7 @@ from fastmim.data.worker_error import DataWorkerError, with_fix
 _LOG = logging.getLogger("fastmim")
 _NAMES_LOGGED = 20
 _RATE_AFTER = 1000  # files read before their share of bad ones is judged
-#: Micro-batches in flight per worker: rides out slow files for 4 * B * C * H * W bytes.
+#: Micro-batches in flight per worker: rides out slow files for 4 * B * C * H * W bytes, of float32 four times that.
 PREFETCH = 4
 
 
@@ -41,7 +41,7 @@ def _close_all() -> None:
 
 
 class _Pair(NamedTuple):
-    images: Tensor  # uint8 (B, C, H, W)
+    images: Tensor  # uint8 (B, C, H, W); float32, normalised, NaN for no data, with data.pixels=float32
     sample_ids: Tensor  # int64 (B,)
 
 
@@ -53,8 +53,8 @@ class Batch(_Pair):
 
 
 class _Crops(NamedTuple):
-    views: tuple[Tensor, ...]  # one a View, uint8 (count, B, C, h, w)
-    crops: Tensor  # int32 (sum of counts, B, 5): top, left, height, width in source pixels, flip
+    views: tuple[Tensor, ...]  # one a View, uint8 or float32 (count, B, C, h, w), as in Batch
+    crops: Tensor  # int32 (sum of counts, B, 6): top, left, height, width in source pixels, flip, quarter turns left
     sample_ids: Tensor  # int64 (B,)
 
 

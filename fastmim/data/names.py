@@ -10,6 +10,8 @@ EXTENSIONS = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs"),
     *(".heic", ".heif", ".hif", ".jxl", ".qoi", ".pcx"),
 )
+#: Of NumPy: images with ``data.pixels=float32`` alone; elsewhere they lie beside images and are something else.
+ARRAYS = (".npy", ".npz")
 #: Pictures that are not read, and what images are packed in.
 OTHER_IMAGES = (
     *(".npy", ".npz", ".exr", ".hdr", ".dcm", ".nii", ".nii.gz", ".svs", ".ndpi", ".czi", ".nd2", ".lif", ".svg"),
@@ -39,9 +41,14 @@ _PNM = re.compile(rb"P[1-6fF]\s+(#|\d)")
 _NAMES_SHOWN = 5
 
 
-def is_image(name: str) -> bool:
-    """Whether the name ends like an image's."""
-    return name.lower().endswith(EXTENSIONS)
+def is_image(name: str, pixels: str = "uint8") -> bool:
+    """Whether the name ends like an image's, of a run with these ``data.pixels``."""
+    return name.lower().endswith(extensions(pixels))
+
+
+def extensions(pixels: str = "uint8") -> tuple[str, ...]:
+    """How names of images end in a run with these ``data.pixels``."""
+    return EXTENSIONS + ARRAYS if pixels == "float32" else EXTENSIONS
 
 
 def starts_like_an_image(head: bytes) -> bool:

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from fastmim.data.decode import DecodeError, read_samples
+from fastmim.data.decode import DecodeError, decode_image, read_samples
 from fastmim.data.index import ImageIndex
 from fastmim.data.names import printable
 from fastmim.data.samples import to_pixels
@@ -49,8 +49,11 @@ def pack_images(
     short_side: int | None = None,
     quality: int = 90,
     min_size: int = 8,
+    in_chans: int = 3,
+    pixels: str = "uint8",
     num_threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    **reading: Any,
 ) -> PackReport:
     """Write the images of a folder (or of other shards) into `target`/shard-000000.tar, … with an index beside each.
 
@@ -63,6 +66,8 @@ def pack_images(
             all others, those with more than JPEG holds (samples of more than 8 bits, a fourth channel), and all
             without this, are copied byte for byte.
         quality: of those JPEGs, 1 to 100.
+        in_chans, pixels, reading: with "float32" arrays are images too, and every file is decoded as a run with these
+            arguments of :func:`~fastmim.data.decode.decode_image` does, and copied; not with `short_side`.
         progress: called with (stage, done, total); stage is "pack" or "verify".
 
     Raises:
@@ -71,12 +76,15 @@ def pack_images(
     """
     if short_side is not None and short_side < min_size:
         raise ValueError(f"--short-side {short_side}: must be at least {min_size} pixels")
+    if short_side is not None and pixels == "float32":
+        raise ValueError(f"--short-side {short_side}: makes JPEGs, which do not hold data.pixels=float32; leave it out")
     if not 1 <= quality <= 100:
         raise ValueError(f"--quality {quality}: must lie in 1 … 100")
     if shard_bytes < 1:
         raise ValueError(f"--shard-mb: must be positive, got {shard_bytes} bytes")
     target = os.fspath(target)
-    index = open_index(source, field="DIR")
+    index = open_index(source, field="DIR", pixels=pixels)
+    reading |= dict(in_chans=in_chans, pixels=pixels)
     if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
         raise ValueError(f"{printable(target)}: exists and is not an empty folder; choose another")
     os.makedirs(target, exist_ok=True)
@@ -85,7 +93,7 @@ def pack_images(
 
     def prepare(number: int) -> tuple[int, _Packed | DecodeError]:
         try:
-            return number, _prepare(index, number, short_side, quality, min_size)
+            return number, _prepare(index, number, short_side, quality, min_size=min_size, **reading)
         except DecodeError as err:
             return number, err
 
@@ -98,14 +106,18 @@ def pack_images(
             tell("pack", number + 1, len(index))
         if not out.images:
             raise ValueError(f"DIR={printable(index.root)}: none of {len(index)} images can be used")
-    _verify(out, tell)
+    _verify(out, tell, **reading)
     return PackReport(out.shards, out.images, sum(os.path.getsize(shard) for shard in out.shards), bad)
 
 
-def _prepare(index: ImageIndex, number: int, short_side: int | None, quality: int, min_size: int) -> _Packed:
-    data = index.read(number)
+def _prepare(
+    index: ImageIndex, number: int, short_side: int | None, quality: int, *, min_size: int, **reading: Any
+) -> _Packed:
+    data, extension = index.read(number), os.path.splitext(index.label(number))[1].lower()
+    if reading["pixels"] == "float32":
+        decode_image(data, min_size=min_size, **reading)
+        return _Packed(data, extension)
     samples = read_samples(data, in_chans=3, loader="auto", min_size=min_size)
-    extension = os.path.splitext(index.label(number))[1].lower()
     fits_a_jpeg = samples.colour.dtype == "uint8" and samples.fourth is None
     if short_side is None or min(samples.colour.shape[-2:]) <= short_side or not fits_a_jpeg:
         return _Packed(data, extension)
@@ -179,13 +191,16 @@ class _Writer:
             os.unlink(self._path() + ".tmp")
 
 
-def _verify(out: _Writer, tell: Callable[[str, int, int], None]) -> None:
-    index = open_shards(out.shards[0], out.shards)
+def _verify(out: _Writer, tell: Callable[[str, int, int], None], **reading: Any) -> None:
+    index = open_shards(out.shards[0], out.shards, pixels=reading["pixels"])
     if len(index) != out.images:
         raise ValueError(f"{printable(out.shards[0])}: holds {len(index)} images of {out.images} written")
     for number in range(len(index)):
         try:
-            read_samples(index.read(number), in_chans=3, loader="auto", min_size=1)
+            if reading["pixels"] == "float32":
+                decode_image(index.read(number), **reading)
+            else:
+                read_samples(index.read(number), in_chans=3, loader="auto", min_size=1)
         except DecodeError as err:
             raise ValueError(f"{index.label(number)}: cannot be read back ({err}); pack again") from None
         tell("verify", number + 1, len(index))

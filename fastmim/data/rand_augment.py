@@ -18,12 +18,14 @@ _FILL = (124, 116, 104)  # ImageNet's mean, as timm has it
 _REACH = 0.45
 
 
-def check_augmentation(policy: str, in_chans: int) -> None:
+def check_augmentation(policy: str, in_chans: int, pixels: str = "uint8") -> None:
     """Refuse a policy that timm does not know, or images that it is not made for.
 
     Raises:
         ValueError: says which policies there are.
     """
+    if pixels != "uint8":
+        raise ValueError(f"objective.auto_augment={policy}: is for 8-bit colours, not data.pixels={pixels}; use none")
     if in_chans != 3:
         raise ValueError(f"objective.auto_augment={policy}: changes colours of 3 channels, not of {in_chans}; use none")
     try:

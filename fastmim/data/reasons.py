@@ -16,6 +16,7 @@ _KNOWN = (
     (b"\xff\x4f\xff\x51", "JPEG 2000"),
     (b"qoif", "QOI"),
 )
+_ARRAYS = ((b"\x93NUMPY", "a NumPy array"), (b"PK\x03\x04", "a zip archive, as .npz is"))
 
 
 def why_unidentified(data: bytes | bytearray) -> str:
@@ -23,6 +24,9 @@ def why_unidentified(data: bytes | bytearray) -> str:
     samples = tiff.not_read(data)
     if samples is not None:
         return samples
+    for magic, what in _ARRAYS:
+        if data.startswith(magic):
+            return f"{what}; data.pixels=float32 reads .npy and .npz"
     head = f"it starts with {bytes(data[:12])!r}"
     known = next((name for magic, name in _KNOWN if data.startswith(magic)), None)
     if known is None and data.startswith(b"RIFF") and data[8:12] == b"WEBP":

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastmim.data import png, tiff
+from fastmim.data.reading import background
 
-ALPHA = ("white", "black", "drop")
 Array = np.ndarray[Any, Any]
 
 # PIL turns TIFFs, and nothing else, by their tag; these turn them back.
@@ -49,17 +49,6 @@ class UnusableError(ValueError):
     """These samples cannot become pixels; the message is the reason."""
 
 
-def check_conversion(value_range: Sequence[float] | None, alpha: str) -> None:
-    """Raise ValueError, naming the config key, for a range or a treatment of alpha that does not exist."""
-    if value_range is not None and not (
-        len(value_range) == 2 and np.isfinite(value_range).all() and value_range[0] < value_range[1]
-    ):
-        shown = list(value_range)
-        raise ValueError(f"data.value_range={shown}: must be [low, high] with low < high, for example [0, 4095]")
-    if alpha not in ALPHA:
-        raise ValueError(f"data.alpha={alpha!r}: unknown; use one of {', '.join(ALPHA)}")
-
-
 def to_pixels(
     samples: Samples, *, in_chans: int, value_range: Sequence[float] | None = None, alpha: str = "white"
 ) -> Tensor:
@@ -70,7 +59,8 @@ def to_pixels(
         value_range: the sample values that become 0 and 255, in between linear, outside clipped; None: what the
             type holds (of 16 bits the high byte). Alpha always has the range of its type; a file that states a range of
             another number of bits (PGM's maximum, 12-bit TIFF, JPEG 2000's precision) keeps that.
-        alpha: with 1 or 3 channels, "white" or "black" is put behind transparent pixels; "drop" shows what is stored.
+        alpha: with 1 or 3 channels, "white", "black" or the colour "#rrggbb" is put behind transparent pixels (with 1
+            its luma); "drop" shows what is stored.
 
     Raises:
         UnusableError: the type has no range of its own and none is given, or it does not reach the one given.
@@ -87,15 +77,22 @@ def to_pixels(
             else _levels(fourth[None], None if samples.is_alpha else stated)
         )
         return torch.from_numpy(np.concatenate([np.broadcast_to(colour, (3, *colour.shape[1:])), last]))
-    if samples.fourth is not None and samples.is_alpha and alpha != "drop":
-        opacity, background = _levels(samples.fourth, None), 255 if alpha == "white" else 0
-        colour = _over(colour, opacity, background, samples.premultiplied)
-    if in_chans == 1 and len(colour) == 3:
-        red, green, blue = colour.astype(np.uint32)
-        colour = ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)[None]
     if in_chans == 3 and len(colour) == 1:
         colour = colour.repeat(3, 0)
+    under = background(alpha)
+    if samples.fourth is not None and samples.is_alpha and under is not None:
+        behind = np.array(under, np.uint8).reshape(3, 1, 1)
+        behind = behind if len(colour) == 3 else _luma(behind)
+        colour = _over(colour, _levels(samples.fourth, None), behind, samples.premultiplied)
+    if in_chans == 1 and len(colour) == 3:
+        colour = _luma(colour)
     return torch.from_numpy(np.ascontiguousarray(colour))
+
+
+def _luma(colour: Array) -> Array:
+    """uint8 (3, …) -> (1, …), of BT.601."""
+    red, green, blue = colour.astype(np.uint32)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)[None]
 
 
 def _levels(values: Array, value_range: Sequence[float] | None) -> Array:
@@ -116,10 +113,10 @@ def _levels(values: Array, value_range: Sequence[float] | None) -> Array:
     return np.rint(scaled.clip(0, 255)).astype(np.uint8)
 
 
-def _over(colour: Array, opacity: Array, background: int, premultiplied: bool) -> Array:
+def _over(colour: Array, opacity: Array, behind: Array, premultiplied: bool) -> Array:
     weight = opacity.astype(np.uint32)
     own = colour * np.uint32(255) if premultiplied else colour * weight
-    return ((own + background * (255 - weight) + 127) // 255).clip(0, 255).astype(np.uint8)
+    return ((own + behind * (255 - weight) + 127) // 255).clip(0, 255).astype(np.uint8)
 
 
 def transparent_where(colour: Array, key: Sequence[int]) -> Array:

@@ -8,7 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from fastmim.data.names import ARCHIVES, EXTENSIONS, OTHER_IMAGES, is_image, printable, shown, starts_like_an_image
+from fastmim.data.names import (
+    ARCHIVES,
+    ARRAYS,
+    OTHER_IMAGES,
+    extensions,
+    is_image,
+    printable,
+    shown,
+    starts_like_an_image,
+)
 from fastmim.wording import plural
 
 _LOG = logging.getLogger("fastmim")
@@ -27,20 +36,21 @@ class Found(NamedTuple):
     others: list[str]  # files not named like images
 
 
-def scan_folder(root: str, field: str, follow_links: bool = False) -> list[str]:
+def scan_folder(root: str, field: str, follow_links: bool = False, pixels: str = "uint8") -> list[str]:
     """The image names below `root`, sorted as bytes. Hidden files and folders are skipped.
 
     What is left out is said: links that lead to folders or out of `root` without `follow_links`, links that lead
-    nowhere, names like images that are no files, and files that are images but not by name.
+    nowhere, names like images that are no files, and files that are images but not by name. `pixels` says which names
+    are those of images (``names.py``).
 
     Raises:
         ValueError: no images; the message says what there is instead.
     """
     found = Found([], [], [], [], [])
-    _walk(root, follow_links, found)
+    _walk(root, follow_links, pixels, found)
     notes = _left_out(root, found)
     if not found.images:
-        why = "; ".join([f"no images here or below (looked for {' '.join(EXTENSIONS)})", *notes])
+        why = "; ".join([f"no images here or below (looked for {' '.join(extensions(pixels))})", *notes])
         raise ValueError(f"{field}={printable(root)}: {why}")
     for note in notes:
         _LOG.warning("%s=%s: %s", field, printable(root), note)
@@ -67,7 +77,8 @@ def _left_out(root: str, found: Found) -> list[str]:
     if unread:
         count = plural(len(unread), "image")
         what = f"left out {count} in a format that is not read ({_kinds(unread)}): {shown(unread)}"
-        notes.append(f"{what}; convert to PNG or TIFF")
+        arrays = ", or set data.pixels=float32, which reads .npy and .npz" * any(map(_is_array, unread))
+        notes.append(f"{what}; convert to PNG or TIFF{arrays}")
     if archives:
         what = f"left out {plural(len(archives), 'archive')} ({_kinds(archives)}): {shown(archives)}"
         notes.append(f"{what}; unpack, or give a folder of tar shards alone")
@@ -79,6 +90,10 @@ def _sorted_out(root: str, others: Sequence[str]) -> tuple[list[str], list[str],
     archives = [name for name in others if name.lower().endswith(ARCHIVES)]
     rest = sorted(set(others).difference(unread, archives), key=lambda name: (_extension(name) != "", name))
     return [name for name in rest[:_SNIFFED] if _like_an_image(os.path.join(root, name))], unread, archives
+
+
+def _is_array(name: str) -> bool:
+    return name.lower().endswith(ARRAYS)
 
 
 def _kinds(names: Sequence[str]) -> str:
@@ -97,7 +112,7 @@ def _like_an_image(path: str) -> bool:
         return False
 
 
-def _walk(root: str, follow_links: bool, found: Found) -> None:
+def _walk(root: str, follow_links: bool, pixels: str, found: Found) -> None:
     """Real folders first, so that a folder reached in two ways is listed under its own name."""
     inside = os.path.join(os.path.realpath(root), "")
     visited: set[tuple[int, int]] = set()
@@ -106,7 +121,7 @@ def _walk(root: str, follow_links: bool, found: Found) -> None:
         linked: list[str] = []
         for top in sorted(waiting, key=os.fsencode):
             for entry, name in _entries(root, top, visited):
-                _take(entry, name, inside, follow_links, linked, found)
+                _take(entry, name, inside, follow_links, is_image(name, pixels), linked, found)
         waiting = linked
 
 
@@ -134,8 +149,9 @@ def _entries(root: str, top: str, visited: set[tuple[int, int]]) -> Iterator[tup
 
 
 def _take(
-    entry: os.DirEntry[str], name: str, inside: str, follow_links: bool, linked: list[str], found: Found
+    entry: os.DirEntry[str], name: str, inside: str, follow_links: bool, named: bool, linked: list[str], found: Found
 ) -> None:
+    """Put an entry where it belongs; ``named``: like an image."""
     if entry.is_symlink():
         if entry.is_dir():
             (linked if follow_links else found.links).append(name)
@@ -143,13 +159,13 @@ def _take(
         if not os.path.exists(entry.path):
             found.dead.append(name)
             return
-        if is_image(name) and not follow_links and not os.path.realpath(entry.path).startswith(inside):
+        if named and not follow_links and not os.path.realpath(entry.path).startswith(inside):
             found.links.append(name)
             return
     if not entry.is_file():
-        if is_image(name):
+        if named:
             found.special.append(name)
-    elif is_image(name):
+    elif named:
         found.images.append(name)
     else:
         found.others.append(name)

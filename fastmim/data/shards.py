@@ -94,7 +94,7 @@ class ShardIndex:
         return hashlib.sha256(tars.encode("utf-8", "surrogateescape") + self._ends.tobytes() + self._blob).hexdigest()
 
 
-def find_tars(path: str, field: str = "data.path") -> list[str]:
+def find_tars(path: str, field: str = "data.path", pixels: str = "uint8") -> list[str]:
     """The shards that `path` means: a folder's .tar files, one .tar, or a ``{000..127}`` or ``*`` pattern.
 
     Empty when `path` is a folder without .tar files.
@@ -105,7 +105,7 @@ def find_tars(path: str, field: str = "data.path") -> list[str]:
     if os.path.isdir(path):
         entries = sorted(entry for entry in os.listdir(path) if not entry.startswith("."))
         tars = [os.path.join(path, entry) for entry in entries if entry.lower().endswith(".tar")]
-        loose = [entry for entry in entries if is_image(entry)]
+        loose = [entry for entry in entries if is_image(entry, pixels)]
         if tars and loose:
             kinds = f"{plural(len(tars), '.tar shard')} and {plural(len(loose), 'loose image')}"
             raise ValueError(
@@ -159,7 +159,7 @@ def expand_braces(pattern: str, field: str = "data.path") -> list[str]:
 
 
 def open_shards(
-    root: str, tars: list[str], field: str = "data.path", component: str | None = None
+    root: str, tars: list[str], field: str = "data.path", component: str | None = None, pixels: str = "uint8"
 ) -> ShardIndex:
     """The images of `tars`, from the index beside each where there is one that fits, else by reading its headers.
 
@@ -167,6 +167,7 @@ def open_shards(
         component: the extension (all behind the first dot) of the member of a sample that is the image, or
             several in order of preference ("jpg;png"); None: the only member that is named like one; "*": every
             member that is named like one is a sample of its own.
+        pixels: which names are those of images (``names.py``).
 
     Raises:
         ValueError: a file is not a tar archive; no shard holds an image; a sample holds several and no component
@@ -178,14 +179,14 @@ def open_shards(
         known = read_index(tar)
         if known is None or not _lists_all(known, tar):
             scanned.append(tar)
-            known = scan_tar(tar, field)
+            known = scan_tar(tar, field, pixels)
         samples.append(known)
     if scanned:
         _LOG.warning(
             "%s=%s: %d of %s without an index that fits, headers were read; run `fastmim data index %s`",
             field, printable(root), len(scanned), plural(len(tars), "shard"), printable(root),
         )  # fmt: skip
-    members = _chosen(samples, f"{field}={printable(root)}", component)
+    members = _chosen(samples, f"{field}={printable(root)}", component, pixels)
     if not any(members):
         raise ValueError(f"{field}={printable(root)}: no images in {plural(len(tars), 'shard')}{_instead(samples)}")
     return ShardIndex(root, tars, members)
@@ -206,9 +207,9 @@ def _holds_bytes(member: tarfile.TarInfo) -> bool:
     return member.isreg() and not member.issparse()
 
 
-def _components(sample: list[Member], component: str | None) -> list[Member]:
+def _components(sample: list[Member], component: str | None, pixels: str) -> list[Member]:
     if component in (None, EACH):
-        return [member for member in sample if is_image(member.name)]
+        return [member for member in sample if is_image(member.name, pixels)]
     for wanted in component.lower().split(";"):
         found = [member for member in sample if extension_of(member.name).lower() == wanted.strip().lstrip(".")]
         if found:
@@ -216,14 +217,16 @@ def _components(sample: list[Member], component: str | None) -> list[Member]:
     return []
 
 
-def _chosen(samples: list[list[list[Member]]], where: str, component: str | None) -> list[list[Member]]:
+def _chosen(
+    samples: list[list[list[Member]]], where: str, component: str | None, pixels: str
+) -> list[list[Member]]:
     """The image of every sample that has one."""
     left_out = 0
     chosen: list[list[Member]] = []
     for shard in samples:
         chosen.append([])
         for sample in shard:
-            found = _components(sample, component)
+            found = _components(sample, component, pixels)
             if len(found) > 1 and component != EACH:
                 choices = sorted({extension_of(member.name) for member in found}, key=len)
                 raise ValueError(
@@ -244,7 +247,7 @@ def _instead(samples: list[list[list[Member]]]) -> str:
     return f" (extensions there: {listed})" if listed else ""
 
 
-def scan_tar(tar: str, field: str = "data.path") -> list[list[Member]]:
+def scan_tar(tar: str, field: str = "data.path", pixels: str = "uint8") -> list[list[Member]]:
     """The regular members, by sample; links and sparse files that are named like images are counted in a warning.
 
     A shard cut off in the middle gives what is before the cut, with a warning.
@@ -260,7 +263,7 @@ def scan_tar(tar: str, field: str = "data.path") -> list[list[Member]]:
                 if _holds_bytes(member):
                     one = Member(member.name, member.offset_data, member.size)
                     found.setdefault(sample_key(member.name), []).append(one)
-                elif is_image(member.name) and not member.isdir():
+                elif is_image(member.name, pixels) and not member.isdir():
                     links.append(member.name)
     except tarfile.TarError as err:
         raise ValueError(f"{field}={printable(tar)}: not an uncompressed tar archive ({err})") from None
@@ -300,5 +303,5 @@ def index_shards(path: str) -> dict[str, int]:
     for tar in tars:
         samples = scan_tar(tar, "DIR")
         write_index(tar, samples)
-        counts[tar] = sum(any(is_image(member.name) for member in sample) for sample in samples)
+        counts[tar] = sum(any(is_image(member.name, "float32") for member in sample) for sample in samples)
     return counts

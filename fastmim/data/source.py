@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +79,7 @@ def open_index(
     *,
     follow_links: bool = False,
     component: str | None = None,
+    pixels: str = "uint8",
     field: str = "data.path",
 ) -> ImageIndex:
     """List the images of a folder (recursive, sorted by name as bytes), a file list (in its own order) or shards.
@@ -88,6 +90,7 @@ def open_index(
     Args:
         follow_links: follow linked folders, each once, and links that lead out of `path`.
         component: which member of a sample of a shard is the image; see :func:`fastmim.data.shards.open_shards`.
+        pixels: the run's ``data.pixels``; float32 counts .npy and .npz as images.
         field: the config key that messages name.
 
     Raises:
@@ -100,20 +103,22 @@ def open_index(
             path = path[0]
         else:
             _tell_of_overlaps([os.fspath(one) for one in path], field)
-            return SeveralIndex([_open_one(one, follow_links, component, field) for one in path])
+            return SeveralIndex([_open_one(one, follow_links, component, pixels, field) for one in path])
     if file_list is not None:
         return _index_from_list(path, os.fspath(file_list))
     if path is None:
         raise ValueError(f"{field}=null: give a folder of images, for example {field}=/path/to/images")
-    return _open_one(path, follow_links, component, field)
+    return _open_one(path, follow_links, component, pixels, field)
 
 
-def _open_one(path: str | os.PathLike[str], follow_links: bool, component: str | None, field: str) -> ImageIndex:
-    tars = shards.find_tars(os.fspath(path), field)
+def _open_one(
+    path: str | os.PathLike[str], follow_links: bool, component: str | None, pixels: str, field: str
+) -> ImageIndex:
+    tars = shards.find_tars(os.fspath(path), field, pixels)
     if tars:
-        return shards.open_shards(os.fspath(path), tars, field, component)
+        return shards.open_shards(os.fspath(path), tars, field, component, pixels)
     root = _existing_folder(os.fspath(path), field)
-    return FileIndex(root, scan_folder(root, field, follow_links))
+    return FileIndex(root, scan_folder(root, field, follow_links, pixels))
 
 
 def overlaps(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -180,18 +185,15 @@ def find_bad_files(
     index: ImageIndex,
     *,
     verify: str = "full",
-    in_chans: int = 3,
-    loader: str = "auto",
     min_size: int = 8,
-    value_range: Sequence[float] | None = None,
-    alpha: str = "white",
     num_workers: int | None = None,
+    **reading: Any,
 ) -> dict[int, str]:
     """Decode every file in full and return {file index: reason} of those that cannot be used.
 
     `verify`: "full" always; "auto" only for at most `VERIFY_AUTO_LIMIT` files; "none" never (bad files are
     then found by the loader as it meets them). Files are decoded in `num_workers` processes: one that a decoder crashes
-    is replaced, and its file is bad.
+    is replaced, and its file is bad. `reading`: how, as :func:`decode_image` takes it.
 
     Raises:
         DataWorkerError: the processes cannot go on.
@@ -205,14 +207,7 @@ def find_bad_files(
         _LOG.info("data.verify=%s: decoding %d files once", verify, len(index))
 
     def decode(file: int) -> None:
-        decode_image(
-            index.read(file),
-            in_chans=in_chans,
-            loader=loader,
-            min_size=min_size,
-            value_range=value_range,
-            alpha=alpha,
-        )
+        decode_image(index.read(file), min_size=min_size, **reading)
 
     found = each_file(index, range(len(index)), decode, num_workers)
     log_notes({index.label(i): said for i, said in found.notes.items()})

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from fastmim.data.arrays import stated_no_data
 from fastmim.data.decode import DecodeError, plain_jpeg, read_samples
 from fastmim.data.each_file import each_file
 from fastmim.data.index import ImageIndex
-from fastmim.data.names import shown
+from fastmim.data.names import printable, shown
 from fastmim.data.samples import Samples
 
 #: Images looked at before training, spread evenly over the index.
@@ -50,6 +51,9 @@ def survey(
     alpha: str = "white",
     most: int = LOOKED_AT,
     num_workers: int | None = None,
+    pixels: str = "uint8",
+    no_data: float | str | None = None,
+    **_: Any,
 ) -> list[str]:
     """Look at up to `most` images, and say in lines what a user would not expect of them.
 
@@ -57,6 +61,8 @@ def survey(
     over here: the loader names them when it meets them.
     """
     chosen = np.linspace(0, len(index) - 1, min(most, len(index))).astype(int).tolist()
+    if pixels == "float32":
+        return _on_no_data(index, [file for file in chosen if file not in bad]) if no_data is None else []
 
     def look(file: int) -> Look | None:
         try:
@@ -72,6 +78,23 @@ def survey(
     bad |= looked.bad
     seen: list[Look] = [looked.values[file] for file in sorted(looked.values)]
     return [*_on_range(seen, value_range), *_on_channels(seen, in_chans, alpha)]
+
+
+def _on_no_data(index: ImageIndex, files: Sequence[int]) -> list[str]:
+    """Of samples that are taken as stored: what GDAL has noted as no data, and the run would learn as data."""
+    stated: dict[str, list[str]] = {}
+    for file in files:
+        try:
+            value = stated_no_data(index.read(file))
+        except DecodeError:
+            continue
+        if value is not None:
+            stated.setdefault(value, []).append(index.label(file))
+    return [
+        f"{len(names)} of the images looked at state {printable(value)} as the value of no data; give"
+        f" data.no_data={printable(value)} to leave such samples out ({shown(names)})"
+        for value, names in stated.items()
+    ]
 
 
 def warn(lines: Sequence[str]) -> None:

@@ -19,15 +19,21 @@ _POOL = 4
 class SyntheticLoader:
     """A few fixed batches of noise on the device, handed out in turn, with real sample ids; see :class:`Loader`."""
 
-    def __init__(self, order: EpochOrder, *, img_size: tuple[int, int], in_chans: int, device: torch.device) -> None:
+    def __init__(
+        self, order: EpochOrder, *, img_size: tuple[int, int], in_chans: int, device: torch.device,
+        pixels: str = "uint8",
+    ) -> None:  # fmt: skip
         self.num_images, self.steps_per_epoch = order.num_images, order.steps_per_epoch
         self.micro_batches = order.micro_batches
         self.bad_files: dict[str, str] = {}
         self.fingerprint = hashlib.sha256(f"synthetic {order.num_images}".encode()).hexdigest()
         self._order, self._device = order, device
         shape = (_POOL, order.micro_batch_size, in_chans, *img_size)
-        noise = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(order.seed))
-        self._pool = noise.to(device)
+        generator = torch.Generator().manual_seed(order.seed)
+        if pixels == "float32":  # of mean 0 and variance 1, as normalised samples
+            self._pool = torch.randn(shape, generator=generator).to(device)
+        else:
+            self._pool = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The micro-batches of one epoch from index `start` on.

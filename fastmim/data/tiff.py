@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import TiffImagePlugin
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WIDTH, BITS, PHOTOMETRIC, ORIENTATION, BANDS, PLANAR, EXTRA, FORMAT = 256, 258, 262, 274, 277, 284, 338, 339
+GDAL_NO_DATA = 42113  # text
 UNSPECIFIED, PREMULTIPLIED, ALPHA = 0, 1, 2  # values of EXTRA
 SIGNED, SEPARATE = 2, 2  # of FORMAT, of PLANAR
 _TYPES = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}
 _GREY, _RGB = 1, 2  # of PHOTOMETRIC
 _SHORT = 3
-_NOT_READ = "not a kind that is read; save 1, 3 or 4 interleaved bands of uint8 or uint16, or 1 of float32"
+_NOT_READ = (
+    "not a kind that is read; save 1, 3 or 4 interleaved bands of uint8 or uint16, or 1 of float32, or read samples as"
+    " they are stored with data.pixels=float32"
+)
 
 
 def not_read(data: bytes | bytearray) -> str | None:
@@ -49,6 +53,14 @@ def _described(data: bytes | bytearray) -> tuple[int, list[str], bool] | None:
         return None
 
 
+def orientation(data: bytes | bytearray) -> int:
+    """The value of the orientation tag, 1 without one."""
+    try:
+        return _Tags(data).number(ORIENTATION) or 1
+    except struct.error:
+        return 1
+
+
 class _Entry(NamedTuple):
     """Where one tag lies in the file."""
 
@@ -74,10 +86,11 @@ def for_pil(data: bytes | bytearray) -> tuple[bytes | bytearray, int | None]:
 
 
 class _Tags:
-    """The entries of the first directory, to be changed in place."""
+    """The entries of the first directory; those of a bytearray can be changed in place."""
 
-    def __init__(self, data: bytearray) -> None:
-        self.data, self.order = data, "<" if data.startswith(b"II") else ">"
+    def __init__(self, data: bytes | bytearray) -> None:
+        self.data: Any = data
+        self.order = "<" if data.startswith(b"II") else ">"
         self.big = self._at("H", 2) == 43
         self.long = "Q" if self.big else "I"
         self.first = self._at(self.long, 8 if self.big else 4)
@@ -92,16 +105,17 @@ class _Tags:
         value: int = struct.unpack_from(self.order + code, self.data, place)[0]
         return value
 
-    def _number(self, tag: int) -> int | None:
+    def number(self, tag: int) -> int | None:
+        """The first value of a tag of 16-bit numbers; None where there is no such tag."""
         entry = self.entries.get(tag)
         return None if entry is None or entry.kind != _SHORT else self._at("H", entry.value)
 
     def changed(self) -> tuple[bytearray, int | None]:
         """See :func:`for_pil`."""
-        extra, bands = self.entries.get(EXTRA), self._number(BANDS)
+        extra, bands = self.entries.get(EXTRA), self.number(BANDS)
         if extra is None or extra.kind != _SHORT:
             return self.data, None
-        if self._number(PHOTOMETRIC) == _GREY and bands in (3, 4) and extra.number == bands - 1:
+        if self.number(PHOTOMETRIC) == _GREY and bands in (3, 4) and extra.number == bands - 1:
             self._put("H", self.entries[PHOTOMETRIC].value, _RGB)
             if bands == 3:
                 self._remove(extra)

@@ -18,6 +18,7 @@ from fastmim.data.decode import DecodeError, decode_image, plain_jpeg
 from fastmim.data.index import ImageIndex
 from fastmim.data.notes import with_notes
 from fastmim.data.order import Span, augment_random, substitute_file
+from fastmim.data.orientation import orientation_of
 from fastmim.data.pool import nothing_held
 from fastmim.data.rand_augment import rand_augment
 
@@ -36,8 +37,8 @@ class Request(NamedTuple):
 class Result(NamedTuple):
     """One micro-batch made."""
 
-    views: list[Tensor]  # one a View, uint8 (count, B, C, h, w)
-    crops: Tensor  # int32 (sum of counts, B, 5): top, left, height, width, flip
+    views: list[Tensor]  # one a View, uint8 or float32 (count, B, C, h, w)
+    crops: Tensor  # int32 (sum of counts, B, 6): top, left, height, width, flip, turns
     sample_ids: Tensor
     bad: list[tuple[int, str]]  # (file index, reason) of files met and not used
     error: str  # not empty: no substitute was found
@@ -50,7 +51,7 @@ class Encoded(NamedTuple):
 
     data: Tensor  # uint8 (bytes,), one image behind the other
     ends: Tensor  # int64 (B,)
-    crops: Tensor  # int32 (sum of counts, B, 5)
+    crops: Tensor  # int32 (sum of counts, B, 6)
     files: Tensor  # int64 (B,), the files used, stand-ins included
     sample_ids: Tensor
     bad: list[tuple[int, str]]
@@ -71,19 +72,17 @@ class SampleDataset:
         seed: int,
         decoder: str,
         train: bool,
-        min_size: int,
-        value_range: Sequence[float] | None = None,
-        alpha: str = "white",
         spans: Sequence[Span] | None = None,
+        **reading: Any,
     ) -> None:
+        """`reading`: further arguments of :func:`~fastmim.data.decode.decode_image`."""
         self.index, self.known_bad, self.seed, self.train = index, known_bad, seed, train
-        self.views, self.in_chans, self.min_size = tuple(views), in_chans, min_size
+        self.views, self.in_chans = tuple(views), in_chans
         self._notes: list[tuple[int, str]] = []
         self.holding: Callable[[int], None] = nothing_held
-        self.value_range, self.spans = value_range, spans or [Span(0, len(index), 1.0)]
-        self.decode_options: dict[str, Any] = {
-            "in_chans": in_chans, "loader": decoder, "min_size": min_size, "value_range": value_range, "alpha": alpha
-        }  # fmt: skip
+        self.spans = spans or [Span(0, len(index), 1.0)]
+        self.decode_options: dict[str, Any] = {"in_chans": in_chans, "loader": decoder, **reading}
+        self.dtype = torch.float32 if reading.get("pixels") == "float32" else torch.uint8
 
     def __getitem__(self, request: Request) -> Any:
         raise NotImplementedError
@@ -132,8 +131,8 @@ class ImageDataset(SampleDataset):
 
     def __getitem__(self, request: Request) -> Result:
         count = len(request.sample_ids)
-        views = [torch.empty((v.count, count, self.in_chans, *v.size), dtype=torch.uint8) for v in self.views]
-        crops = torch.zeros((sum(v.count for v in self.views), count, 5), dtype=torch.int32)
+        views = [torch.empty((v.count, count, self.in_chans, *v.size), dtype=self.dtype) for v in self.views]
+        crops = torch.zeros((sum(v.count for v in self.views), count, len(Crop._fields)), dtype=torch.int32)
         bad: list[tuple[int, str]] = []
         kept: list[int] = []
         files: list[int] = []
@@ -205,9 +204,10 @@ class EncodedDataset(SampleDataset):
     def encode(self, file: int, *, as_is: bool = True) -> tuple[bytes | bytearray, int, int]:
         """(bytes, H, W) of a file; `as_is=False` decodes JPEGs here too."""
         data = self.index.read(file)
-        # A decoder elsewhere knows of no range.
-        frame = plain_jpeg(data, self.min_size) if as_is and self.value_range is None else None
-        if frame is not None:
+        own = self.decode_options
+        # A decoder elsewhere knows of no range, and of no orientation.
+        frame = plain_jpeg(data, own.get("min_size", 1)) if as_is and own.get("value_range") is None else None
+        if frame is not None and not (own.get("exif_orientation") and orientation_of(data) != 1):
             return data, frame.height, frame.width
         image = decode_image(data, **self.decode_options)
         return encode_pnm(image), image.shape[-2], image.shape[-1]

@@ -27,6 +27,7 @@ from fastmim.engine.precision import device_precision, warn_without_bf16
 from fastmim.engine.prepare import prepare_kernels
 from fastmim.engine.recompute import apply_recompute
 from fastmim.engine.rng import seed_rank
+from fastmim.engine.settings import image_arguments
 from fastmim.engine.stream import batch_sizes
 from fastmim.engine.zero import ZeroEngine
 from fastmim.engine.zero.build import build_partitioned
@@ -39,9 +40,9 @@ from fastmim.objectives.schedule import Schedule, scale_lr
 
 log = logging.getLogger("fastmim")
 
-_OF_A_CROP = {"scale", "ratio", "hflip", "interpolation"}
-# Keys of the data section that are not arguments of build_loader: of images that are looked at, and the objective's.
-_NOT_THE_LOADERS = {"val_path", "labelled_path", "labels", "val_labels", "mean", "std"}
+_OF_A_CROP = {"scale", "ratio", "hflip", "interpolation", "rot90"}
+# Keys of the data section that are not arguments of build_loader: of images that are looked at.
+_NOT_THE_LOADERS = {"val_path", "labelled_path", "labels", "val_labels"}
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ def build_objective(cfg: Config) -> Any:
         cfg.objective.name,
         encoder=encoder,
         impl=cfg.efficiency.kernels,
-        mean=cfg.data.mean,
-        std=cfg.data.std,
+        bands=cfg.output.bands,
+        **image_arguments(cfg.data.model_dump()),
         **cfg.objective.arguments(),
     )
 

@@ -133,7 +133,7 @@ def _write(foreign: Foreign, target: str, out: Path) -> Conversion:
         raise ValueError(f"{out}: {PROJECTS[target].title} has no such {settings['name']}")
     statistics, notes = _statistics(foreign)
     if target == ONNX:
-        said = header(settings, statistics)
+        said = header(settings, foreign.statistics | statistics)
         difference = export_onnx(foreign.tensors, settings, out, metadata=said)
         return Conversion(foreign, target, out, notes, difference)
     tensors = PROJECTS[target].write(foreign.tensors)
@@ -163,12 +163,13 @@ def _config(target: str, settings: dict[str, Any], statistics: Mapping[str, Any]
 
 
 def _statistics(foreign: Foreign) -> tuple[dict[str, Any], list[str]]:
-    """``mean``, ``std`` and ``interpolation``, and what of them is not known: ImageNet's are then taken for colours."""
+    """``mean``, ``std``, ``interpolation`` and what is known of ``pixels``, and what of them is not known: ImageNet's
+    are then taken for colours."""
     usual = _STATISTICS | (_IMAGENET if foreign.settings["in_chans"] == 3 else {})
     known = {key: value for key, value in foreign.statistics.items() if value is not None}
     notes = [f"{key} {list(usual[key])} of the images is a guess; give data.{key}=[…] if it is wrong"
              for key in ("mean", "std") if key not in known]  # fmt: skip
-    return usual | {key: known[key] for key in usual if key in known}, notes
+    return usual | {key: known[key] for key in (*usual, "pixels") if key in known}, notes
 
 
 def _write_weights(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -89,6 +89,7 @@ def extract_features(
         raise ValueError(f"--out {out}: must end in .safetensors")
     with encoder_file(Path(source)) as file:
         objective = load_encoder(file).to(device)
+    objective.has_gaps = (reading or {}).get("no_data") is not None
     encoder, pool = objective.encoder, pool or natural_pool(objective.encoder)
     blocks = _blocks(layers, len(encoder.all_blocks()))
     classes = _classes(index, labels)

@@ -54,9 +54,11 @@ class _Watch:
         self.found: str | None = None
         self._names = {module: name or "(the objective)" for name, module in objective.named_modules()}
         self._stack: list[nn.Module] = []
+        self._has_gaps = getattr(objective, "has_gaps", False)
 
     def entering(self, module: nn.Module, args: Any) -> None:
-        if self.found is None and _bad(args):
+        gaps = self._has_gaps and not self._stack  # NaN in the images is no data
+        if self.found is None and not gaps and _bad(args):
             # The submodules before were clean: the code between them, in the parent's forward, is to blame.
             parent = self._names[self._stack[-1]] if self._stack else "the input images"
             self.found = f"{parent}, before it calls {self._names[module]}"

@@ -18,14 +18,15 @@ from fastmim.data import build_loader
 from fastmim.data.given import open_given
 from fastmim.data.held_out import PartIndex
 from fastmim.data.index import ImageIndex
-from fastmim.engine.saved import READING, load_objective
+from fastmim.data.reading import KEYS
+from fastmim.engine.saved import load_objective
 from fastmim.evaluate.given_mask import cell_grid, painted_cells, square_cells
-from fastmim.evaluate.reconstruct import draw_grid, draw_image
+from fastmim.evaluate.reconstruct import draw_image, write_grid
 from fastmim.evaluate.validation import evaluating
 from fastmim.files import replacing
 from fastmim.objectives import Objective
 from fastmim.objectives.masks import over_patches
-from fastmim.objectives.pictures import COMPOSITE, Picture
+from fastmim.objectives.pictures import COMPOSITE, Picture, check_bands
 
 _BATCH = 8
 
@@ -39,12 +40,14 @@ class Wanted:
         ratio: area of the square.
         unit: edge in pixels of the cells that a square or a painted mask is made of; None: a token of the encoder.
         seeds: of random masks.
+        bands: channels that are drawn, one or three from 1 on; None: as :func:`~fastmim.objectives.pictures.to_rgb`.
     """
 
     mask: str = "random"
     ratio: float = 0.25
     unit: int | None = None
     seeds: Sequence[int] = (0,)
+    bands: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -84,11 +87,16 @@ def predict_images(
     objective, run = load_objective(checkpoint)
     if part := objective.untrained():
         raise ValueError(f"{checkpoint}: {part} has never been trained, and its picture would be noise; train on")
+    try:
+        check_bands(wanted.bands, objective.in_chans)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    objective.bands = wanted.bands
     given = _chosen_mask(objective, wanted)
-    index = open_given(images, component=run.get("data.component"))
+    index = open_given(images, component=run.get("data.component"), pixels=run.get("data.pixels", "uint8"))
     if most and most < len(index):
         index = PartIndex(index, np.linspace(0, len(index) - 1, most).astype(np.int64))
-    reading = {key: run[f"data.{key}"] for key in READING if run.get(f"data.{key}") is not None}
+    reading = {key: run[f"data.{key}"] for key in (*KEYS, "interpolation") if run.get(f"data.{key}") is not None}
     how: dict[str, Any] = dict(img_size=objective.img_size, in_chans=objective.in_chans, micro_batch_size=_BATCH)
     how |= dict(index=index, train=False, num_workers=0, verify="none", max_bad_fraction=1.0, field="IMAGES", **reading)
     drawn, pictures = Drawn(), []
@@ -105,8 +113,7 @@ def predict_images(
         raise ValueError("IMAGES: none of them can be read" + "".join(f"; {why}" for why in drawn.bad_files.values()))
     drawn.headings = pictures[0].headings
     whole = Picture(drawn.headings, [torch.cat(parts) for parts in zip(*(p.columns for p in pictures), strict=True)])
-    with replacing(Path(out)) as partial:
-        draw_grid(whole).save(partial, format="PNG")
+    write_grid(whole, Path(out))
     return drawn
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fastmim.data.labelled import LabelledImages
@@ -16,6 +17,7 @@ from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint import convert
 from fastmim.engine.checkpoint.whole import found_checkpoint
 from fastmim.engine.distributed import World
+from fastmim.engine.settings import image_arguments
 from fastmim.evaluate.probe import Report, features, pooled, probe, quick_probe
 from fastmim.evaluate.rank import rankme
 from fastmim.interop import load_weights
@@ -58,6 +60,7 @@ def probe_encoder(
     *,
     micro_batch_size: int,
     reading: Mapping[str, Any],
+    untrained: bool = False,
     **how: Any,
 ) -> tuple[Report, dict[str, Any]]:
     """Probe an encoder on labelled images; every rank calls it.
@@ -68,6 +71,7 @@ def probe_encoder(
         world: this process.
         micro_batch_size: images of a rank in one forward pass.
         reading: arguments of :func:`fastmim.data.build_loader`.
+        untrained: the same encoder with new weights, to compare with.
         how: arguments of :func:`fastmim.evaluate.probe.probe`.
 
     Returns:
@@ -77,7 +81,8 @@ def probe_encoder(
         ValueError: there is no encoder at ``source``, or it does not say what it is.
     """
     with encoder_file(Path(source)) as file:
-        objective = load_encoder(file).to(world.device)
+        objective = load_encoder(file, untrained=untrained).to(world.device)
+    objective.has_gaps = reading.get("no_data") is not None
 
     def load(augmented: bool = False) -> Any:
         return images.loader(
@@ -136,16 +141,17 @@ def encoder_facts(file: Path) -> dict[str, Any]:
     return facts
 
 
-def load_encoder(file: Path) -> Objective:
+def load_encoder(file: Path, *, untrained: bool = False) -> Objective:
     """An encoder of a file that fastmim has written, with the statistics of its images, in an objective that does
-    nothing else.
+    nothing else; ``untrained``: with new weights, the same at every call.
 
     Raises:
         ValueError: the file does not say what encoder it holds.
     """
     facts = encoder_facts(file)
-    statistics = facts.get("statistics", {})
-    means = {key: statistics[key] for key in ("mean", "std") if statistics.get(key)}
-    objective = Objective(encoder=facts["encoder"], **means)
-    load_weights(objective, file)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        objective = Objective(encoder=facts["encoder"], **image_arguments(facts.get("statistics", {})))
+    if not untrained:
+        load_weights(objective, file)
     return objective.eval()

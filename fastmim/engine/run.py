@@ -70,7 +70,7 @@ class Run:
         loggers: where numbers and pictures go beside ``metrics.jsonl``, by name.
         settings: every key of the config, for them.
         encoder: keyword arguments that built the encoder, noted in the exported files.
-        statistics: mean and std that normalised the images, and the interpolation of crops, noted there too.
+        statistics: of :func:`~fastmim.engine.settings.image_facts`, noted there too.
     """
 
     def __init__(

@@ -9,12 +9,9 @@ from safetensors import SafetensorError
 
 from fastmim.engine.checkpoint.shards import Shards
 from fastmim.engine.checkpoint.whole import open_whole
-from fastmim.engine.settings import section_of
+from fastmim.engine.settings import image_arguments, section_of
 from fastmim.interop.strict import LoadReport, copy_strictly
 from fastmim.objectives import Objective, create_objective
-
-READING = ("value_range", "alpha", "interpolation")
-"""How a run has read its images: keys of the data section, and arguments of ``build_loader``."""
 
 
 def load_objective(source: str | Path) -> tuple[Objective, dict[str, Any]]:
@@ -27,20 +24,13 @@ def load_objective(source: str | Path) -> tuple[Objective, dict[str, Any]]:
         The objective in evaluation mode on the CPU, and the settings of its run as ``section.key``.
 
     Raises:
-        ValueError: no checkpoint there, a damaged one, or one of an objective outside of fastmim, whose module a file
-            must not choose.
+        ValueError: no checkpoint there, a damaged one, or as :func:`objective_of`.
     """
     source = Path(source)
     if source.is_file():
         raise ValueError(f"{source}: a file of weights says nothing of heads; give the run's output folder")
     folder, run = open_whole(source, "reconstruct {path}")
-    name = run.get("objective.name", "simmim")
-    if ":" in name:
-        raise ValueError(f"{folder}: objective.name={name}: a module of your own is not imported on a file's word")
-    given = {key: value for key, value in section_of(run, "objective").items() if key != "name"}
-    encoder = {key: value for key, value in section_of(run, "model").items() if value is not None}
-    statistics = {key: run[f"data.{key}"] for key in ("mean", "std") if run.get(f"data.{key}")}
-    objective: Objective = create_objective(name, encoder=encoder, **statistics, **given)
+    objective = objective_of(run, folder)
     try:
         shards = Shards(folder)
         tensors = {name: shards.tensor(name).float() for name in shards.shapes}
@@ -48,3 +38,18 @@ def load_objective(source: str | Path) -> tuple[Objective, dict[str, Any]]:
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"{folder}: {' '.join(str(error).split())}") from None
     return objective.eval(), run
+
+
+def objective_of(run: dict[str, Any], folder: Path) -> Objective:
+    """The objective that the settings of a run, found in ``folder``, say, with new weights.
+
+    Raises:
+        ValueError: settings that do not fit, or an objective outside of fastmim, whose module a file must not choose.
+    """
+    name = run.get("objective.name", "simmim")
+    if ":" in name:
+        raise ValueError(f"{folder}: objective.name={name}: a module of your own is not imported on a file's word")
+    given = {key: value for key, value in section_of(run, "objective").items() if key != "name"}
+    encoder = {key: value for key, value in section_of(run, "model").items() if value is not None}
+    objective: Objective = create_objective(name, encoder=encoder, **image_arguments(section_of(run, "data")), **given)
+    return objective

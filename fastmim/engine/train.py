@@ -13,6 +13,7 @@ from fastmim._version import __version__
 from fastmim.config import Config, save_config
 from fastmim.data.index import ImageIndex
 from fastmim.data.labelled import LabelledImages
+from fastmim.data.reading import FROZEN, KEYS, opening_of, reading_of
 from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
 from fastmim.engine.banner import start_rows
@@ -30,7 +31,7 @@ from fastmim.engine.progress import said_if_slow
 from fastmim.engine.result import TrainResult
 from fastmim.engine.resume import find_start, go_on
 from fastmim.engine.run import Intervals, Run
-from fastmim.engine.settings import flat
+from fastmim.engine.settings import flat, image_facts
 from fastmim.engine.stream import stream
 from fastmim.evaluate.reconstruct import spread_images
 from fastmim.models import encoder_settings
@@ -139,9 +140,8 @@ def settle_classes(cfg: Config) -> tuple[Config, Labelled]:
     data, own = cfg.data, cfg.objective.arguments()
     if not find_objective(cfg.objective.name).takes_labels or data.loader == "synthetic":
         return cfg, Labelled()
-    opening = data.model_dump(include={"follow_links", "component"})
     several = bool(own.get("multi_label"))
-    found = find_labels(data.path, data.file_list, data.labels, several=several, **opening)
+    found = find_labels(data.path, data.file_list, data.labels, several=several, **opening_of(data))
     given, count = own.get("num_classes"), len(found.classes)
     if given not in (0, count):
         there = plural(count, "class", "classes")
@@ -196,17 +196,17 @@ _LATER = {
     "objective": ("visible_only", "decoder_dim", "decoder_depth", "decoder_num_heads", "crop_chunks",
                   "shared_head", "shared_head_teacher", "patch_out_dim", "ema_decay", "mask",
                   "head", "target", "target_stride", "norm_patch", "beta", "bins", "clusters", "tokenizer"),
-    "data": ("alpha", "val_fraction"), "optim": ("scale_min_lr", "weight_decay_end", "clip_each", "warmup_inclusive")
+    "data": ("alpha", "val_fraction", "pixels", "no_data", "rot90", "exif_orientation", "array", "channel_order"),
+    "optim": ("scale_min_lr", "weight_decay_end", "clip_each", "warmup_inclusive")
 }  # fmt: skip
 """Keys that older checkpoints lack: their default is not recorded, and such a checkpoint goes on."""
 
 
 def run_identity(cfg: Config, global_batch: int, objective: Any) -> dict[str, Any]:
     """Every setting that makes this another run if it changes: what is trained, not how fast or where."""
-    kept = ("scale", "ratio", "hflip", "interpolation", "mean", "std", "weights", "component", "value_range", "alpha",
-            "val_fraction")  # fmt: skip
+    kept = {"scale", "ratio", "hflip", "rot90", "interpolation", "weights", "component", "val_fraction", *KEYS}
     tree = cfg.model_dump(mode="json", include={"model", "objective", "optim"})
-    tree["data"] = cfg.data.model_dump(mode="json", include=set(kept))
+    tree["data"] = cfg.data.model_dump(mode="json", include=kept - {"min_size"})
     tree["model"].pop("init_from")
     tree["model"]["policy"] = encoder_arguments(cfg).get("policy")
     for section, keys in _LATER.items():
@@ -258,10 +258,8 @@ def make_watch(cfg: Config, parts: Parts, world: World, stack: ExitStack, val_lo
         table=data.labels,
         most=train.probe_images,
         field="data.labelled_path",
-        follow_links=data.follow_links,
-        component=data.component,
+        **opening_of(data),
     )
-    how = data.model_dump(include={"min_size", "value_range", "alpha", "num_workers", "max_bad_fraction"})
     loader = images.loader(
         parts.objective.img_size,
         in_chans=cfg.model.in_chans,
@@ -269,7 +267,7 @@ def make_watch(cfg: Config, parts: Parts, world: World, stack: ExitStack, val_lo
         rank=world.rank,
         world_size=world.size,
         device=world.device,
-        **how,
+        **reading_of(data, *FROZEN),
     )
     return Watch(parts.engine, stack.enter_context(closing(loader)), images)
 
@@ -317,6 +315,6 @@ def make_run(cfg: Config, parts: Parts, world: World, stored: dict[str, Any], st
         loggers=cfg.output.loggers,
         settings=flat(cfg.model_dump(mode="json")),
         encoder=encoder_arguments(cfg),
-        statistics=cfg.data.model_dump(mode="json", include={"mean", "std", "interpolation"}),
+        statistics=image_facts(cfg.data.model_dump(mode="json")),
         **images,
     )

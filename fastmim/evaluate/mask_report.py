@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,6 @@ class MaskReport:
         units: Hidden units of every image and all of them; None where masks are of patches or tokens.
         ratio: Mean share of hidden pixels.
         distance: AvgDist in pixels, see :func:`.mask_distance.average_distance`.
-        table: AvgDist of other masks of this kind, by (unit, ratio).
     """
 
     hidden: Tensor
@@ -55,7 +55,11 @@ class MaskReport:
     units: tuple[int, int] | None
     ratio: float
     distance: float
-    table: dict[tuple[int, float], float]
+
+    @cached_property
+    def table(self) -> dict[tuple[int, float], float]:
+        """AvgDist of other masks of this kind, by (unit, ratio)."""
+        return distance_table(self.img_size, table_units(self.img_size, self.unit), self.kind)
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -68,12 +72,9 @@ class MaskReport:
         return distance_band(self.img_size)
 
     def __str__(self) -> str:
-        height, width = self.img_size
-        count = "" if self.units is None else f": {self.units[0]} of {plural(self.units[1], 'unit')}"
-        of_units = "masks of cells" if self.units is None else f"{self.kind} masks of units"
         lines = [
-            f"{of_units} of {self.unit} px in images of {height} × {width} px",
-            f"hidden    {100 * self.ratio:.1f} % of the pixels{count}",
+            self.what(),
+            f"hidden    {self.share()}",
             f"AvgDist   {self.distance:.1f} px, {_place(self.distance, self.band)}",
             _origin(self.band),
             "",
@@ -81,6 +82,16 @@ class MaskReport:
             *_table_lines(self),
         ]
         return "\n".join(lines)
+
+    def what(self) -> str:
+        """Which masks these are."""
+        of_units = "masks of cells" if self.units is None else f"{self.kind} masks of units"
+        return f"{of_units} of {self.unit} px in images of {self.img_size[0]} × {self.img_size[1]} px"
+
+    def share(self) -> str:
+        """How much they hide."""
+        count = "" if self.units is None else f": {self.units[0]} of {plural(self.units[1], 'unit')}"
+        return f"{100 * self.ratio:.1f} % of the pixels{count}"
 
 
 def mask_report(objective: Any, *, seed: int = 0, epoch: int = 0, count: int = SHOWN) -> MaskReport:
@@ -112,7 +123,6 @@ def mask_report(objective: Any, *, seed: int = 0, epoch: int = 0, count: int = S
         None if units is None else (units.hidden, units.hidden + units.shown),
         float(hidden.double().mean()),
         average_distance(hidden),
-        distance_table(size, table_units(size, unit), kind),
     )
 
 

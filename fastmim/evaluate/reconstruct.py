@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, features
 from torch import Tensor
 
 from fastmim.evaluate.validation import MASK_SEED, evaluating
 from fastmim.files import replacing
-from fastmim.objectives.pictures import Picture
+from fastmim.objectives.pictures import RECONSTRUCTION, Picture, stretched, to_rgb
 
 _GAP = 4
 _HEADING = 24
@@ -20,6 +21,11 @@ _FONT_SIZE = 16
 # Pixels of the longer edge of an image, and of its width, whose heading it must hold.
 _MIN_CELL = 192
 _MIN_WIDTH = 96
+DESCRIPTION = "Description"
+"""Keyword (PNG specification, 11.3.4.2) of the text in a picture's file that says what its columns are."""
+_MEANINGS = dict(zip(RECONSTRUCTION, ("", "what the encoder sees, with hidden patches in grey",
+                                      "where the loss counts", "the image with its hidden patches as predicted"),
+                     strict=True))  # fmt: skip
 
 
 def draw_grid(picture: Picture) -> Image.Image:
@@ -43,9 +49,27 @@ def draw_grid(picture: Picture) -> Image.Image:
     return canvas
 
 
+def write_grid(picture: Picture, path: Path) -> None:
+    """:func:`draw_grid` as a PNG, which says in words what its columns are; it appears complete or not at all."""
+    columns = [f"{name} ({_MEANINGS[name]})" if _MEANINGS.get(name) else name for name in picture.headings]
+    text = PngImagePlugin.PngInfo()
+    text.add_text(DESCRIPTION, f"From the left: {', '.join(columns)}.")
+    with replacing(path) as partial:
+        draw_grid(picture).save(partial, format="PNG", pnginfo=text)
+
+
 def draw_image(image: Tensor) -> Image.Image:
     """One (3, H, W) image in [0, 1], a pixel a pixel."""
     return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
+def rgb_of(images: Tensor, bands: Sequence[int] | None = None) -> Tensor:
+    """(B, C, H, W) uint8 or float images of a loader -> (B, 3, H, W) in [0, 1], see :mod:`fastmim.objectives.pictures`.
+
+    Args:
+        bands: numbers of the channels that are shown, from 1 on.
+    """
+    return stretched(images, bands) if images.is_floating_point() else to_rgb(images.float() / 255, bands)
 
 
 def save_picture(
@@ -77,8 +101,7 @@ def save_picture(
     if picture is None or not write:
         return picture is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        draw_grid(picture).save(partial, format="PNG")
+    write_grid(picture, path)
     return True
 
 

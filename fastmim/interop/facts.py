@@ -28,7 +28,8 @@ def header(encoder: Mapping[str, Any], statistics: Mapping[str, Any] | None = No
 
     Args:
         encoder: Keyword arguments; those that a size or a default gives are added.
-        statistics: ``mean``, ``std`` and ``interpolation`` of the images; None: not known.
+        statistics: Of the images: ``mean``, ``std``, ``interpolation``, and of float ones how they were read; None: not
+            known.
     """
     full = encoder_settings(encoder) if encoder else {}
     said = {"format": "pt", "source": "fastmim", "version": __version__,
@@ -187,6 +188,9 @@ def _one_for_all(spans: list[Span]) -> str:
 
 def _statistics(objective: nn.Module, stored: Mapping[str, Any]) -> list[str]:
     notes = []
+    pixels, theirs_pixels = getattr(objective, "pixels", "uint8"), stored.get("pixels", "uint8")
+    if theirs_pixels != pixels:
+        notes.append(f"its images were of data.pixels={theirs_pixels}, and these are of {pixels}")
     for key in ("mean", "std"):
         own, values = getattr(objective, key, None), stored.get(key)
         if not isinstance(own, Tensor) or own.is_meta or not isinstance(values, list):

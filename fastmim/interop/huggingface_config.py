@@ -164,16 +164,24 @@ def notes_on(settings: Mapping[str, Any]) -> list[str]:
 
 
 def preprocessor_config(
-    settings: Mapping[str, Any], *, mean: Sequence[float], std: Sequence[float], interpolation: str
+    settings: Mapping[str, Any],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str,
+    pixels: str = "uint8",
 ) -> dict[str, Any]:
-    """The content of ``preprocessor_config.json``: resizing to the image, and its statistics."""
+    """The content of ``preprocessor_config.json``: resizing to the image, and its statistics.
+
+    Those of ``pixels="float32"`` are of samples as they are stored, which are not divided by 255.
+    """
     height, width = to_pair(settings["img_size"], "img_size")
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": _RESAMPLE[interpolation],
-        "do_rescale": True,
+        "do_rescale": pixels == "uint8",
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(mean),

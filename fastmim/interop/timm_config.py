@@ -66,14 +66,16 @@ def timm_config(
     mean: Sequence[float],
     std: Sequence[float],
     interpolation: str = "bilinear",
+    pixels: str = "uint8",
     weights: str = WEIGHTS_FILE,
 ) -> dict[str, Any]:
     """The content of ``config.json``: a headless model of timm's, and how its images are prepared.
 
     Args:
         encoder: What was trained, in arguments of :func:`~fastmim.models.create_encoder`.
-        mean, std: Of values in [0, 1], per channel or one for all.
+        mean, std: Per channel or one for all, of values in [0, 1], or of float samples as they are stored.
         interpolation: Of the crops.
+        pixels: "uint8" or "float32".
         weights: Name of the weight file beside; timm takes any if there is one alone.
 
     Raises:
@@ -91,9 +93,15 @@ def timm_config(
         "num_classes": 0, "pool_size": None, "first_conv": "patch_embed.proj",
         "classifier": "head" if vit else "head.fc",
     }  # fmt: skip
+    notes = []
     if settings.get("policy") == "default" and policy_matters(settings):
-        cfg["notes"] = ["trained with maps padded before they are shifted: fastmim_kernels.accelerate(model, "
-                        "policy='default') computes that, timm alone shifts first"]  # fmt: skip
+        notes.append("trained with maps padded before they are shifted: fastmim_kernels.accelerate(model, "
+                     "policy='default') computes that, timm alone shifts first")  # fmt: skip
+    if pixels == "float32":
+        notes.append("mean and std are of samples as they are stored, not of values in [0, 1]: timm's own transforms, "
+                     "which divide by 255, do not prepare such images")  # fmt: skip
+    if notes:
+        cfg["notes"] = notes
     return {
         "architecture": _architecture(settings),
         "num_classes": 0,

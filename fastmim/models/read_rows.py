@@ -46,14 +46,30 @@ def hidden_tokens(mask: Tensor, grid: tuple[int, int], shown: int) -> Tensor:
     first = cells[:, :, :1, :, :1]
     hidden = first.flatten(1)
     if fk.shape_may_follow(mask):
+        size = f"{rows // grid[0]} x {columns // grid[1]} patches"
+        if bool((cells != first).any()):
+            raise ValueError(f"mask: hides a part of a token; hide whole ones, of {size} each: use random_mask()")
         counts = (~hidden).sum(1)
-        if bool((counts != shown).any() | (cells != first).any()):
+        if bool((counts != shown).any()):
             raise ValueError(
-                f"mask: must show {shown} of the {grid[0] * grid[1]} tokens of every image, each of "
-                f"{rows // grid[0]} x {columns // grid[1]} patches, and hide the others in full; "
+                f"mask: must show {shown} of the {grid[0] * grid[1]} tokens of every image, each of {size}; "
                 f"got {sorted(set(counts.tolist()))}; use random_mask()"
             )
     return hidden
+
+
+def count_shown(mask: Tensor, grid: tuple[int, int]) -> int:
+    """Tokens that the mask (1, Hm, Wm) of an image leaves visible; arguments as of :func:`hidden_tokens`.
+
+    For inference: it waits for the device, and shapes then follow the mask.
+
+    Raises:
+        ValueError: None is visible.
+    """
+    count = int((mask[:, :: mask.shape[1] // grid[0], :: mask.shape[2] // grid[1]] == 0).sum())
+    if not count:
+        raise ValueError(f"mask: hides all {grid[0] * grid[1]} tokens of an image; leave one visible")
+    return count
 
 
 def shown_tokens(mask: Tensor, grid: tuple[int, int], count: int) -> Tensor:

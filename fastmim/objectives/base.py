@@ -6,19 +6,23 @@ the methods below; nothing reads an attribute that only one objective has.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..models import create_encoder, encoder_settings
+from .arguments import one_of, per_channel
+from .gaps import filled
 from .groups import split_parameters
-from .pictures import Picture
+from .pictures import Picture, check_bands, stretched, to_rgb
 from .views import Images, View, augmented
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Pixels = Literal["uint8", "float32"]
+"""What loaders give, as ``data.pixels`` says."""
 
 
 class Objective(nn.Module):
@@ -32,7 +36,10 @@ class Objective(nn.Module):
         encoder: Keyword arguments of :func:`fastmim.models.create_encoder`.
         impl: Implementation of the ops: "auto", "triton", "torch" or "reference".
         mean, std: Channel statistics in [0, 1] units, for uint8 images and pictures; default ImageNet's for
-            three channels, 0.5 otherwise.
+            three channels, 0.5 otherwise. With ``pixels="float32"`` in the images' own unit.
+        pixels: "uint8", or "float32" for images that come normalised and have no range: no [0, 1], no colours.
+        has_gaps: float images may hold NaN, no data in a band of a pixel. False: nobody looks for it.
+        bands: Channels that pictures show, one or three numbers from 1 on, see :func:`.pictures.to_rgb`.
 
     Raises:
         ValueError: A value is out of range or does not fit the encoder, ``argument=value: what; fix`` in one line.
@@ -40,6 +47,9 @@ class Objective(nn.Module):
 
     #: Families of encoders that it can train.
     families: ClassVar[tuple[str, ...]] = ("swin", "swinv2", "vit")
+
+    #: What in its loss is of the micro-batch over all ranks, whatever the global batch; empty: nothing.
+    of_micro_batch: ClassVar[str] = ""
 
     mean: Tensor
     std: Tensor
@@ -53,14 +63,20 @@ class Objective(nn.Module):
         impl: str = "auto",
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        pixels: Pixels = "uint8",
+        has_gaps: bool = False,
+        bands: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.check_family(encoder)
+        one_of("pixels", pixels, get_args(Pixels))
         self.encoder = create_encoder(dict(encoder), impl=impl)
         self.impl = impl
         self.img_size, self.in_chans = self.encoder.img_size, self.encoder.in_chans
-        self.register_buffer("mean", _per_channel("mean", mean, IMAGENET_MEAN, self.in_chans), persistent=False)
-        self.register_buffer("std", _per_channel("std", std, IMAGENET_STD, self.in_chans), persistent=False)
+        check_bands(bands, self.in_chans)
+        self.pixels, self.has_gaps, self.bands = pixels, has_gaps, bands
+        for name, values, usual in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+            self.register_buffer(name, per_channel(name, values, usual, self.in_chans, pixels), persistent=False)
 
     @classmethod
     def check(cls, *_: Any, **arguments: Any) -> None:
@@ -68,6 +84,16 @@ class Objective(nn.Module):
 
         The one home of such rules: the constructor calls it, and so does the config, with ``encoder`` and every
         argument of its own by name.
+
+        Raises:
+            ValueError: ``argument=value: what; fix`` in one line.
+        """
+
+    @classmethod
+    def check_pixels(cls, *, pixels: str = "uint8", has_gaps: bool = False, **arguments: Any) -> None:
+        """Refuse images that it cannot learn from, as :meth:`check`, of arguments of its own and of its base.
+
+        Float images have neither a range nor colours; ``has_gaps``: samples may be missing in them.
 
         Raises:
             ValueError: ``argument=value: what; fix`` in one line.
@@ -216,6 +242,8 @@ class Objective(nn.Module):
         generator = torch.Generator(device).manual_seed(0)
 
         def crops(*shape: int) -> Tensor:
+            if self.pixels == "float32":
+                return torch.randn(shape, device=device, generator=generator)
             return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
 
         mask = self.random_mask(torch.arange(batch, device=device))
@@ -225,10 +253,14 @@ class Objective(nn.Module):
         return tuple(crops(view.count, batch, self.in_chans, *view.size) for view in views), mask
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 → float32 normalised by mean and std; float images pass unchanged."""
+        """uint8 → float32 normalised by mean and std; float images pass unchanged, but for gaps, which become 0."""
         if images.dtype != torch.uint8:
-            return images
+            return filled(images) if self.has_gaps else images
         return images.float().mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
+
+    def true_pixels(self, images: Tensor) -> Tensor:
+        """What a prediction is compared with: :meth:`normalise` without filling gaps, which stay NaN."""
+        return images if images.is_floating_point() else self.normalise(images)
 
     def denormalise(self, images: Tensor) -> Tensor:
         """Normalised images → [0, 1]."""
@@ -237,6 +269,20 @@ class Objective(nn.Module):
     def zero_to_one(self, images: Tensor) -> Tensor:
         """uint8, or float normalised by mean and std → float32 in [0, 1]."""
         return images.float() / 255 if images.dtype == torch.uint8 else images * self.std + self.mean
+
+    def shown(self, images: Tensor, guess: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) uint8 or normalised → (B, 3, H, W) in [0, 1], as pictures show them.
+
+        By :func:`.to_rgb`, with ``pixels="float32"`` by :func:`.stretched`.
+
+        Args:
+            guess: (B, C, H, W) normalised: show it as the images are, without data where they have none.
+        """
+        truth = self.true_pixels(images)
+        one = truth if guess is None else guess.float().masked_fill(truth.isnan(), torch.nan)
+        if self.pixels == "float32":
+            return stretched(one, self.bands, truth)
+        return to_rgb(self.denormalise(one), self.bands)
 
     def check_inputs(self, images: Tensor, mask: Tensor) -> None:
         """Refuse images or masks of another shape than the encoder was built for.
@@ -250,36 +296,3 @@ class Objective(nn.Module):
             raise ValueError(f"images must have shape (B, {shape}), got {tuple(images.shape)}")
         if tuple(mask.shape) != (images.shape[0], *self.encoder.grid):
             raise ValueError(f"mask must have shape {(images.shape[0], *self.encoder.grid)}, got {tuple(mask.shape)}")
-
-
-def at_least(argument: str, value: float, least: float) -> None:
-    """Refuse a smaller value."""
-    if value < least:
-        raise ValueError(f"{argument}={value}: must be at least {least}")
-
-
-def one_of(argument: str, value: Any, choices: Collection[str]) -> None:
-    """Refuse a value that is not among the choices."""
-    if value not in choices:
-        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(choices)}")
-
-
-def check_statistics(name: str, values: Sequence[float]) -> None:
-    """Refuse a mean or std (`name`) that is not of values in [0, 1]."""
-    if max(values) > 1:
-        scaled = ", ".join(f"{value / 255:.4g}" for value in values)
-        fix = f"; of values in 0 ... 255 these are [{scaled}]" if max(values) <= 255 else ""
-        raise ValueError(f"{name}={list(values)}: must be of values in [0, 1]{fix}")
-    if name == "std" and min(values) <= 0:
-        raise ValueError(f"std={list(values)}: must be positive")
-    if min(values) < 0:
-        raise ValueError(f"{name}={list(values)}: must be of values in [0, 1], not negative")
-
-
-def _per_channel(name: str, values: Sequence[float] | None, imagenet: Sequence[float], in_chans: int) -> Tensor:
-    if values is None:
-        values = imagenet if in_chans == 3 else (0.5,)
-    if len(values) not in (1, in_chans):
-        raise ValueError(f"{name}={tuple(values)}: must hold 1 value or one per channel ({in_chans})")
-    check_statistics(name, values)
-    return torch.tensor(values, dtype=torch.float32, device="cpu").expand(in_chans).reshape(in_chans, 1, 1).clone()

@@ -14,6 +14,7 @@ import fastmim_kernels as fk
 from ..models import encoder_settings
 from ..models.layers import to_pair, trunc_normal_
 from ..models.rules import encoder_stride
+from .arguments import no_colours
 from .base import Objective
 from .block_masks import beit_mask, masked_rows
 from .photometric import Photometric
@@ -54,6 +55,7 @@ class BEiT(Objective):
     ) -> None:
         own: dict[str, Any] = dict(tokenizer=tokenizer, token_cache=token_cache)
         self.check(encoder=encoder, codes=codes, num_mask=num_mask, min_block=min_block, jitter=jitter, **own)
+        self.check_pixels(**common, jitter=jitter, tokenizer=tokenizer)
         super().__init__(encoder=encoder, **common)
         self.jitter = jitter
         self.num_mask, self.min_block = mask_sizes(self.token_grid, num_mask, min_block)
@@ -100,6 +102,16 @@ class BEiT(Objective):
             raise ValueError(
                 f"jitter={jitter}: changes colours of 1 or 3 channels, not of {settings['in_chans']}; use 0"
             )
+
+    @classmethod
+    def check_pixels(
+        cls, *, pixels: str = "uint8", jitter: float = 0.0, tokenizer: str | None = None, **_: Any
+    ) -> None:
+        """A tokenizer reads values in [0, 1]; float images have no colours to change."""
+        if pixels == "float32" and tokenizer is not None:
+            fix = "use objective.name=simmim or mae"
+            raise ValueError(f"tokenizer={tokenizer}: reads images in [0, 1], not data.pixels=float32; {fix}")
+        no_colours("jitter", jitter, 0, pixels)
 
     def forward(self, images: Images, mask: Tensor) -> dict[str, Tensor]:
         """Loss of a micro-batch.

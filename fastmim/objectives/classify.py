@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import encoder_settings
-from .base import Objective, at_least, one_of
+from .arguments import at_least, no_colours, one_of
+from .base import Objective
 from .classifier import Average, Classifier, warm_momentum
 from .groups import split_for_tuning
 from .layer_decay import depths_of, scaled_groups
@@ -89,6 +90,7 @@ class Classify(Objective, Classifier):
         given = dict(num_classes=num_classes, pool=pool, recipe=recipe, layer_decay=layer_decay, ema_decay=ema_decay)
         mixing = dict(smoothing=smoothing, mixup=mixup, cutmix=cutmix, erasing=erasing)
         self.check(encoder=encoder, **given, **mixing, mix_probability=mix_probability, cutmix_share=cutmix_share)
+        self.check_pixels(**common, auto_augment=auto_augment)
         super().__init__(encoder=encoder, **common)
         self.num_classes, self.layer_decay, self.multi_label = max(num_classes, 1), layer_decay, multi_label
         self.recipe, self.is_vit = RECIPES[recipe], self.encoder.settings["name"] == "vit"
@@ -124,6 +126,11 @@ class Classify(Objective, Classifier):
             raise ValueError(f"ema_decay={given['ema_decay']}: must lie in [0, 1), such as 0.9999; 0 = no average")
         Mixing(given["mixup"], given["cutmix"], given["mix_probability"], given["cutmix_share"], given["smoothing"])
         Erasing(given["erasing"])
+
+    @classmethod
+    def check_pixels(cls, *, pixels: str = "uint8", auto_augment: str = "none", **_: Any) -> None:
+        """Float images have no colours to change."""
+        no_colours("auto_augment", auto_augment, "none", pixels)
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Loss of a batch.

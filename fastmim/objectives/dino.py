@@ -15,7 +15,8 @@ from ..models import create_encoder, encoder_settings
 from ..models.layers import to_pair
 from ..models.recomputed import repeated
 from ..models.rules import patch_grid
-from .base import Objective, at_least
+from .arguments import at_least, no_colours
+from .base import Objective
 from .groups import split_by_rank
 from .heads import ProjectionHead
 from .photometric import Photometric
@@ -84,6 +85,7 @@ class DINO(Objective):
     ) -> None:
         given = dict(locals())
         self.check(**{name: value for name, value in given.items() if name not in ("self", "common", "__class__")})
+        self.check_pixels(**common, augment=augment)
         super().__init__(encoder=encoder, **common)
         self.local_crops, self.local_size = local_crops, to_pair(local_size, "local_size")
         self.crop_chunks = crop_chunks
@@ -130,6 +132,11 @@ class DINO(Objective):
             if not 0 < given[name][0] <= given[name][1] <= 1:
                 raise ValueError(f"{name}={list(given[name])}: must satisfy 0 < low <= high <= 1")
         cls._check_encoder(encoder_settings(encoder), given)
+
+    @classmethod
+    def check_pixels(cls, *, pixels: str = "uint8", augment: bool = True, **_: Any) -> None:
+        """Float images have no colours to change."""
+        no_colours("augment", augment, False, pixels)
 
     @staticmethod
     def _check_encoder(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -250,8 +257,7 @@ class DINO(Objective):
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
         """See :func:`~fastmim.objectives.pictures.attention`; the teacher's."""
-        images = self.normalise(images)
-        return attention(self.denormalise(images), self.teacher.encoder.attention(images))
+        return attention(self.shown(images), self.teacher.encoder.attention(self.normalise(images)))
 
     def set_step(self, step: int, total: int, steps_per_epoch: int) -> None:
         """The temperature follows the epoch, the teacher's momentum the step."""

@@ -57,6 +57,7 @@ class DVAE(Objective):
             kl_weight=kl_weight,
             balance_weight=balance_weight,
         )
+        self.check_pixels(**common)
         super().__init__(encoder=encoder, **common)
         self.kl_weight, self.balance_weight = kl_weight, balance_weight
         self._temperatures = (temperature, temperature_end)
@@ -74,6 +75,12 @@ class DVAE(Objective):
         for name in ("kl_weight", "balance_weight"):
             if given[name] < 0:
                 raise ValueError(f"{name}={given[name]}: must be at least 0")
+
+    @classmethod
+    def check_pixels(cls, *, pixels: str = "uint8", **_: Any) -> None:
+        """It learns values in [0, 1]."""
+        if pixels == "float32":
+            raise ValueError("name=dvae: learns images in [0, 1], not data.pixels=float32; use simmim or mae")
 
     @property
     def autoencoder(self) -> Autoencoder:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastmim_kernels as fk
 
-from .base import at_least
+from .arguments import at_least
 from .block_masks import IBOT_RATIOS, ibot_mask, masked_rows, most_rows, row_weights
 from .dino import DINO, GLOBALS
 from .self_distillation import Centre, warm_temperature

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from fastmim_kernels.common.rows import cast, statistics_dtype
 from fastmim_kernels.common.token_layout import EPS, LOSSES, cover, patchify, token_cells
 
 from ..models.read_rows import masked_tokens
+from .gaps import filled
 from .masks import pixel_mask
 from .pixel_heads import PixelHead, predict_pixels
 
@@ -50,26 +52,46 @@ def _fused(loss: str) -> PixelLoss:
 
 
 def pixelwise(error: Callable[[Tensor, Tensor], Tensor]) -> PixelLoss:
-    """The loss of any ``error(prediction, target)`` per pixel, on torch's own ops, without a kernel of its own."""
+    """The loss of any ``error(prediction, target)`` per pixel, on torch's own ops, without a kernel of its own.
+
+    Where the target is NaN, in a channel of a pixel, nothing counts: the mean is over the others.
+    """
 
     def pixel_loss(
         tokens: Tensor, head: Any, target: Tensor, mask: Tensor, *, stride: int, impl: str = "auto"
     ) -> Tensor:
-        size = (target.shape[-2], target.shape[-1])
+        size, channels = (target.shape[-2], target.shape[-1]), target.shape[1]
         prediction = predict_pixels(tokens, head, stride, size)
-        counts = pixel_mask(mask, size)
-        total = error(prediction, cast(target.detach(), prediction.dtype)).mul(counts).sum()
-        return total / (counts.sum() + EPS) / target.shape[1]
+        counts = pixel_mask(mask, size) & ~target.isnan()
+        total = error(prediction, cast(filled(target.detach()), prediction.dtype)).mul(counts).sum()
+        return total / (counts.sum() + EPS * channels)
 
     return pixel_loss
 
 
 PIXEL_LOSSES: dict[str, PixelLoss] = {name: _fused(name) for name in LOSSES}
 
+_WITH_GAPS: dict[str, PixelLoss] = {
+    "l1": pixelwise(partial(F.l1_loss, reduction="none")),
+    "l2": pixelwise(partial(F.mse_loss, reduction="none")),
+    "smooth_l1": pixelwise(partial(F.smooth_l1_loss, reduction="none")),
+}
+"""Instead of those whose op knows no gaps."""
+
 if TYPE_CHECKING:
     PixelLossName = str
 else:
     PixelLossName = Literal[tuple(PIXEL_LOSSES)]
+
+
+def pixel_loss(name: str, has_gaps: bool = False) -> PixelLoss:
+    """A loss by its name; with ``has_gaps`` for targets in which NaN is no data.
+
+    It is then the mean of the error over the pixels that are masked and valid, each channel by itself, and 0, with a
+    gradient of 0, where there is none. As every loss here it is a rank's own: gradients are averaged over ranks, so
+    that a rank weighs the same whatever it has of valid pixels.
+    """
+    return _WITH_GAPS[name] if has_gaps and name in _WITH_GAPS else PIXEL_LOSSES[name]
 
 
 LOGITS_AT_ONCE = 1 << 20

@@ -14,7 +14,7 @@ import fastmim_kernels as fk
 from ..models import encoder_settings
 from ..models.layers import to_pair
 from ..models.positions import absolute_positions, check_positions
-from ..models.read_rows import hidden_tokens
+from ..models.read_rows import count_shown, hidden_tokens
 from ..models.rules import check_heads, encoder_stride, patch_grid
 from ..models.stream import Step, stream_dtype
 from ..models.visible import VisibleColumns
@@ -22,10 +22,11 @@ from ..models.vit import NORM_EPS, Attention, VitBlock, run_blocks
 from ..models.vit_init import xavier_linears
 from .base import Objective
 from .groups import split_by_rank
+from .losses import pixel_loss
 from .masks import kept_patches, pixel_mask, random_units, split_patches
 from .pictures import Picture, reconstruction
 from .pixel_heads import predict_pixels
-from .targets import PATCH_EPS, patch_statistics
+from .targets import PATCH_EPS, normalised_target, patch_statistics
 from .visible_decoder import check_whole, decoder_untrained
 
 
@@ -117,7 +118,8 @@ class MAE(Objective):
         """Loss of a batch: the mean over hidden patches of the mean squared error of their pixels.
 
         Args:
-            images: (B, C, H, W), float normalised by mean and std, or uint8.
+            images: (B, C, H, W), float normalised by mean and std, or uint8. With ``has_gaps`` NaN is no data: the
+                encoder sees the mean there, and the loss is the mean over the other pixels, see :func:`.pixel_loss`.
             mask: (B, H/p, W/p) of the encoder's own patches, bool or 0/1, 1 = hidden; whole tokens, as many in every
                 image as :meth:`random_mask` hides.
 
@@ -127,13 +129,19 @@ class MAE(Objective):
         Raises:
             ValueError: Shapes differ from what the encoder was built for; on a CPU also another number of patches.
         """
-        keep, hidden, places = self._split(images, mask)
-        tokens = self.decode(self._encode(images, keep), places, hidden)
+        keep, hidden, places = self._split(images, mask, self.kept)
+        tokens = self.decode(self._encode(images, keep), places, hidden)[:, None, None]
         target = patch_pixels(images, hidden, self.stride).flatten(0, 1)
-        statistics = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         everywhere = torch.ones(len(target), 1, 1, dtype=torch.bool, device=images.device)
+        if self.has_gaps:
+            target = normalised_target(
+                self.true_pixels(target), 0, self.stride if self.norm_pix_loss else 0, has_gaps=True
+            )
+            error = pixel_loss("l2", has_gaps=True)
+            return {"loss": error(tokens, self.decoder_pred, target, everywhere, stride=self.stride, impl=self.impl)}
+        statistics = (self.mean, self.std) if images.dtype == torch.uint8 else (None, None)
         loss = fk.linear_masked_l1(
-            tokens[:, None, None],
+            tokens,
             self.decoder_pred.weight,
             self.decoder_pred.bias,
             target,
@@ -148,10 +156,10 @@ class MAE(Objective):
         )
         return {"loss": loss}
 
-    def _split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, images: Tensor, mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`~fastmim.objectives.masks.split_patches`."""
         self.check_inputs(images, mask)
-        return split_patches(hidden_tokens(mask, self.token_grid, self.kept), self.kept)
+        return split_patches(hidden_tokens(mask, self.token_grid, kept), kept)
 
     def _encode(self, images: Tensor, keep: Tensor) -> Tensor:
         """(B, 1 + K, D): the class token, then the visible ones."""
@@ -187,10 +195,18 @@ class MAE(Objective):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        """(B, C, H, W) prediction of every patch, in the space of the target (pixels, or a patch's normalised ones)."""
-        keep, _, places = self._split(images, mask)
-        tokens = self.decode(self._encode(images, keep), places)[:, 1:].unflatten(1, self.token_grid)
-        return predict_pixels(tokens, self.decoder_pred, self.stride, self.img_size)
+        """(B, C, H, W) prediction of every patch, in the space of the target (pixels, or a patch's normalised ones).
+
+        The mask may hide another number of patches than in training, and of each image another one.
+        """
+        self.check_inputs(images, mask)
+        tokens = torch.cat([self._all_tokens(*one) for one in zip(images.split(1), mask.split(1), strict=True)])
+        return predict_pixels(tokens.unflatten(1, self.token_grid), self.decoder_pred, self.stride, self.img_size)
+
+    def _all_tokens(self, image: Tensor, mask: Tensor) -> Tensor:
+        """(1, L, decoder_embed_dim) of one image."""
+        keep, _, places = self._split(image, mask, count_shown(mask, self.token_grid))
+        return self.decode(self._encode(image, keep), places)[:, 1:]
 
     @torch.no_grad()
     def reconstruct_pixels(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -198,13 +214,13 @@ class MAE(Objective):
         prediction = self.reconstruct(images, mask)
         if not self.norm_pix_loss:
             return prediction
-        mean, std = patch_statistics(self.normalise(images), self.stride)
+        mean, std = patch_statistics(self.true_pixels(images), self.stride, self.has_gaps)
         return prediction * std + mean
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
         """See :func:`~fastmim.objectives.pictures.reconstruction`."""
-        guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
-        return reconstruction(self.denormalise(self.normalise(images)), guess, mask)
+        guess = self.shown(images, self.reconstruct_pixels(images, mask))
+        return reconstruction(self.shown(images), guess, mask)
 
     def untrained(self) -> str | None:
         """The decoder, after an encoder alone was loaded."""

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from .base import one_of
+from .arguments import one_of
 from .class_targets import Bins, Clusters, Codes
 from .clusters import read_clusters
 from .losses import PIXEL_LOSSES
@@ -39,6 +39,7 @@ def make_target(
     encoder_stride: int,
     mean: Tensor,
     std: Tensor,
+    has_gaps: bool,
     impl: str,
 ) -> Target:
     """A target by its name.
@@ -47,6 +48,7 @@ def make_target(
         target to tokenizer: Of :class:`.simmim.SimMIM`.
         encoder_stride: Pixels per edge of the encoder's tokens.
         mean, std: (C, 1, 1) statistics of the images.
+        has_gaps: NaN in the images is no data.
         impl: Implementation of the ops.
 
     Raises:
@@ -63,7 +65,8 @@ def make_target(
         return Clusters(colours, stride, mean, std, impl=impl)
     if tokenizer is not None:
         return Codes(open_tokenizer(tokenizer, None, in_chans), stride, mean, std, impl=impl)
-    return Pixels(in_chans, stride, norm_target, encoder_stride if norm_patch else 0, loss, beta, impl=impl)
+    patch = encoder_stride if norm_patch else 0
+    return Pixels(in_chans, stride, norm_target, patch, loss, beta, has_gaps=has_gaps, impl=impl)
 
 
 def check_target(

@@ -59,35 +59,6 @@ def coarse_mask(mask: Tensor, size: tuple[int, int], edge: int) -> Tensor:
     return squares.any(4).any(2)
 
 
-def random_mask(
-    sample_ids: Tensor,
-    *,
-    grid: tuple[int, int],
-    repeat: int,
-    mask_ratio: float,
-    seed: int = 0,
-    epoch: int = 0,
-) -> Tensor:
-    """Masks of ceil(units·mask_ratio) units drawn uniformly without replacement per image.
-
-    Args:
-        sample_ids: (B,) integer; the mask of an id is the same in every batch.
-        grid: (rows, columns) of the model's patch grid.
-        repeat: Patches per edge of a mask unit; units at the far edges may be cut by the image.
-        mask_ratio: Share of masked units.
-        seed, epoch: Two further keys.
-
-    Returns:
-        (B, rows, columns) bool on the device of ``sample_ids``, true = masked.
-
-    Raises:
-        ValueError: ``sample_ids`` is not a vector of integers, or the ratio masks everything or nothing.
-    """
-    rows, cols = math.ceil(grid[0] / repeat), math.ceil(grid[1] / repeat)
-    mask = random_units(sample_ids, rows * cols, masked_units(mask_ratio, rows * cols), seed, epoch)
-    return over_patches(mask.view(-1, rows, cols), grid, repeat)
-
-
 def over_patches(units: Tensor, grid: tuple[int, int], repeat: int) -> Tensor:
     """Masks of units (B, R, C) → (B, *grid): each over ``repeat`` × ``repeat`` patches, cut at the far edges."""
     _, rows, cols = units.shape
@@ -96,7 +67,17 @@ def over_patches(units: Tensor, grid: tuple[int, int], repeat: int) -> Tensor:
 
 
 def random_units(sample_ids: Tensor, units: int, count: int, seed: int, epoch: int) -> Tensor:
-    """(B, units) bool with ``count`` true in each row, drawn uniformly; arguments as of :func:`random_mask`."""
+    """(B, units) bool with ``count`` true in each row, drawn uniformly without replacement.
+
+    Args:
+        sample_ids: (B,) integer; what is drawn of an id is the same in every batch.
+        units: Of an image.
+        count: Of them true.
+        seed, epoch: Further keys.
+
+    Raises:
+        ValueError: ``sample_ids`` is not a vector of integers.
+    """
     check_ids(sample_ids)
     keys = random_keys(sample_ids, units, seed, epoch)
     chosen = keys.argsort(dim=1, stable=True)[:, :count]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models import create_encoder, encoder_settings
 from .across_ranks import gather, ranks
+from .arguments import no_colours
 from .base import Objective
 from .groups import all_decay
 from .heads import norm_mlp
@@ -43,6 +44,8 @@ class MoCo(Objective):
         common: of every :class:`Objective`
     """
 
+    of_micro_batch = "negatives and BatchNorm statistics"
+
     def __init__(
         self,
         *,
@@ -60,6 +63,7 @@ class MoCo(Objective):
     ) -> None:
         given = dict(locals())
         self.check(**{name: value for name, value in given.items() if name not in ("self", "common", "__class__")})
+        self.check_pixels(**common, augment=augment)
         super().__init__(encoder=encoder, **common)
         if augment and self.in_chans not in (1, 3):
             raise ValueError(f"augment=true: changes colours of 1 or 3 channels, not of {self.in_chans}; use false")
@@ -93,6 +97,11 @@ class MoCo(Objective):
             raise ValueError(
                 "abs_pos_embed=false: the ViT would not know where a patch is; use abs_pos_embed=sincos_moco"
             )
+
+    @classmethod
+    def check_pixels(cls, *, pixels: str = "uint8", augment: bool = True, **_: Any) -> None:
+        """Float images have no colours to change."""
+        no_colours("augment", augment, False, pixels)
 
     def forward(self, images: Images, mask: Tensor) -> dict[str, Tensor]:
         """Loss of a micro-batch; in training with the keys and statistics of all ranks.
@@ -155,8 +164,7 @@ class MoCo(Objective):
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
         """See :func:`~fastmim.objectives.pictures.attention`; the encoder's."""
-        images = self.normalise(images)
-        return attention(self.denormalise(images), self.encoder.attention(images))
+        return attention(self.shown(images), self.encoder.attention(self.normalise(images)))
 
     def set_step(self, step: int, total: int, steps_per_epoch: int) -> None:
         """The momentum is that of the next step.

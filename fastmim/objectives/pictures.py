@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gaps import valid_moments
 from .masks import pixel_mask
 
 COMPOSITE = "composite"
@@ -18,6 +19,8 @@ CHECKS = (1.0, 0.75)
 """The two greys of the board that shows through transparent pixels."""
 CHECK_EDGE = 8
 """Edge of one of its squares in pixels of the image."""
+NO_DATA = (1.0, 0.0, 1.0)
+"""Colour of pixels without data, magenta."""
 
 
 class Picture(NamedTuple):
@@ -27,21 +30,55 @@ class Picture(NamedTuple):
     columns: Sequence[Tensor]
 
 
-def to_rgb(images: Tensor) -> Tensor:
+def to_rgb(images: Tensor, bands: Sequence[int] | None = None) -> Tensor:
     """(B, C, H, W) in [0, 1] -> (B, 3, H, W).
 
     One channel is shown as grey, four as colours and alpha over a checkerboard; two get an empty third, and of five
-    and more the first three are shown.
+    and more the first three are shown. NaN, no data in a channel that is shown, is :data:`NO_DATA`.
+
+    Args:
+        bands: Numbers from 1 on of the one or three channels to show instead.
     """
+    if bands is not None:
+        images = images[:, [band - 1 for band in bands]]
     channels = images.shape[1]
-    if channels == 1:
-        return images.expand(-1, 3, -1, -1)
-    if channels == 2:
-        return F.pad(images, (0, 0, 0, 0, 0, 1))
     if channels == 4:
         colours, alpha = images.split((3, 1), dim=1)
         return colours * alpha + checkerboard(images) * (1 - alpha)
-    return images[:, :3]
+    images = F.pad(images, (0, 0, 0, 0, 0, 1)) if channels == 2 else images[:, :3]
+    missing = images.isnan().any(1, keepdim=True)
+    nothing = torch.tensor(NO_DATA, dtype=images.dtype, device=images.device)
+    return torch.where(missing, nothing[:, None, None], images)
+
+
+def stretched(images: Tensor, bands: Sequence[int] | None = None, like: Tensor | None = None) -> Tensor:
+    """Float images (B, C, H, W) -> (B, 3, H, W) in [0, 1]: of any unit, and none of their bands is alpha.
+
+    In every image a band's mean is 0.5, and two standard deviations from it are 0 and 1; NaN, no data, counts for
+    neither and is :data:`NO_DATA`.
+
+    Args:
+        bands: As of :func:`to_rgb`; default: the first three, or the first of fewer.
+        like: Of the same shape, whose mean and deviation are taken; default: the images themselves.
+    """
+    mean, variance = valid_moments((images if like is None else like).flatten(2))
+    spread = 4 * variance.sqrt().clamp(min=1e-6)
+    shown = ((images - mean[..., None]) / spread[..., None] + 0.5).clamp(0, 1)
+    return to_rgb(shown, bands or ((1, 2, 3) if images.shape[1] >= 3 else (1,)))
+
+
+def check_bands(bands: Sequence[int] | None, in_chans: int) -> None:
+    """Refuse other than one or three numbers of channels.
+
+    Raises:
+        ValueError: ``bands=…: what; fix``.
+    """
+    if bands is None:
+        return
+    if len(bands) not in (1, 3):
+        raise ValueError(f"bands={list(bands)}: give one channel (grey) or three (colours), not {len(bands)}")
+    if not all(1 <= band <= in_chans for band in bands):
+        raise ValueError(f"bands={list(bands)}: the {in_chans} channels are numbered from 1 to {in_chans}")
 
 
 def checkerboard(images: Tensor) -> Tensor:
@@ -55,7 +92,7 @@ def reconstruction(truth: Tensor, guess: Tensor, mask: Tensor, scored: Tensor | 
     """The image, what the encoder sees of it, the prediction where it is scored, and the image completed by it.
 
     Args:
-        truth, guess: (B, C, H, W) in [0, 1].
+        truth, guess: (B, 3, H, W) in [0, 1], of :func:`to_rgb`.
         mask: (B, H/p, W/p), true = masked; these squares are grey, and are what the composite takes from ``guess``.
         scored: (B, H/p, W/p), true where the loss counts; elsewhere nobody has trained the prediction, and it is
             grey. Default: ``mask``.
@@ -63,8 +100,7 @@ def reconstruction(truth: Tensor, guess: Tensor, mask: Tensor, scored: Tensor | 
     size = (truth.shape[-2], truth.shape[-1])
     hidden, unscored = pixel_mask(mask, size), ~pixel_mask(mask if scored is None else scored, size)
     hidden, unscored = hidden.to(truth.device), unscored.to(truth.device)
-    composite = to_rgb(torch.where(hidden, guess, truth))
-    truth, guess = to_rgb(truth), to_rgb(guess)
+    composite = torch.where(hidden, guess, truth)
     columns = [truth, truth.masked_fill(hidden, GREY), guess.masked_fill(unscored, GREY), composite]
     return Picture(RECONSTRUCTION, [column.cpu() for column in columns])
 
@@ -77,15 +113,15 @@ def attention(images: Tensor, weights: Tensor) -> Picture:
     """The image, dimmed where the mean over heads is small, and the same for the first heads by themselves.
 
     Args:
-        images: (B, C, H, W) in [0, 1].
+        images: (B, 3, H, W) in [0, 1], of :func:`to_rgb`.
         weights: (B, heads, h, w), not negative; each map's largest value is shown in full.
     """
-    shown, size = to_rgb(images), (images.shape[-2], images.shape[-1])
+    size = (images.shape[-2], images.shape[-1])
     maps = [weights.mean(1, keepdim=True)]
     maps += list(weights[:, :HEADS].split(1, 1)) if weights.shape[1] > 1 else []
     names = ["mean"] + [f"head {i}" for i in range(len(maps) - 1)]
-    columns = [shown]
+    columns = [images]
     for one in maps:
         scaled = one / one.amax((2, 3), keepdim=True).clamp(min=1e-12)
-        columns.append(shown * F.interpolate(scaled, size=size, mode="nearest"))
+        columns.append(images * F.interpolate(scaled, size=size, mode="nearest"))
     return Picture(("image", *names), [column.float().cpu() for column in columns])

@@ -14,7 +14,7 @@ from fastmim_kernels.reference import pixel_shuffle
 from ..models import SIZES
 from ..models.inverse_swin import InverseSwin
 from ..models.layers import to_pair
-from .base import one_of
+from .arguments import one_of
 
 HeadName = Literal["linear", "mlp", "swin_tiny", "swin_base"]
 """Of :class:`PixelHead`; the last two are a Swin backwards of that size (SimMIM, section 4.1.3 and table 3)."""

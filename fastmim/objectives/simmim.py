@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..models import encoder_settings
 from ..models.layers import to_pair
-from ..models.read_rows import masked_tokens, shown_tokens
+from ..models.read_rows import count_shown, masked_tokens, shown_tokens
 from ..models.rules import encoder_stride
 from ..models.visible import VisibleColumns
-from .base import Objective, one_of
+from .arguments import one_of
+from .base import Objective
 from .class_targets import Codes
 from .losses import PixelLossName
 from .make_target import TargetName, check_target, make_target
@@ -87,6 +88,7 @@ class SimMIM(Objective):
         decoder: dict[str, Any] = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth)
         decoder |= dict(decoder_num_heads=decoder_num_heads, visible_only=visible_only)
         self.check(encoder=encoder, **decoder, **own, **what)
+        self.check_pixels(**common, **what)
         super().__init__(encoder=encoder, **common)
         self.masks = UnitMasks(self.img_size, self.encoder.patch_size, kind=mask, mask_ratio=mask_ratio, unit=unit)
         self.loss_on = loss_on
@@ -95,10 +97,11 @@ class SimMIM(Objective):
         if visible_only:
             self.encoder.register_parameter("mask_token", None)
             self.visible = VisibleColumns(self.encoder)
-            self.shown = self.masks.shown * (unit // self.stride) ** 2
+            self.kept = self.masks.shown * (unit // self.stride) ** 2
             how = dict(dim=decoder_dim, depth=decoder_depth, num_heads=decoder_num_heads)
             self.decoder = VisibleDecoder(self.encoder.num_features, self.token_grid, **how, impl=self.impl)
-        self.target = make_target(encoder_stride=self.stride, mean=self.mean, std=self.std, impl=self.impl, **what)
+        what |= dict(mean=self.mean, std=self.std, has_gaps=self.has_gaps, impl=self.impl)
+        self.target = make_target(encoder_stride=self.stride, **what)
         dim = decoder_dim if visible_only else self.encoder.num_features
         sizes = dict(values=self.target.values, stride=self.stride, target_stride=self.target.stride)
         self.head = make_head(head, self.encoder.settings, dim, self.token_grid, **sizes, impl=self.impl)
@@ -134,11 +137,23 @@ class SimMIM(Objective):
             check_visible(settings, unit)
             check_decoder(decoder_dim, decoder_depth, decoder_num_heads)
 
+    @classmethod
+    def check_pixels(
+        cls, *, pixels: str = "uint8", has_gaps: bool = False, target: str = "pixels", **given: Any
+    ) -> None:
+        """Classes are of values in [0, 1]; a predicted pixel is one pixel, where some may be missing."""
+        if pixels == "float32" and target != "pixels":
+            raise ValueError(f"target={target}: of values in [0, 1], not of data.pixels=float32; use target=pixels")
+        if has_gaps and given.get("target_stride") not in (None, 1):
+            stride = given["target_stride"]
+            raise ValueError(f"target_stride={stride}: not where pixels may be missing (data.no_data); use 1")
+
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Loss of a batch.
 
         Args:
-            images: (B, C, H, W), float normalised by mean and std, or uint8.
+            images: (B, C, H, W), float normalised by mean and std, or uint8. With ``has_gaps`` NaN is no data: the
+                encoder sees the mean there, and the loss is that of the other pixels, see :func:`.pixel_loss`.
             mask: (B, H/p, W/p) bool or 0/1, 1 = masked.
 
         Returns:
@@ -148,16 +163,16 @@ class SimMIM(Objective):
             ValueError: Shapes differ from what the encoder was built for.
         """
         self.check_inputs(images, mask)
-        images = self.normalise(images)
-        target = self.target.of(images)
+        true = self.true_pixels(images)
+        target, images = self.target.of(true), self.normalise(true)
         only_masked = self.loss_on == "masked" and not self.head.mixes
         tokens = self.head.tokens(self._tokens(images, mask, only_masked=only_masked))
         return {"loss": self.target.loss(tokens, self.head, target, self._scored(mask))}
 
-    def _tokens(self, images: Tensor, mask: Tensor, *, only_masked: bool = False) -> Tensor:
-        """(B, h, w, D) for the head; with ``only_masked`` it reads no others."""
+    def _tokens(self, images: Tensor, mask: Tensor, *, only_masked: bool = False, shown: int | None = None) -> Tensor:
+        """(B, h, w, D) for the head; with ``only_masked`` it reads no others; ``shown``: if not as in training."""
         if self.visible is not None and self.decoder is not None:
-            keep = shown_tokens(mask, self.token_grid, self.shown)
+            keep = shown_tokens(mask, self.token_grid, self.kept if shown is None else shown)
             return self.decoder(self.encoder(images, visible=self.visible(keep)), keep)
         rows = masked_tokens(mask, self.img_size, self.token_grid, self.stride) if only_masked else None
         return self.encoder(images, mask, rows)
@@ -169,7 +184,8 @@ class SimMIM(Objective):
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """(B, C, H, W) prediction in the space of the target: normalised pixels, or locally normalised ones.
 
-        Of classes the colours of the likeliest ones.
+        Of classes the colours of the likeliest ones. The mask may hide another share than in training, and of each
+        image another one.
 
         Raises:
             ValueError: Shapes differ, or the target is codes of a tokenizer without a decoder.
@@ -181,21 +197,25 @@ class SimMIM(Objective):
     def _predictions(self, images: Tensor, mask: Tensor) -> list[Tensor]:
         """The head's (1, values, H/s, W/s) of each image."""
         self.check_inputs(images, mask)
+        return [self._prediction(*one) for one in zip(images.split(1), mask.split(1), strict=True)]
+
+    def _prediction(self, image: Tensor, mask: Tensor) -> Tensor:
         size = (self.img_size[0] // self.target.stride, self.img_size[1] // self.target.stride)
-        tokens = self.head.tokens(self._tokens(images, mask))
-        return [predict_pixels(one, self.head, self.head.stride, size) for one in tokens.split(1)]
+        shown = None if self.visible is None else count_shown(mask, self.token_grid)
+        tokens = self.head.tokens(self._tokens(image, mask, shown=shown))
+        return predict_pixels(tokens, self.head, self.head.stride, size)
 
     @torch.no_grad()
     def reconstruct_pixels(self, images: Tensor, mask: Tensor) -> Tensor:
         """:meth:`reconstruct` as a normalised image; a normalisation of the target is undone with true statistics."""
-        return self.target.undo(self.reconstruct(images, mask), self.normalise(images))
+        return self.target.undo(self.reconstruct(images, mask), self.true_pixels(images))
 
     def picture(self, images: Tensor, mask: Tensor) -> Picture:
         """See :func:`~fastmim.objectives.pictures.reconstruction`, or of tokens :func:`.tokenizer.code_picture`."""
         if isinstance(self.target, Codes):
             return self._code_picture(self.target, images, mask)
-        guess = self.denormalise(self.reconstruct_pixels(images, mask).float())
-        return reconstruction(self.denormalise(self.normalise(images)), guess, mask, self._scored(mask))
+        guess = self.shown(images, self.reconstruct_pixels(images, mask))
+        return reconstruction(self.shown(images), guess, mask, self._scored(mask))
 
     def untrained(self) -> str | None:
         """The decoder, if it has one."""

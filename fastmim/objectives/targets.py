@@ -16,7 +16,8 @@ import fastmim_kernels as fk
 from fastmim_kernels.common.token_layout import patches_of
 from fastmim_kernels.local_norm.op import local_statistics
 
-from .losses import PIXEL_LOSSES
+from .gaps import valid_moments, window_statistics
+from .losses import pixel_loss
 from .masks import coarse_mask
 from .pixel_heads import PixelHead
 
@@ -32,7 +33,10 @@ class Target(nn.Module):
     impl: str
 
     def of(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) normalised images → the (B, ·, H/s, W/s) of them that :meth:`loss` compares with."""
+        """(B, C, H, W) normalised images → the (B, ·, H/s, W/s) of them that :meth:`loss` compares with.
+
+        NaN in the images, no data, is NaN in the target.
+        """
         raise NotImplementedError
 
     def loss(self, tokens: Tensor, head: PixelHead, target: Tensor, scored: Tensor) -> Tensor:
@@ -71,19 +75,30 @@ class Pixels(Target):
         window, patch: See :func:`normalised_target`.
         loss: A key of :data:`.losses.PIXEL_LOSSES`.
         beta: Error from which "smooth_l1" is linear: e²/(2β) below, e − β/2 from there on.
+        has_gaps: NaN in the images is no data, see :func:`.losses.pixel_loss`; of a stride of 1 alone.
         impl: Implementation of the ops.
     """
 
     def __init__(
-        self, in_chans: int, stride: int, window: int, patch: int, loss: str, beta: float, *, impl: str = "auto"
+        self,
+        in_chans: int,
+        stride: int,
+        window: int,
+        patch: int,
+        loss: str,
+        beta: float,
+        *,
+        has_gaps: bool = False,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.values, self.stride, self.impl = in_chans, stride, impl
+        self.values, self.stride, self.impl, self.has_gaps = in_chans, stride, impl, has_gaps
         self.window, self.patch, self.error, self.beta = window, patch, loss, beta
 
     def of(self, images: Tensor) -> Tensor:
         """See :meth:`Target.of`."""
-        return area_mean(normalised_target(images, self.window, self.patch, impl=self.impl), self.stride)
+        how: dict[str, Any] = dict(has_gaps=self.has_gaps, impl=self.impl)
+        return area_mean(normalised_target(images, self.window, self.patch, **how), self.stride)
 
     def loss(self, tokens: Tensor, head: PixelHead, target: Tensor, scored: Tensor) -> Tensor:
         """See :meth:`Target.loss`."""
@@ -91,7 +106,8 @@ class Pixels(Target):
         layer = Layer(head.weight, head.bias)
         if self.beta != 1:  # the kernels' is that of β = 1: smooth_β(e) = β·smooth_1(e/β)
             layer, target = Layer(head.weight / self.beta, head.bias / self.beta), target / self.beta
-        loss = PIXEL_LOSSES[self.error](tokens, layer, target, scored, stride=head.stride, impl=self.impl)
+        error = pixel_loss(self.error, self.has_gaps)
+        loss = error(tokens, layer, target, scored, stride=head.stride, impl=self.impl)
         return loss if self.beta == 1 else loss * self.beta
 
     def read(self, prediction: Tensor) -> Tensor:
@@ -102,7 +118,7 @@ class Pixels(Target):
         """By the true statistics of the image."""
         if not self.window and not self.patch:
             return pixels
-        mean, std = patch_statistics(images, self.patch) if self.patch else local_statistics(images, self.window)
+        mean, std = target_statistics(images, self.window, self.patch, self.has_gaps)
         return pixels * std + mean
 
 
@@ -113,25 +129,41 @@ class Layer(NamedTuple):
     bias: Tensor
 
 
-def normalised_target(images: Tensor, window: int, patch: int, *, impl: str = "auto") -> Tensor:
+def normalised_target(images: Tensor, window: int, patch: int, *, has_gaps: bool = False, impl: str = "auto") -> Tensor:
     """Normalised images (B, C, H, W), each pixel by the statistics of the ``window`` × ``window`` around it.
 
     0 leaves them as they are (SimMIM, Xie et al. 2022); a window is SwinV2's target (Liu et al. 2022, section 4.1).
-    With ``patch`` by those of the square of so many pixels that it lies in, see :func:`patch_statistics`.
+    With ``patch`` by those of the square of so many pixels that it lies in, see :func:`patch_statistics`. With
+    ``has_gaps`` statistics are those of the pixels that are not NaN, and these stay NaN.
     """
+    if window and not has_gaps:
+        return fk.local_norm_target(images, window, impl=impl)
+    if not window and not patch:
+        return images
+    mean, std = target_statistics(images, window, patch, has_gaps)
+    return (images - mean) / std
+
+
+def target_statistics(images: Tensor, window: int, patch: int, has_gaps: bool) -> tuple[Tensor, Tensor]:
+    """Mean and deviation by which :func:`normalised_target` normalises each pixel, with one of both."""
     if patch:
-        mean, std = patch_statistics(images, patch)
-        return (images - mean) / std
-    return fk.local_norm_target(images, window, impl=impl) if window else images
+        return patch_statistics(images, patch, has_gaps)
+    return window_statistics(images, window) if has_gaps else local_statistics(images, window)
 
 
-def patch_statistics(images: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+def patch_statistics(images: Tensor, patch: int, has_gaps: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and √(unbiased variance + 1e-6) over all channels of each square of ``patch`` pixels (MAE, section 4.1).
+
+    With ``has_gaps`` of the values that are not NaN.
 
     Returns:
         Both (B, 1, H, W), where ``patch`` divides H and W of ``images``.
     """
-    variance, mean = torch.var_mean(patches_of(images, patch).flatten(3), -1, correction=1)
+    values = patches_of(images, patch).flatten(3)
+    if has_gaps:
+        mean, variance = (moment.squeeze(-1) for moment in valid_moments(values))
+    else:
+        variance, mean = torch.var_mean(values, -1, correction=1)
     both = torch.stack((mean, (variance + PATCH_EPS).sqrt()), 1)
     both = both.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return both[:, :1], both[:, 1:]

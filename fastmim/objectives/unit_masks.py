@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastmim_kernels.common.token_layout import token_cells
 
 from ..models.layers import to_pair
-from .base import one_of
+from .arguments import one_of
 from .block_masks import beit_mask
 from .keys import random_keys
 from .masks import check_unit, masked_units, over_patches, random_units

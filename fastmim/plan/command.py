@@ -6,15 +6,19 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 from fastmim.config import Config
 from fastmim.data.held_out import split
+from fastmim.data.reading import opening_of
 from fastmim.data.source import open_index
 from fastmim.engine.build import recomputed_objective, step_sizes
 from fastmim.engine.precision import auto_is_fp32, precision_of
+from fastmim.engine.probe import ENCODER_FILE
+from fastmim.engine.settings import image_arguments
+from fastmim.objectives import find_objective
 
 from . import kept
 from .hardware import Gpu, in_precision
@@ -125,7 +129,16 @@ def _name_of(cfg: Config, policy: str, low_weights: bool) -> str:
     sections = [section.model_dump(mode="json") for section in (cfg.model, cfg.objective)]
     how = cfg.efficiency.model_dump(mode="json", include={"kernels", "residual_dtype", "recompute_offload"})
     wide = cfg.efficiency.precision == "fp32"
-    return kept.key_of(sections, how, wide, cfg.data.mean, cfg.data.std, policy, low_weights)
+    files = [stamp for value in sections[1].values() if isinstance(value, str) and (stamp := _stamp(Path(value)))]
+    return kept.key_of(sections, files, how, wide, image_arguments(cfg.data.model_dump()), policy, low_weights)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a file that an objective reads, or of a run's encoder; None where there is none."""
+    with suppress(OSError, ValueError):
+        found = (path / ENCODER_FILE if path.is_dir() else path).stat()
+        return found.st_size, found.st_mtime_ns
+    return None
 
 
 def trace_config(cfg: Config, policy: str, low_weights: bool) -> Footprint:
@@ -196,6 +209,11 @@ def _notes(cfg: Config, gpu: Gpu) -> tuple[str, ...]:
     notes = []
     if cfg.efficiency.precision == "auto" and not gpu.bf16:
         notes.append(auto_is_fp32(gpu.name))
+    if of_micro_batch := find_objective(cfg.objective.name).of_micro_batch:
+        notes.append(
+            f"objective.name={cfg.objective.name}: its {of_micro_batch} are of the micro-batch over all GPUs; another "
+            "one than in the config, as may be recommended, is another loss"
+        )
     if cfg.efficiency.recompute_offload:
         notes.append(
             "efficiency.recompute_offload: under full and full/n the inputs of recomputed blocks are in host RAM "
@@ -233,7 +251,7 @@ def _data_set(cfg: Config) -> tuple[int, str]:
     path, listed = cfg.data.path, cfg.data.file_list
     paths = [] if path is None else [path] if isinstance(path, str) else path
     if (paths and all(Path(one).is_dir() for one in paths)) or listed is not None:
-        opened = open_index(path, listed, follow_links=cfg.data.follow_links, component=cfg.data.component)
+        opened = open_index(path, listed, **opening_of(cfg.data))
         if cfg.data.val_fraction is not None:
             opened = split(opened, cfg.data.val_fraction, held_out=False)
         return len(opened), "data.file_list" if listed is not None else "data.path"

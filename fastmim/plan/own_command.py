@@ -14,6 +14,7 @@ import torch
 from fastmim.config import Config, config_of, merge_trees, read_tree
 from fastmim.config.load import Tree
 from fastmim.config.messages import show
+from fastmim.data.reading import opening_of, reading_of
 from fastmim.data.source import open_index
 from fastmim.engine.build import build_objective
 from fastmim.engine.precision import precision_of
@@ -81,9 +82,11 @@ def own_config(
     if earlier is not None:
         return earlier
     asked = config_of(given)
-    index = open_index(asked.data.path, follow_links=asked.data.follow_links, component=asked.data.component,
-                       field="--images")  # fmt: skip
-    facts = gather(index, gpu=gpu, ranks=ranks, local_ranks=local_ranks)
+    index = open_index(asked.data.path, field="--images", **opening_of(asked.data))
+    bands = None
+    if asked.data.pixels == "float32":
+        bands = reading_of(asked.data) | {"in_chans": asked.model.in_chans}
+    facts = gather(index, gpu=gpu, ranks=ranks, local_ranks=local_ranks, bands=bands)
     here = gpu is None and not facts.gpu and ranks == 1
     chosen = choose(facts, said, _costs(given, facts, gpu), _measure(given) if here else None)
     tree = merge_trees(given, _nested({one.key: one.value for one in chosen}))

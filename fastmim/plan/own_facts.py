@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from fastmim.data.decode import DecodeError
+from fastmim.data.decode import DecodeError, decode_image
 from fastmim.data.held_out import places
 from fastmim.data.index import ImageIndex
 from fastmim.data.plugins import open_image
@@ -40,10 +40,23 @@ class Head(NamedTuple):
     has_alpha: bool
 
 
-def look(index: ImageIndex, most: int = LOOKED_AT) -> list[Head]:
-    """The headers of up to ``most`` images spread over an index; those that cannot be read are left out."""
+def look(index: ImageIndex, most: int = LOOKED_AT, bands: Mapping[str, Any] | None = None) -> list[Head]:
+    """The headers of up to ``most`` images spread over an index; those that cannot be read are left out.
+
+    ``bands``: arguments of :func:`~fastmim.data.decode.decode_image` for samples that are taken as stored; those images
+    are decoded, because their kinds of headers are many.
+    """
     chosen = np.linspace(0, len(index) - 1, min(most, len(index))).astype(int).tolist()
-    return [head for head in (_head(index, i) for i in chosen) if head is not None]
+    heads = (_head(index, i) if bands is None else _decoded(index, i, bands) for i in chosen)
+    return [head for head in heads if head is not None]
+
+
+def _decoded(index: ImageIndex, number: int, bands: Mapping[str, Any]) -> Head | None:
+    try:
+        image = decode_image(index.read(number), **bands)
+    except DecodeError:
+        return None
+    return Head(image.shape[1], image.shape[2], False, False)
 
 
 def _head(index: ImageIndex, number: int) -> Head | None:
@@ -55,18 +68,22 @@ def _head(index: ImageIndex, number: int) -> Head | None:
     return Head(image.height, image.width, image.mode in _GREY, has_alpha)
 
 
-def gather(index: ImageIndex, *, gpu: Gpu | None = None, ranks: int = 1, local_ranks: int = 1) -> Facts:
+def gather(
+    index: ImageIndex, *, gpu: Gpu | None = None, ranks: int = 1, local_ranks: int = 1,
+    bands: Mapping[str, Any] | None = None,
+) -> Facts:  # fmt: skip
     """The facts about a set of images and this machine, or a machine with ``gpu``.
 
     Args:
         gpu: plan for this one; None: the GPU that is here, or the CPU.
         ranks: processes of the run.
         local_ranks: those of them that share this machine.
+        bands: see :func:`look`.
 
     Raises:
         ValueError: none of the images looked at can be read.
     """
-    heads = look(index)
+    heads = look(index, bands=bands)
     if not heads:
         raise ValueError(f"--images {index.root}: none of the images looked at can be read; run `fastmim data check`")
     name, memory, flops = _here() if gpu is None else (gpu.name, gpu.memory * GIB, gpu.flops)

@@ -37,7 +37,7 @@ LOW = torch.bfloat16
 class Trace:
     """A traced micro-batch of ``batch`` images; ``others`` and ``grads`` are bytes alive at each op.
 
-    ``others`` holds everything but weights, inputs and their gradients; ``kept`` is it at the end of forward.
+    ``others`` holds everything but weights, uint8 inputs and their gradients; ``kept`` is it at the end of forward.
     """
 
     batch: int
@@ -91,12 +91,15 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     parameters = list(objective.parameters())
     images, mask = objective.example(batch)
     frozen = list(objective.frozen_tensors())
-    live = LiveBytes([*parameters, *objective.buffers(), *frozen, *tree_leaves(images), mask])
+    given = tree_leaves(images)
+    # As much as the normalised copy of uint8 images, which the trace counts.
+    floats = sum(tensor.nbytes for tensor in given if tensor.is_floating_point())
+    live = LiveBytes([*parameters, *objective.buffers(), *frozen, *given, mask])
     counter = DispatchCounter(objective.shares(), live=live)
     with counter, _moves_to_the_host() as moved:
         with autocast_of(precision):
             loss = objective(images, mask)["loss"]
-        kept, host = live.now, sum(moved)
+        kept, host = live.now + floats, sum(moved)
         counter.phase = "backward"
         loss.backward()
     others, grads = live.history(p.grad for p in parameters if p.grad is not None)
@@ -104,7 +107,7 @@ def _traced(objective: Any, batch: int, precision: str) -> Trace:
     count, largest = sum(p.numel() for p in parameters), _largest_block(objective)
     modules = sum(any(True for _ in module.parameters(recurse=False)) for module in objective.modules())
     held = sum(tensor.nbytes for tensor in [*frozen, *objective.buffers()])
-    history = tuple(counter.launches), tuple(others), tuple(grads)
+    history = tuple(counter.launches), tuple(size + floats for size in others), tuple(grads)
     return Trace(batch, count, *history, kept, largest, host, modules, *_untrained(objective), held)
 
 

@@ -33,17 +33,19 @@ class Chart(NamedTuple):
 
 
 CHARTS = (
-    Chart("Loss", {"loss": "training", "val_loss": "held out"}),
+    Chart("Loss", {"loss": "training", "val_loss": "held out", "ema_val_loss": "of averaged weights"}),
     Chart("k-NN top-1, %", {"knn_top1": ""}, "Of frozen features, on labelled images that the encoder never learns."),
     Chart("Held-out accuracy, %", {"val_top1": "top-1", "val_top5": "top-5"}),
+    Chart("Held-out accuracy of averaged weights, %", {"ema_val_top1": "top-1", "ema_val_top5": "top-5"}),
     Chart("Training top-1, %", {"top1": ""}, "Of images as they are trained on, mixed ones included."),
-    Chart("Calibration error, %", {"val_ece": ""}, "How far confidence is from accuracy: lower is better."),
+    Chart("Calibration error, %", {"val_ece": "", "ema_val_ece": "of averaged weights"},
+          "How far confidence is from accuracy: lower is better."),
     Chart("RankMe", {"rankme": ""}, "Effective number of directions of the features; a collapse shows as a fall to 1."),
     Chart("Images a second", {"images_per_sec": ""}),
     Chart("Peak memory, GiB", {"peak_memory_gib": ""}),
     Chart("Learning rate", {"lr": ""}),
     Chart("Gradient norm", {"grad_norm": ""}, "Before clipping."),
-)
+)  # fmt: skip
 
 
 def charts_of(runs: Sequence[RunFiles]) -> Iterator[Chart]:

@@ -15,12 +15,14 @@ from typing import Any
 from PIL import Image
 
 from fastmim._version import __version__
+from fastmim.evaluate.reconstruct import DESCRIPTION
 from fastmim.files import write_text
 from fastmim.report.charts import COLOURS, charts_of, draw
+from fastmim.report.masks import masks_of
 from fastmim.report.runs import MODEL, OBJECTIVE, RunFiles, differing, read_runs
-from fastmim.wording import plural
+from fastmim.wording import as_yaml, plural
 
-_WIDEST, _QUALITY, _EARLIER, _MOST_BAD = 1200, 82, 3, 500
+_WIDEST, _QUALITY, _EARLIER, _MOST_BAD, _LONGEST = 1200, 82, 3, 500, 400
 
 
 def write_report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
@@ -62,10 +64,11 @@ def render(runs: Sequence[RunFiles]) -> str:
         runs=[_shown(run, colour) for run, colour in zip(runs, cycle(COLOURS), strict=False)],
         numbers=numbers(runs),
         charts=[(chart, Markup(svg)) for chart, svg in drawn if svg is not None],
+        masks=[(run.name, list(map(Markup, one.svgs)), one.said) for run in runs if (one := masks_of(run))],
         mixed=len({run.settings[OBJECTIVE] for run in runs}) > 1,
         pictures=[found for run in runs if (found := _pictures(run))],
         classes=[_classes(run) for run in runs if run.classes],
-        differing={key: [show(value) for value in values] for key, values in differing(runs).items()},
+        differing={key: [as_yaml(value) for value in values] for key, values in differing(runs).items()},
     )
 
 
@@ -96,8 +99,8 @@ _NOTHING = "–"
 def numbers(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """Rows of the table: a name, and a value a run; those that no run has are left out."""
     rows: list[tuple[str, list[str]]] = [
-        ("encoder", [show(run.settings[MODEL]) for run in runs]),
-        ("objective", [show(run.settings[OBJECTIVE]) for run in runs]),
+        ("encoder", [as_yaml(run.settings[MODEL]) for run in runs]),
+        ("objective", [as_yaml(run.settings[OBJECTIVE]) for run in runs]),
         ("steps", [f"{run.step:,}" + (f" of {run.total:,}" if run.total else "") for run in runs]),
         ("epochs", [_number(run.last("epoch")) for run in runs]),
         ("training loss", [_number(run.last("loss")) for run in runs]),
@@ -127,18 +130,9 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-def show(value: Any) -> str:
-    """A setting as in YAML, on one line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(show(one) for one in value)}]"
-    return str(value)
-
-
 def _shown(run: RunFiles, colour: str) -> dict[str, Any]:
     bad = dict(sorted(run.bad_files.items())[:_MOST_BAD])
-    settings = {key: show(value) for key, value in run.settings.items()}
+    settings = {key: as_yaml(value) for key, value in run.settings.items()}
     return {"name": run.name, "colour": colour, "bad_files": bad, "bad_count": len(run.bad_files), "settings": settings}
 
 
@@ -156,10 +150,13 @@ def _pictures(run: RunFiles) -> dict[str, Any] | None:
 
 
 def embedded(path: Path, **more: Any) -> dict[str, Any] | None:
-    """A picture as data of the page, at most :data:`_WIDEST` pixels wide; None where it cannot be read as one."""
+    """A picture as data of the page, at most :data:`_WIDEST` pixels wide, and what its file says that it shows.
+
+    None where it cannot be read as one.
+    """
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            image, description = opened.convert("RGB"), str(opened.info.get(DESCRIPTION, ""))[:_LONGEST]
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
     if image.width > _WIDEST:
@@ -167,7 +164,7 @@ def embedded(path: Path, **more: Any) -> dict[str, Any] | None:
     out = io.BytesIO()
     image.save(out, "WEBP", quality=_QUALITY)
     data = "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
-    return {"data": data, "width": image.width, "height": image.height, **more}
+    return {"data": data, "width": image.width, "height": image.height, "description": description, **more}
 
 
 def _classes(run: RunFiles) -> dict[str, Any]:
@@ -177,4 +174,4 @@ def _classes(run: RunFiles) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    return _number(value) if isinstance(value, float) else show(value)
+    return _number(value) if isinstance(value, float) else as_yaml(value)

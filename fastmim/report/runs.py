@@ -21,7 +21,7 @@ from fastmim.engine.settings import flat
 
 Row = dict[str, Any]
 MODEL, OBJECTIVE = "model.name", "objective.name"
-_PER_CENT = ("top1", "val_top1", "val_top5", "val_ece")
+_PER_CENT = ("top1", "val_top1", "val_top5", "val_ece", "ema_val_top1", "ema_val_top5", "ema_val_ece")
 """Shares in ``metrics.jsonl``, which the page shows per hundred as it does ``knn_top1``."""
 
 

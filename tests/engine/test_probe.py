@@ -14,6 +14,7 @@ from fastmim.config import load_config
 from fastmim.engine.probe import load_encoder
 from fastmim.engine.train import train
 from fastmim.evaluate.rank import rankme
+from fastmim.objectives import Objective
 
 CONFIGS = {
     "simmim": {},
@@ -51,14 +52,21 @@ def test_what_is_watched_is_what_the_exported_encoder_gives(run, labelled, capsy
     assert rows[-1]["rankme"] == pytest.approx(rankme(features), rel=1e-4)
 
     argv = ["probe", str(result.output_dir), str(labelled), "--protocol", "beit", "--epochs", "2", "data.num_workers=0"]
-    assert cli.main([*argv, "--json"]) == 0
+    assert cli.main([*argv, "--json", "--untrained"]) == 0
     found = json.loads(capsys.readouterr().out)
+    torch.manual_seed(0)
+    means = {name: getattr(encoder, name).flatten().tolist() for name in ("mean", "std")}
+    new = Objective(encoder=encoder.encoder.settings, **means)
+    features = torch.cat([plain_features(new.eval(), path) for path in paths])
+    assert found["untrained"]["rankme"] == pytest.approx(rankme(features), rel=1e-4)
+    assert found["untrained"]["rankme"] != pytest.approx(found["rankme"], rel=1e-4)
     assert (found["train_images"], found["test_images"], found["classes"], found["pool"]) == (19, 4, 2, "mean")
     assert list(found["knn"]) == ["10", "19"] and found["knn"]["19"]["top1"] == result.knn_top1
     assert found["rankme"] == pytest.approx(rows[-1]["rankme"], rel=1e-4)
     assert [one["features"] for one in found["linear"]] == [0, 1, 2]  # a classifier for each of three blocks
-    assert cli.main([*argv, "--augment", "2", "--most", "12", "--pool", "mean"]) == 0
-    text = capsys.readouterr().out
+    assert cli.main([*argv, "--augment", "2", "--most", "12", "--pool", "mean", "--untrained"]) == 0
+    text, _, new = capsys.readouterr().out.partition("the same encoder untrained, with new weights:\n")
+    assert new.count("k-NN") == text.count("k-NN") == 1
     assert "k-NN, k = 10" in text and "RankMe" in text and "2 passes of random crops; the best of 3" in text
 
 
@@ -77,7 +85,7 @@ def plain_features(objective, path):
         ("nowhere", [], "no encoder there; give a run's output folder"),
         ("alien.safetensors", [], "says nothing of its architecture"),
         ("alien.safetensors", ["optim.lr=1"], "optim.lr=1: probe takes data."),
-        ("alien.safetensors", ["--labels", "none.csv"], "data.labels=none.csv: no such file"),
+        ("own.safetensors", ["--labels", "none.csv"], "data.labels=none.csv: no such file"),
     ],
 )
 def test_what_cannot_be_probed_is_one_line(source, rest, words, labelled, tmp_path, monkeypatch, capsys):
@@ -85,6 +93,7 @@ def test_what_cannot_be_probed_is_one_line(source, rest, words, labelled, tmp_pa
 
     monkeypatch.chdir(tmp_path)
     save_file({"x": torch.zeros(1)}, "alien.safetensors")
+    save_file({"x": torch.zeros(1)}, "own.safetensors", {"encoder": '{"name": "vit"}'})
     assert cli.main(["probe", source, str(labelled), *rest]) == 2
     line = capsys.readouterr().err
     assert words in line and line.count("\n") == 1

@@ -246,6 +246,20 @@ def test_a_mask_of_another_count_is_refused():
         objective(images, mask)
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_mask_of_another_count_is_completed_as_by_the_objective_of_that_ratio(encoder):
+    """Whose loss of that image is the error of the completed patches; nothing that is learnt knows the ratio."""
+    objective, other = (new(False, encoder=ENCODERS[encoder], mask_ratio=ratio).eval() for ratio in (0.7, 0.3))
+    images = objective.normalise(batch(objective, 2)[0])
+    masks = torch.cat([one.random_mask(torch.arange(1)) for one in (objective, other)])
+    hidden = tokens_hidden(masks, objective)
+    assert hidden.sum(1).tolist() == [11, 5]
+    each = (squares(objective.reconstruct(images, masks)) - squares(images)).square().mean(-1)
+    for i, one in enumerate((objective, other)):
+        loss = one(images[i : i + 1], masks[i : i + 1])["loss"]
+        torch.testing.assert_close(each[i][hidden[i]].mean(), loss)
+
+
 @pytest.mark.parametrize("encoder, backend", [("vit", "aot_eager"), ("swinv2", "eager")])
 def test_compiles_as_one_graph(encoder, backend):
     objective = new(encoder=ENCODERS[encoder])

@@ -7,9 +7,13 @@ import math
 import pytest
 import torch
 
-from fastmim.objectives.masks import masked_units, random_keys, random_mask
+from fastmim.objectives.keys import random_keys
+from fastmim.objectives.masks import masked_units
+from fastmim.objectives.unit_masks import UnitMasks
 
-ARGS = dict(grid=(48, 48), repeat=8, mask_ratio=0.6)
+
+def masks(size, unit, ratio=0.6, patch=1):
+    return UnitMasks(size, patch, kind="random", mask_ratio=ratio, unit=unit)
 
 
 def splitmix64(seed, count):
@@ -25,7 +29,7 @@ def splitmix64(seed, count):
 
 @pytest.mark.parametrize("image, patch, count", [(192, 4, 22), (224, 16, 30)])
 def test_published_counts(image, patch, count):
-    mask = random_mask(torch.arange(7), grid=(image // patch,) * 2, repeat=32 // patch, mask_ratio=0.6)
+    mask = masks(image, 32, patch=patch)(torch.arange(7))
     units = mask[:, :: 32 // patch, :: 32 // patch]
     assert units.sum((1, 2)).tolist() == [count] * 7
     assert torch.equal(mask, units.repeat_interleave(32 // patch, 1).repeat_interleave(32 // patch, 2))
@@ -42,16 +46,16 @@ def test_count_is_the_ceiling(ratio, units):
 
 
 def test_a_mask_depends_on_its_keys_alone():
-    ids = torch.tensor([3, 1_281_166, 2**40])
-    batch = random_mask(ids, **ARGS, seed=5, epoch=9)
+    ids, draw = torch.tensor([3, 1_281_166, 2**40]), masks(48, 8)
+    batch = draw(ids, seed=5, epoch=9)
     for i, one in enumerate(ids):
-        assert torch.equal(random_mask(one[None], **ARGS, seed=5, epoch=9)[0], batch[i])
-    assert torch.equal(random_mask(ids[:2].int(), **ARGS), random_mask(ids[:2], **ARGS))
+        assert torch.equal(draw(one[None], seed=5, epoch=9)[0], batch[i])
+    assert torch.equal(draw(ids[:2].int()), draw(ids[:2]))
     for other in (dict(seed=6, epoch=9), dict(seed=5, epoch=10), dict(seed=9, epoch=5)):
-        assert not torch.equal(random_mask(ids, **ARGS, **other), batch)
+        assert not torch.equal(draw(ids, **other), batch)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    random_mask(ids, **ARGS)
+    draw(ids)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -84,14 +88,14 @@ def _invert_mix(z):
 def test_uniform_without_replacement():
     """Each unit, and each pair of units, is masked as often as hypergeometric sampling says (5 σ)."""
     n, images, count = 36, 20000, 22
-    mask = random_mask(torch.arange(images), grid=(6, 6), repeat=1, mask_ratio=0.6).flatten(1).double()
+    mask = masks(6, 1)(torch.arange(images)).flatten(1).double()
     p = count / n
     assert (mask.mean(0) - p).abs().max() < 5 * math.sqrt(p * (1 - p) / images)
     pairs = (mask.T @ mask / images)[~torch.eye(n, dtype=torch.bool)]
     q = p * (count - 1) / (n - 1)
     assert (pairs - q).abs().max() < 5 * math.sqrt(q * (1 - q) / images)
     # Consecutive epochs are independent: the overlap of two masks has the hypergeometric mean and variance.
-    other = random_mask(torch.arange(images), grid=(6, 6), repeat=1, mask_ratio=0.6, epoch=1).flatten(1).double()
+    other = masks(6, 1)(torch.arange(images), epoch=1).flatten(1).double()
     overlap = (mask * other).sum(1)
     variance = count * p * (1 - p) * (n - count) / (n - 1)
     assert abs(overlap.mean().item() - count * p) < 5 * math.sqrt(variance / images)
@@ -99,7 +103,7 @@ def test_uniform_without_replacement():
 
 
 def test_units_cut_by_the_edge():
-    mask = random_mask(torch.arange(50), grid=(25, 15), repeat=8, mask_ratio=0.5)
+    mask = masks((25, 15), 8, 0.5)(torch.arange(50))
     assert mask.shape == (50, 25, 15)
     assert mask[:, ::8, ::8].sum((1, 2)).tolist() == [4] * 50  # 4×2 units, half of them
 
@@ -107,4 +111,4 @@ def test_units_cut_by_the_edge():
 @pytest.mark.parametrize("ids", [torch.zeros(2, 2, dtype=torch.long), torch.zeros(3)])
 def test_ids_must_be_a_vector_of_integers(ids):
     with pytest.raises(ValueError, match="vector of integers"):
-        random_mask(ids, **ARGS)
+        masks(48, 8)(ids)

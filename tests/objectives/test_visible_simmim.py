@@ -56,7 +56,8 @@ def test_as_many_tokens_are_seen_in_every_image(unit, shape, shown, mask):
     seen = []
     objective.encoder.register_forward_hook(lambda module, args, out: seen.append(out))
     assert objective.reconstruct(torch.randn(5, 2, *shape), mask).shape == (5, 2, *shape)
-    assert seen[0].shape == (5, shown, objective.encoder.num_features)
+    objective(torch.randn(5, 2, *shape), mask)
+    assert [one.shape[:2] for one in seen] == [(1, shown)] * 5 + [(5, shown)]
     assert ((~mask).sum((1, 2)) == 16 * shown).all()
 
 
@@ -132,6 +133,31 @@ def test_a_mask_that_shows_another_number_or_a_part_of_a_token_is_refused():
     more[0] = False
     row, column = mask[1].nonzero()[0].tolist()
     part[1, row, column] = False
-    for wrong in (more, part):
-        with pytest.raises(ValueError, match="mask: must show 6 of the 15 tokens of every image, each of 4 x 4"):
-            objective(images, wrong)
+    with pytest.raises(ValueError, match="mask: must show 6 of the 15 tokens of every image, each of 4 x 4"):
+        objective(images, more)
+    with pytest.raises(ValueError, match="mask: hides a part of a token; hide whole ones, of 4 x 4"):
+        objective(images, part)
+    with pytest.raises(ValueError, match="mask: hides all 15 tokens of an image"):
+        objective.reconstruct(images, torch.ones_like(mask))
+
+
+def test_a_mask_of_another_share_is_completed_as_by_the_objective_of_that_share():
+    """One image of each count at once; the head alone knows no ratio, so the weights are the same."""
+    objective, other = build("swinv2").eval(), build("swinv2", mask_ratio=0.3).eval()
+    images, ids = torch.randn(2, 2, 48, 80), torch.arange(1)
+    own, fewer = objective.random_mask(ids), other.random_mask(ids)
+    assert own.sum() > fewer.sum()
+    found = objective.reconstruct(images, torch.cat((own, fewer)))
+    assert torch.equal(found[:1], objective.reconstruct(images[:1], own))
+    assert torch.equal(found[1:], other.reconstruct(images[1:], fewer))
+
+
+def test_a_picture_shows_what_is_predicted_of_hidden_pixels():
+    objective = build(mean=(0.4, 0.5), std=(0.2, 0.3)).eval()
+    images, mask = objective.example(2)
+    picture = objective.picture(images, mask)
+    hidden = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    scale, shift = (torch.tensor(values).view(2, 1, 1) for values in ((0.2, 0.3), (0.4, 0.5)))
+    colours = (objective.reconstruct(images, mask) * scale + shift).clamp(0, 1)
+    completed = picture.columns[-1].permute(0, 2, 3, 1)[hidden]
+    torch.testing.assert_close(completed[:, 0], colours[:, 0][hidden])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.objectives import Objective
-from fastmim.objectives.masks import random_mask
+from fastmim.objectives.unit_masks import UnitMasks
 
 
 class Toy(Objective):
@@ -41,7 +41,9 @@ class Toy(Objective):
         return {"loss": error.pow(self.sharpness).mean(), "bias": (predicted - images.mean((2, 3))).mean().detach()}
 
     def random_mask(self, sample_ids: Tensor, seed: int = 0, epoch: int = 0) -> Tensor:
-        return random_mask(sample_ids, grid=self.encoder.grid, repeat=1, mask_ratio=0.5, seed=seed, epoch=epoch)
+        patch = self.encoder.patch_size
+        masks = UnitMasks(self.img_size, patch, kind="random", mask_ratio=0.5, unit=patch)
+        return masks(sample_ids, seed=seed, epoch=epoch)
 
     def shares(self) -> dict[str, float]:
         return {"mask_tokens": 0.5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from contextlib import closing
@@ -228,3 +229,22 @@ def test_traces_of_other_processes_are_the_same_and_kept(tmp_path: Path, monkeyp
     other = load_config(DEMO, [*SMALL, "model.mlp_ratio=3"])
     assert command._name_of(other, "full", True) != command._name_of(cfg, "full", True)
     assert command._name_of(cfg, "full", False) != command._name_of(cfg, "full", True)
+
+
+def test_a_file_that_the_objective_reads_is_part_of_a_traces_name(tmp_path: Path) -> None:
+    clusters = tmp_path / "clusters.safetensors"
+    cfg = load_config(DEMO, ["objective.target=clusters", f"objective.clusters={clusters}"])
+    names = [command._name_of(cfg, "none", False)]
+    for size in (4, 8):
+        clusters.write_bytes(bytes(size))
+        names += [command._name_of(cfg, "none", False)] * 2
+    assert len(set(names)) == 3
+    os.utime(clusters, ns=(0, 0))
+    assert command._name_of(cfg, "none", False) not in names
+
+
+def test_a_loss_that_depends_on_the_micro_batch_is_said() -> None:
+    cfg = load_config(ROOT / "configs/moco/vit_small.yaml")
+    (note,) = command._notes(cfg, GPUS["h100-80g"])
+    assert note.startswith("objective.name=moco: its negatives and BatchNorm statistics are of the micro-batch")
+    assert command._notes(load_config(DEMO), GPUS["h100-80g"]) == ()

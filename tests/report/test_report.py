@@ -9,10 +9,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from PIL import Image
 
 from fastmim.cli import main
 from fastmim.config import load_config, save_config
+from fastmim.evaluate.reconstruct import write_grid
+from fastmim.objectives.pictures import RECONSTRUCTION, Picture
+from fastmim.objectives.unit_masks import UnitMasks
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -98,8 +102,46 @@ def test_pictures_are_the_last_and_a_few_earlier_ones_of_those_that_can_be_read(
 
 
 def test_curves_take_the_ink_of_the_page(page):
-    assert page.count("<svg") == 6 and "currentColor" in page and "#010203" not in page
+    assert page[: page.index('id="masks"')].count("<svg") == 6 and "currentColor" in page and "#010203" not in page
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+
+
+def squares(path):
+    """Cells of 32 px that an SVG path of rectangles fills, as (row, column)."""
+    found = set()
+    for left, top, width, height in re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)h-\d+z", path):
+        assert int(height) == 32
+        found |= {(int(top) // 32, column // 32) for column in range(int(left), int(left) + int(width), 32)}
+    return found
+
+
+def test_masks_are_those_that_training_draws_in_the_epoch_of_the_last_row(tmp_path):
+    words = ["model.name=vit_tiny", "model.img_size=[96, 128]", "objective.unit=32", "train.seed=3"]
+    simmim = make_run(tmp_path / "simmim", [row(25)], *words)
+    moco = make_run(tmp_path / "moco", [row(1)], "objective.name=moco", "model.name=vit_tiny", "model.key_bias=true",
+                    "model.abs_pos_embed=sincos")  # fmt: skip
+    mine = make_run(tmp_path / "mine", [row(1)])
+    text = (mine / "config.yaml").read_text().replace("name: simmim", "name: nobody:Mine")
+    (mine / "config.yaml").write_text(text)
+    assert main(["report", str(simmim), str(moco), str(mine), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    masks = page[page.index('<h2 id="masks"') : page.index('<h2 id="settings"')]
+    assert re.findall(r"<h3>(\w+)</h3>", masks) == ["simmim", "mine"], "MoCo hides nothing"
+    assert "random masks of units of 32 px in images of 96 × 128 px" in masks and "8 of 12 units" in masks
+    drawn = UnitMasks((96, 128), 32, kind="random", mask_ratio=0.6, unit=32)(torch.arange(8), seed=3, epoch=2)
+    paths = re.findall(r'<path d="([^"]*)" fill="currentColor"', masks)
+    assert [squares(path) for path in paths] == [set(map(tuple, one.nonzero().tolist())) for one in drawn]
+    assert "not imported on a file&#39;s word" in masks
+
+
+def test_the_columns_of_a_picture_are_named_under_it(tmp_path):
+    run = make_run(tmp_path / "run", [row(1)])
+    column = torch.zeros(1, 3, 8, 8)
+    write_grid(Picture(RECONSTRUCTION, [column] * 4), run / "reconstructions" / "step-00000001.png")
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    said = "From the left: image, masked (what the encoder sees, with hidden patches in grey), prediction (where the"
+    assert f"<figcaption>{said}" in page
 
 
 @pytest.mark.parametrize(

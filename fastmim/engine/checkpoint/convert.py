@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmim.engine.checkpoint.shards import Entry, Shards, write_safetensors
 from fastmim.engine.checkpoint.whole import open_whole
-from fastmim.engine.settings import section_of
+from fastmim.engine.settings import image_facts, section_of
 from fastmim.files import replacing, write_text
 from fastmim.interop.facts import header
 from fastmim.interop.timm_config import WEIGHTS_FILE, timm_config, why_not_timm
@@ -57,7 +57,7 @@ def convert(
         raise ValueError(f"{out}: must end in .safetensors, for example encoder.safetensors")
     folder, run = open_whole(checkpoint, "convert {path}")
     encoder = {key: value for key, value in section_of(run, "model").items() if value is not None}
-    statistics = {key: run.get(f"data.{key}") for key in ("mean", "std", "interpolation")}
+    statistics = image_facts(section_of(run, "data"))
     said: dict[str, Any] = {"encoder": encoder, "statistics": statistics, "student": student, "average": average}
     if file:
         return consolidate(folder, out, whole=whole, **said)
@@ -80,7 +80,8 @@ def export(
     if reason := why_not_timm(encoder):
         log.info("%s: no %s beside it: %s", out, CONFIG_FILE, reason)
     else:
-        content = timm_config(encoder, **statistics, weights=out.name)
+        prepared = {key: statistics[key] for key in ("mean", "std", "interpolation", "pixels") if key in statistics}
+        content = timm_config(encoder, **prepared, weights=out.name)
         write_text(config, json.dumps(content, indent=2) + "\n")
     return out
 
@@ -98,7 +99,7 @@ def consolidate(
     """:func:`convert` for a checkpoint folder into a file.
 
     The file's metadata say the version, ``encoder``, with what it leaves to the size or to a default (image size,
-    channels, window, …), and ``statistics``: mean and std of the images, and the interpolation of their crops.
+    channels, window, …), and ``statistics`` of the images, see :func:`.image_facts`.
     """
     try:
         shards = Shards(folder)
