@@ -261,7 +261,7 @@ def draw(runs: Path, path: Path) -> None:
     pairs = [(name, encoder) for name in WATCHED for encoder in ENCODERS]
     there = [(*pair, run_folder(runs, *pair, 0)) for pair in pairs]
     there = [one for one in there if (one[2] / "metrics.jsonl").is_file()]
-    figure = empty_figure((12, 2.4 * len(there)), "picture of the runs") if there else None
+    figure = empty_figure((9, 1.7 * len(there)), "picture of the runs") if there else None
     if figure is None:
         return
     for (name, encoder, folder), row in zip(there, figure.subplots(len(there), 4, squeeze=False), strict=True):
@@ -270,13 +270,14 @@ def draw(runs: Path, path: Path) -> None:
             for key in keys:
                 axes.plot(*zip(*((one["step"], one[key]) for one in metrics if key in one), strict=True), label=key)
             axes.grid(alpha=0.3)
+            axes.tick_params(labelsize="x-small")
             axes.legend(fontsize="x-small")
         row[0].set_ylabel(f"{name}, {encoder}")
         row[-1].imshow(Image.open(max((folder / "reconstructions").iterdir())))
         row[-1].axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        figure.savefig(partial, format="png")
+        figure.savefig(partial, format="png", dpi=90)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
