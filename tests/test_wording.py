@@ -83,5 +83,5 @@ def test_extras_that_are_named_exist() -> None:
         for path in (ROOT / "fastmim").rglob("*.py")
         for extra in re.findall(r"install_extra\(.(\w+).\)", path.read_text(encoding="utf-8"))
     }
-    assert named == {"dali", "loggers", "onnx", "plots", "profile", "study", "zero"}
+    assert named == {"bands", "dali", "loggers", "onnx", "plots", "profile", "study", "zero"}
     assert all(f"\n{extra} = [" in text for extra in named)

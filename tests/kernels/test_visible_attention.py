@@ -89,8 +89,8 @@ def test_accuracy(name, where, dtype, monkeypatch):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     dtypes = {key: dtype if key == "qkv" else wide for key in given}
     op, truth = (functools.partial(visible_attention, impl=impl) for impl in ("torch", "reference"))
-    # The gradient of a logit scale sums up what nearly cancels.
-    floor = 1e-13 if dtype == torch.float64 else 2e-6 if "logit_scale" in given else oracle.FLOOR
+    # The gradient of a logit scale sums up what nearly cancels, in an order that depends on the width of CPU vectors.
+    floor = 1e-13 if dtype == torch.float64 else 4e-6 if "logit_scale" in given else oracle.FLOOR
     oracle.check(op, truth, {**given, **rest}, dtypes, list(given), floor=floor)
 
 

@@ -128,7 +128,7 @@ def test_mae_scores_valid_pixels(norm_pix_loss):
     torch.manual_seed(0)
     objective = create_objective("mae", encoder=VIT, norm_pix_loss=norm_pix_loss, **SAMPLES, **DECODER).double()
     images, mask = gappy(), objective.random_mask(torch.arange(2))
-    keep, _, places = objective._split(images, mask)
+    keep, _, places = objective._split(images, mask, objective.kept)
     tokens = objective.decode(objective._encode(images.nan_to_num(0), keep), places)[:, 1:].unflatten(1, (4, 4))
     target = patched(images, 8) if norm_pix_loss else images
     prediction = shuffled(tokens, objective.decoder_pred, 8)
