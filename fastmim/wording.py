@@ -18,6 +18,11 @@ def plural(count: int, noun: str, several: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else several or f'{noun}s'}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or else its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def as_yaml(value: Any) -> str:
     """A setting as in YAML, on one line."""
     if value is None or isinstance(value, bool):

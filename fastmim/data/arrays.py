@@ -17,7 +17,7 @@ import numpy as np
 
 from fastmim.data import tiff
 from fastmim.data.samples import UnusableError
-from fastmim.wording import install_extra, plural
+from fastmim.wording import first_line, install_extra, plural
 
 NPY, NPZ = b"\x93NUMPY", (b"PK\x03\x04", b"PK\x05\x06")
 #: Samples above which an image is refused: of four bands, those of the largest image that is read at all.
@@ -211,7 +211,7 @@ def _check_samples(count: int) -> None:
 
 
 def _reason(err: Exception) -> str:
-    line = (str(err).strip() or type(err).__name__).splitlines()[0]
+    line = first_line(err)
     if "imagecodecs" in line or isinstance(err, ImportError):
         return f"{line}: {install_extra('bands')}"
     return f"damaged, or not a kind that is read: {line}"

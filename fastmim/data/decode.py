@@ -36,6 +36,7 @@ from fastmim.data.samples import (
     to_pixels,
     transparent_where,
 )
+from fastmim.wording import first_line
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg, decode_png
@@ -208,7 +209,7 @@ def _decode_pil(data: bytes | bytearray, min_size: int) -> Samples:
     except Image.UnidentifiedImageError:
         raise DecodeError(why_unidentified(data)) from None
     except Exception as err:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, …
-        raise DecodeError(_first_line(err)) from None
+        raise DecodeError(first_line(err)) from None
 
 
 def _check_size(size: tuple[int, ...] | None, min_size: int) -> None:
@@ -280,11 +281,7 @@ def jpeg_frame(data: bytes | bytearray) -> JpegFrame | None:
 
 def _torchvision_reason(err: RuntimeError) -> str:
     # torchvision reports "operator(), /build/path/decode_png.cpp:79, reason": the place is noise to a user.
-    return _first_line(err).split(".cpp:")[-1].partition(", ")[2] or _first_line(err)
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]
+    return first_line(err).split(".cpp:")[-1].partition(", ")[2] or first_line(err)
 
 
 def _head(data: bytes | bytearray) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastmim.data import png, tiff
+from fastmim.data.arrays import NPY, NPZ
 
 #: First bytes of formats that are read here: a file that has them is an image, and damaged.
 _KNOWN = (
@@ -16,7 +17,7 @@ _KNOWN = (
     (b"\xff\x4f\xff\x51", "JPEG 2000"),
     (b"qoif", "QOI"),
 )
-_ARRAYS = ((b"\x93NUMPY", "a NumPy array"), (b"PK\x03\x04", "a zip archive, as .npz is"))
+_ARRAYS = ((NPY, "a NumPy array"), (NPZ[0], "a zip archive, as .npz is"))
 
 
 def why_unidentified(data: bytes | bytearray) -> str:

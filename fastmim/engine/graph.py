@@ -19,6 +19,7 @@ from fastmim._version import __version__
 from fastmim.engine.base import Phase, unmarked
 from fastmim.engine.distributed import World
 from fastmim.engine.local import LocalEngine
+from fastmim.wording import first_line
 from fastmim_kernels.common.user_cache import cache_file, read_cache, write_cache
 
 WARM_UP = 3
@@ -108,9 +109,8 @@ class GraphEngine(LocalEngine):
         try:
             self._graph.capture(self._device_step)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RuntimeError(
-                f"efficiency.cuda_graph=true: the step cannot be captured as a CUDA graph: {reason}; "
+                f"efficiency.cuda_graph=true: the step cannot be captured as a CUDA graph: {first_line(error)}; "
                 "use efficiency.cuda_graph=false"
             ) from error
         # What was recorded has not happened yet.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from fastmim.engine.metrics import read_rows
 from fastmim.engine.probe import load_encoder
 from fastmim.engine.saved import load_objective
 from fastmim.engine.train import train
+from tests.engine.restarts import check_same, cut, told
 
 BANDS = 13
 MEAN, STD = [1000 + 100 * band for band in range(BANDS)], [300]
@@ -32,7 +32,6 @@ KEYS = [
     "train.steps=4", "train.micro_batch_size=4", "train.log_every=1", "train.save_every=2", "train.keep=5",
     "output.pictures=2", "output.bands=[4, 3, 2]", "output.loggers=[]", "efficiency.threads=1",
 ]  # fmt: skip
-FORGOTTEN = {"images_per_sec", "step_time", "data_time", "peak_memory_gib"}
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +61,6 @@ def whole(tiles, tmp_path_factory):
     return folder, run(tiles, folder)
 
 
-def told(folder):
-    return [{key: v for key, v in row.items() if key not in FORGOTTEN} for row in read_rows(folder / "metrics.jsonl")]
-
-
 def test_a_restart_is_exact_and_a_picture_shows_where_there_is_no_data(whole, tiles, tmp_path):
     folder, result = whole
     losses = [row["loss"] for row in told(folder)]
@@ -73,13 +68,9 @@ def test_a_restart_is_exact_and_a_picture_shows_where_there_is_no_data(whole, ti
     pixels = np.asarray(Image.open(result.picture_path))
     magenta = (pixels == (255, 0, 255)).all(-1).mean()
     assert 0.02 < magenta < 0.3
-    shutil.copytree(folder, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    cut(folder, tmp_path / "run", 4)
     run(tiles, tmp_path / "run")
-    assert told(tmp_path / "run") == told(folder)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        files = [load_file(f / "checkpoints/step-00000004" / name) for f in (folder, tmp_path / "run")]
-        assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+    check_same(tmp_path / "run", folder, 4)
 
 
 def test_files_say_how_the_samples_were_read(whole):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import timm
 import torch
@@ -13,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from fastmim.cli import main
 from fastmim.config import load_config
 from fastmim.data import build_loader
-from fastmim.engine.metrics import read_rows
 from fastmim.engine.train import train
 from fastmim.objectives.tokenizer import read_tokenizer
+from tests.engine.restarts import check_same, cut, told
 
 SHARED = [
     "data.num_workers=0", "optim.lr=1e-3", "optim.lr_batch=null", "optim.warmup_steps=2", "train.steps=6",
@@ -31,15 +29,10 @@ BEIT = [
     "model.num_heads=3", "model.shared_rel_pos_bias=true", "model.init_values=0.1", "model.drop_path_rate=0.1",
     "objective.name=beit", "objective.num_mask=6", "objective.min_block=2", "data.interpolation=bicubic",
 ]  # fmt: skip
-FORGOTTEN = {"images_per_sec", "step_time", "data_time", "peak_memory_gib"}
 
 
 def run(keys, folder, *more):
     return train(load_config(None, [*keys, f"data.path={folder.parent / 'photos'}", f"output.dir={folder}", *more]))
-
-
-def told(folder):
-    return [{key: v for key, v in row.items() if key not in FORGOTTEN} for row in read_rows(folder / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +63,10 @@ def test_the_metrics(home):
 @pytest.mark.parametrize("name", ["tokenizer", "beit"])
 def test_a_restart_is_exact(name, home):
     copy = home / f"{name} again"
-    shutil.copytree(home / name, copy)
-    shutil.rmtree(copy / "checkpoints" / "step-00000006")
+    cut(home / name, copy, 6)
     more = [f"objective.tokenizer={home / 'tokenizer'}", f"data.val_path={home / 'photos'}"] if name == "beit" else []
     run(BEIT if name == "beit" else TOKENIZER, copy, *more)  # the folder names the same tokenizer as the file did
-    assert told(copy) == told(home / name)
-    for part in ("model.safetensors", "optimizer.safetensors"):
-        files = [load_file(folder / "checkpoints/step-00000006" / part) for folder in (copy, home / name)]
-        assert files[0].keys() == files[1].keys()
-        assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+    check_same(copy, home / name, 6)
 
 
 def test_another_tokenizer_is_another_run(home):

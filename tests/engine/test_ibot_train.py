@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import timm
 import torch
@@ -11,8 +9,8 @@ from safetensors.torch import load_file
 
 from fastmim.config import load_config
 from fastmim.engine.checkpoint import convert
-from fastmim.engine.metrics import read_rows
 from fastmim.engine.train import train
+from tests.engine.restarts import check_same, cut, told
 
 KEYS = [
     "model.name=vit", "model.img_size=32", "model.patch_size=8", "model.embed_dim=24", "model.depth=2",
@@ -33,15 +31,10 @@ OWN = {
         "optim.policy=parity",
     ],
 }  # fmt: skip
-FORGOTTEN = {"images_per_sec", "step_time", "data_time", "peak_memory_gib"}
 
 
 def run(name, photos, folder):
     return train(load_config(None, [*KEYS, *OWN[name], f"data.path={photos}", f"output.dir={folder}"]))
-
-
-def told(folder):
-    return [{key: v for key, v in row.items() if key not in FORGOTTEN} for row in read_rows(folder / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module", params=list(OWN))
@@ -70,14 +63,9 @@ def test_a_run_tells_of_collapse_and_draws_attention(whole):
 
 def test_a_restart_is_exact(whole, tmp_path):
     name, folder, _ = whole
-    shutil.copytree(folder / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    cut(folder / "run", tmp_path / "run", 6)
     run(name, folder / "photos", tmp_path / "run")
-    assert told(tmp_path / "run") == told(folder / "run")
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        files = [load_file(f / "run/checkpoints/step-00000006" / file) for f in (folder, tmp_path)]
-        assert files[0].keys() == files[1].keys()
-        assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+    check_same(tmp_path / "run", folder / "run", 6)
 
 
 def test_timm_takes_the_encoder_that_is_evaluated(whole, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ from safetensors.torch import load_file
 from fastmim.cli import main
 from fastmim.config import load_config
 from fastmim.engine.build import make_schedule
-from fastmim.engine.metrics import read_rows
 from fastmim.engine.train import train
 from fastmim.models import create_encoder
+from tests.engine.restarts import check_same, cut
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = [
@@ -27,15 +26,10 @@ KEYS = [
     "train.grad_accum_steps=2", "train.log_every=1", "train.save_every=2", "train.keep=5", "output.pictures=2",
     "output.loggers=[]", "efficiency.threads=1",
 ]  # fmt: skip
-FORGOTTEN = {"images_per_sec", "step_time", "data_time", "peak_memory_gib"}
 
 
 def run(pictures, folder):
     return train(load_config(None, [*KEYS, f"data.path={pictures}", f"output.dir={folder}"]))
-
-
-def told(folder):
-    return [{key: v for key, v in row.items() if key not in FORGOTTEN} for row in read_rows(folder / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +41,9 @@ def whole(pictures, tmp_path_factory):
 def test_a_restart_is_exact(whole, pictures, tmp_path):
     folder, result = whole
     assert result.picture_path is not None and result.picture_path.is_file()
-    shutil.copytree(folder, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    cut(folder, tmp_path / "run", 4)
     run(pictures, tmp_path / "run")
-    assert told(tmp_path / "run") == told(folder)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        files = [load_file(f / "checkpoints/step-00000004" / name) for f in (folder, tmp_path / "run")]
-        assert files[0].keys() == files[1].keys()
-        assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+    check_same(tmp_path / "run", folder, 4)
 
 
 def test_timm_computes_the_features_of_the_exported_encoder(whole):

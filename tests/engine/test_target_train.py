@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 
 from fastmim.cli import main
 from fastmim.config import load_config
-from fastmim.engine.metrics import read_rows
 from fastmim.engine.train import train
 from fastmim.evaluate.clusters import fit_clusters
+from tests.engine.restarts import check_same, cut, told
 
-FORGOTTEN = {"images_per_sec", "step_time", "data_time", "peak_memory_gib"}
 COLOURS = np.array([[200, 40, 40], [20, 60, 220], [240, 240, 230], [10, 10, 10], [40, 200, 90]], np.uint8)
 
 
@@ -54,10 +53,6 @@ def whole(home):
     return home / "run", train(config(home, home / "run"))
 
 
-def told(folder):
-    return [{key: v for key, v in row.items() if key not in FORGOTTEN} for row in read_rows(folder / "metrics.jsonl")]
-
-
 def test_the_clusters_are_the_colours(home):
     """Crops are resized, so that a few pixels lie between two squares."""
     with safe_open(home / "colours.safetensors", "np") as file:
@@ -76,13 +71,10 @@ def test_a_run_learns_them_and_draws_a_picture(whole):
 
 
 def test_a_restart_is_exact_and_other_colours_are_refused(whole, home, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    cut(whole[0], tmp_path / "run", 8)
     train(config(home, tmp_path / "run"))
-    assert told(tmp_path / "run") == told(whole[0])
-    last = "checkpoints/step-00000008/model.safetensors"
-    found, expected = (load_file(f / last) for f in (tmp_path / "run", whole[0]))
-    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    check_same(tmp_path / "run", whole[0], 8)
+    found = load_file(tmp_path / "run/checkpoints/step-00000008/model.safetensors")
     assert not any("target" in name for name in found), "the colours stay in their file"
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
     other = tmp_path / "other.safetensors"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
 from fastmim.config import load_config
-from fastmim.engine.metrics import read_rows
 from fastmim.engine.train import train
-
-FORGOTTEN = {"images_per_sec", "step_time", "data_time", "peak_memory_gib"}
+from tests.engine.restarts import check_same, cut, told
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +33,15 @@ def whole(config, tmp_path_factory):
     return folder, train(config(folder))
 
 
-def told(folder):
-    return [{key: v for key, v in row.items() if key not in FORGOTTEN} for row in read_rows(folder / "metrics.jsonl")]
-
-
 def test_a_run_draws_what_it_predicts(whole):
     folder, result = whole
     assert len(told(folder)) == 4 and result.picture_path is not None and result.picture_path.is_file()
 
 
 def test_a_restart_is_exact(whole, config, tmp_path):
-    shutil.copytree(whole[0], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+    cut(whole[0], tmp_path / "run", 4)
     train(config(tmp_path / "run"))
-    assert told(tmp_path / "run") == told(whole[0])
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        found, expected = (load_file(f / "checkpoints/step-00000004" / name) for f in (tmp_path / "run", whole[0]))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    check_same(tmp_path / "run", whole[0], 4)
 
 
 def test_timm_takes_the_encoder_as_a_plain_swin(whole):
