@@ -16,8 +16,9 @@ nothing until then: run once, with the settings of the commit that its rows name
 the same in both folds. So short a run shows whether an objective learns something here, not which is better.
 
 A row a run, written as soon as it is there; what the CSV has is not run again, so that two processes, one for each of
-``--encoders``, may fill it. At the end: the table, mean ± standard deviation over seeds, and beside the CSV a picture
-of the runs of DINO and iBOT: loss and monitors over the steps, and where the teacher attends.
+``--encoders``, may fill it. At the end: the table, mean ± standard deviation over seeds, the k-NN of the digits' own
+pixels, and beside the CSV a picture of the runs of DINO and iBOT: loss and monitors over the steps, and where the
+teacher attends.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -60,6 +62,7 @@ from fastmim.engine.distributed import World  # noqa: E402
 from fastmim.engine.metrics import read_rows  # noqa: E402
 from fastmim.engine.probe import ENCODER_FILE, load_encoder  # noqa: E402
 from fastmim.evaluate.figure import empty_figure  # noqa: E402
+from fastmim.evaluate.knn import knn_accuracy  # noqa: E402
 from fastmim.evaluate.probe import probe  # noqa: E402
 from fastmim.evaluate.protocols import PROTOCOLS  # noqa: E402
 from fastmim.files import replacing  # noqa: E402
@@ -256,6 +259,16 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{wide}"
 
 
+def of_pixels(images: Path) -> float:
+    """k-NN (20) of the pixels themselves, of images of one size that lie in train and val of a folder."""
+    found = []
+    for side in ("train", "val"):
+        files = sorted((images / side).rglob("*.png"))
+        values = [np.asarray(Image.open(file), np.float32).ravel() for file in files]
+        found += [torch.from_numpy(np.stack(values)), torch.tensor([int(file.parent.name) for file in files])]
+    return knn_accuracy(*found, classes=10, neighbours=(20,))[20][0]
+
+
 def draw(runs: Path, path: Path) -> None:
     """Of the runs of seed 0 whose objective is in :data:`WATCHED`: what was watched over the steps, and attention."""
     pairs = [(name, encoder) for name in WATCHED for encoder in ENCODERS]
@@ -303,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Study(args, runs, args.data or runs / "digits").run()
     draw(runs, args.out.with_suffix(".png"))
     print(table(command.read_csv(args.out)))
+    if (runs / "digits" / "val").is_dir():
+        print(f"k-NN (20) of the digits' pixels: {of_pixels(runs / 'digits'):.1f} %")
     return 0
 
 
