@@ -11,7 +11,7 @@ or swinv2. Ops that a ViT does not use are left out.
 ``reference`` is the plain oracle, ``compiled`` is ``torch.compile`` of it, ``triton`` needs a GPU. There each time is
 ``triton.testing.do_bench_cudagraph``'s median, without what the host costs, and GB/s are the op's closed-form bytes
 over it, as a share of what a copy reaches in the same run (``roofline_share`` of the CSV); on a CPU the providers take
-turns. A provider whose output or gradient is further from float64 than twice the reference's error and one rounding is
+turns, and get their tensors anew after ten rounds: the ratio is the median of the rounds' own. A provider whose output or gradient is further from float64 than twice the reference's error and one rounding is
 not timed, and the exit status is 1. `run.py report` draws the CSV.
 """
 
@@ -45,6 +45,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTOR, FLOOR = 2.0, 5e-7  # of the reference's own error, and what is always forgiven beside one rounding
 CHECK_BATCH = 2
 COPY_BYTES = 2**30
+Quantiles = tuple[float, float, float]
+ROUNDS_AT_ONE_PLACE = 10
+"""On a CPU, after which the providers get their tensors anew: where these lie is worth some 4 % of a pass."""
 USUAL = ("swin_base", "swinv2_small", "swinv2_base", "swinv2_large", "swinv2_huge", "swinv2_giant")
 
 
@@ -62,7 +65,7 @@ def prepared(work: Work, dtypes: dict[str, torch.dtype], device: torch.device) -
     out = {}
     for name, value in work.arguments.items():
         if isinstance(value, Tensor):
-            value = value.to(device, dtypes.get(name, value.dtype)).requires_grad_(name in work.grads)
+            value = value.to(device, dtypes.get(name, value.dtype), copy=True).requires_grad_(name in work.grads)
         out[name] = value
     return out
 
@@ -106,12 +109,6 @@ def relative(value: Tensor, truth: Tensor) -> float:
     """RMS of the difference over that of ``truth``; infinite where it is not a number."""
     error = (value.double() - truth).square().mean().sqrt().item()
     return error / (truth.square().mean().sqrt().item() or 1.0) if error == error else float("inf")
-
-
-def calls(op: str, name: str, work: Work, dtypes: dict[str, torch.dtype], device: torch.device
-          ) -> dict[str, Callable[[], Any]]:
-    """:func:`calls_of` a provider."""
-    return calls_of(provider(op, name), work, dtypes, device)
 
 
 def calls_of(function: Callable[..., Any], work: Work, dtypes: dict[str, torch.dtype], device: torch.device
@@ -180,6 +177,26 @@ def times(steps: dict[str, Callable[[], Any]], device: torch.device, rounds: int
     return found
 
 
+def compared(made: Callable[[list[str]], dict[str, Callable[[], Any]]], names: list[str], device: torch.device,
+             rounds: int) -> dict[str, tuple[Quantiles, Quantiles | tuple[()]]]:
+    """Seconds of the calls that ``made`` returns, and how many times faster than the reference each is.
+
+    On a CPU they are made anew from time to time, in the other order, so that none keeps the better place in memory.
+    """
+    if device.type != "cpu":
+        found = times(made(names), device, rounds)
+        base = found.get("reference")
+        return {n: (q, (base[0] / q[0],) * 3 if base else ()) for n, q in found.items()}
+    taken: dict[str, tuple[float, ...]] = {}
+    for start in range(0, rounds, ROUNDS_AT_ONE_PLACE):
+        timings = harness.interleave(made(names), rounds=min(rounds - start, ROUNDS_AT_ONE_PLACE))
+        taken = {n: taken.get(n, ()) + t.seconds for n, t in timings.items()}
+        names = names[::-1]
+    all_of = {n: harness.Timing(seconds) for n, seconds in taken.items()}
+    baseline = all_of.get("reference")
+    return {n: (t.quantiles(), harness.speedup(baseline, t) if baseline else ()) for n, t in all_of.items()}
+
+
 def _on_gpu(name: str, step: Callable[[], Any], graphs: bool) -> Sequence[float]:
     from triton.testing import do_bench, do_bench_cudagraph
 
@@ -224,17 +241,20 @@ def measure(op: str, size: str, shape: dict[str, Any], args: argparse.Namespace,
     low = dict.fromkeys(work.low, dtype)
     green = [n for n in names if gates[n][0] <= gates[n][1]]
     rows = [shared | _gate(n, gates[n]) for n in names if n not in green]
-    steps = {n: calls(op, n, work, low, device) for n in green}
+    functions = {n: provider(op, n) for n in green}
+
+    def made(direction: str, names: list[str]) -> dict[str, Callable[[], Any]]:
+        calls = {n: calls_of(functions[n], work, low, device) for n in names}
+        return {n: c[direction] for n, c in calls.items() if direction in c}
+
     moved_by = {"forward": work.bytes_forward, "backward": work.bytes_backward}
     moved_by["step"] = sum(filter(None, moved_by.values()))
     for direction, moved in moved_by.items():
-        mine = {n: s[direction] for n, s in steps.items() if direction in s}
-        seconds = times(mine, device, args.rounds) if mine else {}
-        for name, values in seconds.items():
+        for name, (values, ratio) in compared(functools.partial(made, direction), green, device,
+                                                args.rounds).items():
             row = shared | _gate(name, gates[name]) | {"case": f"{op} {direction} {size}"}
             row |= dict(zip(("seconds", "seconds_p20", "seconds_p80"), (f"{v:.3e}" for v in values), strict=True))
-            if "reference" in seconds:
-                row["ratio"] = f"{seconds['reference'][0] / values[0]:.3f}"
+            row |= dict(zip(("ratio", "ratio_p20", "ratio_p80"), (f"{v:.3f}" for v in ratio), strict=False))
             if moved:
                 speed = moved / values[0] / 1e9
                 row |= {"roofline_share": f"{speed / copy:.4g}", "mb_per_image": f"{moved / args.batch / 1e6:.4g}",

@@ -47,8 +47,9 @@ def measured(op: str, shape: dict[str, Any], impl: str, batch: int, device: torc
     """A row of each direction of an op, without the columns of the run."""
     work = kernel_works.WORKS[op](shape, batch, DTYPE.itemsize)
     low = dict.fromkeys(work.low, DTYPE)
-    flops = {name: counted(step) for name, step in bench_kernels.calls(op, impl, work, low, device).items()}
-    times = bench_kernels.times(bench_kernels.calls(op, impl, work, low, device), device, ROUNDS)
+    function = bench_kernels.provider(op, impl)
+    flops = {name: counted(step) for name, step in bench_kernels.calls_of(function, work, low, device).items()}
+    times = bench_kernels.times(bench_kernels.calls_of(function, work, low, device), device, ROUNDS)
     moved = {"forward": work.bytes_forward, "backward": work.bytes_backward}
     moved["step"] = sum(filter(None, moved.values()))
     rows = []
