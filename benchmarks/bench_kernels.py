@@ -10,9 +10,10 @@ or swinv2. Ops that a ViT does not use are left out.
 
 ``reference`` is the plain oracle, ``compiled`` is ``torch.compile`` of it, ``triton`` needs a GPU. There each time is
 ``triton.testing.do_bench_cudagraph``'s median, without what the host costs, and GB/s are the op's closed-form bytes
-over it, as a share of what a copy reaches in the same run (``roofline_share`` of the CSV); on a CPU the providers take
-turns, and get their tensors anew after ten rounds: the ratio is the median of the rounds' own. A provider whose output or gradient is further from float64 than twice the reference's error and one rounding is
-not timed, and the exit status is 1. `run.py report` draws the CSV.
+over it, as a share of what a copy reaches in the same run (``roofline_share`` of the CSV). On a CPU the providers take
+turns, and get their tensors anew after ten rounds: the ratio is the median of the rounds' own. A provider whose output
+or gradient is further from float64 than twice the reference's error and one rounding is not timed, and the exit status
+is 1. `run.py report` draws the CSV.
 """
 
 from __future__ import annotations
