@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmim.files import replacing
 from fastmim.objectives.pictures import GREY, to_rgb
+from fastmim.objectives.simmim import SimMIM
 from fastmim.wording import plural
 
 from .figure import empty_figure
@@ -47,6 +48,7 @@ class MaskReport:
         units: Hidden units of every image and all of them; None where masks are of patches or tokens.
         ratio: Mean share of hidden pixels.
         distance: AvgDist in pixels, see :func:`.mask_distance.average_distance`.
+        is_simmim: Whether the band, of SimMIM's good runs, is a guide to these masks.
     """
 
     hidden: Tensor
@@ -55,6 +57,7 @@ class MaskReport:
     units: tuple[int, int] | None
     ratio: float
     distance: float
+    is_simmim: bool = True
 
     @cached_property
     def table(self) -> dict[tuple[int, float], float]:
@@ -75,7 +78,7 @@ class MaskReport:
         lines = [
             self.what(),
             f"hidden    {self.share()}",
-            f"AvgDist   {self.distance:.1f} px, {_place(self.distance, self.band)}",
+            f"AvgDist   {self.distance:.1f} px, {_place(self.distance, self.band, self.is_simmim)}",
             _origin(self.band),
             "",
             f"AvgDist of {self.kind} masks by unit and ratio, px; * = in the band",
@@ -123,19 +126,25 @@ def mask_report(objective: Any, *, seed: int = 0, epoch: int = 0, count: int = S
         None if units is None else (units.hidden, units.hidden + units.shown),
         float(hidden.double().mean()),
         average_distance(hidden),
+        isinstance(objective, SimMIM),
     )
 
 
-def _place(distance: float, band: tuple[float, float]) -> str:
+def _place(distance: float, band: tuple[float, float], is_simmim: bool) -> str:
     if band[0] <= distance <= band[1]:
-        return "in the band of good runs"
-    fix = "larger units or more of them hidden" if distance < band[0] else "smaller units or fewer of them hidden"
-    return f"{'below' if distance < band[0] else 'above'} the band of good runs: {fix} would be nearer"
+        return "in the band of SimMIM's good runs"
+    where = f"{'below' if distance < band[0] else 'above'} the band of SimMIM's good runs"
+    if not is_simmim:
+        return f"{where}, which says little of another objective"
+    return (
+        f"{where}: {'larger' if distance < band[0] else 'smaller'} units or "
+        f"{'more' if distance < band[0] else 'fewer'} of them hidden would be nearer"
+    )
 
 
 def _origin(band: tuple[float, float]) -> str:
     low, high = PUBLISHED_BAND
-    text = f"band      {low:g} to {high:g} px, of SimMIM's good runs (Swin-B, images of {PUBLISHED_SIZE} px)"
+    text = f"band      {low:g} to {high:g} px (Swin-B, images of {PUBLISHED_SIZE} px)"
     return text if band == PUBLISHED_BAND else f"{text}; here {band[0]:.1f} to {band[1]:.1f} px in proportion, a guess"
 
 
@@ -207,7 +216,7 @@ def _draw_masks(figure: Any, hidden: Tensor, images: Tensor | None, grid: tuple[
 
 def _draw_distances(axes: Any, report: MaskReport) -> None:
     low, high = report.band
-    axes.axhspan(low, high, color="C2", alpha=0.15, label=f"good runs: {low:.3g} to {high:.3g} px")
+    axes.axhspan(low, high, color="C2", alpha=0.15, label=f"SimMIM's good runs: {low:.3g} to {high:.3g} px")
     for unit in _units(report):
         points = sorted((ratio, value) for (own, ratio), value in report.table.items() if own == unit)
         axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=f"units of {unit} px")

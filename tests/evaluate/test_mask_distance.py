@@ -111,12 +111,21 @@ def test_the_command_prints_what_the_masks_hide_and_draws_them(config, tmp_path,
     hidden = hidden_pixels(masks(torch.arange(64)), (48, 64), 8)
     assert "simmim, block masks of units of 8 px in images of 48 × 64 px" in out
     assert "hidden    41.7 % of the pixels: 20 of 48 units" in out
-    assert f"AvgDist   {average_distance(hidden):.1f} px, above the band" in out
+    assert f"AvgDist   {average_distance(hidden):.1f} px, above the band of SimMIM's good runs: smaller units" in out
     assert "here 2.5 to 5.0 px in proportion, a guess" in out and f"{picture}: 3 masks over 2 images" in out
     image = np.asarray(Image.open(picture).convert("RGB"))
     assert (image == 0).all(-1).any() and (abs(image - 127.5) < 1).all(
         -1
     ).sum() > 1000  # a black image under grey units
+
+
+def test_only_simmim_is_advised_by_its_band(tmp_path, capsys):
+    config = tmp_path / "mae.yaml"
+    config.write_text(TINY.replace("{unit: 8, mask: block, mask_ratio: 0.4}", "{name: mae, mask_ratio: 0.95}"))
+    status, out, err = report(capsys, config, "model.abs_pos_embed=sincos")
+    assert status == 0, err
+    assert "above the band of SimMIM's good runs, which says little of another objective" in out
+    assert "would be nearer" not in out
 
 
 def test_a_square_has_a_column_for_each_edge(config, capsys):
