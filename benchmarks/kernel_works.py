@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -187,18 +188,18 @@ def position_bias(impl: str, blocks: Any, rows: Tensor, order: Tensor, start: Te
 def _mask_tokens(size: dict[str, Any], batch: int, itemsize: int) -> Work:
     c, patches = size["embed_dim"], _picture(size)[1]
     tokens = normal(batch, patches, patches, c)
-    mask = torch.rand(tokens.shape[:3], generator=torch.Generator().manual_seed(0)) < 0.6
-    moved = _moved(mask_tokens_traffic(tuple(tokens.shape), visible=1 - mask.double().mean().item(),
+    mask, hidden = _random_mask(batch, patches, patches)
+    moved = _moved(mask_tokens_traffic(tuple(tokens.shape), visible=1 - hidden,
                                        itemsize=itemsize, out_itemsize=itemsize))  # fmt: skip
     return Work({"tokens": tokens, "mask": mask, "mask_token": normal(c)}, ("tokens",), ("tokens", "mask_token"),
                 *moved)  # fmt: skip
 
 
 def _random_mask(batch: int, patches: int, last: int) -> tuple[Tensor, float]:
-    """(A mask of patches, share of the last map's tokens that hold a masked one)."""
-    mask = torch.rand((batch, patches, patches), generator=torch.Generator().manual_seed(0)) < 0.6
-    each = patches // last
-    return mask, mask.view(batch, last, each, last, each).any(4).any(2).double().mean().item()
+    """(A mask of patches, share of the last map's tokens that hold a masked one), known of fake tensors too."""
+    mask, each = np.random.default_rng(0).random((batch, patches, patches)) < 0.6, patches // last
+    share = mask.reshape(batch, last, each, last, each).any((2, 4)).mean()
+    return torch.tensor(mask.tolist()), float(share)
 
 
 def _masked_l1(size: dict[str, Any], batch: int, itemsize: int) -> Work:

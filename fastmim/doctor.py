@@ -20,7 +20,7 @@ import fastmim_kernels as fk
 from fastmim._version import __version__
 from fastmim_kernels.check.examples import SMALL, TIMED, Case
 from fastmim_kernels.check.self_test import failure as self_test_failure
-from fastmim_kernels.check.self_test import inputs_of, judge, kernel_of, listed, run_case
+from fastmim_kernels.check.self_test import inputs_of, judge, kernel_of, listed, request, run_case
 from fastmim_kernels.check.timing import gpu_microseconds
 from fastmim_kernels.common.dispatch import no_triton
 
@@ -51,7 +51,17 @@ class Finding:
 
 def examine(device: torch.device) -> list[Finding]:
     """Run every case on ``device``."""
+    if device.type == "cuda" and not no_triton(device):
+        _compile_kernels()
     return [_examine(case, device) for case in SMALL]
+
+
+def _compile_kernels() -> None:
+    """At once: one after the other they take minutes. What does not compile is met again where it is launched."""
+    from fastmim_kernels.check.compile_ahead import compile_ahead
+    from fastmim_kernels.check.launches import launches_of
+
+    compile_ahead(launches_of(lambda: request((torch.float32, torch.bfloat16))))
 
 
 def _examine(case: Case, device: torch.device) -> Finding:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.proof import model
 from benchmarks.proof.part import Outcome, Setting
 from benchmarks.train_step import CLIP, LR, WEIGHT_DECAY
-from fastmim.engine.graph import CudaGraph, GraphEngine, record_proof
+from fastmim.engine.graph import CudaGraph, GraphEngine, kind_of, record_proof
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.optim import build_optimizer, param_groups
 
@@ -64,16 +64,17 @@ def graph(setting: Setting, outcome: Outcome) -> None:
     """Two graphs of different batches in turns beside plain steps: losses, weights and moments, bit for bit."""
     if setting.dry:
         outcome.leave_out("the capture: there is no GPU; the step with inputs in place beside one with fresh inputs")
-    proved = True
     for size in ("swinv2_base", "swin_base"):
+        proved = not setting.dry
         for title, run in (("graphs in turns", history), ("efficiency.cuda_graph, stochastic depth", trained)):
             plain, again = (run(size, setting, captured) for captured in (False, True))
             apart = model.bits_apart(plain, again)
             outcome.check(f"{size} bf16, {title}: tensors of {len(plain)} that differ", apart, "0", not apart)
             proved = proved and not apart
-    if proved and not setting.dry:
-        path = record_proof(torch.device("cuda", torch.cuda.current_device()))
-        outcome.note("efficiency.cuda_graph=auto is on from now; noted in", path)
+        if proved:
+            kind = kind_of(model.ours(model.encoder(size, setting.dry), model.kernels_of(setting.device), "cpu"))
+            path = record_proof(torch.device("cuda", torch.cuda.current_device()), kind)
+            outcome.note(f"efficiency.cuda_graph=auto is on from now for {kind}; noted in", path)
 
 
 class PlainSteps:

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,15 +52,21 @@ def ops(setting: Setting, outcome: Outcome) -> None:
     if setting.dry:
         _dry(setting, outcome)
         return
+    for op, where, shape, batch in shapes():
+        _against_float64(op, where, shape, batch, "triton", setting, outcome)
+
+
+def shapes() -> Iterator[tuple[str, str, dict[str, Any], int]]:
+    """(op, where, shapes, batch) of all that is compared."""
     for kind, shape in ODD.items():
         for op in kernel_works.WORKS:
-            _against_float64(op, f"odd shapes of {kind}", shape, ODD_BATCH, "triton", setting, outcome)
+            yield op, f"odd shapes of {kind}", shape, ODD_BATCH
     for size, stages in STAGES.items():
         for stage in stages:
             shape = kernel_works.stage(SIZES[size], stage)
             for op in kernel_works.WORKS:
                 if stage == 0 or op not in FIRST_STAGE_ONLY:
-                    _against_float64(op, f"stage {stage} of {size}", shape, BATCH, "triton", setting, outcome)
+                    yield op, f"stage {stage} of {size}", shape, BATCH
 
 
 def _against_float64(op: str, where: str, shape: dict[str, Any], batch: int, impl: str, setting: Setting,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from benchmarks.proof.part import Part
 
 PARTS = (
-    Part("self_test", "Doctor, and the self-test at production shapes", 60, "benchmarks.proof.ops:self_test"),
-    Part("ops", "Every op against float64 in three precisions", 70, "benchmarks.proof.ops:ops"),
+    Part("compiled", "The kernels of the next two parts, compiled at once", 85, "benchmarks.proof.compiled:compiled"),
+    Part("self_test", "Doctor, and the self-test at production shapes", 25, "benchmarks.proof.ops:self_test"),
+    Part("ops", "Every op against float64 in three precisions", 35, "benchmarks.proof.ops:ops"),
     Part("determinism", "The same step twice, bit for bit", 15, "benchmarks.proof.repeat:determinism"),
     Part("sanitizer", "compute-sanitizer on one step", 45, "benchmarks.proof.sanitizer:sanitizer"),
     Part("no_sync", "No host synchronisation between logged steps", 15, "benchmarks.proof.repeat:no_sync"),
-    Part("losses", "50 steps: Triton, torch and timm's model", 40, "benchmarks.proof.losses:losses"),
+    Part("losses", "50 steps: Triton, torch and timm's model", 35, "benchmarks.proof.losses:losses"),
     Part("graph", "CUDA graph of a whole step, bit for bit", 15, "benchmarks.proof.graph:graph"),
     Part("kernels", "Kernels beside measured copy and matmul rates", 45, "benchmarks.proof.kernels:kernels"),
     Part("step_swinv2", "SwinV2-B's step beside timm's", 25, "benchmarks.proof.whole_step:swinv2_base"),

@@ -19,7 +19,7 @@ from fastmim.data.augment import View
 from fastmim.data.index import ImageIndex
 from fastmim.engine.base import Engine
 from fastmim.engine.distributed import World
-from fastmim.engine.graph import GraphEngine, use_graph, why_not
+from fastmim.engine.graph import GraphEngine, kind_of, use_graph, why_not
 from fastmim.engine.host_memory import keep_freed_memory
 from fastmim.engine.local import LocalEngine
 from fastmim.engine.optim import build_optimizer, param_groups
@@ -243,7 +243,7 @@ def make_engine(cfg: Config, objective: Any, world: World, deepspeed: dict[str, 
         crops=sum(view.count for view in objective.views()) if isinstance(objective, Objective) else 1,
         decay_varies=optim.weight_decay_end is not None,
     )
-    graphed = use_graph(efficiency.cuda_graph, reason, world.device)
+    graphed = use_graph(efficiency.cuda_graph, reason, world.device, kind_of(objective))
     if deepspeed is not None:
         if "nvme" in (efficiency.offload_optimizer, efficiency.offload_param):
             check_nvme(deepspeed, lambda params: make_optimizer([{"params": params}]), world=world)
@@ -256,7 +256,7 @@ def make_engine(cfg: Config, objective: Any, world: World, deepspeed: dict[str, 
         "precision": precision, "world": world
     }
     if graphed:
-        return GraphEngine(objective, optimizer, **options)
+        return GraphEngine(objective, optimizer, wanted=efficiency.cuda_graph, **options)
     return LocalEngine(objective, optimizer, compile=efficiency.compile, **options)
 
 

@@ -8,6 +8,7 @@ come from the generator that the graph advances. So a replayed step gives the bi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from fastmim.engine.distributed import World
 from fastmim.engine.local import LocalEngine
 from fastmim.wording import first_line
 from fastmim_kernels.common.user_cache import cache_file, read_cache, write_cache
+
+log = logging.getLogger("fastmim")
 
 WARM_UP = 3
 """Plain steps before the capture: kernels are compiled and tested, and tables made, that a capture cannot make."""
@@ -60,6 +63,7 @@ class GraphEngine(LocalEngine):
     Args:
         objective, optimizer, options: As of :class:`LocalEngine`; see :func:`why_not`.
         graph: Makes the graph.
+        wanted: "auto" goes on with plain steps, and a warning, where a step cannot be captured.
     """
 
     def __init__(
@@ -68,13 +72,14 @@ class GraphEngine(LocalEngine):
         optimizer: torch.optim.Optimizer,
         *,
         graph: Callable[[], Any] = CudaGraph,
+        wanted: bool | str = True,
         **options: Any,
     ) -> None:
         super().__init__(objective, optimizer, check_every_step=False, **options)
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=self.device)
             group["capturable"] = True
-        self._make_graph = graph
+        self._make_graph, self._wanted, self._refused = graph, wanted, False
         self._forget()
 
     def _forget(self) -> None:
@@ -85,36 +90,42 @@ class GraphEngine(LocalEngine):
         """See :meth:`Engine.train_on`.
 
         Raises:
-            RuntimeError: the step cannot be captured; it names the reason and the setting.
+            RuntimeError: the step cannot be captured, and was to be; it names the reason and the setting.
         """
         given = (images, mask)
         if self._captured and _alike(given, self._inputs):
             for own, new in zip(self._inputs, given, strict=True):
                 own.copy_(new)
-        elif self._captured or not isinstance(images, Tensor) or self._plain_steps < WARM_UP:
+        elif not self._may_capture(images) or not self._capture(given):
             self._plain_steps += 1
             self._graph.beside(lambda: super(GraphEngine, self).train_on(images, mask, phase))
             return
-        else:
-            self._capture(given)
         with phase("step"):
             self._graph.replay()
         self._count += 1
         self.steps += 1
         self._after_update()
 
-    def _capture(self, given: tuple[Tensor, ...]) -> None:
+    def _may_capture(self, images: Any) -> bool:
+        return not self._captured and not self._refused and isinstance(images, Tensor) and self._plain_steps >= WARM_UP
+
+    def _capture(self, given: tuple[Tensor, ...]) -> bool:
+        """Whether it was possible; what was recorded has not happened yet."""
         self._inputs = tuple(t.clone() for t in given)
         count = self._count
         try:
             self._graph.capture(self._device_step)
         except Exception as error:
-            raise RuntimeError(
-                f"efficiency.cuda_graph=true: the step cannot be captured as a CUDA graph: {first_line(error)}; "
-                "use efficiency.cuda_graph=false"
-            ) from error
-        # What was recorded has not happened yet.
-        self._count, self._captured = count, True
+            reason = f"the step cannot be captured as a CUDA graph: {first_line(error)}"
+            if self._wanted is True:
+                raise RuntimeError(f"efficiency.cuda_graph=true: {reason}; use efficiency.cuda_graph=false") from error
+            log.warning("efficiency.cuda_graph=auto: %s; the steps stay plain", reason)
+            self._forget()
+            self.optimizer.zero_grad(set_to_none=True)
+            self._refused = True
+        self._count = count
+        self._captured = not self._refused
+        return self._captured
 
     def _device_step(self) -> None:
         """All that the device does in a step."""
@@ -153,7 +164,7 @@ def why_not(
     if zero_stage is not None:
         return f"efficiency.zero_stage={zero_stage} keeps an engine of its own"
     if compile:
-        return "efficiency.compile=true captures by itself"
+        return "with efficiency.compile=true a step is not captured"
     if grad_accum_steps > 1:
         return f"a step has {grad_accum_steps} micro-batches, and the graph is of one"
     if crops > 1:
@@ -167,24 +178,29 @@ def why_not(
     return ""
 
 
-def use_graph(wanted: bool | str, reason: str, device: torch.device) -> bool:
+def use_graph(wanted: bool | str, reason: str, device: torch.device, kind: str) -> bool:
     """Whether ``efficiency.cuda_graph`` takes effect: "auto" where nothing forbids it and this machine has proved it.
 
     Args:
         wanted: The setting.
         reason: Of :func:`why_not`.
         device: Of the run.
+        kind: Of :func:`kind_of`.
 
     Raises:
         ValueError: it is asked for, and something forbids it.
     """
     if wanted is True and reason:
         raise ValueError(f"efficiency.cuda_graph=true: {reason}; use efficiency.cuda_graph=auto or false")
-    return wanted is True or (wanted == "auto" and not reason and is_proven(device))
+    return wanted is True or (wanted == "auto" and not reason and is_proven(device, kind))
+
+
+def kind_of(objective: nn.Module) -> str:
+    """What a proof holds for beside the machine: an objective with an encoder, by their classes."""
+    return f"{type(objective).__name__} of {type(getattr(objective, 'encoder', None)).__name__}"
 
 
 def _machine(device: torch.device) -> dict[str, str]:
-    """What a proof holds for."""
     try:
         import triton
 
@@ -204,20 +220,21 @@ def _proofs() -> Path:
     return cache_file("cuda_graph.json")
 
 
-def record_proof(device: torch.device) -> Path:
-    """Note that a replayed step has given the bits of a plain one on ``device``; returns the file.
+def record_proof(device: torch.device, kind: str) -> Path:
+    """Note that replayed steps of this kind have given the bits of plain ones on ``device``; returns the file.
 
     Raises:
         OSError: it cannot be written.
     """
-    path, found = _proofs(), [proof for proof in _read_proofs() if proof != _machine(device)]
-    write_cache(path, [*found, _machine(device)])
+    proof = _machine(device) | {"kind": kind}
+    path, found = _proofs(), [other for other in _read_proofs() if other != proof]
+    write_cache(path, [*found, proof])
     return path
 
 
-def is_proven(device: torch.device) -> bool:
-    """Whether :func:`record_proof` was called on this machine with this GPU and these versions."""
-    return _machine(device) in _read_proofs()
+def is_proven(device: torch.device, kind: str) -> bool:
+    """Whether :func:`record_proof` was called for this kind on this machine with this GPU and these versions."""
+    return _machine(device) | {"kind": kind} in _read_proofs()
 
 
 def _read_proofs() -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import bench_kernels, kernel_works
-from benchmarks.proof import graph, kernels, losses, model, ops, repeat, sanitizer, whole_step
+from benchmarks.proof import compiled, graph, kernels, losses, model, ops, repeat, sanitizer, whole_step
 from benchmarks.proof.part import Outcome, Setting
 from fastmim.models import create_encoder
 from fastmim.models.sizes import SIZES
@@ -31,6 +31,24 @@ class Reads(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         out = self.objective(images, mask)
         return out if float(out["loss"].detach()) > 0 else {}
+
+
+def test_kernels_that_do_not_compile_are_named_and_slow_ones_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the parts behind it launch is asked for, each op of which is traced; nothing is compiled here."""
+    asked: list[str] = []
+
+    def compile_ahead(launches: list[Any], progress: Any, timeout: float) -> list[str]:
+        asked.extend(launch.op.partition("::")[2].removesuffix("_backward") for launch in launches)
+        return ["mlp/fc1: not compiled after 1 s", "gelu/gelu_kernel: CompilationError: no"]
+
+    monkeypatch.setattr(compiled, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(compiled.bench_kernels, "DTYPES", {"bf16": torch.bfloat16})
+    monkeypatch.setattr(compiled.self_test, "request", lambda dtypes: None)
+    monkeypatch.setattr(compiled, "shapes", lambda: [one for one in ops.shapes() if one[1] == "stage 0 of swin_base"])
+    outcome = Outcome()
+    compiled.compiled(Setting("cuda", False), outcome)
+    assert {*kernel_works.WORKS} <= {*asked} and not outcome.left_out
+    assert [fact.name for fact in outcome.facts if not fact.holds] == ["gelu/gelu_kernel"]
 
 
 def test_torch_and_timm_take_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:

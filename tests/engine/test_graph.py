@@ -183,6 +183,25 @@ def test_a_step_that_cannot_be_captured_says_why(objective: Any) -> None:
         train(graphed, [4] * (WARM_UP + 1))
 
 
+def test_auto_goes_on_with_plain_steps(objective: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where the capture ends behind the gradients, of which nothing has happened."""
+    plain = engine_of(copy.deepcopy(objective), LocalEngine)
+    graphed = engine_of(objective, GraphEngine, wanted="auto")
+
+    def refuse(run: Any) -> None:
+        for weight in objective.parameters():
+            weight.grad = torch.full_like(weight, math.nan)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    graphed._graph.capture = refuse
+    sizes = [4] * (WARM_UP + 3)
+    assert train(graphed, sizes) == train(plain, sizes) and equal_weights(plain.objective, objective)
+    assert graphed.steps == plain.steps and not graphed._captured
+    said = [record.getMessage() for record in caplog.records if "cuda_graph=auto" in record.getMessage()]
+    assert len(said) == 1 and "not permitted when stream is capturing; the steps stay plain" in said[0]
+
+
+KIND = "SimMIM of SwinTransformer"
 GPU = SimpleNamespace(device=torch.device("cuda", 0), size=1)
 FREE: dict[str, Any] = {"world": GPU, "compile": False, "zero_stage": None, "grad_accum_steps": 1, "recompute": "none"}
 
@@ -200,24 +219,26 @@ def test_what_forbids_it(objective: Any, change: dict[str, Any], word: str, monk
     assert why_not(build_optimizer("adamw", param_groups(objective, 0.05), 1e-3, fused=False), **FREE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    module.record_proof(GPU.device)
-    assert use_graph("auto", reason, GPU.device) is not bool(word) and not use_graph(False, reason, GPU.device)
+    module.record_proof(GPU.device, KIND)
+    assert use_graph("auto", reason, GPU.device, KIND) is not bool(word)
+    assert not use_graph(False, reason, GPU.device, KIND)
     if word:
         with pytest.raises(ValueError, match=rf"cuda_graph=true: .*{word}"):
-            use_graph(True, reason, GPU.device)
+            use_graph(True, reason, GPU.device, KIND)
 
 
 def test_auto_needs_a_proof_of_this_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name = ["one"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name[0])
-    assert not use_graph("auto", "", GPU.device) and use_graph(True, "", GPU.device)
-    path = module.record_proof(GPU.device)
-    assert use_graph("auto", "", GPU.device)
+    assert not use_graph("auto", "", GPU.device, KIND) and use_graph(True, "", GPU.device, KIND)
+    path = module.record_proof(GPU.device, KIND)
+    assert use_graph("auto", "", GPU.device, KIND)
+    assert not use_graph("auto", "", GPU.device, "MAE of VisionTransformer"), "of which nothing was proved"
     name[0] = "another"
-    assert not use_graph("auto", "", GPU.device)
-    module.record_proof(GPU.device)
+    assert not use_graph("auto", "", GPU.device, KIND)
+    module.record_proof(GPU.device, KIND)
     name[0] = "one"
-    assert use_graph("auto", "", GPU.device), "a second proof keeps the first"
+    assert use_graph("auto", "", GPU.device, KIND), "a second proof keeps the first"
     path.write_text("{")
-    assert not use_graph("auto", "", GPU.device)
+    assert not use_graph("auto", "", GPU.device, KIND)

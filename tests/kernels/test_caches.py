@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +24,24 @@ def test_what_is_made_in_a_capture_is_not_kept(monkeypatch: pytest.MonkeyPatch) 
     capturing[0] = False
     after = ones(3)
     assert inside is not after and ones(3) is after
+
+
+def test_what_a_graph_has_read_is_never_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    @keep_tensors
+    def ones(count: int) -> Tensor:
+        return torch.ones(count)
+
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    alive = []
+    for _ in range(2):  # of each of two graphs, between which the cache has forgotten it
+        ones(2)
+        capturing[0] = True
+        alive.append(weakref.ref(ones(2)))
+        capturing[0] = False
+        ones.cache_clear()  # type: ignore[attr-defined]
+    assert alive[0]() is not None and alive[1]() is not None and alive[0]() is not alive[1]()
 
 
 def test_the_oldest_goes_first() -> None:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim_kernels
+from fastmim_kernels.common import direct
 from fastmim_kernels.common.define_op import PASSES, Kept, define_op
 
 KERNELS = Path(fastmim_kernels.__file__).parent
@@ -106,11 +107,11 @@ def test_gradients_by_finite_differences(impl: str) -> None:
 
 
 def test_both_ways_to_the_same_function_give_the_same_bits() -> None:
-    direct = everything()
+    plain = everything()
     with Watcher() as watcher:
         watched = everything()
     assert watcher.seen == ["toy_of_a_test.default"] * 2 + ["toy_of_a_test_backward.default"] * 2
-    assert all(torch.equal(a, b) for a, b in zip(direct, watched, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
 
 
 def test_the_direct_way_passes_by_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +121,30 @@ def test_the_direct_way_passes_by_the_dispatcher(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(TOY.forward, "op", refuse)
     monkeypatch.setattr(TOY.backward, "op", refuse)
     everything()
+
+
+class OnGpu:
+    """What the direct way asks of a CUDA tensor."""
+
+    is_cuda, is_cpu, dtype = True, False, torch.float32
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def get_device(self) -> int:
+        return self.index
+
+
+def test_the_direct_way_is_for_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a kernel would be given an address of another device's memory; the dispatcher's way refuses in words."""
+    cpu, meta = torch.ones(1), torch.ones(1, device="meta")
+    assert direct.plain((cpu, None, [cpu, cpu])) is not None
+    assert [direct.plain(args) for args in ((cpu, meta), (meta, cpu), ([cpu], meta), ([cpu, meta],))] == [None] * 4
+    monkeypatch.setattr(direct, "Tensor", OnGpu)
+    here, same, there = OnGpu(0), OnGpu(0), OnGpu(1)
+    assert direct.plain((here, same, [same])).like is here
+    mixed = ((here, there), (here, [there]), ([here], there), ([here, there],))
+    assert [direct.plain(args) for args in mixed] == [None] * 4
 
 
 @pytest.mark.parametrize("hand_on", [False, True])

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .caches import of_others
+
 GROUP = 16
 """Programs whose partial sums are added first: a single program would read those of hundreds alone."""
 _AT_LEAST = 16384
@@ -33,10 +35,10 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 def counters(count: int, device: torch.device) -> Tensor:
     """(≥ count,) int32 zeros for one launch, which :func:`arrive` leaves behind as zeros.
 
-    ``device`` is current. The memory is that of all launches of the current stream, but for CUDA graphs, and in
-    the interpreter, where a launch can fail halfway.
+    ``device`` is current. The memory is that of all launches of the current stream, but for CUDA graphs and what a
+    compiler may make one of, and in the interpreter, where a launch can fail halfway.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or of_others() or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream
     found = _counters.get(key)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .define_op import Kept, Op, apart, autograd_function, tuple_of
 from .direct import Plain, as_given, plain_to_all, unwatched
+from .saved import save as save_tensors
+from .saved import saved
 
 
 class Forward:
@@ -73,8 +75,7 @@ def define_chain(name: str, forward: Callable, backward: Callable) -> Callable[.
     """
     def run(ctx: Any, way: Forward, how: Any, *tensors: Tensor | None) -> Any:
         found = forward(way, how, *tensors)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*way.tensors)
+        save_tensors(ctx, way.tensors)
         ctx.kept, ctx.how = way.kept, how
         return apart(found, tensors)
 
@@ -83,7 +84,7 @@ def define_chain(name: str, forward: Callable, backward: Callable) -> Callable[.
         given = next((g for g in grads if g is not None), None)
         if given is None:
             return (None,) * len(needs)
-        way = Backward(ctx.saved_tensors, ctx.kept, unwatched(grads))
+        way = Backward(saved(ctx), ctx.kept, unwatched(grads))
         found = as_given(given, backward, way, ctx.how, needs[2:], *grads)
         return None, None, *found, *(None,) * (len(needs) - 2 - len(found))
 

@@ -24,9 +24,12 @@ from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import check_devices
+from .caches import in_memory_of_others
 from .device import on_device_of
 from .direct import Plain, as_given, check_whole, dtype_of, plain_to_all, tensors_of, unwatched
 from .dispatch import resolve
+from .saved import save as save_tensors
+from .saved import saved
 
 NAMESPACE = "fastmim"
 
@@ -66,7 +69,7 @@ class Pass:
     def _run_apart(self, *args: Any) -> Any:
         """The same for torch, which wants every result to be a new tensor: :func:`.rows.nothing` gives one to many, and
         a gradient that was kept may be what is asked for."""
-        with on_device_of(tensors_of(args)[0]):
+        with in_memory_of_others(), on_device_of(tensors_of(args)[0]):
             found, given = self.run(*args), set(map(id, args))
         if not isinstance(found, tuple):
             return found
@@ -292,8 +295,7 @@ def _true(oracle: Callable, plain: bool, *args: Any) -> Any:
 
 
 def _keep(ctx: Any, tensors: tuple[Any, ...], settings: tuple[Any, ...], needs: tuple[bool, ...]) -> None:
-    ctx.set_materialize_grads(False)  # else a launch fills zeros for a result that nobody reads
-    ctx.save_for_backward(*tensors)
+    save_tensors(ctx, tensors)
     ctx.settings, ctx.needs = settings, needs
 
 
@@ -305,8 +307,7 @@ def _formula(inputs: int, backward: Pass, gradients: Callable, ctx: Any, grads: 
             break
     else:
         return (None,) * inputs
-    # The saved tensors once: checkpointing gives them out a single time.
-    kept = Kept(ctx.saved_tensors, ctx.settings, ctx.needs)
+    kept = Kept(saved(ctx), ctx.settings, ctx.needs)
     call = backward.run if getattr(ctx, "plain", False) and unwatched(grads) else backward.op
     found = as_given(given, gradients, call, kept, *grads)
     return *found, *(None,) * (inputs - len(found))

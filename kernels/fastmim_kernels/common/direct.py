@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .device import HERE, on_device_of
 
 _LOW, _WIDE = (torch.bfloat16, torch.float16), torch.float32
+_CPU = -1
+"""What ``Tensor.get_device`` says of a CPU, and of some devices that are none."""
 
 
 class Plain(NamedTuple):
@@ -41,20 +43,22 @@ def plain_to_all(args: Sequence[Any]) -> Plain | None:
 
 
 def plain(args: Sequence[Any]) -> Plain | None:
-    """Of the tensors among ``args``, or None unless all are on a CPU or a GPU, and of no subclass.
+    """Of the tensors among ``args``, or None unless all are on a CPU, or on one GPU, and of no subclass.
 
     All in one walk, which every call makes.
     """
-    like, low, double = None, _WIDE, False
+    like, place, low, double = None, _CPU, _WIDE, False
     for arg in args:
         if arg is None:
             continue
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
-            if not (arg.is_cuda or arg.is_cpu):
-                return None
             if like is None:
-                like = arg
+                if not (arg.is_cuda or arg.is_cpu):
+                    return None
+                like, place = arg, arg.get_device()
+            elif arg.get_device() != place or place == _CPU and not arg.is_cpu:
+                return None
             dtype = arg.dtype
         elif kind is torch.dtype:
             dtype = arg
@@ -63,7 +67,11 @@ def plain(args: Sequence[Any]) -> Plain | None:
         elif (kind is list or kind is tuple) and arg and isinstance(arg[0], Tensor):
             if (found := plain(arg)) is None:
                 return None
-            like, dtype = found.like if like is None else like, torch.float64 if found.double else _WIDE
+            if like is None:
+                like, place = found.like, found.like.get_device()
+            elif found.like.get_device() != place:
+                return None
+            dtype = torch.float64 if found.double else _WIDE
         else:
             continue
         if dtype is not _WIDE:

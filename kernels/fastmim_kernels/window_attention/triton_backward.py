@@ -179,8 +179,8 @@ def reduce_kernel(
     groups, size,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    i_head = tl.program_id(0)
-    o_size = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i_head = tl.program_id(1)
+    o_size = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     total_scale = 0.0
     for g in tl.range(0, groups, GROUPS):
@@ -192,7 +192,7 @@ def reduce_kernel(
             total_scale += tl.sum(tl.load(p_dscale + o_group, mask=m_group, other=0.0), 0)
     tl.store(p_out + i_head.to(tl.int64) * size + o_size, total, mask=o_size < size)
     if p_dscale is not None:  # noqa: SIM102 - decided when compiled, the inner one at run time
-        if tl.program_id(1) == 0:
+        if tl.program_id(0) == 0:
             clamped = tl.load(p_scale + i_head).to(tl.float32) > MAX_LOGIT_SCALE
             tl.store(p_dscale_out + i_head, tl.where(clamped, 0.0, total_scale))
 
@@ -290,5 +290,5 @@ def _reduce(partial: Tensor | None, dscale: Tensor | None, logit_scale: Tensor |
         total = torch.empty(logit_scale.shape, dtype=torch.float32, device=partial.device)
     reduce_kernel.run(
         partial, dscale, logit_scale, dbias, total, groups, n * n, GROUPS=16, BLOCK=256,
-        grid=(heads, cdiv(n * n, 256)), warmup=False)
+        grid=(cdiv(n * n, 256), heads), warmup=False)
     return dbias, total

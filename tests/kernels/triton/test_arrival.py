@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensorMode
 
 from fastmim_kernels.common import arrival
+from fastmim_kernels.common.define_op import PASSES
 from fastmim_kernels.masked_loss import linear_on_triton
 from tests.kernels.triton.examples import EXAMPLES, Example, hidden, normal, run
 
@@ -121,3 +124,22 @@ def test_a_cuda_graph_shares_its_counters_with_nobody(gpu: SimpleNamespace) -> N
         gpu.capturing = False
         assert len({id(t) for t in (before, graph, other)}) == 3
         assert arrival.counters(5, device) is before
+
+
+def test_nothing_stays_in_the_memory_of_a_compilers_graphs(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+                                                           ) -> None:  # fmt: skip
+    """Inductor runs an op as torch knows it in the pool of its graphs before it captures anything."""
+    device, found = torch.device("cuda:0"), []
+
+    def counting(*args: Any) -> Tensor:
+        found.append(arrival.counters(5, device))
+        return args[0].clone()
+
+    op = PASSES["fastmim::gelu"]
+    monkeypatch.setitem(op.functions, "torch", counting)
+    with FakeTensorMode():
+        kept = arrival.counters(5, device)
+        for _ in range(2):
+            OPDEFS["fastmim::gelu"]._init_fn(torch.empty(2, 3), None, "torch")
+        op.run(torch.empty(2, 3), None, "torch")
+        assert found[0] is not kept and found[1] is not found[0] and found[2] is kept

@@ -27,6 +27,7 @@ from fastmim_kernels.position_bias import on_triton as position_bias
 from fastmim_kernels.position_bias.layout import Block
 from fastmim_kernels.residual_norm import on_triton as residual_norm
 from fastmim_kernels.unshuffle import on_triton as unshuffle
+from fastmim_kernels.window_attention import triton_backward, triton_forward
 
 F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
 
@@ -56,6 +57,16 @@ def norm(forward: bool, rows: int = 2**24, c: int = 8192) -> object:
     rows_of = empty(rows, dtype=F32)
     return residual_norm.backward(x, None, x, None, rows_of, rows_of, vector, None, None, None, "post", False, None,
                                   BF16)
+
+
+def attention(forward: bool, images: int, window: int) -> object:
+    size, heads = (window, window), 2
+    qkv, scale = empty(images, window, window, heads * 96), empty(heads, dtype=F32)
+    grid, bias = empty(images, window, window, heads * 32), empty(heads, window**2, window**2, dtype=F32)
+    if forward:
+        return triton_forward.forward(qkv, bias, scale, heads, size, (0, 0))
+    lse = empty(images, heads, window**2, dtype=F32)
+    return triton_backward.backward(grid, qkv, bias, scale, grid, lse, heads, size, (0, 0))
 
 
 def logits(views: int, teachers: int, groups: int, codes: int) -> tuple[Any, ...]:
@@ -99,6 +110,10 @@ CASES: dict[str, Callable[[], object]] = {
         empty(dtype=F32), empty(2**20, 1, 1, 768), *image_loss(2**20)[:4], empty(dtype=F32), 16, "l1"),
     "linear_masked_l1": lambda: linear_loss.forward(
         empty(2**20, 1, 1, 4096), empty(768, 4096), None, *image_loss(2**20), 1e-6, 0.0, BF16, True),
+    "window_attention, small windows": lambda: attention(True, 2**24, 4),
+    "window_attention, small windows, backward": lambda: attention(False, 2**24, 4),
+    "window_attention, large windows": lambda: attention(True, 2**18, 72),
+    "window_attention, large windows, backward": lambda: attention(False, 2**18, 72),
     "unshuffle": lambda: unshuffle.forward(
         empty(2**20, 65, 512), empty(2**20, 4096, dtype=torch.int64), empty(512), empty(4097, 512), BF16),
     "unshuffle, backward": lambda: unshuffle.backward(
