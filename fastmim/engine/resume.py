@@ -47,13 +47,23 @@ def find_start(resume: str, branch_from: str | None, root: Path, world: World) -
 def _find(resume: str, branch_from: str | None, root: Path) -> Found:
     if branch_from is not None and resume not in ("auto", "none", "last_whole"):
         raise ValueError(f"train.resume={resume}: beside train.branch_from={branch_from}; give one of them")
+    if branch_from is not None and _is_of(Path(branch_from).resolve(), root.resolve()):
+        raise ValueError(f"output.dir={root.parent}: it is the run to branch from; choose a new output.dir")
     path, state = whole_checkpoint(resume, root)
+    if path is not None and branch_from is not None and not state.get("branch"):
+        raise ValueError(
+            f"output.dir={root.parent}: it has a run that is no branch, which train.branch_from={branch_from} would "
+            "not change; choose a new output.dir"
+        )
     if path is not None or branch_from is None:
         return Found(path, state)
     path, state = whole_checkpoint(branch_from, root, key="train.branch_from")
-    if path is not None and path.resolve().parent == root.resolve():
-        raise ValueError(f"output.dir={root.parent}: it is the run to branch from; choose a new output.dir")
     return Found(path, state, branch=True)
+
+
+def _is_of(path: Path, root: Path) -> bool:
+    """Whether ``path`` is the run whose ``checkpoints`` folder is ``root``, or a checkpoint of it."""
+    return path in (root, root.parent) or path.parent == root
 
 
 def check_schedule(state: dict[str, Any], now: Schedule, path: Path) -> str | None:

@@ -47,6 +47,12 @@ def inputs_of(objective: Any, batch: Any, *, seed: int, epoch: int) -> tuple[Ima
     return images, objective.random_mask(ids, seed=seed, epoch=epoch)
 
 
+def micro_batch_that_fits(micro_batch_size: int, global_batch_size: int, world_size: int) -> int:
+    """The largest micro-batch, no larger than that given, of which a whole number makes the global batch; or 0."""
+    each, rest = divmod(global_batch_size, world_size)
+    return 0 if rest else max(n for n in range(1, micro_batch_size + 1) if each % n == 0)
+
+
 def batch_sizes(
     *, micro_batch_size: int, grad_accum_steps: int, global_batch_size: int | None, world_size: int
 ) -> tuple[int, int]:
@@ -60,9 +66,11 @@ def batch_sizes(
         return grad_accum_steps, at_once * grad_accum_steps
     accum, rest = divmod(global_batch_size, at_once)
     if rest:
+        smaller = micro_batch_that_fits(micro_batch_size, global_batch_size, world_size)
+        fix = f"train.micro_batch_size={smaller}, or train.global_batch_size=" if smaller else ""
         raise ValueError(
             f"train.global_batch_size={global_batch_size}: not a multiple of {at_once} (micro_batch_size "
-            f"{micro_batch_size} on {world_size} ranks); use {max(accum, 1) * at_once}"
+            f"{micro_batch_size} on {world_size} ranks); use {fix}{max(accum, 1) * at_once}"
         )
     if grad_accum_steps not in (1, accum):
         raise ValueError(

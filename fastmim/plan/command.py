@@ -18,19 +18,18 @@ from fastmim.engine.build import recomputed_objective, step_sizes
 from fastmim.engine.precision import auto_is_fp32, precision_of
 from fastmim.engine.probe import ENCODER_FILE
 from fastmim.engine.settings import image_arguments
+from fastmim.engine.stream import micro_batch_that_fits
 from fastmim.objectives import find_objective
 
 from . import kept
 from .hardware import Gpu, in_precision
 from .memory import LAYOUTS, Buckets
-from .recommend import Model, Option, Setting, best, options, smallest_machine, stages_for
+from .recommend import RECOMPUTE, Model, Option, Setting, best, options, smallest_machine, stages_for
 from .report import Plan
 from .roofline import PCIE
 from .trace import Footprint, trace
 
 IMAGENET_1K = 1_281_167
-RECOMPUTE = ("none", "fc1", "gemm", "fc1_qkv", "full/2", "full")
-"""Policies of every plan: ``efficiency.recompute``, ``/n`` for every n-th block."""
 _OFFLOADS = {(False, False): "none", (True, False): "optimizer", (False, True): "param", (True, True): "all"}
 """By (optimiser states, weights)."""
 
@@ -51,6 +50,7 @@ def make_plan(
         raise ValueError(f"--gpus {gpus}: must be at least 1")
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: must be at least 1")
+    cfg, adapted = _adapted(cfg, gpus)
     accum, global_batch = step_sizes(cfg, gpus)
     precision = precision_of(cfg.efficiency.precision, name=gpu.name, bf16=gpu.bf16)
     gpu, setting = gpu.at(precision), _configured(cfg, accum, gpus)
@@ -77,7 +77,7 @@ def make_plan(
             images=total,
             images_from=source,
             precision=precision,
-            notes=_notes(cfg, gpu),
+            notes=(*adapted, *_notes(cfg, gpu)),
         )
 
 
@@ -197,6 +197,21 @@ def _configured(cfg: Config, accum: int, gpus: int) -> Setting:
     every = f"/{efficiency.recompute_every}" if efficiency.recompute_every > 1 else ""
     policy = f"{efficiency.recompute}{every}"
     return Setting(efficiency.zero_stage or 0, policy, cfg.train.micro_batch_size, accum, gpus, offload)
+
+
+def _adapted(cfg: Config, gpus: int) -> tuple[Config, tuple[str, ...]]:
+    """The config with a micro-batch that fits so many GPUs, where its own is too large for the global batch."""
+    train = cfg.train
+    if train.global_batch_size is None or train.global_batch_size % (train.micro_batch_size * gpus) == 0:
+        return cfg, ()
+    size = micro_batch_that_fits(train.micro_batch_size, train.global_batch_size, gpus)
+    if not size or train.grad_accum_steps != 1:  # which the config itself is told
+        return cfg, ()
+    fits = cfg.model_copy(update={"train": train.model_copy(update={"micro_batch_size": size})})
+    return fits, (
+        f"train.micro_batch_size={train.micro_batch_size}: no whole number of them on {gpus} GPUs makes the global "
+        f"batch of {train.global_batch_size}; planned with {size}, which is to be given",
+    )
 
 
 def _on_a_drive(cfg: Config) -> str:

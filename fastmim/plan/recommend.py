@@ -12,6 +12,9 @@ from .trace import Footprint
 
 HEADROOM = 0.08
 """Share of a GPU's memory that a plan leaves free: fragmentation, and what a trace does not see."""
+RECOMPUTE = ("none", "fc1", "gemm", "fc1_qkv", "full/2", "full")
+"""Policies of every plan, from nothing that is computed again to all: ``efficiency.recompute``, ``/n`` for every n-th
+block."""
 MOST_IMAGES = 1024
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 CLOSE = 0.01
@@ -138,11 +141,17 @@ def options(model: Model, gpu: Gpu, gpus: int, global_batch: int, offload: str =
 
 
 def best(fitting: Iterable[Option]) -> Option:
-    """The lowest stage within 5 % of the fastest; of its options within 1 % of its fastest, that of least memory."""
+    """The lowest stage within 5 % of the fastest; of its options within 1 % of its fastest, that which computes least
+    again, and then that of least memory."""
     fitting = list(fitting)
     near = _close(fitting, LOWER_STAGE)
     lowest = min(option.setting.stage for option in near)
-    return min(_close([o for o in near if o.setting.stage == lowest], CLOSE), key=lambda option: option.memory.total)
+    close = _close([option for option in near if option.setting.stage == lowest], CLOSE)
+    return min(close, key=lambda option: (_again(option.setting.policy), option.memory.total))
+
+
+def _again(policy: str) -> int:
+    return RECOMPUTE.index(policy) if policy in RECOMPUTE else len(RECOMPUTE)
 
 
 def _close(found: Sequence[Option], share: float) -> list[Option]:

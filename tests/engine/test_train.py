@@ -320,6 +320,8 @@ def test_a_branch_is_the_run_that_had_its_schedule_from_the_start(settings, tmp_
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "trunk").rglob("*")}
     for changes, message in (
         ({"output__dir": tmp_path / "trunk", "train__resume": "none"}, "it is the run to branch from"),
+        ({"output__dir": tmp_path / "trunk"}, "it is the run to branch from"),
+        ({"output__dir": tmp_path / "other"}, "it has a run that is no branch"),
         ({"train__resume": origin}, "beside train.branch_from"),
         ({"model__embed_dim": 16}, "model.embed_dim=16"),
         ({"train__branch_from": tmp_path}, "train.branch_from=.*: no complete checkpoint"),
@@ -442,6 +444,8 @@ def test_batch_sizes():
     assert batch_sizes(**given | {"global_batch_size": None, "grad_accum_steps": 5}) == (5, 20)
     with pytest.raises(ValueError, match="train.global_batch_size=13: not a multiple of 4 .* use 12"):
         batch_sizes(**given | {"global_batch_size": 13})
+    with pytest.raises(ValueError, match="not a multiple of 16 .* use train.micro_batch_size=6, or .*_size=16"):
+        batch_sizes(**given | {"micro_batch_size": 8})
     with pytest.raises(ValueError, match="train.grad_accum_steps=2: global_batch_size=12 needs 3"):
         batch_sizes(**given | {"grad_accum_steps": 2})
 

@@ -187,6 +187,16 @@ def test_a_higher_stage_must_gain_more_than_it_risks() -> None:
     assert best([timed(3, 1.0), timed(1, 1.12)]).setting.stage == 3
 
 
+def test_nothing_is_computed_again_where_that_gains_nothing() -> None:
+    def option(policy: str, seconds: float, saved: float, micro_batch: int = 8) -> Option:
+        setting = Setting(0, policy, micro_batch, 64 // micro_batch, 1)
+        return Option(setting, Memory(1, 1, 1, saved, 1, 1), StepTime(seconds, 0.0, 0.0, seconds, {}), 20.0, 0.5)
+
+    assert best([option("full", 1.0, 1), option("none", 1.005, 6)]).setting.policy == "none"
+    assert best([option("full", 1.0, 1), option("fc1", 1.0, 3), option("none", 1.1, 6)]).setting.policy == "fc1"
+    assert best([option("none", 1.0, 6, 16), option("none", 1.0, 3, 8)]).setting.micro_batch == 8
+
+
 @pytest.mark.parametrize("name", ["a100-80g", "h100-80g", "b200-180g"])
 def test_stage_3_is_for_models_that_need_it(name: str) -> None:
     """On 8 GPUs the published runs of it are more than twice as slow as runs that hold all weights."""

@@ -179,6 +179,14 @@ def test_does_not_fit_names_a_machine_that_does(capsys: pytest.CaptureFixture[st
     assert "does not fit" in out and "smallest known machine for it: 1 x " in out
 
 
+def test_more_gpus_than_micro_batches_in_the_global_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    """16 images on each of 8 GPUs are more than 64: what would train is planned, and said."""
+    status, out, err = run(capsys, "--gpus", "8")
+    assert status == 0 and err == ""
+    assert "train.micro_batch_size=16: no whole number of them on 8 GPUs makes the global batch of 64; planned" in out
+    assert "as configured: ZeRO stage 0, recompute none, micro-batch 8 x 1 x 8 GPUs: fits" in out
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
