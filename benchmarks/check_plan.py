@@ -31,6 +31,7 @@ from fastmim.engine.distributed import World  # noqa: E402
 from fastmim.engine.dry_step import fake_values  # noqa: E402
 from fastmim.engine.loop import train_step  # noqa: E402
 from fastmim.engine.recompute import POLICIES  # noqa: E402
+from fastmim.models.sizes import SIZES  # noqa: E402
 from fastmim.plan.memory import LIBRARIES, memory  # noqa: E402
 from fastmim.plan.trace import Footprint, trace  # noqa: E402
 from fastmim_kernels.common.dispatch import as_on_a_gpu  # noqa: E402
@@ -80,7 +81,8 @@ def planned_peak(cfg: Config) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("check_plan.py", __doc__)
-    parser.add_argument("--models", nargs="+", default=["swinv2_base", "swinv2_giant"], help="sizes")
+    parser.add_argument("--models", nargs="+", default=["swinv2_base", "swinv2_giant"], choices=list(SIZES),
+                        metavar="SIZE", help="sizes")  # fmt: skip
     parser.add_argument("--policies", nargs="+", default=["full"], choices=POLICIES, help="of recomputation")
     parser.add_argument("--batch", type=command.positive, default=64, help="micro-batch, images")
     parser.add_results("check_plan.csv", "CSV, written anew")

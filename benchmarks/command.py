@@ -37,6 +37,20 @@ TAKES = {
     "run.py counts": "5 minutes",
     "run.py report": "some seconds",
     "run.py all": "4 hours; with --quick 20 minutes",
+    "accelerate_table.py": "5 minutes",
+    "bench_busy.py": "3 minutes",
+    "bench_checkout.py": "10 minutes",
+    "bench_host.py": "2 minutes",
+    "bench_visible.py": "5 minutes",
+    "big_model.py": "10 minutes",
+    "check_plan.py": "10 minutes",
+    "ibot_count.py": "2 minutes",
+    "kernel_report.py": "20 minutes; some for one --module",
+    "moco_count.py": "1 minute",
+    "op_count.py": "5 minutes",
+    "study.py": "an hour",
+    "sweep.py": "3 hours",
+    "transfer.py": "an hour",
     "gpu_proof.py": "2 minutes with --dry; on a GPU at most --budget",
     "readme_table.py": "some seconds",
 }
@@ -70,7 +84,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, name: str, doc: str | None) -> None:
-        takes = f"Takes about {TAKES[name]} (estimated for 2 cores without a GPU)." if name in TAKES else None
+        takes = f"Takes about {TAKES[name]} (estimated for 2 cores without a GPU)."
         super().__init__(prog=name, description=doc, epilog=takes, formatter_class=Help)
 
     def error(self, message: str) -> NoReturn:
@@ -82,6 +96,16 @@ class Parser(argparse.ArgumentParser):
         where.add_argument("--out", type=result_path, default=SCRATCH / file, metavar="PATH", help=what)
         where.add_argument("--record", dest="out", action="store_const", const=RESULTS / file,
                            help=f"write the committed results/{file} instead (default: off)")  # fmt: skip
+
+
+def check_shown(path: Path) -> None:
+    """Of ``--show``, which measures nothing.
+
+    Raises:
+        ValueError: ``path`` is not there.
+    """
+    if not path.exists():
+        raise ValueError(f"--show: there is no {path}; --show --record shows the committed one")
 
 
 def result_path(text: str) -> Path:

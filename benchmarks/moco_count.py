@@ -8,9 +8,8 @@ paper's pseudocode: one pass a view through encoder, projector and predictor, tw
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
+from benchmarks import command  # noqa: E402
 from benchmarks.step_count import Count, count_step  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 
@@ -80,17 +80,18 @@ def count(size: Mapping[str, Any], batch: int) -> dict[str, Count]:
     return {"fastmim": count_step(lambda: ours(size), **how), "timm": count_step(lambda: Eager(size), **how)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--width", type=int, default=384, help="embed_dim of the ViT/16 (default 384: ViT-S)")
-    parser.add_argument("--batch", type=int, default=64, help="images of a micro-batch (default 64)")
-    options = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.Parser("moco_count.py", __doc__)
+    parser.add_argument("--width", type=command.positive, default=384, help="embed_dim of the ViT/16; 384 is ViT-S")
+    parser.add_argument("--batch", type=command.positive, default=64, help="images of a micro-batch")
+    options = parser.parse_args(argv)
     size = dict(img_size=224, patch_size=16, embed_dim=options.width, depth=12, num_heads=12)
     print("provider  launches  MB/image  saved MB/image  modelled µs/image (H100, three roofs)")
     for name, one in count(size, options.batch).items():
         numbers = f"{one.megabytes:8.1f}  {one.saved_megabytes:14.1f}  {one.honest():17.1f}"
         print(f"{name:8}  {len(one.counter.launches):8}  {numbers}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command.exit_with("moco_count.py", main)

@@ -282,7 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="the table and picture of what is there; run nothing")
     parser.add_results("study.csv", "CSV; rows that it has are kept")
     args = parser.parse_args(argv)
-    if not args.show:
+    if args.show:
+        command.check_shown(args.out)
+    else:
         torch.set_num_threads(1)
         for fold in (CHOICE, args.fold):
             make_digits(digits(args.runs, fold), fold=fold)

@@ -211,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print and draw what is there, and run nothing")
     parser.add_results("sweep.csv", "CSV; a row as soon as it is there, rows that are there are kept")
     args = parser.parse_args(argv)
+    if args.show:
+        command.check_shown(args.out)
     found: list[dict[str, Any]] = list(command.read_csv(args.out)) if args.out.exists() else []
     if not args.show:
         torch.set_num_threads(1)

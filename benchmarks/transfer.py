@@ -308,7 +308,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_results("transfer.csv", "CSV; rows that it has are kept")
     args = parser.parse_args(argv)
     runs = args.runs if args.data else args.runs / f"fold-{args.fold}"
-    if not args.show:
+    if args.show:
+        command.check_shown(args.out)
+    else:
         torch.set_num_threads(1)
         runs.mkdir(parents=True, exist_ok=True)
         if args.data is None and not (runs / "digits" / "val").is_dir():

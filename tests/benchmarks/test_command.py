@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from fastmim.models.sizes import SIZES
 
 
 def test_results_are_committed_only_when_told() -> None:
-    parser = command.Parser("run.py x", "")
+    parser = command.Parser("run.py step", "")
     parser.add_results("measurements.csv")
     assert parser.parse_args([]).out == harness.ROOT / "runs" / "benchmarks" / "measurements.csv"
     assert parser.parse_args(["--record"]).out == harness.RESULTS / "measurements.csv"
@@ -32,6 +34,21 @@ def test_help_says_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--model SIZE", "--shape", "--ops", "--dtype", "--providers", "--batch", "--rounds", "--record"):
         own = text[text.index(f"{option} ", text.index("options:")) + 3 :].partition(" --")[0]
         assert "(default: " in own, own
+
+
+@pytest.mark.parametrize("script", ["study", "sweep", "transfer"])
+def test_what_is_not_there_cannot_be_shown(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = tmp_path / "x.csv"
+    with pytest.raises(ValueError, match=f"--show: there is no {absent}; --show --record shows the committed one"):
+        importlib.import_module(f"benchmarks.{script}").main(["--show", "--out", str(absent), "--runs", str(tmp_path)])
+    assert not any(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+def test_every_command_says_how_long_it_takes() -> None:
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (harness.ROOT / "benchmarks").rglob("*.py")}
+    names = {name for source in sources.values() for name in re.findall(r'Parser\("([^"]+)"', source)}
+    assert len(names) > 25 and names <= {*command.TAKES}
+    assert [name for name, source in sources.items() if "= argparse.ArgumentParser(" in source] == []
 
 
 @pytest.mark.parametrize("options, said", [
