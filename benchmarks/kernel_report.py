@@ -3,8 +3,10 @@
 Compiles every case of ``aot_cases()`` in ``fastmim_kernels`` ahead of time for the given architectures (those
 among them on which the case is launched; what the JIT would share is compiled once); prints registers, spills,
 shared memory, the share of global bytes in 128-bit accesses, the tensor-core instructions and what a warp issues
-outside of loops and in each; writes them as JSON and CSV. A report of everything with ``--record`` also
-renews ``fastmim_kernels/check/issue_slots.json``, the instructions that ``op_count.py`` and ``fastmim plan`` count.
+outside of loops and in each; writes them as JSON and CSV, and there, for models that ``op_count.py`` has counted, the
+time of the kernel in a step: by bytes and FLOPs, by three roofs at public efficiency, and which of these binds. A
+report of everything with ``--record`` also renews ``fastmim_kernels/check/issue_slots.json``, the instructions that
+``op_count.py`` and ``fastmim plan`` count.
 
     python benchmarks/kernel_report.py [--arch 80 90 100] [--module NAME …] [--match REGEX] [--quick]
                                           [--jobs 2] [--known REPORT.json] [--out STEM]
@@ -48,8 +50,16 @@ COLUMNS = (
     "stores",
     "once",
     "loops",
+    "kernel",
+    "model",
+    "pure_us",
+    "honest_us",
+    "efficiency",
+    "binds",
 )
 ISSUE = ("once", "loops")
+ISSUE_ARCH = 90
+COUNTED = command.RESULTS / "op_count_roofs.csv"
 """Instructions outside of loops and in each, on the architecture of the issue roof."""
 MEASURED = (
     *COLUMNS[COLUMNS.index("registers") : COLUMNS.index("wide_target")],
@@ -122,7 +132,32 @@ def report(
 def _head(module: str, case: Any, arch: int) -> dict[str, Any]:
     """What a row says of the case itself."""
     own = {name: getattr(case, name) for name in ("num_warps", "dot", "wide_target", "persistent")}
-    return {"module": module, "case": case.name, "arch": arch, "key": case.key(arch), **own}
+    return {"module": module, "case": case.name, "kernel": case.kernel.fn.__name__, "arch": arch, "key": case.key(arch),
+            **own}  # fmt: skip
+
+
+MODELS = {"swin_b": "swin_base", "swinv2_b": "swinv2_base", "swinv2_l": "swinv2_large", "swinv2_h": "swinv2_huge",
+          "swinv2_g": "swinv2_giant"}  # fmt: skip
+"""In the name of a case → whose steps ``op_count.py`` has counted."""
+
+
+def roofs(row: dict[str, Any], counted: list[dict[str, str]]) -> dict[str, Any]:
+    """What ``op_count.py`` models of the kernel of a row in all launches of a step, where a model is in its name.
+
+    µs an image on an H100 by bytes and FLOPs at 100 % (``pure_us``) and at public efficiency with issue slots
+    (``honest_us``), the first over the second, and the roof that binds the larger part.
+    """
+    found = re.search(r"(?:^|[/_])(swinv2_[blhg]|swin_b)(?=[-_]|$)", row["case"])
+    if found is None or row["arch"] != ISSUE_ARCH:
+        return {}
+    model, suffix = MODELS[found[1]], f"/triton.{row['kernel']}"
+    own = [one for one in counted if one["model"] == model and one["op"].endswith(suffix)]
+    if not own:
+        return {}
+    pure, honest = (sum(float(one[name]) for one in own) for name in ("pure_us", "honest_us"))
+    largest = max(own, key=lambda one: float(one["honest_us"]))
+    share = {"efficiency": f"{pure / honest:.2f}"} if honest else {}
+    return {"model": model, "pure_us": f"{pure:.3f}", "honest_us": f"{honest:.3f}", "binds": largest["binds"], **share}
 
 
 def read_known(path: Path) -> dict[str, dict[str, Any]]:
@@ -190,10 +225,11 @@ def write(rows: list[dict[str, Any]], stem: Path) -> None:
     text = json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n'
     command.write_whole(stem.with_suffix(".json"), text)
     columns, lines = [*head, *COLUMNS], []
+    counted = list(command.read_csv(COUNTED))
     for row in rows:
         widths = {k: " ".join(f"{b}x{n}" for b, n in row.get(k, {}).items()) for k in ("loads", "stores")}
         widths["loops"] = _loops(row)
-        full = head | row | widths | {"share_128": round(row.get("share_128", 0), 4)}
+        full = head | row | roofs(row, counted) | widths | {"share_128": round(row.get("share_128", 0), 4)}
         lines.append({column: full.get(column, "") for column in columns})
     command.write_csv(stem.with_suffix(".csv"), columns, lines)
 

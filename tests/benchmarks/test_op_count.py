@@ -21,7 +21,7 @@ from fastmim_kernels.window_attention.op import traffic as window_attention_traf
 
 pytest.importorskip("triton")
 
-from benchmarks import ibot_count, moco_count, op_count, step_count  # noqa: E402
+from benchmarks import ibot_count, kernel_report, moco_count, op_count, step_count  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
 from fastmim.plan.hardware import Gpu  # noqa: E402
@@ -288,3 +288,17 @@ def test_a_step_of_moco_beside_the_papers_pseudocode() -> None:
     ours, eager = counts["fastmim"], counts["timm"]
     assert len(ours.counter.launches) < 0.65 * len(eager.counter.launches)
     assert ours.megabytes < 0.7 * eager.megabytes and ours.saved_megabytes < 0.9 * eager.saved_megabytes
+
+
+def test_a_kernel_of_the_report_has_the_roofs_of_all_its_launches() -> None:
+    counted = [
+        {"model": "swinv2_base", "op": "mlp/triton.fc", "pure_us": "2", "honest_us": "4", "binds": "issue"},
+        {"model": "swinv2_base", "op": "mlp_backward/triton.fc", "pure_us": "1", "honest_us": "2", "binds": "bytes"},
+        {"model": "swinv2_base", "op": "mlp/triton.fc_other", "pure_us": "9", "honest_us": "9", "binds": "bytes"},
+        {"model": "swin_base", "op": "mlp/triton.fc", "pure_us": "9", "honest_us": "9", "binds": "bytes"},
+    ]
+    row = {"case": "fc1/swinv2_b-c128", "arch": 90, "kernel": "fc"}
+    found = {"model": "swinv2_base", "pure_us": "3.000", "honest_us": "6.000", "efficiency": "0.50", "binds": "issue"}
+    assert kernel_report.roofs(row, counted) == found
+    for other in ({"arch": 80}, {"case": "fc1/swinv2_big"}, {"kernel": "other"}):
+        assert kernel_report.roofs(row | other, counted) == {}

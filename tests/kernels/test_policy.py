@@ -104,7 +104,9 @@ def test_nothing_is_measured_where_it_must_not(gpu: dict[str, float], monkeypatc
     with monkeypatch.context() as m:
         m.setattr(tune, "milliseconds", full)
         assert ask() == FUSED
-    assert not list(tmp_path.rglob("*.json")) and ask() == APART
+    assert not list(tmp_path.rglob("*.json")) and ask() == FUSED, "the steps of a run have the same bits"
+    tune.forget()
+    assert ask() == APART, "another process asks again"
 
 
 def test_a_fast_way_that_is_wrong_does_not_win(gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:

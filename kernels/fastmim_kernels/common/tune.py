@@ -49,7 +49,9 @@ def choose(key: tuple[Any, ...], device: torch.device, ways: Ways, otherwise: st
         try:
             times = {name: milliseconds(way) for name, way in known.items() if way is first or _agree(way(), first())}
         except torch.OutOfMemoryError:
-            # A way may need more memory than is left beside the step; the next call finds out again.
+            # A way may need more memory than is left beside the step. Kept for this process alone, but for that: with
+            # another answer at a later call the steps of a run would have other bits.
+            _chosen[(*key, device)] = otherwise
             return otherwise
         kept[text] = min(times, key=times.__getitem__)
         with suppress(OSError):  # a cache: without it the next process measures again
