@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkout", type=Path, metavar="DIR",
                         help="another checkout, measured in turns with this one (default: none)")  # fmt: skip
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_results("host.csv")
     args = parser.parse_args(argv)
     if args.serve:
         serve(args.model, args.repeats)
@@ -176,18 +177,36 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--checkout {args.checkout}: no checkout of fastmim; give the folder that holds fastmim/")
     checkouts = [ROOT] + ([args.checkout.resolve()] if args.checkout else [])
     found = measure([Worker(root, args.model, args.repeats) for root in checkouts], args.rounds)
-    totals = []
-    for root, passes in zip(checkouts, found, strict=True):
-        low, middle = quantiles([forward + backward for forward, backward, _ in passes])
-        (f_low, f_middle), (b_low, b_middle) = (quantiles([one[i] for one in passes]) for i in range(2))
-        totals.append((low, middle))
-        print(f"{root.name}: forward {f_low:.1f} ms, backward {b_low:.1f} ms, both {low:.1f} ms of CPU time (medians "
-              f"{f_middle:.1f}, {b_middle:.1f}, {middle:.1f}), {passes[0][2]:.0f} Triton launches ({args.model}, 20 % "
-              f"quantiles of {len(passes)} passes)")
+    rows = [summary(root, args.model, passes) for root, passes in zip(checkouts, found, strict=True)]
+    for root, row in zip(checkouts, rows, strict=True):
+        print(f"{root.name}: {row['note']} ({args.model}, 20 % quantiles of {row['rounds']} passes)")
     if args.checkout:
-        (low, middle), (their_low, their_middle) = totals
-        print(f"{low / their_low:.3f} of {checkouts[1].name}'s time (by medians {middle / their_middle:.3f})")
+        ours, theirs = rows
+        for row in rows:
+            row |= {"baseline": theirs["provider"]}
+            row["ratio"] = f"{float(theirs['seconds_p20']) / float(row['seconds_p20']):.3f}"
+        low, middle = (float(ours[name]) / float(theirs[name]) for name in ("seconds_p20", "seconds"))
+        print(f"{low:.3f} of {checkouts[1].name}'s time (by medians {middle:.3f})")
+    from benchmarks import harness  # torch: behind the workers, whose time it would take
+
+    environment = harness.environment()
+    harness.append_rows(args.out, [environment | row for row in rows])
     return 0
+
+
+def summary(root: Path, model: str, passes: list[list[float]]) -> dict[str, Any]:
+    """A row of the CSV: CPU seconds of forward and backward together, median and 20 % quantile."""
+    low, middle = quantiles([forward + backward for forward, backward, _ in passes])
+    (f_low, _), (b_low, _) = (quantiles([one[i] for one in passes]) for i in range(2))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True,
+                            check=False).stdout.strip()  # fmt: skip
+    return {
+        "benchmark": "host", "case": f"blocks of {model}, every kernel left out", "device": "cpu",
+        "provider": f"fastmim at {commit or 'unknown'}", "seconds": f"{middle / 1e3:.5f}",
+        "seconds_p20": f"{low / 1e3:.5f}", "rounds": len(passes), "launches": f"{passes[0][2]:.0f}",
+        "note": f"CPU time of forward {f_low:.1f} ms, backward {b_low:.1f} ms, both {low:.1f} ms, median "
+                f"{middle:.1f} ms; {passes[0][2]:.0f} Triton launches",
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -98,10 +98,7 @@ def _dry_sync(size: str, outcome: Outcome) -> None:
             engine = model.engine(objective, "bf16")
             engine.check_every_step = False  # as on a GPU
             images = torch.empty(2, objective.in_chans, *objective.img_size)
-            mask = torch.ones(2, *objective.encoder.grid, dtype=torch.bool)
-            for _ in range(STEPS):
-                engine.backward(engine(images, mask)["loss"])
-                engine.step()
+            _steps(engine, objective, images, torch.arange(2), 0)
 
     found = _why(run)
     outcome.check(f"{size}: values read by the host, fake tensors", found or "none", "none", not found)

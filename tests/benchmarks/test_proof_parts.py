@@ -27,6 +27,7 @@ class Reads(nn.Module):
         super().__init__()
         self.objective = objective
         self.in_chans, self.img_size, self.encoder = objective.in_chans, objective.img_size, objective.encoder
+        self.random_mask = objective.random_mask
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         out = self.objective(images, mask)
@@ -121,6 +122,20 @@ def test_a_host_that_reads_a_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     build = model.built
     outcome = Outcome()
     monkeypatch.setattr(model, "built", lambda *args: Reads(build(*args)))
+    repeat._dry_sync("swin_base", outcome)
+    assert "DataDependentOutput" in outcome.failure()
+
+
+def test_a_mask_whose_numbers_are_read_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, outcome = model.built, Outcome()
+
+    def reading(*args: Any) -> Any:
+        objective = build(*args)
+        draw = objective.random_mask
+        objective.random_mask = lambda ids, **key: draw(ids, **key) if ids.tolist() else None
+        return objective
+
+    monkeypatch.setattr(model, "built", reading)
     repeat._dry_sync("swin_base", outcome)
     assert "DataDependentOutput" in outcome.failure()
 
