@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim_kernels as fk
 from fastmim_kernels.common import arguments
@@ -40,10 +43,14 @@ TOKENS = {"tokens": some(2, 3, 4, 5), "mask": torch.zeros(2, 3, 4, dtype=torch.b
           "out_dtype": torch.float32}  # fmt: skip
 VISIBLE = (torch.tensor([[[-2, 0, 3, -1], [1, 2, 4, -1]], [[-2, 4, -1, -1], [0, 1, 2, 3]]]),
            torch.tensor([[[0, 2, 3, 1], [0, 1, 3, 2]], [[0, 3, 1, 2], [0, 1, 2, 3]]]))  # fmt: skip
+LOGITS = {"student": some(3, 2, 5), "teacher": some(2, 2, 5), "centre": some(5), "student_temp": 0.1,
+          "teacher_temp": 0.05, "pairs": "views", "weight": some(3, 2)}  # fmt: skip
 RIGHT: dict[str, dict[str, Any]] = {
     "bias_plan": {"index": [INDEX], "blocks": [2], "heads": [3], "rows": [9], "coords": [COORDS], "hidden": 8},
     "cpb_bias": {"coords": COORDS, "index": INDEX, "weight1": some(2, 8, 2), "bias1": some(2, 8),
                  "weight2": some(2, 3, 8)},
+    "distillation": LOGITS,
+    "distillation_and_entropy": LOGITS,
     "gelu": {"x": some(5, 4), "bias": some(4)},
     "layer_norm": {"x": some(2, 5, 4), "weight": some(4), "bias": some(4), "eps": 1e-5, "out_dtype": torch.float32},
     "linear": LINEAR,
@@ -72,6 +79,8 @@ RIGHT: dict[str, dict[str, Any]] = {
                          "shift_size": (1, 0), "logit_scale": some(2)},
 }  # fmt: skip
 """Arguments of every public op that belong together, all but ``impl``."""
+NO_OPS = {"IMPLS", "Fusion", "accelerate", "check_impl", "fusion", "nn", "shape_may_follow"}
+"""What the package offers besides: what is not a function of tensors, and what computes nothing."""
 
 FREE = {
     ("gelu", "x", "rank + 1"), ("gelu", "x", "dim 0"), ("layer_norm", "x", "rank + 1"), ("layer_norm", "x", "rank - 1"),
@@ -90,6 +99,8 @@ FREE = {
     ("cpb_bias", "coords", "dim 0"), ("unshuffle", "tokens", "dim 1"), ("linear_masked_l1", "target_eps", "0.0"),
     ("linear_masked_l1", "count_eps", "0.0"),
     ("visible_attention", "qkv", "dim 1"),
+    *((op, name, kind) for op in ("distillation", "distillation_and_entropy")
+      for name, kind in (("centre", "rank + 1"), ("teacher", "dim 0"))),
 }  # fmt: skip
 """(op, argument, what is done to it) where the result is as right as before."""
 FOREIGN = re.compile(r"\n|xpected|mat1|Triton|aten|dispatch|at::|c10|attribute|operand|scalar type|of tensor a")
@@ -103,7 +114,14 @@ def wrong_tensors(right: Tensor, name: str, optional: bool) -> Iterator[tuple[st
     if name not in ("mask", "index", "places", "slots", "groups"):
         yield from (("whole numbers", right.long()), ("bool", right.bool()))
     if name != "mask":
-        yield "int8", right.to(torch.int8)
+        yield from (("int8", right.to(torch.int8)), ("float8", right.float().to(torch.float8_e5m2)))
+    else:
+        yield from ((f"full of {v}", torch.full(right.shape, v)) for v in (7, -2, 0.5, float("nan")))
+    if name in ("index", "places", "slots"):
+        # One beyond either end, and far beyond.
+        ends = {"index": (0, 8), "slots": (-2, 4), "places": (-1, 1) if right.ndim == 2 else (0, 3)}[name]
+        for kind, value in (("low", ends[0] - 1), ("high", ends[1] + 1), ("very low", -100), ("very high", 2**40)):
+            yield kind, right.masked_fill(right == right.max(), value)
     yield from (("rank + 1", right[None]), ("rank - 1", right[0]))
     for i in range(right.ndim):
         yield f"dim {i}", torch.cat([right, right.narrow(i, 0, 1)], i)
@@ -123,14 +141,20 @@ def wrong_values(op: str, name: str, right: Any) -> Iterator[tuple[str, Any]]:
         yield from ((repr(v), v) for v in (-1, 7, (1,), (2, 2, 2), (2, -1), (2.5, 1), "2", None, torch.ones(2), [None]))
     elif name.endswith("eps"):
         yield from ((repr(v), v) for v in (0.0, -1e-5, float("nan"), float("inf"), "1", None, [1e-5]))
+    elif name.endswith("temp"):
+        yield from ((repr(v), v) for v in (0, -0.1, float("nan"), float("inf"), "x", 1j, None, [0.1], np.ones(2)))
+        own = torch.tensor(right)
+        yield from (("two", own.repeat(2)), ("0.0", own * 0), ("below 0", -own), ("infinite", own / 0))
+        yield from (("on meta", own.to("meta")), ("complex", own.to(torch.complex64)), ("bool", own.bool()))
+        yield from (("whole numbers", own.long() + 1), ("float8", own.to(torch.float8_e5m2)))
     elif isinstance(right, bool):
         yield from ((repr(v), v) for v in (2, "yes", torch.ones(2)))
     elif isinstance(right, int):
-        yield from ((repr(v), v) for v in (0, -1, 1.5, "2", None, [2], torch.ones(2)))
+        yield from ((repr(v), v) for v in (0, -1, 1.5, "2", None, [2], torch.ones(2), float(right), math.nan, math.inf))
     elif isinstance(right, torch.dtype) or name.endswith("dtype"):
         yield from ((repr(v), v) for v in (torch.int32, torch.bool, torch.complex64, "float32", 16, torch.ones(2)))
     elif isinstance(right, str):
-        yield from ((repr(v), v) for v in ("other", 3, None, ["l1"], torch.ones(2)))
+        yield from ((repr(v), v) for v in ("other", 3, None, ["l1"], torch.ones(2), np.ones(2)))
     else:
         wrong = (3, None, "x", [], [1.5], [0], ["x"], torch.ones(2), (*right, right[0]))
         yield from ((repr(v), v) for v in wrong if v is not None or not optional)
@@ -163,6 +187,10 @@ def test_a_wrong_argument_is_named_in_one_line(op: str, name: str) -> None:
         assert " must " in said and not FOREIGN.search(said) and len(said) < 300, (kind, said)
         tried += 1
     assert tried
+
+
+def test_these_are_all_ops() -> None:
+    assert set(RIGHT) | NO_OPS == set(fk.__all__) and not set(RIGHT) & NO_OPS
 
 
 @pytest.mark.parametrize("op", RIGHT)
@@ -203,6 +231,18 @@ def test_an_error_of_right_arguments_stays_as_it_is() -> None:
     ("residual_norm", {"order": "post"}, "gamma must be None with order='post'"),
     ("residual_norm", {"merge": True}, "merge must be False but with order='post'"),
     ("cpb_bias", {"index": INDEX + 1}, "index must hold rows of coords, 0 to 8, got 1 to 9"),
+    ("bias_plan", {"index": [INDEX - 5], "coords": None}, "index must hold rows of the table, 0 to 8, got -5 to 3"),
+    ("unshuffle", {"places": torch.full((2, 4), 2)}, "places must hold numbers of kept tokens or -1, -1 to 1, got 2 t"),
+    ("visible_attention", {"padding": None}, "slots must hold tokens of qkv or -1, -1 to 4, got -2 to 4"),
+    ("visible_attention", {"places": VISIBLE[1] + 1}, "places must hold positions in a window, 0 to 3, got 1 to 4"),
+    ("masked_l1", {"mask": torch.full((2, 2, 2), 7)}, r"mask must hold 0 and 1 alone, got others in \(2, 2, 2\)"),
+    ("local_norm_target", {"kernel_size": math.nan}, "kernel_size must be a whole number, got nan"),
+    ("distillation", {"pairs": "rows"}, r"teacher must be \(3, 2, 5\) as student, a row for each of its rows"),
+    ("distillation", {"student": some(1, 2, 5), "teacher": some(1, 2, 5)}, "pairs must be 'rows' where student and te"),
+    ("distillation", {"student": some(3, 0, 5), "teacher": some(2, 0, 5)}, r"weight must be \(3, 0\) for student"),
+    ("distillation", {"teacher_temp": torch.tensor(-0.5)}, "teacher_temp must be above 0, for example 0.1, got -0.5"),
+    ("distillation_and_entropy", {"student_temp": 0}, "student_temp must be a number above 0, for example 0.1, got 0"),
+    ("layer_norm", {"impl": np.ones(2)}, r"impl=a numpy.ndarray of shape \(2,\): must be one of auto"),
 ])  # fmt: skip
 def test_what_is_said(op: str, changed: dict[str, Any], words: str) -> None:
     assert re.search(words, said_of(op, **changed))
@@ -214,10 +254,57 @@ def test_what_is_said(op: str, changed: dict[str, Any], words: str) -> None:
     (lambda: fk.shape_may_follow(3), "shape_may_follow: data must be a tensor, got 3"),
     (lambda: fk.accelerate(3), "accelerate: model must be a Module, got 3"),
     (lambda: fk.accelerate(torch.nn.Linear(2, 2), impl=3), "accelerate: impl=3: must be one of auto, "),
+    (lambda: fk.accelerate(torch.nn.Linear(2, 2), policy="x"), "accelerate: policy='x': must be 'parity' or 'default'"),
+    (lambda: fk.check_impl(np.ones((2, 2))), "^impl=a ndarray: must be one of auto, "),
 ])  # fmt: skip
 def test_what_is_no_op_says_it_too(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("op", [op for op in RIGHT if op != "bias_plan"])
+def test_triton_is_refused_in_the_name_of_the_op(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot run, and for float64; also where the op runs another's kernel."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    said = said_of(op, impl="triton")
+    assert said.partition(":")[0] == op and " impl='triton': must be 'auto' where no Triton kernel can run: t" in said
+    if op not in ("low_copies", "position_bias", "masked_l1"):  # of float32, or of tuples; and a target that is wider
+        doubled = {name: value.double() for name, value in RIGHT[op].items()
+                   if isinstance(value, Tensor) and value.is_floating_point()}  # fmt: skip
+        said = said_of(op, **doubled, impl="triton")
+        assert said.startswith(f"{op}: impl='triton': must be 'auto' or 'torch' for float64")
+
+
+@pytest.mark.parametrize("op, changed", [
+    ("bias_plan", {"blocks": [np.int64(2)], "heads": (np.uint8(3),), "rows": np.array([9]), "hidden": np.int32(8)}),
+    ("linear_masked_l1", {"stride": np.int64(4)}), ("masked_l1", {"stride": np.int64(4)}),
+    ("local_norm_target", {"kernel_size": np.int64(3)}), ("visible_attention", {"num_heads": np.int64(2)}),
+    ("window_attention", {"num_heads": np.int64(2), "window_size": np.int64(2), "shift_size": np.int64(0)}),
+    ("window_attention", {"window_size": (np.int64(2), 2), "shift_size": [np.int16(1), np.int16(0)]}),
+])  # fmt: skip
+def test_whole_numbers_of_numpy_are_taken(op: str, changed: dict[str, Any]) -> None:
+    """By the direct way, and by torch's dispatcher, whose schemas know those of Python."""
+    plain = {name: value.tolist() if isinstance(value, np.generic | np.ndarray) else value for name, value in
+             changed.items()}  # fmt: skip
+    wanted = getattr(fk, op)(**RIGHT[op] | plain)
+    for impl in ({},) if op == "bias_plan" else ({"impl": "torch"}, {"impl": "reference"}):
+        with contextlib.nullcontext() if op == "bias_plan" else FlopCounterMode(display=False):
+            torch.testing.assert_close(getattr(fk, op)(**RIGHT[op] | changed, **impl), wanted)
+        torch.testing.assert_close(getattr(fk, op)(**RIGHT[op] | changed, **impl), wanted)
+
+
+@pytest.mark.parametrize("op, name", [
+    ("unshuffle", "places"), ("visible_attention", "slots"), ("visible_attention", "places"), ("cpb_bias", "index"),
+    ("masked_l1", "mask"), ("mask_tokens", "mask"), ("linear_masked_l1", "mask"), ("distillation", "teacher_temp"),
+])  # fmt: skip
+def test_values_that_are_not_at_hand_are_not_looked_at(op: str, name: str) -> None:
+    """Fake tensors have none; for those of a GPU the host would wait."""
+    right = torch.as_tensor(RIGHT[op][name])
+    given = RIGHT[op] | {name: torch.full_like(right, -7, dtype=torch.int64 if right.dtype == torch.bool else None)}
+    with pytest.raises(ValueError, match=f"{op}: {name} must "):
+        getattr(fk, op)(**given)
+    with FakeTensorMode() as mode:
+        getattr(fk, op)(**{key: mode.from_tensor(v) if isinstance(v, Tensor) else v for key, v in given.items()})
 
 
 @pytest.mark.parametrize("norm_dtype", [torch.float16, torch.float64])

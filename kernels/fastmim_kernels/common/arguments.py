@@ -2,7 +2,8 @@
 
 Shapes and dtypes are checked by the op itself, by comparisons that a right call makes anyway (:func:`wrong`,
 :func:`floating`). Types and devices are looked at when a call has failed (:func:`explained`): a right call pays for a
-``try``, and a wrong one does not end in the words of whatever stumbled over it.
+``try``, and a wrong one does not end in the words of whatever stumbled over it. Values are looked at on a CPU alone
+(:func:`within`, :func:`as_mask`), and of small tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import inspect
 import math
 import numbers
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .dispatch import IMPLS
+from .direct import plain_to_all
+from .dispatch import IMPLS, Unavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,11 +61,11 @@ def explained(**kinds: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 return op(*args, **kwargs)
             try:
                 return op(*args, **kwargs)
-            except _STUMBLES:
-                found = _fault(op, kinds, args, kwargs)
-                if not found:
+            except _STUMBLES as error:
+                explanation = _explanation(op, kinds, args, kwargs, error)
+                if explanation is None:
                     raise
-            raise ValueError(found)
+            raise explanation
 
         return call
 
@@ -79,6 +82,43 @@ def floating(op: str, *tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in FLOATING:
             raise ValueError(f"{op}: tensors must be {DTYPES['floating'][0]}, got {shown(tensor)}")
+
+
+def whole(value: Any) -> Any:
+    """A whole number of numpy as one of Python, which kernels and schemas take; anything else as it is."""
+    # Not 0-d tensors: the host would wait for one of a GPU. Nor what a compiler knows by a symbol.
+    return operator.index(value) if type(value) is not int and isinstance(value, numbers.Integral) else value
+
+
+def within(op: str, argument: str, values: Tensor, least: int, most: int, what: str) -> None:
+    """Raise ``ValueError`` unless all whole ``values``, which are ``what``, lie from ``least`` to ``most``.
+
+    One pass, on a CPU. On a GPU the host would have to wait for the values, and compilers and fakes have none.
+    """
+    if not _at_hand(values) or not values.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(values))
+    if low < least or high > most:
+        raise ValueError(f"{op}: {argument} must hold {what}, {least} to {most}, got {low} to {high}")
+
+
+def as_mask(op: str, mask: Tensor) -> Tensor:
+    """``mask`` in bool.
+
+    Raises:
+        ValueError: It holds values other than 0 and 1. These are looked at as :func:`within` does; elsewhere all but 0
+            count as 1.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    found = mask != 0
+    if _at_hand(mask) and not torch.equal(found.to(mask.dtype), mask):
+        raise ValueError(f"{op}: mask must hold 0 and 1 alone, got others in {shown(mask)}")
+    return found
+
+
+def _at_hand(values: Tensor) -> bool:
+    return values.is_cpu and plain_to_all((values,)) is not None
 
 
 def check_product(op: str, x: Tensor, name: str, weight: Tensor, weight_name: str, bias: Tensor | None, bias_name: str
@@ -126,31 +166,47 @@ def shown(value: Any) -> str:
     return f"a {kind} of shape {tuple(of)}" if isinstance(of, tuple) else f"a {kind}"
 
 
-def _fault(op: Callable, kinds: dict[str, str], args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    """What is wrong with the arguments of ``op`` by their types, dtypes and devices; empty where nothing is."""
+def _explanation(op: Callable, kinds: dict[str, str], args: Sequence[Any], kwargs: dict[str, Any], error: Exception
+                 ) -> ValueError | None:
+    """What to raise in place of ``error``, if anything."""
+    # Tensors without values explain what others stumbled over, and no words of ours: some ops take them.
+    if fault := _fault(op, kinds, args, kwargs, isinstance(error, ValueError)):
+        return ValueError(fault)
+    # In the name of the op that was called, which may run another.
+    return Unavailable(op.__name__, error.why) if isinstance(error, Unavailable) else None
+
+
+def _fault(op: Callable, kinds: dict[str, str], args: Sequence[Any], kwargs: dict[str, Any], empty: bool) -> str:
+    """What is wrong with the arguments of ``op`` by their types, dtypes and devices; empty where nothing is.
+
+    Args:
+        empty: Tensors may be.
+    """
     try:
         given = inspect.signature(op).bind(*args, **kwargs).arguments
     except TypeError:  # one too many or too few, as Python's own message says
         return ""
     hints = typing.get_type_hints(op)
-    if given.get("impl", "auto") not in IMPLS:
-        return f"{op.__name__}: impl={shown(given['impl'])}: must be one of {', '.join(IMPLS)}"
+    impl = given.get("impl", "auto")
+    if not isinstance(impl, str) or impl not in IMPLS:  # an array would compare its values
+        return f"{op.__name__}: impl={shown(impl)}: must be one of {', '.join(IMPLS)}"
     for name, value in given.items():
         takes = _must_be(value, hints[name], kinds.get(name, "floating"))
         if takes:
             return str(wrong(op.__name__, name, takes, value))
-    return _misplaced(op.__name__, [(name, tensor) for name, value in given.items() for tensor in _tensors(value)])
+    tensors = [(name, tensor) for name, value in given.items() for tensor in _tensors(value)]
+    return _misplaced(op.__name__, tensors, empty)
 
 
-def _misplaced(op: str, tensors: list[tuple[str, Tensor]]) -> str:
-    """Which of the named ``tensors`` is on another device than the others, or empty."""
+def _misplaced(op: str, tensors: list[tuple[str, Tensor]], empty: bool) -> str:
+    """Which of the named ``tensors`` is on another device than the others, or ``empty`` and must not be."""
     for name, tensor in tensors:
         first, one = tensors[0]
         if tensor.device.type == "meta":
             return str(wrong(op, name, "on a CPU or a GPU (for shapes alone, use FakeTensorMode)", tensor))
         if tensor.device != one.device:
             return str(wrong(op, name, f"on {one.device} as {first}", tensor))
-        if not tensor.numel():
+        if not empty and not tensor.numel():
             return str(wrong(op, name, "a tensor with values", tensor))
     return ""
 

@@ -27,7 +27,7 @@ from .arguments import check_devices
 from .caches import in_memory_of_others
 from .device import on_device_of
 from .direct import Plain, as_given, check_whole, dtype_of, plain_to_all, tensors_of, unwatched
-from .dispatch import resolve
+from .dispatch import Unavailable, resolve
 from .saved import save as save_tensors
 from .saved import saved
 
@@ -163,7 +163,8 @@ class Op:
 
     def _in_float64(self, functions: Mapping[str, R], impl: str) -> Mapping[str, R]:
         if impl == "triton":
-            raise ValueError(f"{self.name}: impl='triton' computes in float32 and got float64; use impl='torch'")
+            raise Unavailable(self.name, "impl='triton': must be 'auto' or 'torch' for float64; the kernels "
+                              "compute in float32")
         return {name: function for name, function in functions.items() if name != "triton"}
 
 

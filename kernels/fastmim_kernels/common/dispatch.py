@@ -18,6 +18,19 @@ def _installed(name: str) -> bool:
         return False
 
 
+class Unavailable(ValueError):
+    """An implementation that is known but cannot run what an op is given.
+
+    Args:
+        op: Whose it is. One op may run another's; who called is told by :func:`.arguments.explained`.
+        why: The rest of the message.
+    """
+
+    def __init__(self, op: str, why: str) -> None:
+        super().__init__(f"{op}: {why}")
+        self.why = why
+
+
 R = TypeVar("R")
 HAS_TRITON = _installed("triton")
 IMPLS = ("auto", "triton", "torch", "reference")
@@ -40,8 +53,9 @@ def forget_self_tests() -> None:
 
 def check_impl(impl: str) -> str:
     """Return ``impl`` unchanged, or raise ``ValueError`` when it is not one of :data:`IMPLS`."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
+    if not isinstance(impl, str) or impl not in IMPLS:  # an array would compare its values
+        got = repr(impl) if isinstance(impl, str | int | float | None) else f"a {type(impl).__name__}"
+        raise ValueError(f"impl={got}: must be one of {', '.join(IMPLS)}")
     return impl
 
 
@@ -68,9 +82,9 @@ def resolve(op: str, impl: str, implementations: Mapping[str, R], device: torch.
     check_impl(impl)
     if impl not in implementations:
         have = ", ".join(["auto", *implementations])
-        raise ValueError(f"impl={impl!r}: {op} has no such implementation; use one of {have}")
+        raise Unavailable(op, f"impl={impl!r}: must be one of {have}; there is no other implementation")
     if impl == "triton" and (reason := no_triton(device)):
-        raise ValueError(f"impl='triton': {op} cannot run its Triton kernel: {reason}; use impl='auto'")
+        raise Unavailable(op, f"impl='triton': must be 'auto' where no Triton kernel can run: {reason}")
     return implementations[impl]
 
 

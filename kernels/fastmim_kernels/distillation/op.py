@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..common.arguments import explained, floating, shown, wrong
 from ..common.define_op import Kept, define_op
+from ..common.direct import plain_to_all
 from . import on_torch
 from .layout import mean_weight, teachers_of
 
 PAIRS = ("rows", "views")
 
 
+@explained()
 def distillation(student: Tensor, teacher: Tensor, centre: Tensor, *, student_temp: float | Tensor,
                  teacher_temp: float | Tensor, pairs: str = "rows", weight: Tensor | None = None,
                  impl: str = "auto") -> Tensor:
@@ -32,8 +35,9 @@ def distillation(student: Tensor, teacher: Tensor, centre: Tensor, *, student_te
         student: Logits over K codes; with ``pairs="rows"`` (…, K), with "views" (V, B, K), views outermost.
         teacher: "rows": as many rows as the student has; "views": (U, B, K).
         centre: K values in any shape, subtracted from every teacher row.
-        student_temp, teacher_temp: τ_s and τ_t, positive; a number, or a tensor of one value on the device of the
-            logits where it changes from step to step: ``torch.compile`` and CUDA graphs keep numbers as they are.
+        student_temp, teacher_temp: τ_s and τ_t, positive and finite; a number, or a tensor of one value on the device
+            of the logits where it changes from step to step: ``torch.compile`` and CUDA graphs keep numbers as they
+            are.
         pairs: "rows": row i of the student with row i of the teacher (iBOT's patches, of which those that are masked
             are given). "views": row (v, b) with the rows (u, b) of all u ≠ v (class tokens: global crops first, in
             the teacher's order, then the local ones).
@@ -46,11 +50,14 @@ def distillation(student: Tensor, teacher: Tensor, centre: Tensor, *, student_te
         Scalar, float32 (float64 if one of the logits is). 0 for no rows.
 
     Raises:
-        ValueError: Unknown ``pairs``, a temperature that is not positive, shapes that do not belong together.
+        ValueError: An argument is not what is said here.
     """
-    return OP(*_prepared(student, teacher, centre, student_temp, teacher_temp, pairs, weight), impl=impl)[0]
+    prepared = _prepared("distillation", student, teacher, centre, student_temp, teacher_temp, pairs, weight)
+    loss: Tensor = OP(*prepared, impl=impl)[0]
+    return loss
 
 
+@explained()
 def distillation_and_entropy(student: Tensor, teacher: Tensor, centre: Tensor, *, student_temp: float | Tensor,
                              teacher_temp: float | Tensor, pairs: str = "rows", weight: Tensor | None = None,
                              impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -59,7 +66,8 @@ def distillation_and_entropy(student: Tensor, teacher: Tensor, centre: Tensor, *
     Their difference is the divergence KL(teacher ‖ student). A collapse shows in the entropy of the mean of rows (DINO,
     section 5.3): towards 0 it is to one code, towards log K to the uniform distribution. No gradient flows through it.
     """
-    prepared = _prepared(student, teacher, centre, student_temp, teacher_temp, pairs, weight)
+    prepared = _prepared("distillation_and_entropy", student, teacher, centre, student_temp, teacher_temp, pairs,
+                         weight)
     loss, entropy = OP(*prepared, impl=impl)
     return loss, entropy.detach()
 
@@ -83,12 +91,12 @@ def traffic(views: int, teachers: int, groups: int, codes: int, *, weighted: boo
     return (logits + constants, kept + 8, 0), (logits + constants + kept + 4, rows * codes * itemsize, 0)
 
 
-def _prepared(student: Tensor, teacher: Tensor, centre: Tensor, student_temp: float | Tensor,
+def _prepared(op: str, student: Tensor, teacher: Tensor, centre: Tensor, student_temp: float | Tensor,
               teacher_temp: float | Tensor, pairs: str, weight: Tensor | None) -> tuple[Any, ...]:
     """Arguments of the op: logits (V, B, K) and (U, B, K), constants without gradients in the dtype of the loss."""
-    _check(student, teacher, centre, pairs, weight)
+    _check(op, student, teacher, centre, pairs, weight)
     wide, codes = wide_dtype(student.dtype, teacher.dtype), student.shape[-1]
-    temps = (_temperature(name, value, student.device, wide)
+    temps = (_temperature(op, name, value, student.device, wide)
              for name, value in (("student_temp", student_temp), ("teacher_temp", teacher_temp)))
     if pairs == "rows":
         rows = math.prod(student.shape[:-1])
@@ -97,34 +105,46 @@ def _prepared(student: Tensor, teacher: Tensor, centre: Tensor, student_temp: fl
     return (student, teacher.detach(), centre.detach().reshape(-1).to(wide), weight, *temps, pairs == "rows")
 
 
-def _check(student: Tensor, teacher: Tensor, centre: Tensor, pairs: str, weight: Tensor | None) -> None:
+def _check(op: str, student: Tensor, teacher: Tensor, centre: Tensor, pairs: str, weight: Tensor | None) -> None:
+    floating(op, student, teacher, centre, weight)
     if pairs not in PAIRS:
-        raise ValueError(f"pairs={pairs!r}: must be one of {', '.join(PAIRS)}")
-    shapes = f"got student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-    if not student.ndim or not student.shape[-1] or student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(f"distillation: student and teacher must have the same number of codes, 1 at least; {shapes}")
-    if pairs == "rows" and student.shape != teacher.shape:
-        raise ValueError(f"distillation: pairs='rows' wants a teacher row for every student row; {shapes}")
-    if pairs == "views" and (student.ndim != 3 or teacher.ndim != 3 or student.shape[1] != teacher.shape[1]
-                             or not student.shape[0] or not teacher.shape[0]):
-        raise ValueError(f"distillation: pairs='views' wants (V, B, K) and (U, B, K); {shapes}")
-    if pairs == "views" and student.shape[0] == teacher.shape[0] == 1:
-        raise ValueError("distillation: pairs='views' wants two different views; one of each is no pair; use "
-                         "pairs='rows'")
-    if centre.numel() != student.shape[-1]:
-        raise ValueError(f"distillation: centre must hold {student.shape[-1]} values, got {tuple(centre.shape)}")
-    if weight is not None and weight.shape != student.shape[:-1]:
-        raise ValueError(f"distillation: weight must be {tuple(student.shape[:-1])}, got {tuple(weight.shape)}")
+        raise ValueError(f"{op}: pairs={shown(pairs)}: must be one of {', '.join(PAIRS)}")
+    shape, targets = student.shape, teacher.shape
+    if not shape or not shape[-1]:
+        raise wrong(op, "student", "(…, K) with K of 1 or more", student)
+    if pairs == "rows" and targets != shape:
+        raise wrong(op, "teacher", f"{tuple(shape)} as student, a row for each of its rows, with pairs='rows'", teacher)
+    if pairs == "views":
+        _check_views(op, student, teacher)
+    if centre.numel() != shape[-1]:
+        raise wrong(op, "centre", f"{shape[-1]} values, one a code of student", centre)
+    if weight is not None and weight.shape != shape[:-1]:
+        raise wrong(op, "weight", f"{tuple(shape[:-1])} for student of {tuple(shape)}", weight)
 
 
-def _temperature(name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _check_views(op: str, student: Tensor, teacher: Tensor) -> None:
+    shape, targets = student.shape, teacher.shape
+    if len(shape) != 3 or not shape[0]:
+        raise wrong(op, "student", "(V, B, K) with pairs='views'", student)
+    if len(targets) != 3 or not targets[0] or targets[1:] != shape[1:]:
+        raise wrong(op, "teacher", f"(U, {shape[1]}, {shape[2]}) with pairs='views' and student of {tuple(shape)}",
+                    teacher)
+    if shape[0] == targets[0] == 1:
+        raise wrong(op, "pairs", "'rows' where student and teacher have one view each: the same view makes no pair",
+                    "views")
+
+
+def _temperature(op: str, name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
-        if not value > 0:
-            raise ValueError(f"{name}={value}: must be positive")
+        if not 0 < value < math.inf:
+            raise wrong(op, name, "a number above 0, for example 0.1", value)
         return torch.full((), value, dtype=dtype, device=device)
+    floating(op, value)
     if value.numel() != 1 or value.device != device:
-        raise ValueError(f"{name}: a tensor must hold one value on {device}, got {tuple(value.shape)} on "
-                         f"{value.device}")
+        raise wrong(op, name, f"a number, or a tensor of one value on {device}", value)
+    # On a GPU the host would have to wait for it.
+    if value.is_cpu and plain_to_all((value,)) is not None and not 0 < value.item() < math.inf:
+        raise wrong(op, name, "above 0, for example 0.1", value.item())
     return value.detach().reshape(()).to(dtype)
 
 

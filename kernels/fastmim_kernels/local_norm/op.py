@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import explained, floating, wrong
+from ..common.arguments import explained, floating, whole, wrong
 from ..common.define_op import define_op
 from . import on_torch
 from .on_torch import EPS, centre, moments
@@ -31,6 +31,7 @@ def local_norm_target(images: Tensor, kernel_size: int, *, impl: str = "auto") -
     Raises:
         ValueError: An argument is not what is said here.
     """
+    kernel_size = whole(kernel_size)
     _check(images, kernel_size)
     images = images.detach()
     images = images if images.dtype == torch.float64 else images.float()
@@ -53,6 +54,7 @@ def local_statistics(images: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     ``target·std + mean`` undoes :func:`local_norm_target`, which is how predictions are turned back
     into pixels.
     """
+    kernel_size = whole(kernel_size)
     _check(images, kernel_size)
     images = images.detach()
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -65,7 +67,8 @@ def _check(images: Tensor, kernel_size: int) -> None:
     floating("local_norm_target", images)
     if images.ndim != 4:
         raise wrong("local_norm_target", "images", "(B, C, H, W)", images)
-    if kernel_size < 3 or kernel_size % 2 == 0:
+    # NaN is neither below 3 nor even.
+    if not isinstance(kernel_size, int | torch.SymInt) or kernel_size < 3 or kernel_size % 2 == 0:
         raise wrong("local_norm_target", "kernel_size", "odd and at least 3, for example 47", kernel_size)
 
 

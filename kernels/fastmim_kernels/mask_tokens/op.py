@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import check_norm, explained, floating, wrong
+from ..common.arguments import as_mask, check_norm, explained, floating, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
 from . import on_torch
@@ -39,7 +39,8 @@ def mask_tokens_twice(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_
 
     Args:
         tokens: (B, H, W, C) floating point.
-        mask: (B, H, W) bool or 0/1; true where a patch is hidden.
+        mask: (B, H, W) bool or 0/1; true where a patch is hidden. Other values are refused on a CPU; on a GPU, where
+            the host would have to wait for them, all but 0 count as 1.
         mask_token: C values in any shape.
         norm_weight, norm_bias: (C,) of a LayerNorm before the substitution; None for no norm.
         eps: Of the LayerNorm.
@@ -63,7 +64,7 @@ def mask_tokens_twice(tokens: Tensor, mask: Tensor, mask_token: Tensor, *, norm_
             out_dtype = torch.promote_types(out_dtype, torch.float32)
         if pos_embed is not None:
             out_dtype = torch.promote_types(out_dtype, pos_embed.dtype)
-    mask = mask if mask.dtype == torch.bool else mask != 0
+    mask = as_mask("mask_tokens", mask)
     return OP.hand_on(tokens, mask, mask_token, norm_weight, norm_bias, pos_embed, eps, out_dtype, impl=impl)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.arguments import DTYPES, floating, wrong
+from ..common.arguments import DTYPES, as_mask, floating, shown, wrong
 from ..common.token_layout import LOSSES
 
 
@@ -18,7 +18,7 @@ def check(op: str, tokens: Tensor, name: str, target: Tensor, mask: Tensor, stri
     """
     floating(op, tokens, mean, std)
     if loss not in LOSSES:
-        raise ValueError(f"{op}: loss={loss!r}: must be one of {', '.join(LOSSES)}")
+        raise ValueError(f"{op}: loss={shown(loss)}: must be one of {', '.join(LOSSES)}")
     if stride < 1:
         raise wrong(op, "stride", "1 or more pixels", stride)
     shape, grid = target.shape, tokens.shape
@@ -46,13 +46,14 @@ def _check_mask(op: str, mask: Tensor, target: torch.Size) -> None:
         raise wrong(op, "mask", "of bool or 0 and 1", mask)
 
 
-def prepared(target: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None
+def prepared(op: str, target: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None
              ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Target, mask in bool, mean and std of ``op``, as the op takes them."""
     if target.dtype not in (torch.uint8, torch.float64):
         target = target.float()
     if target.dtype != torch.uint8:
         mean = std = None
-    return target.detach(), mask if mask.dtype == torch.bool else mask != 0, mean, std
+    return target.detach(), as_mask(op, mask), mean, std
 
 
 def wide_dtype(prediction: torch.dtype, target: torch.dtype) -> torch.dtype:

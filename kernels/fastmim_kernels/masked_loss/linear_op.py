@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import check_product, explained, floating, wrong
+from ..common.arguments import check_product, explained, floating, whole, wrong
 from ..common.define_op import Kept, define_op
 from ..common.token_layout import EPS, normalised
 from . import linear_on_torch
@@ -43,6 +43,7 @@ def linear_masked_l1(tokens: Tensor, weight: Tensor, bias: Tensor | None, target
     Under autocast the products run in its dtype and the loss in float32. The other arguments, the result and
     the errors are those of :func:`.op.masked_l1`.
     """
+    stride = whole(stride)
     floating("linear_masked_l1", weight, bias)
     values = check("linear_masked_l1", tokens, "tokens", target, mask, stride, loss, mean, std)
     check_product("linear_masked_l1", tokens, "tokens", weight, "weight", bias, "bias")
@@ -54,7 +55,7 @@ def linear_masked_l1(tokens: Tensor, weight: Tensor, bias: Tensor | None, target
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
     dtype = tokens.dtype if tokens.dtype == torch.float64 else dtype
     grads = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tokens, weight, bias))
-    given = *prepared(target, mask, mean, std), stride, loss, float(target_eps), float(count_eps)
+    given = *prepared("linear_masked_l1", target, mask, mean, std), stride, loss, float(target_eps), float(count_eps)
     return OP(tokens, weight, bias, *given, dtype, grads, impl=impl)
 
 

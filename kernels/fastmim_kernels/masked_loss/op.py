@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import explained, wrong
+from ..common.arguments import explained, whole, wrong
 from ..common.define_op import Kept, define_op
 from ..common.token_layout import LOSSES, normalised
 from . import on_torch
@@ -31,7 +31,8 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, *, stride: int, 
         prediction: (B, h, w, C·stride²), channels ordered (C, row, column) as a pixel shuffle expects.
         target: (B, C, H, W) float, or uint8 with ``mean`` and ``std``; ``h·stride ≥ H`` and ``w·stride ≥ W``
             (the excess is ignored). No gradient flows to it.
-        mask: (B, Hm, Wm) bool or 0/1 with Hm | H and Wm | W; true where the loss counts.
+        mask: (B, Hm, Wm) bool or 0/1 with Hm | H and Wm | W; true where the loss counts. Other values are refused on a
+            CPU; on a GPU, where the host would have to wait for them, all but 0 count as 1.
         stride: Pixels per token edge.
         loss: "l1", "l2" or "smooth_l1".
         mean, std: C channel statistics in [0, 1] units that normalise a uint8 target.
@@ -42,11 +43,12 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, *, stride: int, 
     Raises:
         ValueError: An argument is not what is said here.
     """
+    stride = whole(stride)
     values = check("masked_l1", prediction, "prediction", target, mask, stride, loss, mean, std)
     if prediction.shape[3] != values:
         raise wrong("masked_l1", "prediction", f"(B, h, w, {values}), C·stride² for target of {tuple(target.shape)}",
                     prediction)
-    return OP(prediction, *prepared(target, mask, mean, std), stride, loss, impl=impl)
+    return OP(prediction, *prepared("masked_l1", target, mask, mean, std), stride, loss, impl=impl)
 
 
 def traffic(grid: tuple[int, int, int], channels: int, stride: int, mask_cells: int, *, hit: float,

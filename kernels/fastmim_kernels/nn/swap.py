@@ -14,7 +14,7 @@ from timm.models import swin_transformer_v2 as v2
 from timm.models import vision_transformer as vit
 from torch import nn
 
-from ..common.arguments import explained
+from ..common.arguments import explained, shown
 from ..common.dispatch import check_impl
 from .parts import DropIn, Mlp, adopt
 from .swin import (
@@ -101,7 +101,7 @@ def accelerate(model: nn.Module, *, impl: str = "auto", policy: str = "parity") 
     """
     check_impl(impl)
     if policy not in ("parity", "default"):
-        raise ValueError(f"policy={policy!r}: must be 'parity' or 'default'")
+        raise ValueError(f"accelerate: policy={shown(policy)}: must be 'parity' or 'default'")
     if not any(_of_timm(type(module)) for module in model.modules()):
         raise ValueError(f"accelerate: model={type(model).__name__} holds no module of timm; pass what "
                          "timm.create_model made, or a model that contains it")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fusion import norm_adds_bias
 from ..linear.op import linear, product_dtype
 from ..patch_merge.op import patch_merge
-from ..position_bias.op import BiasPlan, Block, bias_plan, position_bias
+from ..position_bias.op import BiasPlan, Block, plan_of, position_bias
 from ..residual_norm.op import layer_norm
 from ..window_attention.layout import crop_shifted, pad_shifted
 from ..window_attention.op import window_attention
@@ -94,7 +94,8 @@ class _MapAttention(PadsMaps):
         index: Tensor = self.relative_position_index
         rows: int = (2 * self.window_size[0] - 1) * (2 * self.window_size[1] - 1)
         heads: int = self.num_heads
-        plan, blocks = bias_plan([index], [1], [heads], [rows], *self._coords())
+        # Of a model that was built on meta, the buffers are moved here before timm fills them.
+        plan, blocks = plan_of([index], [1], [heads], [rows], *self._coords())
         self._plan = BiasPlan(*(tensor.to(index.device) for tensor in plan)), blocks
 
     def _coords(self) -> tuple[Any, ...]:

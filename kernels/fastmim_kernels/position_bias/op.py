@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import check_devices, explained, floating, wrong
+from ..common.arguments import check_devices, explained, floating, whole, within, wrong
 from ..common.chain import Backward, Forward, define_chain
 from ..common.define_op import Kept, define_op
-from ..common.direct import unwatched
 from ..common.rows import exactly, statistics_dtype
 from . import on_torch
 from .layout import ALIGN, BiasPlan, Block, part, sizes, unflatten
@@ -30,7 +29,7 @@ def bias_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[in
     """Plan of an encoder, on the CPU.
 
     Args:
-        index: For each stage (N, N) int64, the table row of each pair.
+        index: For each stage (N, N) int64, the table row of each pair, 0 to T − 1.
         blocks, heads, rows: Of each stage: how many, heads of each, T.
         coords: For each stage (T, 2); None for tables.
         hidden: Width of the MLP.
@@ -38,7 +37,15 @@ def bias_plan(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[in
     Raises:
         ValueError: An argument is not what is said here.
     """
+    blocks, heads, rows = ([whole(v) for v in values] for values in (blocks, heads, rows))
+    hidden = whole(hidden)
     _check_plan(index, blocks, heads, rows, coords, hidden)
+    return plan_of(index, blocks, heads, rows, coords, hidden)
+
+
+def plan_of(index: Sequence[Tensor], blocks: Sequence[int], heads: Sequence[int], rows: Sequence[int],
+            coords: Sequence[Tensor] | None = None, hidden: int = 512) -> tuple[BiasPlan, tuple[Block, ...]]:
+    """:func:`bias_plan` of arguments that are right, but for the values of ``index``, which may be still to come."""
     found: list[Block] = []
     orders, starts = [], []
     at = dict.fromkeys(("params", "coords", "pair", "start", "table", "bias"), 0)
@@ -113,11 +120,7 @@ def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weig
         raise wrong(op, "weight2", f"({bias1.shape[0]}, heads, {bias1.shape[1]}) for bias1 of {tuple(bias1.shape)}",
                     weight2)
     _check_stage(op, index, len(coords), coords)
-    # On a GPU the host would have to wait for the values. Those of a plan may come after it: not looked at there.
-    if index.is_cpu and unwatched((index,)) and not 0 <= int(index.min()) <= int(index.max()) < len(coords):
-        got = f"{int(index.min())} to {int(index.max())}"
-        raise ValueError(f"{op}: index must hold rows of coords, 0 to {len(coords) - 1}, got {got}")
-    plan, blocks = bias_plan([index], [len(weight1)], [weight2.shape[1]], [len(coords)], [coords], bias1.shape[-1])
+    plan, blocks = plan_of([index], [len(weight1)], [weight2.shape[1]], [len(coords)], [coords], bias1.shape[-1])
     plan = BiasPlan(*(tensor.to(index.device) for tensor in plan))
     params = list(zip(weight1.unbind(0), bias1.unbind(0), weight2.unbind(0), strict=True))
     return torch.stack(position_bias(plan, blocks, params, impl=impl))
@@ -147,6 +150,7 @@ def _check_stage(op: str, index: Tensor, rows: int, coords: Tensor | None) -> No
         floating(op, coords)
         if coords.shape != (rows, 2):
             raise wrong(op, "coords", f"({rows}, 2) for each stage, a row for each of the table", coords)
+    within(op, "index", index, 0, rows - 1, "rows of the table" if coords is None else "rows of coords")
 
 
 def _check(plan: BiasPlan, blocks: Sequence[Block], params: Sequence[tuple[Tensor, ...]]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import FLOATING, explained, floating, wrong
+from ..common.arguments import FLOATING, explained, floating, within, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import statistics_dtype
 from . import on_torch
@@ -26,7 +26,7 @@ def unshuffle(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Ten
     Args:
         tokens: (B, 1 + K, C) floating point, the class token first.
         places: (B, L) int64; of each patch the number of its token among the K kept ones, each of which occurs once, or
-            −1 where the patch is hidden.
+            −1 where the patch is hidden. Numbers beyond these are refused on a CPU; a GPU does not look.
         mask_token: C values in any shape.
         pos_embed: (1 + L)·C values in any shape.
         out_dtype: Dtype of the result. Default: that of ``tokens``, promoted by ``pos_embed`` as an addition would.
@@ -79,6 +79,7 @@ def _check(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Tensor
                     pos_embed)
     if out_dtype is not None and out_dtype not in FLOATING:
         raise wrong(op, "out_dtype", "float16, bfloat16, float32, float64 or None", out_dtype)
+    within(op, "places", places, -1, shape[1] - 2, "numbers of kept tokens or -1")
 
 
 def _fake(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Tensor, out_dtype: torch.dtype, impl: str

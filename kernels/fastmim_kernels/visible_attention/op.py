@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import explained, floating, wrong
+from ..common.arguments import explained, floating, whole, within, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
 from . import on_torch
@@ -30,7 +30,8 @@ def visible_attention(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, 
         qkv: (B, …, 3C), T tokens of each image in any order, channels (q|k|v, head, head_dim). Autocast casts it.
         bias: (num_heads, N, N) added to the logits of a window's positions.
         slots: (B, W, N) int64: which of the image's T tokens stand in each window, each in one; −2 is a position where
-            the map is padded. Behind them −1, for positions where nothing stands.
+            the map is padded. Behind them −1, for positions where nothing stands. Numbers beyond these, and beyond
+            those of ``places``, are refused on a CPU; a GPU does not look.
         places: (B, W, N) int64: the position of each of these in the window; all N, each once.
         num_heads: Number of heads; divides C.
         groups: (W, N) int64; pairs of different groups, which only the shift brought together, get −100.
@@ -46,6 +47,7 @@ def visible_attention(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, 
     Raises:
         ValueError: An argument is not what is said here.
     """
+    num_heads = whole(num_heads)
     _check(qkv, bias, slots, places, num_heads, groups, padding, logit_scale)
     device = qkv.device.type
     if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
@@ -90,6 +92,10 @@ def _check(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, num_heads: 
         raise wrong(op, "padding", f"{tuple(qkv.shape[-1:])} for qkv of {tuple(qkv.shape)}", padding)
     if logit_scale is not None and logit_scale.numel() != num_heads:
         raise wrong(op, "logit_scale", f"num_heads={num_heads} values", logit_scale)
+    tokens, least = math.prod(qkv.shape[1:-1]), -1 if padding is None else -2
+    within(op, "slots", slots, least, tokens - 1,
+           "tokens of qkv or -1" if padding is None else "tokens of qkv, -1 or, with padding, -2")
+    within(op, "places", places, 0, n - 1, "positions in a window")
 
 
 def _fake(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None, padding: Tensor | None, slots: Tensor,

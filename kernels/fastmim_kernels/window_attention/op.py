@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import explained, floating, shown, wrong
+from ..common.arguments import explained, floating, shown, whole, wrong
 from ..common.define_op import Kept, define_op
 from ..common.rows import cast, statistics_dtype
 from . import on_torch
@@ -43,13 +43,12 @@ def window_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, window_size: 
     Raises:
         ValueError: An argument is not what is said here.
     """
-    window_size = (window_size, window_size) if isinstance(window_size, int) else window_size
-    shift_size = (shift_size, shift_size) if isinstance(shift_size, int) else shift_size
-    check(qkv, bias, num_heads, window_size, shift_size, logit_scale)
+    num_heads, window, shift = whole(num_heads), _both(window_size), _both(shift_size)
+    check(qkv, bias, num_heads, window, shift, logit_scale)
     device = qkv.device.type
     if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         qkv = cast(qkv, torch.get_autocast_dtype(device))
-    return OP(qkv, bias, logit_scale, num_heads, tuple(window_size), tuple(shift_size), impl=impl)
+    return OP(qkv, bias, logit_scale, num_heads, window, shift, impl=impl)
 
 
 def traffic(shape: Sequence[int], num_heads: int, window_size: tuple[int, int], *, itemsize: int = 2
@@ -72,6 +71,14 @@ def traffic(shape: Sequence[int], num_heads: int, window_size: tuple[int, int], 
     row, lse, bias = tokens * c3 // 3 * itemsize, tokens * num_heads * 4, num_heads * n * n * 4
     product = 2 * tokens * n * c3 // 3
     return (3 * row + bias, row + lse, 2 * product), (5 * row + lse + bias, 3 * row + bias, 5 * product)
+
+
+def _both(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Of rows and of columns; whether it can be that, :func:`check` asks."""
+    if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int:  # as models have it
+        return size
+    size = whole(size)
+    return (size, size) if isinstance(size, int) else tuple(map(whole, size))
 
 
 def check(qkv: Tensor, bias: Tensor, num_heads: int, window_size: tuple[int, int], shift_size: tuple[int, int],
