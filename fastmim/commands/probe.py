@@ -9,7 +9,7 @@ from typing import Any
 
 from fastmim.wording import plural
 
-from .configs import positive
+from .configs import positive, takes_overrides
 from .console import shown_on_a_terminal, write
 
 _PROTOCOLS = ("dino", "ibot", "mae", "moco", "beit", "none")
@@ -22,8 +22,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
                        "encoder.safetensors that a run or `fastmim convert` has written")
     probe.add_argument("labelled", metavar="DIR", help="class folders, or shards with .cls members; or a folder with "
                        "train and val, each of these")
-    probe.add_argument("overrides", metavar="key=value", nargs="*",
-                       help="how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
+    takes_overrides(probe, "how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
     probe.add_argument("--val", metavar="DIR", help="to try it on (default: DIR/val, else a fifth of each class)")
     probe.add_argument("--labels", metavar="CSV", help="lines file,class, instead of class folders")
     probe.add_argument("--protocol", choices=_PROTOCOLS, default="dino", help="whose linear probe (default dino)")
@@ -97,6 +96,7 @@ def run_probe(options: argparse.Namespace) -> int:
             epochs=options.epochs,
             augment=options.augment,
             seed=options.seed,
+            called=options.source,
         )
         report, encoder = probe_encoder(file, images, world, **how)
         new = probe_encoder(file, images, world, untrained=True, **how)[0] if options.untrained else None

@@ -59,6 +59,7 @@ def extract_features(
     batch: int = 64,
     labels: str | Path | None = None,
     reading: dict[str, Any] | None = None,
+    called: str | Path | None = None,
     told: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Extracted:
     """Write ``out`` (.safetensors) and beside it a .json of the same name, with the names of the images in its order.
@@ -79,6 +80,7 @@ def extract_features(
         batch: images in a forward pass.
         labels: CSV of file,class; None: the class folders or ``.cls`` members, if all images have one.
         reading: arguments of :func:`fastmim.data.build_loader`.
+        called: what the log calls the source; None: its path.
         told: called with ("images", done, total).
 
     Raises:
@@ -88,7 +90,7 @@ def extract_features(
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: must end in .safetensors")
     with encoder_file(Path(source)) as file:
-        objective = load_encoder(file).to(device)
+        objective = load_encoder(file, called=called or source).to(device)
     objective.has_gaps = (reading or {}).get("no_data") is not None
     encoder, pool = objective.encoder, pool or natural_pool(objective.encoder)
     blocks = _blocks(layers, len(encoder.all_blocks()))
