@@ -111,6 +111,16 @@ def open_index(
     return _open_one(path, follow_links, component, pixels, field)
 
 
+def check_path(path: str, field: str) -> None:
+    """That there is something at a path for :func:`open_index`, which is not looked into.
+
+    Raises:
+        ValueError: there is nothing, or a file that is no shard.
+    """
+    if not os.path.isdir(path) and not shards.find_tars(path, field):
+        _existing_folder(path, field)
+
+
 def _open_one(
     path: str | os.PathLike[str], follow_links: bool, component: str | None, pixels: str, field: str
 ) -> ImageIndex:

@@ -297,6 +297,11 @@ def load_tree(text: str) -> dict:
         (["pretrain", "train.steps=2"], 2, "required: CONFIG, or --images DIR"),
         (["plan", "--images", "60"], 2, "required: CONFIG, or --images DIR"),
         (["pretrain", "--images", "nowhere"], 2, "--images=nowhere: no such folder"),
+        (["pretrain", "mine"], 2, "mine: is a directory; to train on its images: fastmim pretrain --images mine\n"),
+        (["pretrain", "mine", "train.steps=2"], 2, "to train on its images: fastmim pretrain --images mine\n"),
+        (["plan", "mine"], 2, "mine: is a directory; to plan for its images: fastmim plan --images mine\n"),
+        (["plan", "my run", "--images", "60"], 2, "for the config of its run: fastmim plan 'my run/config.yaml'\n"),
+        (["finetune", "mine"], 2, "error: mine: is a directory\n"),
         (["plan", "--images", "mine", "--json"], 2, "--json: not with a folder for --images"),
         (["pretrain", "--images", "mine", "model.nam=x"], 2, "model.nam: unknown key; did you mean 'name'"),
     ],
@@ -304,11 +309,24 @@ def load_tree(text: str) -> dict:
 def test_wrong_requests(
     argv: list[str], status: int, said: str, fixed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("my run").mkdir(), Path("my run/config.yaml").write_text("")
     try:
         found = cli.main(argv)
     except SystemExit as stop:
         found = stop.code
     assert found == status and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["pretrain", "plan"])
+@pytest.mark.parametrize("images, said", [("nowhere", "no such folder"), ("a/x.tar", "no such shard"),
+                                          ("mine/notes.txt", "is a file, not a folder")])  # fmt: skip
+def test_images_that_are_not_there_are_all_that_is_said(
+    command: str, images: str, said: str, fixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No word about held-out images that would have been left out for them."""
+    Path("c.yaml").write_text("data: {path: other, val_path: held}\n")
+    assert cli.main([command, "c.yaml", "--images", images]) == 2
+    assert f"error: --images={images}: {said}" in (errors := capsys.readouterr().err) and "warning" not in errors
 
 
 @pytest.mark.parametrize(
