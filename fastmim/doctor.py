@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastmim_kernels as fk
 from fastmim._version import __version__
+from fastmim.wording import plural
 from fastmim_kernels.check.examples import SMALL, TIMED, Case
 from fastmim_kernels.check.self_test import failure as self_test_failure
 from fastmim_kernels.check.self_test import inputs_of, judge, kernel_of, listed, request, run_case
@@ -134,7 +135,8 @@ def versions() -> dict[str, str | None]:
 
 def devices() -> list[str]:
     """One line for the CPU and one for each GPU."""
-    lines = [f"cpu: {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"]
+    cores = plural(os.cpu_count() or 1, "core")
+    lines = [f"cpu: {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {cores}"]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         lines.append(

@@ -72,7 +72,7 @@ def _as_text(done: Any) -> str:
     count = sum(tensor.numel() for tensor in foreign.tensors.values())
     used = [row for row in foreign.rows if row.becomes]
     form = "as ONNX" if done.target == "onnx" else f"for {done.target}"
-    lines = [f"{done.out}: {foreign.settings['name']} with {count:,} weights, {form}",
+    lines = [f"{done.out}: {foreign.settings['name']} with {plural(count, 'weight')}, {form}",
              f"  read as {foreign.project}'s{under}: {plural(len(used), 'tensor')} used"]  # fmt: skip
     reasons = Counter(row.reason for row in foreign.rows if not row.becomes)
     for reason, many in reasons.items():

@@ -108,7 +108,7 @@ def _as_text(report: Any, new: Any, encoder: dict[str, Any], options: argparse.N
     images = f"{plural(report.train_images, 'image')} to learn from, {report.test_images:,} to try it on"
     what = "class token" if report.pool == "cls" else "mean of the tokens"
     lines = [
-        f"{options.source}: {encoder['name']}, {report.width} channels ({what} behind the last block)",
+        f"{options.source}: {encoder['name']}, {plural(report.width, 'channel')} ({what} behind the last block)",
         f"{options.labelled}: {plural(report.classes, 'class', 'classes')}, {images}",
         "",
         *_scores(report, options),
@@ -124,7 +124,7 @@ def _scores(report: Any, options: argparse.Namespace) -> list[str]:
     if report.linear:
         best = max(report.linear, key=lambda one: one.top1)
         lines.append(f"linear, {options.protocol:<5}{best.top1:5.1f} % top-1  {best.top5:5.1f} % top-5")
-        crops = f"{options.augment} passes of random crops" if options.augment else "centre crops"
+        crops = f"{plural(options.augment, 'pass', 'passes')} of random crops" if options.augment else "centre crops"
         many = f"; the best of {len(report.linear)} on the images tried" if len(report.linear) > 1 else ""
         lines.append(f"             rate {best.rate:g} per 256 images, features {best.features + 1}, {crops}{many}")
     return lines

@@ -239,6 +239,6 @@ def check_bad_fraction(bad: dict[str, str], num_images: int, max_bad_fraction: f
     names = shown([f"{path}: {reason}" for path, reason in bad.items()])
     advice = "none is left" if len(bad) >= num_images else "remove them or raise data.max_bad_fraction"
     raise ValueError(
-        f"data.max_bad_fraction={max_bad_fraction:g}: {len(bad)} of {num_images} files"
+        f"data.max_bad_fraction={max_bad_fraction:g}: {len(bad)} of {plural(num_images, 'file')}"
         f" cannot be used ({names}); {advice}"
     )

@@ -24,6 +24,7 @@ from fastmim.engine.probe import encoder_file, load_encoder
 from fastmim.evaluate.protocols import natural_pool
 from fastmim.files import naming, replacing, write_text
 from fastmim.models.features import Tokens, block_features
+from fastmim.wording import plural
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -126,7 +127,8 @@ def _blocks(layers: Sequence[int] | None, count: int) -> list[int]:
     wanted = [count] if layers is None else [layer + count + 1 if layer < 0 else layer for layer in layers]
     for layer, number in zip(layers or wanted, wanted, strict=True):
         if not 1 <= number <= count:
-            raise ValueError(f"--layers {layer}: this encoder has {count} blocks; give 1 to {count}, or -1 to -{count}")
+            has = f"this encoder has {plural(count, 'block')}"
+            raise ValueError(f"--layers {layer}: {has}; give 1 to {count}, or -1 to -{count}")
     return sorted({number - 1 for number in wanted})
 
 

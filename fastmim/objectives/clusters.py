@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fastmim.wording import plural
+
 CENTRES = "centres"
 """The tensor of a file: (K, C) float32 colours in [0, 1]."""
 
@@ -45,7 +47,7 @@ def read_clusters(path: str | Path, in_chans: int) -> ColourClusters:
         raise ValueError(f"{path}: {CENTRES} must be two colours or more in [0, 1], (K, C); {make}")
     if found.shape[1] != in_chans:
         raise ValueError(
-            f"{path}: colours of {found.shape[1]} channels, and model.in_chans={in_chans}; {make} and "
+            f"{path}: colours of {plural(found.shape[1], 'channel')}, and model.in_chans={in_chans}; {make} and "
             f"model.in_chans={in_chans}"
         )
     centres = np.ascontiguousarray(found, dtype=np.float32)

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fastmim.wording import plural
+
 SCHEDULES = ("cosine", "step", "multistep", "constant")
 
 
@@ -81,7 +83,7 @@ class Schedule:
         if self.name == "multistep" and self.warmup_steps > self.milestones[0]:
             raise ValueError(
                 f"optim.milestones: the first, step {self.milestones[0]}, lies inside the warm-up of "
-                f"{self.warmup_steps} steps; shorten the warm-up"
+                f"{plural(self.warmup_steps, 'step')}; shorten the warm-up"
             )
 
     def __call__(self, step: int) -> float:

@@ -105,6 +105,21 @@ def test_every_choice_has_a_reason_of_a_line() -> None:
     assert "7 images are too few to hold some out" in said["data.val_fraction"]
 
 
+def test_one_image_is_no_images(fixed: Path) -> None:
+    """Of a folder with one, on one core: no reason counts it as several, nor halves it."""
+    facts = with_(images=1, cores=1, short_sides=(180,))
+    said = {one.key: one.reason for grey in (True, False) for one in choose(with_(facts, grey=grey), {}, cost)}
+    assert not re.search(r"\b1 (images|passes|readers|steps|cores)\b|half of 1\b", "; ".join(said.values()))
+    assert said["data.val_fraction"] == "1 image is too few to hold some out (from 20 on)"
+    assert said["train.micro_batch_size"].startswith("1 image a step; ")
+    assert said["train.steps"].endswith(" passes over 1 image")
+    assert said["data.num_workers"] == "reader beside the step, on 1 core"
+    assert said["model.in_chans"] == "the image looked at is grey"
+    assert said["model.img_size"].startswith("the image looked at has a short side of 180 px")
+    (fixed.parent / "one").mkdir(), picture(fixed.parent / "one/a.png")
+    assert "one: 1 image; 4 cores" in own_config("one").text
+
+
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 @pytest.mark.parametrize("images", [62, 3_000, 500_000])
 def test_more_of_anything_never_gives_a_smaller_encoder(kind: str, images: int) -> None:
