@@ -18,7 +18,6 @@ from torch import Tensor
 
 import fastmim_kernels as fk
 from fastmim._version import __version__
-from fastmim.wording import plural
 from fastmim_kernels.check.examples import SMALL, TIMED, Case
 from fastmim_kernels.check.self_test import failure as self_test_failure
 from fastmim_kernels.check.self_test import inputs_of, judge, kernel_of, listed, request, run_case
@@ -135,8 +134,9 @@ def versions() -> dict[str, str | None]:
 
 def devices() -> list[str]:
     """One line for the CPU and one for each GPU."""
-    cores = plural(os.cpu_count() or 1, "core")
-    lines = [f"cpu: {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {cores}"]
+    cores = os.cpu_count() or 1
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    lines = [f"cpu: {kind}, {cores} core{'s' * (cores != 1)}"]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         lines.append(

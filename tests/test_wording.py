@@ -29,7 +29,8 @@ _NOUNS = r" (images|files|steps|epochs|passes|ranks|cores|channels|tensors|block
 _NEVER_ONE = {
     "in_chans channels", "channels channels", "self._met files", "_SUBSTITUTES files", "len(found) images",
     "world.size ranks", "world_size ranks", "one.num_images images", "len(bad) tensors", "looked images",
-    "SEEN images", "rate images", "of steps", "option.images_per_sec images", "facts['images_per_sec'] images",
+    "SEEN images", "rate images", "of steps", "len(blocks) blocks", "len(self.names) tensors",
+    "option.images_per_sec images", "facts['images_per_sec'] images",
 }  # fmt: skip
 
 

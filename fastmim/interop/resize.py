@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastmim.wording import plural
-
 from ..models.layers import to_pair
 from ..models.resample import resample_bias_table, resample_class_table, resample_positions
 from ..models.rules import patch_grid, window_sizes
@@ -45,7 +43,7 @@ def fit_sizes(
     if shared is not None and _SHARED not in own and blocks:
         del fitted[_SHARED]
         fitted |= dict.fromkeys(blocks, shared)
-        changed[_SHARED] = f"{_SHARED} copied to {plural(len(blocks), 'block')}"
+        changed[_SHARED] = f"{_SHARED} copied to {len(blocks)} blocks"
     settings: Mapping[str, Any] = encoder.settings  # type: ignore[assignment]
     for name, tensor in fitted.items():
         wanted = own.get(name)
@@ -85,7 +83,7 @@ def _square(count: int) -> Pair:
 def _window(entries: int, name: str) -> Pair:
     span = math.isqrt(entries)
     if span * span != entries or span % 2 == 0:
-        raise ValueError(f"{name} has {plural(entries, 'row')}: those of no square window")
+        raise ValueError(f"{name} has {entries} rows: those of no square window")
     return (span + 1) // 2, (span + 1) // 2
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastmim.wording import plural
-
 
 @dataclass
 class LoadReport:
@@ -35,7 +33,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         under = "".join([f" from {self.place}" if self.place else "", f" under {self.prefix}" if self.prefix else ""])
-        parts = [f"{plural(len(self.names), 'tensor')} loaded{under}"]
+        parts = [f"{len(self.names)} tensors loaded{under}"]
         for what, names in (("new", self.initialised), ("skipped", self.skipped), ("not read", self.not_read)):
             parts.append(f"{len(names)} {what}" + (f" ({some_of(names)})" if names else ""))
         return ", ".join(parts)

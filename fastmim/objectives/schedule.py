@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastmim.wording import plural
-
 SCHEDULES = ("cosine", "step", "multistep", "constant")
 
 
@@ -83,7 +81,7 @@ class Schedule:
         if self.name == "multistep" and self.warmup_steps > self.milestones[0]:
             raise ValueError(
                 f"optim.milestones: the first, step {self.milestones[0]}, lies inside the warm-up of "
-                f"{plural(self.warmup_steps, 'step')}; shorten the warm-up"
+                f"{self.warmup_steps} step{'s' * (self.warmup_steps != 1)}; shorten the warm-up"
             )
 
     def __call__(self, step: int) -> float:

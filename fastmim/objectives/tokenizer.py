@@ -14,8 +14,6 @@ from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastmim.wording import plural
-
 from ..models import AUTOENCODERS, Autoencoder, create_encoder
 from .dvae import code_map
 from .masks import pixel_mask
@@ -130,7 +128,7 @@ def open_tokenizer(path: str, codes: int | None, in_chans: int) -> Tokenizer:
     if codes not in (None, found.codes):
         raise ValueError(f"objective.codes={codes}: the tokenizer {path} has {found.codes}; leave it out")
     if found.in_chans != in_chans:
-        takes = f"takes {plural(found.in_chans, 'channel')}"
+        takes = f"takes {found.in_chans} channel{'s' * (found.in_chans != 1)}"
         raise ValueError(f"objective.tokenizer={path}: {takes}, and model.in_chans={in_chans}")
     return found
 
