@@ -142,6 +142,10 @@ def test_convert_refuses_what_a_run_has_not(run, tmp_path, capsys, words, said):
         errors = capsys.readouterr().err
         assert words[0] in errors and errors.count("\n") == 1 and not (tmp_path / out).exists()
         assert said in errors or out != "a.safetensors"
+    if "--whole" not in words:
+        (tmp_path / "folder").mkdir(), (tmp_path / "folder/config.json").write_text("{}")
+        assert main(["convert", str(run), str(tmp_path / "folder"), *words]) == 2 and said in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "folder").iterdir()] == ["config.json"]
 
 
 def test_the_log_names_the_run_and_no_file_that_was_made_for_a_moment(run, labelled, tmp_path, caplog):
