@@ -30,7 +30,7 @@ from fastmim.commands import (
     tokenizer,
 )
 from fastmim.commands.console import let_go_of_stdout, log_to_stderr, own_rank, say, shown_on_a_terminal, to_stderr
-from fastmim.commands.own import own_images, sort_words
+from fastmim.commands.own import own_images, refuse_folder, sort_words
 from fastmim.engine.launcher import rank_or_none
 from fastmim.errors import is_our_fault, lacks_memory, one_line
 from fastmim.threads import settle_threads
@@ -120,6 +120,8 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _pretrain_here(options: argparse.Namespace) -> int:
+    if options.takes_images:
+        refuse_folder(options, "fastmim pretrain")
     with shown_on_a_terminal("loading libraries …"):
         from fastmim.config import load_config
 
@@ -153,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = commands.add_parser("pretrain", parents=[common], help="pretrain an encoder")
     own.takes_images(pretrain, "DIR", "choose for the images in this folder, and for this machine, what CONFIG (if "
                      "given) and key=value do not say; print it as a config with reasons, and train")
-    pretrain.set_defaults(command=_pretrain, only=None)
+    pretrain.set_defaults(command=_pretrain, only=None, takes_images=True)
     finetune.add(commands, common, _pretrain)
     for group in (configs, images, machine, convert, masks, probe, features, reconstruct, report):
         group.add(commands, common)

@@ -134,7 +134,9 @@ def versions() -> dict[str, str | None]:
 
 def devices() -> list[str]:
     """One line for the CPU and one for each GPU."""
-    lines = [f"cpu: {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"]
+    cores = os.cpu_count() or 1
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    lines = [f"cpu: {kind}, {cores} core{'s' * (cores != 1)}"]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         lines.append(

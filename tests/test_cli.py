@@ -106,6 +106,16 @@ def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert stop.value.code == 2 and "usage: fastmim" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv, missing",
+    [(["convert", "run"], "DST"), (["config", "show"], "CONFIG"), (["features"], "RUN|ENCODER, IMAGES, --out")],
+)
+def test_only_what_is_required_is_said_to_be(argv: list[str], missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    assert capsys.readouterr().err.endswith(f"the following arguments are required: {missing}\n")
+
+
 def test_config_show_is_the_resolved_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, err = run(capsys, "config", "show", DEMO, "train.steps=7", "optim.lr=1e-4")
     assert (status, err) == (0, "")
@@ -355,6 +365,19 @@ def test_keys_of_a_section_or_one_key(capsys: pytest.CaptureFixture[str]) -> Non
     assert "unknown key; did you mean 'optim'?" in refused(capsys, "config", "keys", "optm")
     assert "optim.lrr: unknown key; did you mean 'lr'?" in refused(capsys, "config", "keys", "optim.lrr")
     assert "optim.lr is a value, not a section" in refused(capsys, "config", "keys", "optim.lr.x")
+
+
+@pytest.mark.parametrize("word", ["", ".", " ", "optim."])
+def test_a_key_without_a_name_says_what_is_expected(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"'{word}': expected a section or section.key, for example optim" in refused(capsys, "config", "keys", word)
+
+
+@pytest.mark.parametrize("name", ["simmim", "mae", "ibot", "dino", "moco"])
+def test_keys_are_words_for_a_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Docstrings have roles and literals, which only Sphinx shows as links and code."""
+    status, out, _ = run(capsys, "config", "keys", f"objective.name={name}")
+    assert status == 0 and "``" not in out and ":`" not in out
+    assert name != "ibot" or "# DINO whose student sees global crops" in out
 
 
 def test_config_diff(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ MISTAKES = [
     ("model.num_heads=4", ["model.num_heads=4: must list one number per stage"]),
     ("model.depths=[2, 2]", ["must list one number per stage, as depths=[2, 2] does"]),
     ("objective.unit=30", ["objective.unit=30: not a multiple of patch_size 4; use 28 or 32"]),
-    ("objective.unit=256", ["masks all 1 units", "smaller unit"]),
+    ("objective.unit=256", ["masks the only unit", "smaller unit"]),
     ("objective.mask=blok", ["objective.mask=blok: expected one of random, block, square", "did you mean 'block'"]),
     ("objective.mask=square", ["objective.mask_ratio=0.6: mask=square hides no such share of", "use 0."]),
     (

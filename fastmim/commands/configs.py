@@ -17,7 +17,13 @@ OVERRIDES = "section.key=value, the value in YAML; may be repeated and wins over
 def takes_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """CONFIG and overrides of it."""
     parser.add_argument("config", metavar="CONFIG", nargs=nargs, help="YAML file, for example configs/demo.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
+    takes_overrides(parser, OVERRIDES)
+
+
+def takes_overrides(parser: argparse.ArgumentParser, words: str, metavar: str = "key=value") -> None:
+    """Any number of overrides, none included."""
+    # Without a default argparse would name them among what is required.
+    parser.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=words)
 
 
 def positive(text: str) -> int:
@@ -42,7 +48,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     shown.set_defaults(command=config_show)
     keys = config_commands.add_parser("keys", parents=[common], help="print every key, its type and default")
     only = "SECTION or SECTION.KEY: these alone, as optim or optim.lr; objective.name=… shows another objective's keys"
-    keys.add_argument("overrides", metavar="SECTION", nargs="*", help=only)
+    takes_overrides(keys, only, metavar="SECTION")
     keys.set_defaults(command=config_keys)
     about = "print the keys in which two configs differ, `key: A -> B`"
     diff = config_commands.add_parser("diff", parents=[common], help=about, description=f"{about}; like diff(1) the "

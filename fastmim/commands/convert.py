@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmim.wording import plural
 
+from .configs import takes_overrides
 from .console import shown_on_a_terminal, write
 
 _KEYS = {"model": ("name", "img_size", "window_size", "pretrained_window_size", "num_heads", "norm_eps", "policy"),
@@ -22,8 +23,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     convert.add_argument("source", metavar="SRC", help="a run's output folder, a step-… folder, a weight file, or a "
                          "folder of timm's or transformers' with config.json")
     convert.add_argument("out", metavar="DST", help="a .safetensors, .pth or .onnx file, or a folder with config.json")
-    convert.add_argument("overrides", metavar="key=value", nargs="*", help="what a file of another program does not "
-                         "say: model.img_size=…, model.window_size=…, model.num_heads=…, data.mean=…")
+    takes_overrides(convert, "what a file of another program does not say: model.img_size=…, "
+                    "model.window_size=…, model.num_heads=…, data.mean=…")
     convert.add_argument("--from", dest="project", metavar="FORMAT", help="of SRC (default: as its names tell)")
     convert.add_argument("--to", dest="target", metavar="FORMAT", help="of DST (default: fastmim for a .safetensors "
                          "file, onnx for .onnx, timm for a folder)")
@@ -71,7 +72,7 @@ def _as_text(done: Any) -> str:
     count = sum(tensor.numel() for tensor in foreign.tensors.values())
     used = [row for row in foreign.rows if row.becomes]
     form = "as ONNX" if done.target == "onnx" else f"for {done.target}"
-    lines = [f"{done.out}: {foreign.settings['name']} with {count:,} weights, {form}",
+    lines = [f"{done.out}: {foreign.settings['name']} with {plural(count, 'weight')}, {form}",
              f"  read as {foreign.project}'s{under}: {plural(len(used), 'tensor')} used"]  # fmt: skip
     reasons = Counter(row.reason for row in foreign.rows if not row.becomes)
     for reason, many in reasons.items():

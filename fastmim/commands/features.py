@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmim.wording import plural
 
-from .configs import positive
+from .configs import positive, takes_overrides
 from .console import bar, shown_on_a_terminal, write
 from .probe import check_overrides, data_of
 
@@ -19,8 +19,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     features.add_argument("source", metavar="RUN|ENCODER", help="a run's output folder, a step-… folder, or the "
                           "encoder.safetensors that a run or `fastmim convert` has written")
     features.add_argument("given", metavar="IMAGES", help="folder of images, nested or flat, tar shards, or a file")
-    features.add_argument("overrides", metavar="key=value", nargs="*",
-                          help="how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
+    takes_overrides(features, "how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
     features.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file; a .json of its name "
                           "has the names of the images, in its order")
     features.add_argument("--maps", action="store_true", help="also the token of every patch: (images, rows, columns, "
@@ -70,6 +69,7 @@ def run_features(options: argparse.Namespace) -> int:
             batch=options.batch,
             labels=options.labels,
             reading=reading_of(data, *FROZEN),
+            called=options.source,
             told=told,
         )
     lines = [f"left out {path}: {reason}" for path, reason in done.bad.items()]

@@ -22,7 +22,7 @@ def add(commands: Any, common: argparse.ArgumentParser, train: Any) -> None:
     takes_config(finetune)
     finetune.add_argument("--encoder", metavar="RUN|FILE", help="a pretraining's output folder, or the "
                           "encoder.safetensors of one: weights to start from; the model section is what it says")
-    finetune.set_defaults(command=train, only=None, read=finetune_config)
+    finetune.set_defaults(command=train, only=None, takes_images=False, read=finetune_config)
 
 
 def finetune_config(options: argparse.Namespace) -> Config:

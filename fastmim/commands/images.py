@@ -8,7 +8,7 @@ from typing import Any
 from fastmim.files import naming
 from fastmim.wording import plural
 
-from .configs import UNNORMALISED, takes_config
+from .configs import UNNORMALISED, takes_config, takes_overrides
 from .console import bar, shown_on_a_terminal, write
 from .statistics import data_stats
 
@@ -25,7 +25,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     digits.set_defaults(command=data_digits)
     check = data_commands.add_parser("check", parents=[common], help="decode every image, name the bad files")
     check.add_argument("folder", metavar="DIR", help="folder of images, nested or flat, or tar shards")
-    check.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.in_chans=1, data.value_range=…")
+    takes_overrides(check, "such as model.in_chans=1, data.value_range=…")
     check.set_defaults(command=data_check)
     stats = data_commands.add_parser("stats", parents=[common], help="measure data.mean and data.std of data.path")
     takes_config(stats)
@@ -37,15 +37,15 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     pack = data_commands.add_parser("pack", parents=[common], help="write a folder of images into tar shards")
     pack.add_argument("folder", metavar="DIR", help="folder of images, nested or flat")
     pack.add_argument("target", metavar="TARGET", help="new folder for the shards, their indices and names.txt")
-    pack.add_argument("overrides", metavar="key=value", nargs="*", help="data.pixels=float32 model.in_chans=13 packs "
-                      "arrays and images of many bands, as they are")
+    takes_overrides(pack, "data.pixels=float32 model.in_chans=13 packs arrays and images of many bands, as "
+                    "they are")
     pack.add_argument("--short-side", type=int, metavar="PX", help="make larger images this small (default: copy)")
     pack.add_argument("--quality", type=int, default=90, metavar="Q", help="of those JPEGs, 1 to 100 (default 90)")
     pack.add_argument("--shard-mb", type=float, default=1000, metavar="MB", help="size of a shard (default 1000)")
     pack.set_defaults(command=data_pack)
     clusters = data_commands.add_parser("clusters", parents=[common], help="fit clusters of colours (SimMIM's target)")
     clusters.add_argument("folder", metavar="DIR", help="folder of images, nested or flat, or tar shards")
-    clusters.add_argument("overrides", metavar="key=value", nargs="*", help="such as model.in_chans=1")
+    takes_overrides(clusters, "such as model.in_chans=1")
     clusters.add_argument("--out", required=True, metavar="FILE", help="safetensors file for objective.clusters")
     clusters.add_argument("--clusters", type=int, default=512, metavar="K", help="number of colours (default 512)")
     clusters.set_defaults(command=data_clusters)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .configs import takes_config
 from .console import own_rank, shown_on_a_terminal, write
-from .own import is_number, show_own, takes_images
+from .own import is_number, refuse_folder, show_own, takes_images
 
 _GPU = "h100-80g"
 
@@ -39,6 +39,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def show_plan(options: argparse.Namespace) -> int:
     """Print what fits on a machine, and how fast it is."""
+    refuse_folder(options, "fastmim plan")
     if options.images is not None and not is_number(options.images):
         return show_own(options)
     with shown_on_a_terminal("loading libraries …"):

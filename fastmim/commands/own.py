@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from typing import TYPE_CHECKING
 
 from .configs import takes_config
@@ -34,6 +35,22 @@ def sort_words(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 def is_number(images: str) -> bool:
     """Whether ``--images`` of ``plan`` is a size; a folder of such a name is written ``./60``."""
     return images.lstrip("-").isdigit()
+
+
+def refuse_folder(options: argparse.Namespace, command: str) -> None:
+    """Likely a first try: a folder of images, or of a run, in the place of CONFIG.
+
+    Raises:
+        ValueError: says what ``command`` takes of it.
+    """
+    if options.config is None or not os.path.isdir(options.config):
+        return
+    inside = os.path.join(options.config, "config.yaml")
+    if os.path.isfile(inside):
+        fix = f"for the config of its run: {command} {shlex.quote(inside)}"
+        raise ValueError(f"{options.config}: is a directory; {fix}")
+    what = "to train on its images" if command.endswith("pretrain") else "to plan for its images"
+    raise ValueError(f"{options.config}: is a directory; {what}: {command} --images {shlex.quote(options.config)}")
 
 
 def own_images(options: argparse.Namespace) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastmim.wording import plural
 
-from .configs import positive
+from .configs import positive, takes_overrides
 from .console import shown_on_a_terminal, write
 
 _PROTOCOLS = ("dino", "ibot", "mae", "moco", "beit", "none")
@@ -22,8 +22,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
                        "encoder.safetensors that a run or `fastmim convert` has written")
     probe.add_argument("labelled", metavar="DIR", help="class folders, or shards with .cls members; or a folder with "
                        "train and val, each of these")
-    probe.add_argument("overrides", metavar="key=value", nargs="*",
-                       help="how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
+    takes_overrides(probe, "how the images are read: data.num_workers=8, data.value_range=…, data.alpha=…")
     probe.add_argument("--val", metavar="DIR", help="to try it on (default: DIR/val, else a fifth of each class)")
     probe.add_argument("--labels", metavar="CSV", help="lines file,class, instead of class folders")
     probe.add_argument("--protocol", choices=_PROTOCOLS, default="dino", help="whose linear probe (default dino)")
@@ -97,6 +96,7 @@ def run_probe(options: argparse.Namespace) -> int:
             epochs=options.epochs,
             augment=options.augment,
             seed=options.seed,
+            called=options.source,
         )
         report, encoder = probe_encoder(file, images, world, **how)
         new = probe_encoder(file, images, world, untrained=True, **how)[0] if options.untrained else None
@@ -108,7 +108,7 @@ def _as_text(report: Any, new: Any, encoder: dict[str, Any], options: argparse.N
     images = f"{plural(report.train_images, 'image')} to learn from, {report.test_images:,} to try it on"
     what = "class token" if report.pool == "cls" else "mean of the tokens"
     lines = [
-        f"{options.source}: {encoder['name']}, {report.width} channels ({what} behind the last block)",
+        f"{options.source}: {encoder['name']}, {plural(report.width, 'channel')} ({what} behind the last block)",
         f"{options.labelled}: {plural(report.classes, 'class', 'classes')}, {images}",
         "",
         *_scores(report, options),
@@ -124,7 +124,7 @@ def _scores(report: Any, options: argparse.Namespace) -> list[str]:
     if report.linear:
         best = max(report.linear, key=lambda one: one.top1)
         lines.append(f"linear, {options.protocol:<5}{best.top1:5.1f} % top-1  {best.top5:5.1f} % top-5")
-        crops = f"{options.augment} passes of random crops" if options.augment else "centre crops"
+        crops = f"{plural(options.augment, 'pass', 'passes')} of random crops" if options.augment else "centre crops"
         many = f"; the best of {len(report.linear)} on the images tried" if len(report.linear) > 1 else ""
         lines.append(f"             rate {best.rate:g} per 256 images, features {best.features + 1}, {crops}{many}")
     return lines

@@ -19,11 +19,11 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
                          "seed (default reconstruction.png)")
     command.add_argument("--mask", metavar="KIND", default="random", help="random: as in training (default); square: "
                          "in the centre; or a picture, painted white where images are to be hidden")
-    command.add_argument("--ratio", type=float, default=0.25, metavar="R", help="area of the square (default 0.25)")
+    command.add_argument("--ratio", type=float, metavar="R", help="area of the square (default 0.25)")
     command.add_argument("--unit", type=int, metavar="PX", help="edge of the cells that a square or a painted mask is "
                          "made of, whole patches (default: a token of the encoder)")
-    command.add_argument("--seed", type=int, nargs="+", default=[0], metavar="S", help="of random masks; several give "
-                         "an image several rows (default 0)")
+    command.add_argument("--seed", type=int, nargs="+", metavar="S", help="of random masks; several give an image "
+                         "several rows (default 0)")
     command.add_argument("--bands", type=int, nargs="+", metavar="N", help="channels to draw, one as grey or three as "
                          "colours, from 1 on (default: the first three)")
     command.add_argument("--most", type=int, default=8, metavar="N", help="images, evenly spread (default 8; 0: all)")
@@ -36,10 +36,8 @@ def reconstruct(options: argparse.Namespace) -> int:
     with shown_on_a_terminal("loading libraries …"):
         from fastmim.engine.predict import Wanted, predict_images
 
-    bands = None if options.bands is None else tuple(options.bands)
-    wanted = Wanted(
-        mask=options.mask, ratio=options.ratio, unit=options.unit, seeds=tuple(options.seed), bands=bands
-    )
+    bands, seeds = (None if given is None else tuple(given) for given in (options.bands, options.seed))
+    wanted = Wanted(mask=options.mask, ratio=options.ratio, unit=options.unit, seeds=seeds, bands=bands)
     drawn = predict_images(
         options.checkpoint, options.given, wanted, out=options.out, most=options.most, composites=options.composites
     )

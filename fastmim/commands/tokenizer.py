@@ -16,7 +16,7 @@ def add(commands: Any, common: argparse.ArgumentParser, train: Callable[[argpars
     inner = group.add_subparsers(metavar="COMMAND", required=True)
     trained = inner.add_parser("train", parents=[common], help="fastmim pretrain, of a config with objective.name=dvae")
     takes_config(trained)
-    trained.set_defaults(command=train, images=None, parser=trained, only="dvae")
+    trained.set_defaults(command=train, images=None, parser=trained, only="dvae", takes_images=False)
     codes = inner.add_parser("codes", parents=[common], help="count the codes of images, compare what they give back")
     codes.add_argument(
         "tokenizer", metavar="TOKENIZER", help="encoder.safetensors of such a run, its folder, or DALL-E's"

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from fastmim.config.messages import problem, said_by, show
 from fastmim.config.objective import ObjectiveSection
+from fastmim.wording import plural
 
 
 def architecture(encoder: Mapping[str, Any]) -> None:
@@ -67,8 +68,8 @@ def statistics(in_chans: int, data: Any) -> None:
         if len(values) not in (1, in_chans):
             example = {"mean": 0.45, "std": 0.22}[name]
             raise problem(
-                f"data.{name}={show(values)}: {len(values)} values for model.in_chans={in_chans}; give {in_chans} or "
-                f"one for all, for example data.{name}=[{example}]; `fastmim data stats` measures them"
+                f"data.{name}={show(values)}: {plural(len(values), 'value')} for model.in_chans={in_chans}; give "
+                f"{in_chans} or one for all, for example data.{name}=[{example}]; `fastmim data stats` measures them"
             )
         try:
             check_statistics(name, values, data.pixels)

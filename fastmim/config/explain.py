@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,8 @@ def explain(cfg: Config, named: Sequence[str] = ()) -> str:
 
 
 def _check(cfg: Config, parts: tuple[str, ...]) -> None:
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"'{'.'.join(parts)}': expected a section or section.key, for example optim or optim.lr")
     sections = {name: type(getattr(cfg, name)) for name in type(cfg).model_fields}
     for location in (parts[:1], parts[:2]):
         known = sections if len(location) == 1 else sections[location[0]].model_fields
@@ -60,13 +63,19 @@ def _as_yaml(value: Any) -> str:
     return yaml_text.dump([value]).strip()[1:-1]
 
 
+def _plain(text: str) -> str:
+    """Words of a docstring as a terminal shows them: of a role the last name, of a literal what is in it."""
+    text = re.sub(r":\w+:`[~.\w]*?(\w+)`", r"\1", text)
+    return re.sub(r"``(.+?)``", r"\1", text)
+
+
 def _section(name: str, section: Section, values: dict[str, object]) -> str:
-    lines = [f"# {section.__doc__}", f"{name}:"]
+    lines = [f"# {_plain(section.__doc__ or '')}", f"{name}:"]
     for key, field in type(section).model_fields.items():
         if key not in values:
             continue
         default = "required" if field.is_required() else f"default {show(field.default)}"
-        comment = f"{field.description} ({describe(field.annotation)}; {default})".lstrip()
+        comment = f"{_plain(field.description or '')} ({describe(field.annotation)}; {default})".lstrip()
         lines += textwrap.wrap(comment, 100, initial_indent="  # ", subsequent_indent="  #   ")
         lines.append(textwrap.indent(yaml_text.dump({key: values[key]}).rstrip(), "  "))
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastmim.data.index import ImageIndex
 from fastmim.data.several import SeveralIndex
+from fastmim.wording import plural
 
 _WORD = 8
 
@@ -69,8 +70,8 @@ def split(index: ImageIndex, fraction: float, *, held_out: bool) -> ImageIndex:
     if not len(part) or (not held_out and not all(map(len, parts))):
         what, fix = ("holds out none", "larger") if held_out else ("leaves none to train on", "smaller")
         raise ValueError(
-            f"data.val_fraction={fraction:g}: {what} of the {len(index)} images, whose names decide; give a {fix}"
-            " one, or null"
+            f"data.val_fraction={fraction:g}: {what} of the {plural(len(index), 'image')}, whose names decide; give"
+            f" a {fix} one, or null"
         )
     return part
 

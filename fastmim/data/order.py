@@ -96,8 +96,8 @@ class EpochOrder:
             for span, share in zip(spans or (), shares(spans or (), num_images * self.repeats), strict=True):
                 if not share:
                     _LOG.warning(
-                        "data.weights: %g of %g gives no sample an epoch: its %d images are not used",
-                        span.weight, sum(one.weight for one in spans or ()), span.files,
+                        "data.weights: %g of %g gives no sample an epoch: its %s not used", span.weight,
+                        sum(one.weight for one in spans or ()), plural(span.files, "image is", "images are"),
                     )  # fmt: skip
         else:
             self.steps_per_epoch = -(-num_images // global_micro_batch)

@@ -22,6 +22,7 @@ from fastmim.data.samples import to_pixels
 from fastmim.data.shards import open_shards
 from fastmim.data.source import open_index
 from fastmim.data.tar_index import Member, write_index
+from fastmim.wording import plural
 
 NAMES = "names.txt"
 _IN_FLIGHT = 64  # images held in memory at once
@@ -105,7 +106,7 @@ def pack_images(
                 out.add(packed, index.label(number))
             tell("pack", number + 1, len(index))
         if not out.images:
-            raise ValueError(f"DIR={printable(index.root)}: none of {len(index)} images can be used")
+            raise ValueError(f"DIR={printable(index.root)}: none of {plural(len(index), 'image')} can be used")
     _verify(out, tell, **reading)
     return PackReport(out.shards, out.images, sum(os.path.getsize(shard) for shard in out.shards), bad)
 
@@ -194,7 +195,7 @@ class _Writer:
 def _verify(out: _Writer, tell: Callable[[str, int, int], None], **reading: Any) -> None:
     index = open_shards(out.shards[0], out.shards, pixels=reading["pixels"])
     if len(index) != out.images:
-        raise ValueError(f"{printable(out.shards[0])}: holds {len(index)} images of {out.images} written")
+        raise ValueError(f"{printable(out.shards[0])}: holds {plural(len(index), 'image')} of {out.images} written")
     for number in range(len(index)):
         try:
             if reading["pixels"] == "float32":

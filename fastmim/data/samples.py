@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmim.data import png, tiff
 from fastmim.data.reading import background
+from fastmim.wording import plural
 
 Array = np.ndarray[Any, Any]
 
@@ -141,7 +142,7 @@ def pil_samples(image: Image.Image, data: bytes | bytearray, extra: int | None =
     tags: Any = dict(image.tag_v2)  # type: ignore[attr-defined]
     bands, bits = tags.get(tiff.BANDS, 1), max(tags.get(tiff.BITS, (1,)))
     if bands > 4 or (bands > 1 and bits > 8 and tags.get(tiff.PLANAR) == tiff.SEPARATE):
-        raise UnusableError(tiff.not_read(data) or f"TIFF with {bands} bands of {bits} bits")
+        raise UnusableError(tiff.not_read(data) or f"TIFF with {plural(bands, 'band')} of {plural(bits, 'bit')}")
     samples = _stored(image, data)
     samples = samples._replace(
         colour=_as_stated(samples.colour, bits, set(tags.get(tiff.FORMAT, ())) == {tiff.SIGNED}),

@@ -115,8 +115,9 @@ def find_tars(path: str, field: str = "data.path", pixels: str = "uint8") -> lis
         beside = [one for one in entries if not one.lower().endswith(".tar") and _may_hold_images(path, one)]
         if tars and beside:
             _LOG.warning(
-                "%s=%s: %d .tar shards are read, and %d folders and archives beside them left out: %s; name several as"
-                " data.path=[a, b]", field, printable(path), len(tars), len(beside), shown(beside),
+                "%s=%s: %s read, and %s left out: %s; name several as data.path=[a, b]", field, printable(path),
+                plural(len(tars), ".tar shard is", ".tar shards are"),
+                plural(len(beside), "folder or archive beside it", "folders and archives beside them"), shown(beside),
             )  # fmt: skip
         return tars
     if re.search(r"\.(tar\.\w+|tgz)$", path.lower()):

@@ -111,6 +111,16 @@ def open_index(
     return _open_one(path, follow_links, component, pixels, field)
 
 
+def check_path(path: str, field: str) -> None:
+    """That there is something at a path for :func:`open_index`, which is not looked into.
+
+    Raises:
+        ValueError: there is nothing, or a file that is no shard.
+    """
+    if not os.path.isdir(path) and not shards.find_tars(path, field):
+        _existing_folder(path, field)
+
+
 def _open_one(
     path: str | os.PathLike[str], follow_links: bool, component: str | None, pixels: str, field: str
 ) -> ImageIndex:
@@ -229,6 +239,6 @@ def check_bad_fraction(bad: dict[str, str], num_images: int, max_bad_fraction: f
     names = shown([f"{path}: {reason}" for path, reason in bad.items()])
     advice = "none is left" if len(bad) >= num_images else "remove them or raise data.max_bad_fraction"
     raise ValueError(
-        f"data.max_bad_fraction={max_bad_fraction:g}: {len(bad)} of {num_images} files"
+        f"data.max_bad_fraction={max_bad_fraction:g}: {len(bad)} of {plural(num_images, 'file')}"
         f" cannot be used ({names}); {advice}"
     )

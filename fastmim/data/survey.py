@@ -16,6 +16,7 @@ from fastmim.data.each_file import each_file
 from fastmim.data.index import ImageIndex
 from fastmim.data.names import printable, shown
 from fastmim.data.samples import Samples
+from fastmim.wording import plural
 
 #: Images looked at before training, spread evenly over the index.
 LOOKED_AT = 64
@@ -91,8 +92,8 @@ def _on_no_data(index: ImageIndex, files: Sequence[int]) -> list[str]:
         if value is not None:
             stated.setdefault(value, []).append(index.label(file))
     return [
-        f"{len(names)} of the images looked at state {printable(value)} as the value of no data; give"
-        f" data.no_data={printable(value)} to leave such samples out ({shown(names)})"
+        f"{len(names)} of the images looked at {'states' if len(names) == 1 else 'state'} {printable(value)} as the"
+        f" value of no data; give data.no_data={printable(value)} to leave such samples out ({shown(names)})"
         for value, names in stated.items()
     ]
 
@@ -148,13 +149,13 @@ def _on_range(seen: Sequence[Look], value_range: Sequence[float] | None) -> list
     lines = []
     if high < low + (end - low) / _UNUSED:
         lines.append(
-            f"the samples of the {len(ranged)} images looked at end at {high:g}, and use less than a quarter of"
-            f" data.value_range=[{low:g}, {end:g}]; give the range that they have"
+            f"the samples of the {plural(len(ranged), 'image')} looked at end at {high:g}, and use less than a quarter"
+            f" of data.value_range=[{low:g}, {end:g}]; give the range that they have"
         )
     clipped = [one for one in ranged if one.clipped > _CLIPPED]
     if clipped:
         lines.append(
-            f"more than half of the samples of {len(clipped)} of {len(ranged)} images looked at lie outside"
+            f"more than half of the samples of {len(clipped)} of {plural(len(ranged), 'image')} looked at lie outside"
             f" data.value_range=[{low:g}, {end:g}] and are clipped; give the range that they have ({_names(clipped)})"
         )
     return lines

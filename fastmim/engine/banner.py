@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastmim.engine.base import Engine
 from fastmim.engine.distributed import World
 from fastmim.engine.graph import GraphEngine
 from fastmim.engine.zero.fragments import full_shape
+from fastmim.wording import plural
 from fastmim_kernels.common.dispatch import no_triton
 
 Rows = list[tuple[str, str]]
@@ -48,17 +50,24 @@ def start_rows(
     micro = global_batch // (accum * world.size)
     parts = [f"{micro} a rank", f"{world.size} ranks" * (world.size > 1), f"{accum} micro-batches" * (accum > 1)]
     product = " x ".join(part for part in parts if part)
-    epochs = f"{total} steps ({total / steps_per_epoch:.4g} epochs)"
+    epochs = f"{total / steps_per_epoch:.4g}"
+    length = f"{plural(total, 'step')} ({epochs} {'epoch' if epochs == '1' else 'epochs'})"
     return [
         ("model", f"{model}, {_millions(engine.objective)} parameters, {_millions(_encoder(engine))} of the encoder"),
         ("device", _device(world)),
         ("precision", f"{engine.precision}, kernels: {_kernels(kernels, engine)}"),
-        ("images", f"{images:,}, {steps_per_epoch:,} steps an epoch"),
-        ("batch", f"{global_batch} images a step" + (f" = {product}" if " x " in product else "")),
-        ("length", epochs + (f", going on from step {start}" if start else "")),
+        ("images", f"{images:,}, {plural(steps_per_epoch, 'step')} an epoch"),
+        ("batch", f"{plural(global_batch, 'image')} a step" + (f" = {product}" if " x " in product else "")),
+        ("length", length + (f", going on from step {start}" if start else "")),
         ("time", "said after the first steps" if start < total else "nothing left to do"),
         ("output", str(folder)),
     ]
+
+
+def with_held_out(rows: Sequence[tuple[str, str]], held_out: int | None) -> Rows:
+    """The rows, the held-out images among them behind those that are trained on; None: a run without any."""
+    said = "none" if held_out is None else f"{held_out:,}, for the validation"
+    return [one for row in rows for one in ([row, ("held out", said)] if row[0] == "images" else [row])]
 
 
 def _encoder(engine: Engine) -> nn.Module:
@@ -80,7 +89,8 @@ def _device(world: World) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return f"CPU ({kind}), {threads} thread{'s' * (threads > 1)}{several}, {cores} cores here"
+    here = "" if cores is None else f", {plural(cores, 'core')} here"
+    return f"CPU ({kind}), {plural(threads, 'thread')}{several}{here}"
 
 
 def _kernels(impl: str, engine: Engine) -> str:

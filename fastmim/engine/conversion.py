@@ -78,10 +78,13 @@ def convert_any(
         average: Of a fine-tuning the weights' moving average.
 
     Raises:
-        ValueError: In one line: as :func:`.read_encoder`; `target` has no such encoder, or does not fit `out`.
+        ValueError: In one line: as :func:`.read_encoder`; `target` has no such encoder, or does not fit `out`;
+            there is no student or average in `source`.
     """
     source, out = Path(source), Path(out)
     known_project(project, "--from")
+    if whole and student:
+        raise ValueError("--student: --whole writes teacher and student; leave one of the two out")
     target = _target(out, target)
     ours = source.is_dir() and found_checkpoint(source) is not None
     if ours and (given or statistics or project not in (None, "fastmim")):

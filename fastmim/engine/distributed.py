@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fastmim.engine.launcher import Place, find_place, meeting_point
 from fastmim.engine.rank_errors import share_error
+from fastmim.wording import plural
 
 log = logging.getLogger("fastmim")
 
@@ -45,7 +46,8 @@ def world_from_env() -> World:
     if cuda and place.size > 1 and place.local_rank is None:
         raise ValueError(f"WORLD_SIZE={place.size} but LOCAL_RANK is not set: which GPU is this rank's? Set it")
     if cuda and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"LOCAL_RANK={local_rank}: only {torch.cuda.device_count()} GPUs here; start fewer processes")
+        there = plural(torch.cuda.device_count(), "GPU")
+        raise ValueError(f"LOCAL_RANK={local_rank}: only {there} here; start fewer processes")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(rank=place.rank, size=place.size, local_rank=local_rank, device=device)
 

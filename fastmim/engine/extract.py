@@ -24,6 +24,7 @@ from fastmim.engine.probe import encoder_file, load_encoder
 from fastmim.evaluate.protocols import natural_pool
 from fastmim.files import naming, replacing, write_text
 from fastmim.models.features import Tokens, block_features
+from fastmim.wording import plural
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -59,6 +60,7 @@ def extract_features(
     batch: int = 64,
     labels: str | Path | None = None,
     reading: dict[str, Any] | None = None,
+    called: str | Path | None = None,
     told: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Extracted:
     """Write ``out`` (.safetensors) and beside it a .json of the same name, with the names of the images in its order.
@@ -79,6 +81,7 @@ def extract_features(
         batch: images in a forward pass.
         labels: CSV of file,class; None: the class folders or ``.cls`` members, if all images have one.
         reading: arguments of :func:`fastmim.data.build_loader`.
+        called: what the log calls the source; None: its path.
         told: called with ("images", done, total).
 
     Raises:
@@ -88,7 +91,7 @@ def extract_features(
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: must end in .safetensors")
     with encoder_file(Path(source)) as file:
-        objective = load_encoder(file).to(device)
+        objective = load_encoder(file, called=called or source).to(device)
     objective.has_gaps = (reading or {}).get("no_data") is not None
     encoder, pool = objective.encoder, pool or natural_pool(objective.encoder)
     blocks = _blocks(layers, len(encoder.all_blocks()))
@@ -124,7 +127,8 @@ def _blocks(layers: Sequence[int] | None, count: int) -> list[int]:
     wanted = [count] if layers is None else [layer + count + 1 if layer < 0 else layer for layer in layers]
     for layer, number in zip(layers or wanted, wanted, strict=True):
         if not 1 <= number <= count:
-            raise ValueError(f"--layers {layer}: this encoder has {count} blocks; give 1 to {count}, or -1 to -{count}")
+            has = f"this encoder has {plural(count, 'block')}"
+            raise ValueError(f"--layers {layer}: {has}; give 1 to {count}, or -1 to -{count}")
     return sorted({number - 1 for number in wanted})
 
 

@@ -28,7 +28,7 @@ from fastmim.objectives import Objective
 from fastmim.objectives.masks import over_patches
 from fastmim.objectives.pictures import COMPOSITE, Picture, check_bands
 
-_BATCH = 8
+_BATCH, _QUARTER = 8, 0.25
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,33 @@ class Wanted:
 
     Attributes:
         mask: ``random``, as in training; ``square``; or the path of a picture that is white where images are hidden.
-        ratio: area of the square.
+        ratio: area of the square; None: a quarter.
         unit: edge in pixels of the cells that a square or a painted mask is made of; None: a token of the encoder.
-        seeds: of random masks.
+        seeds: of random masks; None: 0 alone.
         bands: channels that are drawn, one or three from 1 on; None: as :func:`~fastmim.objectives.pictures.to_rgb`.
     """
 
     mask: str = "random"
-    ratio: float = 0.25
+    ratio: float | None = None
     unit: int | None = None
-    seeds: Sequence[int] = (0,)
+    seeds: Sequence[int] | None = None
     bands: tuple[int, ...] | None = None
+
+    def check(self) -> None:
+        """Refuse what would change nothing.
+
+        Raises:
+            ValueError: an option is of another kind of mask.
+        """
+        if self.ratio is not None and self.mask != "square":
+            of, fix = "it is the area of a square", "give --mask square too"
+            raise ValueError(f"--ratio {self.ratio:g}: {of}, and --mask is {self.mask}; {fix}, or leave --ratio out")
+        if self.unit is not None and self.mask == "random":
+            of, fix = "of the cells of a square or a painted mask", "give --mask square or a picture too"
+            raise ValueError(f"--unit {self.unit}: {of}, and --mask is random; {fix}, or leave --unit out")
+        if self.seeds is not None and self.mask != "random":
+            shown = " ".join(map(str, self.seeds))
+            raise ValueError(f"--seed {shown}: of random masks, and --mask is {self.mask}; leave one of the two out")
 
 
 @dataclass
@@ -82,6 +98,7 @@ def predict_images(
     Raises:
         ValueError: a path or a mask cannot be used, or the objective has no such picture, or none that it has learnt.
     """
+    wanted.check()
     if most < 0:
         raise ValueError(f"--most {most}: must not be negative; 0 takes all")
     objective, run = load_objective(checkpoint)
@@ -102,7 +119,7 @@ def predict_images(
     drawn, pictures = Drawn(), []
     with closing(build_loader(**how)) as loader:
         for batch in loader.epoch(0):
-            for seed in wanted.seeds if given is None else [0]:
+            for seed in wanted.seeds or (0,):
                 picture = _picture(objective, batch, given, seed)
                 pictures.append(picture)
                 if composites is not None:
@@ -124,10 +141,11 @@ def _chosen_mask(objective: Objective, wanted: Wanted) -> Tensor | None:
     if not bool(objective.random_mask(torch.zeros(1, dtype=torch.int64)).any()):
         raise ValueError(f"--mask {wanted.mask}: {type(objective).__name__} hides nothing; leave it out")
     patch = objective.img_size[0] // objective.encoder.grid[0]
-    unit = wanted.unit or objective.encoder.stride
+    unit = objective.encoder.stride if wanted.unit is None else wanted.unit
     rows, columns = cell_grid(objective.img_size, unit, patch)
     square = wanted.mask == "square"
-    cells = square_cells(rows, columns, wanted.ratio) if square else painted_cells(wanted.mask, rows, columns)
+    share = _QUARTER if wanted.ratio is None else wanted.ratio
+    cells = square_cells(rows, columns, share) if square else painted_cells(wanted.mask, rows, columns)
     return over_patches(cells[None], objective.encoder.grid, unit // patch)
 
 

@@ -61,6 +61,7 @@ def probe_encoder(
     micro_batch_size: int,
     reading: Mapping[str, Any],
     untrained: bool = False,
+    called: str | Path | None = None,
     **how: Any,
 ) -> tuple[Report, dict[str, Any]]:
     """Probe an encoder on labelled images; every rank calls it.
@@ -72,6 +73,7 @@ def probe_encoder(
         micro_batch_size: images of a rank in one forward pass.
         reading: arguments of :func:`fastmim.data.build_loader`.
         untrained: the same encoder with new weights, to compare with.
+        called: what the log calls the source; None: its path.
         how: arguments of :func:`fastmim.evaluate.probe.probe`.
 
     Returns:
@@ -81,7 +83,7 @@ def probe_encoder(
         ValueError: there is no encoder at ``source``, or it does not say what it is.
     """
     with encoder_file(Path(source)) as file:
-        objective = load_encoder(file, untrained=untrained).to(world.device)
+        objective = load_encoder(file, untrained=untrained, called=called or source).to(world.device)
     objective.has_gaps = reading.get("no_data") is not None
 
     def load(augmented: bool = False) -> Any:
@@ -141,9 +143,9 @@ def encoder_facts(file: Path) -> dict[str, Any]:
     return facts
 
 
-def load_encoder(file: Path, *, untrained: bool = False) -> Objective:
+def load_encoder(file: Path, *, untrained: bool = False, called: str | Path | None = None) -> Objective:
     """An encoder of a file that fastmim has written, with the statistics of its images, in an objective that does
-    nothing else; ``untrained``: with new weights, the same at every call.
+    nothing else; ``untrained``: with new weights, the same at every call; ``called``: see :func:`.load_weights`.
 
     Raises:
         ValueError: the file does not say what encoder it holds.
@@ -153,5 +155,5 @@ def load_encoder(file: Path, *, untrained: bool = False) -> Objective:
         torch.manual_seed(0)
         objective = Objective(encoder=facts["encoder"], **image_arguments(facts.get("statistics", {})))
     if not untrained:
-        load_weights(objective, file)
+        load_weights(objective, file, called=called)
     return objective.eval()

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fastmim.wording import plural
+
 log = logging.getLogger("fastmim")
 
 _WORTH_SAYING = 10.0  # seconds that are left where the end is announced
@@ -135,7 +137,7 @@ class Progress:
             self._since = step, time.monotonic()
         elif left is not None and left >= _WORTH_SAYING and not self._promised:
             self._promised = True
-            self.say(f"{clock()} about {eta} for the {self._total - step} steps left, until {_until(left)}")
+            self.say(f"{clock()} about {eta} for the {plural(self._total - step, 'step')} left, until {_until(left)}")
 
     def _left(self, step: int) -> float | None:
         """Seconds, with all that lies between the steps; None until it is known."""

@@ -16,6 +16,7 @@ from fastmim.engine.distributed import World
 from fastmim.engine.metrics import read_rows
 from fastmim.files import write_text
 from fastmim.objectives.schedule import Schedule
+from fastmim.wording import plural
 
 log = logging.getLogger("fastmim")
 
@@ -160,7 +161,7 @@ def _note_changes(
     if other_rates:
         log.warning("%s", other_rates.replace("would jump", "jumps").replace("would be", "will be"))
     if state["total"] != total:
-        log.warning("the run was %d steps long and is %d now", state["total"], total)
+        log.warning("the run was %s long and is %d now", plural(state["total"], "step"), total)
         changes["train.steps"] = [state["total"], total]
     stored["changes"] = state.get("changes", []) + ([{"step": start, **changes}] if changes else [])
     branch = {"from": str(path.resolve()), "step": start} if found.branch else state.get("branch")

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastmim._version import __version__
 from fastmim.engine import distributed
 from fastmim.engine.accuracy import Accuracy
+from fastmim.engine.banner import with_held_out
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint import export, save_checkpoint
 from fastmim.engine.distributed import World
@@ -29,6 +30,7 @@ from fastmim.evaluate.curve import save_curve
 from fastmim.evaluate.reconstruct import save_picture
 from fastmim.evaluate.validation import validation_loss
 from fastmim.files import write_text
+from fastmim.wording import plural
 
 _NAMED_BAD_FILES = 50
 
@@ -120,7 +122,7 @@ class Run:
     def begin(self, banner: Sequence[tuple[str, str]]) -> None:
         """Say what is about to be trained; ``banner``: names and values."""
         self.progress.say(f"{clock()} fastmim {__version__}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-        self.progress.table(banner)
+        self.progress.table(with_held_out(banner, None if self.val_loader is None else self.val_loader.num_images))
         self.progress.begin()
         self._shown_at = time.monotonic()
 
@@ -267,7 +269,7 @@ class Run:
         for score, name in ((result.val_top1, "top-1"), (result.val_map, "mAP"), (result.ema_score, "of the average")):
             val += f", {name} {100 * score:.1f} %" if score is not None else ""
         knn = f", k-NN {result.knn_top1:.1f} %" if result.knn_top1 is not None else ""
-        self.progress.say(f"{clock()} done: {result.steps} steps{loss}{val}{knn}")
+        self.progress.say(f"{clock()} done: {plural(result.steps, 'step')}{loss}{val}{knn}")
         self.progress.table(result.places())
         return result
 
@@ -299,8 +301,7 @@ class Run:
         if not bad_files:
             return
         listed = self.folder / "bad_files.json"
-        files = "1 file" if len(bad_files) == 1 else f"{len(bad_files)} files"
-        self.progress.say(f"{files} could not be used (listed in {listed}):")
+        self.progress.say(f"{plural(len(bad_files), 'file')} could not be used (listed in {listed}):")
         for path, reason in sorted(bad_files.items())[:_NAMED_BAD_FILES]:
             self.progress.say(f"  {path}: {reason}".encode("utf-8", "backslashreplace").decode())
         if len(bad_files) > _NAMED_BAD_FILES:

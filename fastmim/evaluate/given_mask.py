@@ -23,10 +23,10 @@ def square_cells(rows: int, columns: int, share: float) -> Tensor:
         ValueError: ``share`` is outside (0, 1), or such a square does not fit.
     """
     if not 0 < share < 1:
-        raise ValueError(f"--ratio {share}: must lie between 0 and 1, for example 0.25")
+        raise ValueError(f"--ratio {share:g}: must lie between 0 and 1, for example 0.25")
     edge = max(round(math.sqrt(share * rows * columns)), 1)
     if edge > min(rows, columns) or edge * edge == rows * columns:
-        raise ValueError(f"--ratio {share}: a square of {edge} cells leaves nothing visible of {rows} x {columns}")
+        raise ValueError(f"--ratio {share:g}: a square of {edge} cells leaves nothing visible of {rows} x {columns}")
     cells = torch.zeros(rows, columns, dtype=torch.bool)
     top, left = (rows - edge) // 2, (columns - edge) // 2
     cells[top : top + edge, left : left + edge] = True
@@ -44,6 +44,10 @@ def painted_cells(path: str | os.PathLike[str], rows: int, columns: int) -> Tens
     try:
         with Image.open(path) as image:
             painted = image.convert("RGBA")
+    except FileNotFoundError:
+        raise ValueError(f"--mask {path}: no such file; give random, square or a picture") from None
+    except IsADirectoryError:
+        raise ValueError(f"--mask {path}: is a folder; give random, square or a picture") from None
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"--mask {path}: not a readable picture ({' '.join(str(error).split())[:120]})") from None
     black = Image.new("RGBA", painted.size, (0, 0, 0, 255))

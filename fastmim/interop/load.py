@@ -67,16 +67,18 @@ def load_timm(objective: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
     return report
 
 
-def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
+def load_weights(objective: nn.Module, path: str | Path, *, called: str | Path | None = None) -> LoadReport:
     """Load a ``.safetensors`` or PyTorch file of any known kind: ours, Microsoft's, timm's, or one that wraps those.
 
-    No code in a file is run. What was loaded, what is new and what was skipped is logged.
+    No code in a file is run. What was loaded, what is new and what was skipped is logged, under the path or as it is
+    `called`: a user knows nothing of a file that was made of a run for a moment.
 
     Raises:
         ValueError: The file is missing, unreadable, of an unknown kind, holds a number that is not finite, does not
             fit the model, or was trained with another window than the model's position biases have.
     """
     content, replaced, facts = read_weights(path)
+    called = path if called is None else called
     try:
         found = find_state_dict(content)
         tensors, prefix = _under_prefix(objective, found.tensors)
@@ -87,14 +89,14 @@ def load_weights(objective: nn.Module, path: str | Path) -> LoadReport:
             objective.after_loading()
     except ValueError as error:
         beside = f" (the file also holds {some_of(replaced)}, which is not run)" if replaced else ""
-        raise ValueError(f"{path}: {error}{beside}") from None
+        raise ValueError(f"{called}: {error}{beside}") from None
     report.place, report.prefix, report.notes = found.place, prefix, notes + resized
     report.not_read = found.passed_over + replaced
     report.skipped += [name for name in found.tensors if name.removeprefix(prefix) not in tensors]
     written = f"; written by fastmim {facts['version']}" if facts.get("version", __version__) != __version__ else ""
-    log.info("%s: %s%s", path, report, written)
+    log.info("%s: %s%s", called, report, written)
     for note in report.notes:
-        log.warning("%s: %s", path, note)
+        log.warning("%s: %s", called, note)
     return report
 
 

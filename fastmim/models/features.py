@@ -83,7 +83,7 @@ def pooled_features(encoder: Any, images: Tensor, last: int, normed: bool) -> li
     """
     count = len(encoder.all_blocks())
     if not 1 <= last <= count:
-        raise ValueError(f"last={last}: this encoder has {count} blocks; give 1 to {count}")
+        raise ValueError(f"last={last}: this encoder has {count} block{'s' * (count != 1)}; give 1 to {count}")
     return block_features(encoder, images, range(count - last, count), normed, Tokens.pooled)
 
 

@@ -44,8 +44,9 @@ def read_clusters(path: str | Path, in_chans: int) -> ColourClusters:
     if found.ndim != 2 or len(found) < 2 or not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
         raise ValueError(f"{path}: {CENTRES} must be two colours or more in [0, 1], (K, C); {make}")
     if found.shape[1] != in_chans:
+        colours = f"colours of {found.shape[1]} channel{'s' * (found.shape[1] != 1)}"
         raise ValueError(
-            f"{path}: colours of {found.shape[1]} channels, and model.in_chans={in_chans}; {make} and "
+            f"{path}: {colours}, and model.in_chans={in_chans}; {make} and "
             f"model.in_chans={in_chans}"
         )
     centres = np.ascontiguousarray(found, dtype=np.float32)

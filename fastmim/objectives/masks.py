@@ -23,9 +23,8 @@ def masked_units(mask_ratio: float, units: int) -> int:
         raise ValueError(f"mask_ratio={mask_ratio}: must be {'< 1' if mask_ratio >= 1 else '> 0'}, for example 0.6")
     count = math.ceil(units * mask_ratio)
     if count >= units:
-        raise ValueError(
-            f"mask_ratio={mask_ratio}: masks all {units} units; use a smaller ratio, a smaller unit or larger images"
-        )
+        masks = "masks the only unit" if units == 1 else f"masks all {units} units"
+        raise ValueError(f"mask_ratio={mask_ratio}: {masks}; use a smaller ratio, a smaller unit or larger images")
     return count
 
 

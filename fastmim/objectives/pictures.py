@@ -78,7 +78,9 @@ def check_bands(bands: Sequence[int] | None, in_chans: int) -> None:
     if len(bands) not in (1, 3):
         raise ValueError(f"bands={list(bands)}: give one channel (grey) or three (colours), not {len(bands)}")
     if not all(1 <= band <= in_chans for band in bands):
-        raise ValueError(f"bands={list(bands)}: the {in_chans} channels are numbered from 1 to {in_chans}")
+        numbers = f"the {in_chans} channels are numbered from 1 to {in_chans}"
+        known = numbers if in_chans > 1 else "there is one channel, number 1"
+        raise ValueError(f"bands={list(bands)}: {known}")
 
 
 def checkerboard(images: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Schedule:
         if self.name == "multistep" and self.warmup_steps > self.milestones[0]:
             raise ValueError(
                 f"optim.milestones: the first, step {self.milestones[0]}, lies inside the warm-up of "
-                f"{self.warmup_steps} steps; shorten the warm-up"
+                f"{self.warmup_steps} step{'s' * (self.warmup_steps != 1)}; shorten the warm-up"
             )
 
     def __call__(self, step: int) -> float:

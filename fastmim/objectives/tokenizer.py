@@ -128,7 +128,8 @@ def open_tokenizer(path: str, codes: int | None, in_chans: int) -> Tokenizer:
     if codes not in (None, found.codes):
         raise ValueError(f"objective.codes={codes}: the tokenizer {path} has {found.codes}; leave it out")
     if found.in_chans != in_chans:
-        raise ValueError(f"objective.tokenizer={path}: takes {found.in_chans} channels, and model.in_chans={in_chans}")
+        takes = f"takes {found.in_chans} channel{'s' * (found.in_chans != 1)}"
+        raise ValueError(f"objective.tokenizer={path}: {takes}, and model.in_chans={in_chans}")
     return found
 
 

@@ -20,6 +20,7 @@ from fastmim.engine.probe import ENCODER_FILE
 from fastmim.engine.settings import image_arguments
 from fastmim.engine.stream import micro_batch_that_fits
 from fastmim.objectives import find_objective
+from fastmim.wording import plural
 
 from . import kept
 from .hardware import Gpu, in_precision
@@ -252,14 +253,14 @@ def _buckets(cfg: Config) -> Buckets:
 def _images(cfg: Config, global_batch: int, images: int | None) -> tuple[int, str]:
     """(images of the whole run, where that number is from)."""
     if cfg.train.steps:
-        return cfg.train.steps * global_batch, f"{cfg.train.steps:,} steps of {global_batch}"
+        return cfg.train.steps * global_batch, f"{plural(cfg.train.steps, 'step')} of {global_batch}"
     source = "--images"
     if images is None:
         images, source = _data_set(cfg)
     epochs = cfg.train.epochs or 0
     # A shorter last batch is left out, as in training.
     steps = max(images // global_batch, 1) * epochs
-    return steps * global_batch, f"{epochs} epochs of {images:,} images, {source}"
+    return steps * global_batch, f"{plural(epochs, 'epoch')} of {plural(images, 'image')}, {source}"
 
 
 def _data_set(cfg: Config) -> tuple[int, str]:

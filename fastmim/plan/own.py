@@ -76,7 +76,8 @@ def choose(
 def _channels(facts: Facts, given: Given) -> list[Choice]:
     looked = len(facts.short_sides)
     if facts.grey:
-        return [Choice("model.in_chans", 1, f"all {looked} images looked at are grey")]
+        grey = "the image looked at is grey" if looked == 1 else f"all {looked} images looked at are grey"
+        return [Choice("model.in_chans", 1, grey)]
     if facts.transparent and given.get("data.alpha", "white") == "white":
         what = f"RGB; {facts.transparent} of {looked} looked at have alpha: transparent pixels are laid over white"
         return [Choice("model.in_chans", 3, f"{what} (data.alpha)")]
@@ -87,10 +88,12 @@ def _held_out(facts: Facts, given: Given) -> list[Choice]:
     if given.get("data.val_path") is not None or "data.val_fraction" in given:
         return []
     if facts.images < HOLD_OUT_FROM:
-        why = f"{facts.images} images are too few to hold some out (from {HOLD_OUT_FROM} on)"
+        why = f"{plural(facts.images, 'image is', 'images are')} too few to hold some out (from {HOLD_OUT_FROM} on)"
         return [Choice("data.val_fraction", None, why)]
     share = next(part / 10 for part in range(1, 10) if _count(facts, part / 10) >= HELD_OUT or part == 9)
-    why = f"{_count(facts, share):,} of {facts.images:,} images are held out for the validation loss, by their names"
+    out = _count(facts, share)
+    some = f"{out:,} of {plural(facts.images, 'image')} {'is' if out == 1 else 'are'} held out"
+    why = f"{some} for the validation loss, by their names"
     return [Choice("data.val_fraction", share, why)]
 
 
@@ -133,7 +136,7 @@ def _encoder(facts: Facts, given: Given, batch: int, cost: Callable[[Mapping[str
 
 def _enough(facts: Facts) -> str:
     following = [f"; {one} from {least:,} on" for one, least in LADDER if least > facts.images]
-    return f", for {facts.images:,} images{following[0] if following else ''}"
+    return f", for {plural(facts.images, 'image')}{following[0] if following else ''}"
 
 
 def _keys(name: str, side: int, given: Given) -> dict[str, Any]:
@@ -186,10 +189,11 @@ def _model(facts: Facts, taken: Taken) -> list[Choice]:
     side = taken.keys.get("model.img_size")
     shorter = sum(one < side for one in facts.short_sides) if isinstance(side, int) else 0
     looked = len(facts.short_sides)
+    middle = "the image looked at" if looked == 1 else f"the middle one of {looked} looked at"
     small = f"; smaller, and enlarged: {shorter}" if shorter else ""
     reasons = {
         "model.name": f"{taken.cost.parameters / 1e6:.3g} M parameters with the head",
-        "model.img_size": f"the middle one of {looked} looked at has a short side of {facts.short_side} px{small}",
+        "model.img_size": f"{middle} has a short side of {facts.short_side} px{small}",
         "model.patch_size": "so that a crop has 64 patches or more",
         "model.window_size": "divides the maps of a crop of this size",
         "objective.unit": "edge of a mask unit: near a sixth of the crop's, as SimMIM's 32 of 192",
@@ -201,13 +205,16 @@ def _steps_of(facts: Facts, given: Given, taken: Taken, batch: int, trained: int
     limit = (facts.gpu_memory if facts.gpu else facts.memory) / GIB
     need = taken.cost.memory(taken.micro) / GIB
     fits = f"{need:.2g} GiB of {limit:.3g} free, by fastmim plan's model"
-    size = f"{batch} images a step"
-    half = f", no more than half of {trained:,}" if batch < BATCH[facts.kind] else ""
+    size = f"{plural(batch, 'image')} a step"
+    # Half of one is none: a step has one all the same.
+    half = f", no more than half of {trained:,}" if batch < BATCH[facts.kind] and trained > 1 else ""
     found = [Choice("train.micro_batch_size", taken.micro, f"{size}{half}; {fits}")]
     if taken.accum > 1 and given.get("train.global_batch_size") is None:
         found.append(Choice("train.grad_accum_steps", taken.accum, f"{size}, {taken.micro} at a time: memory"))
     where = "beside the GPU" if facts.gpu else "beside the step"
-    return [*found, Choice("data.num_workers", _workers(facts), f"readers {where}, on {plural(facts.cores, 'core')}")]
+    workers = _workers(facts)
+    readers = "reader" if workers == 1 else "readers"
+    return [*found, Choice("data.num_workers", workers, f"{readers} {where}, on {plural(facts.cores, 'core')}")]
 
 
 def _section(choice: Choice) -> int:

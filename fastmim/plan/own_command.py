@@ -15,7 +15,7 @@ from fastmim.config import Config, config_of, merge_trees, read_tree
 from fastmim.config.load import Tree
 from fastmim.config.messages import show
 from fastmim.data.reading import opening_of, reading_of
-from fastmim.data.source import open_index
+from fastmim.data.source import check_path, open_index
 from fastmim.engine.build import build_objective
 from fastmim.engine.precision import precision_of
 from fastmim.engine.settings import flat
@@ -74,6 +74,7 @@ def own_config(
     Raises:
         ValueError: there is no image, nothing fits, ``output.dir`` is another run's, or a key is wrong.
     """
+    check_path(os.path.expanduser(images), "--images")  # before warnings about what they would replace
     given = _given(images, config, overrides)
     out = given.get("output", {}).get("dir") or f"runs/{name_of(images)}"
     said = flat(given) | (dict.fromkeys(_RATES) if _says_lr(config) else {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastmim.wording import plural
+
 from .own_terms import CORE_FLOPS, DECODED, EPOCHS, GPU_SHARE, MINUTES, Choice, Cost, Facts, Given
 
 
@@ -34,7 +36,7 @@ def length(facts: Facts, given: Given, batch: int, trained: int, rate: float, ho
         steps = max(20, _two_digits(seen / batch))
         minutes = steps * batch / rate / 60
         about = f"about {minutes:.0f} min" if minutes >= 1.5 else "about a minute"
-        passes = f"{steps / per_epoch:.0f} passes over {trained:,} images"
+        passes = f"{plural(round(steps / per_epoch), 'pass', 'passes')} over {plural(trained, 'image')}"
         chosen = [Choice("train.steps", steps, f"{about} at {rate:.3g} images/s ({how}); {passes}")]
     every = max(1, steps // 5)
     log = max(1, min(_one_digit(2 * rate / batch), _one_digit(steps / 20)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmim.files import naming
-from fastmim.wording import install_extra
+from fastmim.wording import install_extra, plural
 from fastmim_kernels.common.roofs import HONEST, LAUNCH
 
 from .hardware import GIB, Gpu
@@ -22,6 +22,8 @@ log = logging.getLogger("fastmim")
 
 TEXT_COLUMNS = {0, 1}
 """Columns of the table that are not numbers: stage and recompute."""
+_FEW_DAYS = 0.01
+"""GPU-days from which a run is not given in minutes: with two places they would be a nought."""
 _COLORS = ("#4e79a7", "#59a14f", "#76b7b2", "#f28e2b", "#edc948", "#b07aa1")
 
 
@@ -69,20 +71,38 @@ def how(option: Option) -> str:
     offload = f", offload {s.offload}" if s.offload != "none" else ""
     return (
         f"ZeRO stage {s.stage}, recompute {s.policy}, micro-batch {s.micro_batch} x {s.grad_accum_steps} x "
-        f"{s.gpus} GPU{'s' if s.gpus > 1 else ''}{offload}"
+        f"{plural(s.gpus, 'GPU')}{offload}"
     )
 
 
 def speed(plan: Plan, option: Option) -> str:
     """Modelled speed and cost."""
-    low, high = plan.gpu_days(option)
     return (
         f"modelled {option.time.total:.3g} s a step (pure roof {option.time.pure:.3g} s; forward and backward bound by "
         f"{binding(option)}; communication {option.time.exposed / option.time.total:.0%}), "
         f"{BAND * option.images_per_sec:,.0f} to {option.images_per_sec:,.0f} images/s, "
-        f"MFU {BAND * option.mfu:.0%} to {option.mfu:.0%}, {low:,.2f} to {high:,.2f} GPU-days "
-        f"for {plan.images:,} images ({plan.images_from})"
+        f"MFU {_shares(BAND * option.mfu, option.mfu)}, {cost(*plan.gpu_days(option))} "
+        f"for {plural(plan.images, 'image')} ({plan.images_from})"
     )
+
+
+def cost(low: float, high: float) -> str:
+    """From and to so many GPU-days; of a short run minutes, which are more than a nought."""
+    if low >= _FEW_DAYS:
+        return f"{low:,.2f} to {high:,.2f} GPU-days"
+    low, high = 1440 * low, 1440 * high
+    if high < 0.1:
+        return "under 0.1 GPU-minutes"
+    return f"{f'{low:.1f}' if low >= 0.1 else 'under 0.1'} to {high:.1f} GPU-minutes"
+
+
+def share(part: float) -> str:
+    """In whole per cent; not 0% of what is something."""
+    return f"{part:.0%}" if part >= 0.01 or part == 0 else "<1%"
+
+
+def _shares(low: float, high: float) -> str:
+    return "under 1%" if high < 0.01 else f"{share(low)} to {share(high)}"
 
 
 def binding(option: Option) -> str:
@@ -160,7 +180,7 @@ def _row(plan: Plan, option: Option) -> list[str]:
         f"{option.memory.total / 1e9:.1f}",
         "yes" if option.fits else "no",
         f"{option.images_per_sec:,.0f}",
-        f"{option.mfu:.0%}",
+        share(option.mfu),
     ]
 
 

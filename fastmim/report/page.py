@@ -55,7 +55,7 @@ def render(runs: Sequence[RunFiles]) -> str:
     drawn = [(chart, draw(chart, runs)) for chart in charts_of(runs)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    title = runs[0].name if len(runs) == 1 else plural(len(runs), "run")
     return template.render(
         title=title,
         version=__version__,
@@ -78,7 +78,8 @@ def lead(runs: Sequence[RunFiles]) -> str:
         run = runs[0]
         of = f" of {run.total:,}" if run.total and run.total != run.step else ""
         ends = [f"{name} {value}" for name, [value] in numbers(runs) if name in _ENDS and value != _NOTHING]
-        what = f"{run.settings[MODEL]} by {run.settings[OBJECTIVE]}, {run.step:,}{of} steps"
+        steps = f"{run.step:,}{of} steps" if of else plural(run.step, "step")
+        what = f"{run.settings[MODEL]} by {run.settings[OBJECTIVE]}, {steps}"
         return f"{what}: {', '.join(ends)}." if ends else f"{what}."
     best = [(name, pick, key) for name, key, pick in _BEST if any(run.last(key) is not None for run in runs)]
     said = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,14 @@ def test_a_painted_mask_hides_what_is_white_and_the_composite_keeps_the_rest(run
         np.testing.assert_array_equal(composite, np.asarray(Image.open(tmp_path / "done" / name)))
 
 
+def test_a_square_is_a_quarter_unless_said(run, pictures, tmp_path):
+    for words, edge in (([], 16), (["--ratio", "0.5", "--unit", "4"], 24)):
+        out = str(tmp_path / "out.png")
+        assert main(["reconstruct", str(run), str(pictures / "03.png"), "--mask", "square", *words, "--out", out]) == 0
+        hidden = (cell(Image.open(out), 0, 1) == 128).all(-1)
+        assert hidden.sum() == edge * edge
+
+
 def test_a_row_an_image_and_seed_with_masks_of_the_seed(run, pictures, tmp_path):
     words = ["--most", "2", "--seed", "5", "6", "--out", str(tmp_path / "out.png")]
     assert main(["reconstruct", str(run), str(pictures), *words]) == 0
@@ -88,11 +98,22 @@ def test_cells_are_counted_as_they_are_defined(tmp_path):
     [
         (["--mask", "square", "--ratio", "1.5"], "--ratio 1.5: must lie between 0 and 1"),
         (["--mask", "square", "--unit", "6"], "unit=6: not a multiple of patch_size 4"),
-        (["--mask", "no.png"], "--mask no.png: not a readable picture"),
+        (["--mask", "square", "--ratio", "2"], "--ratio 2: must lie between 0 and 1"),
+        (["--mask", "no.png"], "--mask no.png: no such file; give random, square or a picture"),
+        (["--mask", "{pictures}"], "is a folder; give random, square or a picture"),
+        (["--mask", __file__], ": not a readable picture"),
         (["--mask", "{pictures}/00.png", "--unit", "4"], None),
+        # What would change nothing is refused.
+        (["--ratio", "2"], "--ratio 2: it is the area of a square, and --mask is random; give --mask square too, or "
+                           "leave --ratio out"),
+        (["--unit", "5", "--ratio", "0.1"], "--ratio 0.1: it is the area of a square"),
+        (["--unit", "5"], "--unit 5: of the cells of a square or a painted mask, and --mask is random; give --mask "),
+        (["--mask", "square", "--unit", "0"], "unit=0: not a multiple of patch_size 4; use 4"),
+        (["--mask", "{pictures}/00.png", "--ratio", "0.5"], "00.png; give --mask square too, or leave --ratio out"),
+        (["--mask", "square", "--seed", "1", "2"], "--seed 1 2: of random masks, and --mask is square; leave one of"),
         (["--most", "-1"], "--most -1: must not be negative"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_drawn_is_one_line(run, pictures, tmp_path, capsys, words, said):
     words = [word.format(pictures=pictures) for word in words]
     status = main(["reconstruct", str(run), str(pictures), "--out", str(tmp_path / "out.png"), *words])
@@ -104,3 +125,32 @@ def test_a_file_of_weights_and_an_empty_folder_are_refused(run, tmp_path, capsys
     for checkpoint, said in ((run / "encoder.safetensors", "says nothing of heads"), (tmp_path, "no complete checkpo")):
         assert main(["reconstruct", str(checkpoint), str(run)]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--student"], "has one encoder, and no teacher; leave --student out"),
+        (["--student", "--whole"], "--student: --whole writes teacher and student; leave one of the two out"),
+        (["--average"], "has no moving average; objective.ema_decay of a fine-tuning makes one; leave --average out"),
+    ],
+)
+def test_convert_refuses_what_a_run_has_not(run, tmp_path, capsys, words, said):
+    """SimMIM has no teacher: its encoder is written without an option that would not be heard."""
+    for out in ("a.safetensors", "folder", "a.onnx"):
+        assert main(["convert", str(run), str(tmp_path / out), *words]) == 2
+        errors = capsys.readouterr().err
+        assert words[0] in errors and errors.count("\n") == 1 and not (tmp_path / out).exists()
+        assert said in errors or out != "a.safetensors"
+    if "--whole" not in words:
+        (tmp_path / "folder").mkdir(), (tmp_path / "folder/config.json").write_text("{}")
+        assert main(["convert", str(run), str(tmp_path / "folder"), *words]) == 2 and said in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "folder").iterdir()] == ["config.json"]
+
+
+def test_the_log_names_the_run_and_no_file_that_was_made_for_a_moment(run, labelled, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "fastmim")
+    assert main(["features", str(run), str(labelled), "--out", str(tmp_path / "f.safetensors")]) == 0
+    assert main(["probe", str(run), str(labelled), "--protocol", "none"]) == 0
+    told = [line for line in caplog.messages if "tensors loaded" in line]
+    assert len(told) == 2 and all(line.startswith(f"{run}: ") for line in told)

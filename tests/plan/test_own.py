@@ -105,6 +105,21 @@ def test_every_choice_has_a_reason_of_a_line() -> None:
     assert "7 images are too few to hold some out" in said["data.val_fraction"]
 
 
+def test_one_image_is_no_images(fixed: Path) -> None:
+    """Of a folder with one, on one core: no reason counts it as several, nor halves it."""
+    facts = with_(images=1, cores=1, short_sides=(180,))
+    said = {one.key: one.reason for grey in (True, False) for one in choose(with_(facts, grey=grey), {}, cost)}
+    assert not re.search(r"\b1 (images|passes|readers|steps|cores)\b|half of 1\b", "; ".join(said.values()))
+    assert said["data.val_fraction"] == "1 image is too few to hold some out (from 20 on)"
+    assert said["train.micro_batch_size"].startswith("1 image a step; ")
+    assert said["train.steps"].endswith(" passes over 1 image")
+    assert said["data.num_workers"] == "reader beside the step, on 1 core"
+    assert said["model.in_chans"] == "the image looked at is grey"
+    assert said["model.img_size"].startswith("the image looked at has a short side of 180 px")
+    (fixed.parent / "one").mkdir(), picture(fixed.parent / "one/a.png")
+    assert "one: 1 image; 4 cores" in own_config("one").text
+
+
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 @pytest.mark.parametrize("images", [62, 3_000, 500_000])
 def test_more_of_anything_never_gives_a_smaller_encoder(kind: str, images: int) -> None:
@@ -297,6 +312,11 @@ def load_tree(text: str) -> dict:
         (["pretrain", "train.steps=2"], 2, "required: CONFIG, or --images DIR"),
         (["plan", "--images", "60"], 2, "required: CONFIG, or --images DIR"),
         (["pretrain", "--images", "nowhere"], 2, "--images=nowhere: no such folder"),
+        (["pretrain", "mine"], 2, "mine: is a directory; to train on its images: fastmim pretrain --images mine\n"),
+        (["pretrain", "mine", "train.steps=2"], 2, "to train on its images: fastmim pretrain --images mine\n"),
+        (["plan", "mine"], 2, "mine: is a directory; to plan for its images: fastmim plan --images mine\n"),
+        (["plan", "my run", "--images", "60"], 2, "for the config of its run: fastmim plan 'my run/config.yaml'\n"),
+        (["finetune", "mine"], 2, "error: mine: is a directory\n"),
         (["plan", "--images", "mine", "--json"], 2, "--json: not with a folder for --images"),
         (["pretrain", "--images", "mine", "model.nam=x"], 2, "model.nam: unknown key; did you mean 'name'"),
     ],
@@ -304,11 +324,24 @@ def load_tree(text: str) -> dict:
 def test_wrong_requests(
     argv: list[str], status: int, said: str, fixed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("my run").mkdir(), Path("my run/config.yaml").write_text("")
     try:
         found = cli.main(argv)
     except SystemExit as stop:
         found = stop.code
     assert found == status and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["pretrain", "plan"])
+@pytest.mark.parametrize("images, said", [("nowhere", "no such folder"), ("a/x.tar", "no such shard"),
+                                          ("mine/notes.txt", "is a file, not a folder")])  # fmt: skip
+def test_images_that_are_not_there_are_all_that_is_said(
+    command: str, images: str, said: str, fixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No word about held-out images that would have been left out for them."""
+    Path("c.yaml").write_text("data: {path: other, val_path: held}\n")
+    assert cli.main([command, "c.yaml", "--images", images]) == 2
+    assert f"error: --images={images}: {said}" in (errors := capsys.readouterr().err) and "warning" not in errors
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fastmim.engine.cuda_autocast import cuda_autocast
 from fastmim.models.swin import SwinBlock
 from fastmim.plan import command
 from fastmim.plan.hardware import GPUS
+from fastmim.plan.report import cost, share
 from fastmim.plan.trace import Footprint
 
 RealTracer = command.Tracer
@@ -64,6 +65,34 @@ def test_text_says_what_fits_and_why(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "fits: weights" in out and "8% headroom" in out and "300 steps of 64" in out
     assert len([line for line in out.splitlines() if line[:1] in "0123" and ("none" in line or "full" in line)]) == 8
     assert Image.open(picture).width > 400
+
+
+def test_a_short_run_of_a_small_model_is_more_than_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys)[1]
+    assert " 0%\n" not in out and "MFU 0%" not in out and "0.00 GPU-days" not in out
+    assert "MFU under 1%, under 0.1 GPU-minutes for 19,200 images (300 steps of 64)" in out
+    assert re.search(r" <1%$", out, re.MULTILINE)
+    assert "for 64 images (1 step of 64)" in run(capsys, "train.steps=1")[1]
+    assert "(1 epoch of 1 image, --images)" in run(capsys, "train.steps=null", "train.epochs=1", "--images", "1")[1]
+
+
+@pytest.mark.parametrize(
+    "days, said",
+    [
+        (0.00001, "under 0.1 GPU-minutes"),
+        (0.00006, "under 0.1 to 0.1 GPU-minutes"),
+        (0.003, "4.3 to 7.2 GPU-minutes"),
+        (0.0099, "14.3 to 23.8 GPU-minutes"),
+        (0.01, "0.01 to 0.02 GPU-days"),
+        (1200.0, "1,200.00 to 2,000.00 GPU-days"),
+    ],
+)
+def test_what_a_run_takes_is_said_in_days_or_minutes(days: float, said: str) -> None:
+    assert cost(days, days / 0.6) == said
+
+
+def test_a_share_is_nought_only_where_there_is_none() -> None:
+    assert [share(part) for part in (0, 0.0001, 0.0099, 0.01, 0.456)] == ["0%", "<1%", "<1%", "1%", "46%"]
 
 
 @pytest.mark.parametrize("columns", [200, 60])

@@ -23,6 +23,8 @@ log = logging.getLogger("fastmim")
 
 CONFIG_FILE = "config.json"
 _ENCODER, _TEACHER, _AVERAGE = "encoder.", "teacher.encoder.", "average."
+_AVERAGED = (_TEACHER, "momentum_encoder.")
+"""Beside these the encoder is a student; MoCo v3's is what is exported anyway."""
 OTHER_FORMATS = (".bin", ".ckpt", ".onnx", ".pkl", ".pt", ".pth")
 
 
@@ -48,14 +50,16 @@ def convert(
         ``out``.
 
     Raises:
-        ValueError: no checkpoint there, one that ``train.resume`` would refuse as damaged, a name that ends as that of
-            another format, or a folder for what timm has no model for.
+        ValueError: no checkpoint there, one that ``train.resume`` would refuse as damaged, no student or average in it,
+            a name that ends as that of another format, or a folder for what timm has no model for.
     """
     out = Path(out)
     file = out.suffix == ".safetensors"
     if not file and (whole or out.is_file() or out.suffix in OTHER_FORMATS):
         raise ValueError(f"{out}: must end in .safetensors, for example encoder.safetensors")
     folder, run = open_whole(checkpoint, "convert {path}")
+    # Before export removes the config.json of an earlier conversion.
+    _chosen(Shards(folder), folder, whole=whole, student=student, average=average)
     encoder = {key: value for key, value in section_of(run, "model").items() if value is not None}
     statistics = image_facts(section_of(run, "data"))
     said: dict[str, Any] = {"encoder": encoder, "statistics": statistics, "student": student, "average": average}
@@ -103,11 +107,7 @@ def consolidate(
     """
     try:
         shards = Shards(folder)
-        taught = not student and any(name.startswith(_TEACHER) for name in shards.shapes)
-        prefix = (_AVERAGE if average else "") + ("" if whole else _TEACHER if taught else _ENCODER)
-        names = [name for name in shards.shapes if name.startswith(prefix) and name.startswith(_AVERAGE) == average]
-        if not names:
-            raise RuntimeError("there is no moving average in it: objective.ema_decay makes one")
+        prefix, names = _chosen(shards, folder, whole=whole, student=student, average=average)
         # The mask token belongs to pretraining: timm's models have none.
         names = [name for name in names if whole or name != f"{_ENCODER}mask_token"]
         entries = [
@@ -120,6 +120,23 @@ def consolidate(
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from None
     return out
+
+
+def _chosen(shards: Shards, folder: Path, *, whole: bool, student: bool, average: bool) -> tuple[str, list[str]]:
+    """What stands before the names of the tensors that are written, and those names.
+
+    Raises:
+        ValueError: there is no student, or no moving average.
+    """
+    taught = any(name.startswith(_TEACHER) for name in shards.shapes)
+    if student and not any(name.startswith(_AVERAGED) for name in shards.shapes):
+        raise ValueError(f"--student: {folder} has one encoder, and no teacher; leave --student out")
+    prefix = (_AVERAGE if average else "") + ("" if whole else _TEACHER if taught and not student else _ENCODER)
+    names = [name for name in shards.shapes if name.startswith(prefix) and name.startswith(_AVERAGE) == average]
+    if not names:
+        fix = "objective.ema_decay of a fine-tuning makes one; leave --average out"
+        raise ValueError(f"--average: {folder} has no moving average; {fix}")
+    return prefix, names
 
 
 def _weight(shards: Shards, name: str) -> Tensor:

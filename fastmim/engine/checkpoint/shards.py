@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastmim.files import naming
+from fastmim.wording import plural
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -231,4 +232,4 @@ class Shards:
         other = sorted(n for n in expected.keys() & self.shapes.keys() if tuple(expected[n]) != self.shapes[n])
         for what, names in (("missing", missing), ("left over", extra), ("of another shape", other)):
             if names:
-                raise RuntimeError(f"{len(names)} tensors are {what}, for example {names[0]}")
+                raise RuntimeError(f"{plural(len(names), 'tensor is', 'tensors are')} {what}, for example {names[0]}")
