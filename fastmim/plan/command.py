@@ -210,8 +210,8 @@ def _adapted(cfg: Config, gpus: int) -> tuple[Config, tuple[str, ...]]:
         return cfg, ()
     fits = cfg.model_copy(update={"train": train.model_copy(update={"micro_batch_size": size})})
     return fits, (
-        f"train.micro_batch_size={train.micro_batch_size}: no whole number of them on {plural(gpus, 'GPU')} makes the global "
-        f"batch of {train.global_batch_size}; planned with {size}, which is to be given",
+        f"train.micro_batch_size={train.micro_batch_size}: no whole number of them on {plural(gpus, 'GPU')} makes the "
+        f"global batch of {train.global_batch_size}; planned with {size}, which is to be given",
     )
 
 
