@@ -127,7 +127,7 @@ def where(rows: list[Row]) -> str:
 
 
 def headline(steps: list[Row]) -> str:
-    """How many times as fast as each other provider a step is, in one sentence, and the first case as a picture."""
+    """How many times as fast as all other providers a step is, in one sentence, and the first case as a picture."""
     usual = at_usual_size(steps)
     found: dict[str, list[float]] = {}
     for row in usual:
@@ -136,11 +136,18 @@ def headline(steps: list[Row]) -> str:
             found.setdefault(row["provider"], []).append(ratio[0])
     if not found:
         return ""
-    said = ", ".join(f"{min(own):.2f} to {max(own):.2f} times as fast as {name}" for name, own in found.items())
+    every = _range([ratio for own in found.values() for ratio in own])
+    each = ", ".join(f"{name} {_range(own)}" for name, own in found.items())
     first = [row for row in usual if label(row) == label(usual[0])]
     text = f"Images a second of a training step of {label(usual[0])}: longer is faster"
-    return (f'<p class="headline">A training step of fastmim is {html.escape(said)} (medians of the cases below).</p>'
-            + bars.figure(text, bars.grouped(first, "images_per_sec", "images/s"), ' class="first"'))
+    return (f'<p class="headline">A training step of fastmim is {every} times as fast as others\'.</p>'
+            + bars.figure(text, bars.grouped(first, "images_per_sec", "images/s"), ' class="first"')
+            + f"<p>Times as fast, least to most of the cases below (medians): {html.escape(each)}.</p>")
+
+
+def _range(ratios: list[float]) -> str:
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def contents(rows: list[Row]) -> str:
