@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ def start_rows(
     model: str,
     kernels: str,
     images: int,
+    held_out: int | None,
     steps_per_epoch: int,
     global_batch: int,
     start: int,
@@ -42,6 +42,7 @@ def start_rows(
         model: name of the encoder.
         kernels: implementation of the ops that is asked for.
         images: of the training set.
+        held_out: of the validation set; None: there is none.
         steps_per_epoch, global_batch: updates an epoch, images an update.
         start, total: updates done, and the length of the run.
         folder: ``output.dir``.
@@ -57,17 +58,12 @@ def start_rows(
         ("device", _device(world)),
         ("precision", f"{engine.precision}, kernels: {_kernels(kernels, engine)}"),
         ("images", f"{images:,}, {plural(steps_per_epoch, 'step')} an epoch"),
+        ("held out", "none" if held_out is None else f"{held_out:,}, for the validation"),
         ("batch", f"{plural(global_batch, 'image')} a step" + (f" = {product}" if " x " in product else "")),
         ("length", length + (f", going on from step {start}" if start else "")),
         ("time", "said after the first steps" if start < total else "nothing left to do"),
         ("output", str(folder)),
     ]
-
-
-def with_held_out(rows: Sequence[tuple[str, str]], held_out: int | None) -> Rows:
-    """The rows, the held-out images among them behind those that are trained on; None: a run without any."""
-    said = "none" if held_out is None else f"{held_out:,}, for the validation"
-    return [one for row in rows for one in ([row, ("held out", said)] if row[0] == "images" else [row])]
 
 
 def _encoder(engine: Engine) -> nn.Module:

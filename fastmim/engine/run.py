@@ -19,7 +19,6 @@ from torch import Tensor
 from fastmim._version import __version__
 from fastmim.engine import distributed
 from fastmim.engine.accuracy import Accuracy
-from fastmim.engine.banner import with_held_out
 from fastmim.engine.base import Engine
 from fastmim.engine.checkpoint import export, save_checkpoint
 from fastmim.engine.distributed import World
@@ -122,7 +121,7 @@ class Run:
     def begin(self, banner: Sequence[tuple[str, str]]) -> None:
         """Say what is about to be trained; ``banner``: names and values."""
         self.progress.say(f"{clock()} fastmim {__version__}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-        self.progress.table(with_held_out(banner, None if self.val_loader is None else self.val_loader.num_images))
+        self.progress.table(banner)
         self.progress.begin()
         self._shown_at = time.monotonic()
 

@@ -87,7 +87,7 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
         for waited_for in (loader, run.val_loader, None if watch is None else watch.loader):
             if waited_for is not None:
                 waited_for.stop = lambda: stop.requested
-        run.begin(banner(cfg, parts, world, start))
+        run.begin(banner(cfg, parts, world, start, shown["val_loader"]))
         batches = stream(loader, start=start, stop=total, grad_accum_steps=engine.grad_accum_steps)
         lengths = {"total": total, "steps_per_epoch": loader.steps_per_epoch}
 
@@ -150,7 +150,7 @@ def settle_classes(cfg: Config) -> tuple[Config, Labelled]:
     return cfg.model_copy(update={"objective": objective}), found
 
 
-def banner(cfg: Config, parts: Parts, world: World, start: int) -> list[tuple[str, str]]:
+def banner(cfg: Config, parts: Parts, world: World, start: int, val_loader: Any) -> list[tuple[str, str]]:
     """What is said before the first step."""
     return start_rows(
         engine=parts.engine,
@@ -158,6 +158,7 @@ def banner(cfg: Config, parts: Parts, world: World, start: int) -> list[tuple[st
         model=cfg.model.name,
         kernels=cfg.efficiency.kernels,
         images=parts.loader.num_images,
+        held_out=None if val_loader is None else val_loader.num_images,
         steps_per_epoch=parts.loader.steps_per_epoch,
         global_batch=parts.global_batch,
         start=start,

@@ -57,7 +57,7 @@ class MaskReport:
     units: tuple[int, int] | None
     ratio: float
     distance: float
-    is_simmim: bool = True
+    is_simmim: bool
 
     @cached_property
     def table(self) -> dict[tuple[int, float], float]:

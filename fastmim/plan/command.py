@@ -203,10 +203,10 @@ def _configured(cfg: Config, accum: int, gpus: int) -> Setting:
 def _adapted(cfg: Config, gpus: int) -> tuple[Config, tuple[str, ...]]:
     """The config with a micro-batch that fits so many GPUs, where its own is too large for the global batch."""
     train = cfg.train
-    if train.global_batch_size is None or train.global_batch_size % (train.micro_batch_size * gpus) == 0:
+    if train.global_batch_size is None or train.grad_accum_steps != 1:
         return cfg, ()
     size = micro_batch_that_fits(train.micro_batch_size, train.global_batch_size, gpus)
-    if not size or train.grad_accum_steps != 1:  # which the config itself is told
+    if size in (0, train.micro_batch_size):  # 0: the config itself is told
         return cfg, ()
     fits = cfg.model_copy(update={"train": train.model_copy(update={"micro_batch_size": size})})
     return fits, (

@@ -5,17 +5,34 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
-from fastmim.engine.banner import with_held_out
+from fastmim.engine.banner import start_rows
+from fastmim.engine.distributed import World
+from fastmim.engine.local import LocalEngine
 from fastmim.engine.train import train
 
 
 @pytest.mark.parametrize(
     ("held_out", "said"), [(None, "none"), (1, "1, for the validation"), (12345, "12,345, for the validation")]
 )
-def test_the_held_out_images_stand_behind_those_that_are_trained_on(held_out, said):
-    rows = with_held_out([("model", "vit"), ("images", "22, 5 steps an epoch"), ("batch", "4 images a step")], held_out)
-    assert [name for name, _ in rows] == ["model", "images", "held out", "batch"] and rows[2][1] == said
+def test_the_held_out_images_stand_behind_those_that_are_trained_on(held_out, said, tmp_path):
+    net = torch.nn.Linear(1, 1)
+    rows = start_rows(
+        engine=LocalEngine(net, torch.optim.SGD(net.parameters())),
+        world=World(rank=0, size=1, local_rank=0, device=torch.device("cpu")),
+        model="vit",
+        kernels="torch",
+        images=22,
+        held_out=held_out,
+        steps_per_epoch=5,
+        global_batch=4,
+        start=0,
+        total=10,
+        folder=tmp_path,
+    )
+    at = rows.index(("images", "22, 5 steps an epoch"))
+    assert rows[at + 1 : at + 3] == [("held out", said), ("batch", "4 images a step")] and rows[0][0] == "model"
 
 
 def test_a_run_of_one_step_of_one_image(settings, tmp_path, capsys, pictures):

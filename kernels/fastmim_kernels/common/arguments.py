@@ -95,7 +95,7 @@ def within(op: str, argument: str, values: Tensor, least: int, most: int, what: 
 
     One pass, on a CPU. On a GPU the host would have to wait for the values, and compilers and fakes have none.
     """
-    if not _at_hand(values) or not values.numel():
+    if not at_hand(values) or not values.numel():
         return
     low, high = (int(end) for end in torch.aminmax(values))
     if low < least or high > most:
@@ -112,12 +112,13 @@ def as_mask(op: str, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     found = mask != 0
-    if _at_hand(mask) and not torch.equal(found.to(mask.dtype), mask):
+    if at_hand(mask) and not torch.equal(found.to(mask.dtype), mask):
         raise ValueError(f"{op}: mask must hold 0 and 1 alone, got others in {shown(mask)}")
     return found
 
 
-def _at_hand(values: Tensor) -> bool:
+def at_hand(values: Tensor) -> bool:
+    """Whether ``values`` can be looked at without waiting: plain ones on a CPU, and nobody who looks into the op."""
     return values.is_cpu and plain_to_all((values,)) is not None
 
 

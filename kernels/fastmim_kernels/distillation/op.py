@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..common.arguments import explained, floating, shown, wrong
+from ..common.arguments import at_hand, explained, floating, shown, wrong
 from ..common.define_op import Kept, define_op
-from ..common.direct import plain_to_all
 from . import on_torch
 from .layout import mean_weight, teachers_of
 
@@ -143,7 +142,7 @@ def _temperature(op: str, name: str, value: float | Tensor, device: torch.device
     if value.numel() != 1 or value.device != device:
         raise wrong(op, name, f"a number, or a tensor of one value on {device}", value)
     # On a GPU the host would have to wait for it.
-    if value.is_cpu and plain_to_all((value,)) is not None and not 0 < value.item() < math.inf:
+    if at_hand(value) and not 0 < value.item() < math.inf:
         raise wrong(op, name, "above 0, for example 0.1", value.item())
     return value.detach().reshape(()).to(dtype)
 
