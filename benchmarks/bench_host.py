@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.append(str(ROOT))  # behind PYTHONPATH, which names the checkout that is measured
 
-from benchmarks import command  # noqa: E402
+from benchmarks import command, harness  # noqa: E402
 
 HEADS_OF_ONE = 32
 """Channels per head of the shipped sizes: the kernels' path depends on it."""
@@ -187,10 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             row["ratio"] = f"{float(theirs['seconds_p20']) / float(row['seconds_p20']):.3f}"
         low, middle = (float(ours[name]) / float(theirs[name]) for name in ("seconds_p20", "seconds"))
         print(f"{low:.3f} of {checkouts[1].name}'s time (by medians {middle:.3f})")
-    from benchmarks import harness  # torch: behind the workers, whose time it would take
-
-    environment = harness.environment()
-    harness.append_rows(args.out, [environment | row for row in rows])
+    harness.append_rows(args.out, rows)
     return 0
 
 
@@ -198,11 +195,10 @@ def summary(root: Path, model: str, passes: list[list[float]]) -> dict[str, Any]
     """A row of the CSV: CPU seconds of forward and backward together, median and 20 % quantile."""
     low, middle = quantiles([forward + backward for forward, backward, _ in passes])
     (f_low, _), (b_low, _) = (quantiles([one[i] for one in passes]) for i in range(2))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True,
-                            check=False).stdout.strip()  # fmt: skip
     return {
+        **harness.environment(),
         "benchmark": "host", "case": f"blocks of {model}, every kernel left out", "device": "cpu",
-        "provider": f"fastmim at {commit or 'unknown'}", "seconds": f"{middle / 1e3:.5f}",
+        "provider": f"fastmim at {harness.commit_of(root)}", "seconds": f"{middle / 1e3:.5f}",
         "seconds_p20": f"{low / 1e3:.5f}", "rounds": len(passes), "launches": f"{passes[0][2]:.0f}",
         "note": f"CPU time of forward {f_low:.1f} ms, backward {b_low:.1f} ms, both {low:.1f} ms, median "
                 f"{middle:.1f} ms; {passes[0][2]:.0f} Triton launches",

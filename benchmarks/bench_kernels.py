@@ -179,18 +179,22 @@ def times(steps: dict[str, Callable[[], Any]], device: torch.device, rounds: int
 
 
 def compared(made: Callable[[list[str]], dict[str, Callable[[], Any]]], names: list[str], device: torch.device,
-             rounds: int) -> dict[str, tuple[Quantiles, Quantiles | tuple[()]]]:
-    """Seconds of the calls that ``made`` returns, and how many times faster than the reference each is.
+             rounds: int) -> dict[str, tuple[Quantiles, tuple[float, ...]]]:
+    """Seconds of the calls that ``made`` returns, and how many times faster than the reference each is, if it is there:
+    on a CPU median and quantiles of the rounds, on a GPU the ratio of the medians alone.
 
     On a CPU they are made anew from time to time, in the other order, so that none keeps the better place in memory.
     """
     if device.type != "cpu":
         found = times(made(names), device, rounds)
         base = found.get("reference")
-        return {n: (q, (base[0] / q[0],) * 3 if base else ()) for n, q in found.items()}
+        return {n: (q, (base[0] / q[0],) if base else ()) for n, q in found.items()}
     taken: dict[str, tuple[float, ...]] = {}
     for start in range(0, rounds, ROUNDS_AT_ONE_PLACE):
-        timings = harness.interleave(made(names), rounds=min(rounds - start, ROUNDS_AT_ONE_PLACE))
+        calls = made(names)
+        if not calls:  # an op without this direction
+            return {}
+        timings = harness.interleave(calls, rounds=min(rounds - start, ROUNDS_AT_ONE_PLACE))
         taken = {n: taken.get(n, ()) + t.seconds for n, t in timings.items()}
         names = names[::-1]
     all_of = {n: harness.Timing(seconds) for n, seconds in taken.items()}

@@ -129,7 +129,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "timm": timm.__version__,
-        "commit": _commit(),
+        "commit": commit_of(),
         "date": datetime.date.today().isoformat(),
         "load_average": f"{os.getloadavg()[0]:.2f}",
     }
@@ -170,8 +170,10 @@ def _cpu_name() -> str:
     return name + (" with AMX" if "amx_bf16" in flags else " with AVX-512 BF16" if "avx512_bf16" in flags else "")
 
 
-def _commit() -> str:
+def commit_of(checkout: Path = ROOT) -> str:
+    """Short, with a mark where the checkout has changes; "unknown" without git."""
+
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(["git", *args], cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
 
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain") else "")

@@ -58,7 +58,6 @@ COLUMNS = (
     "binds",
 )
 ISSUE = ("once", "loops")
-ISSUE_ARCH = 90
 COUNTED = command.RESULTS / "op_count_roofs.csv"
 """Instructions outside of loops and in each, on the architecture of the issue roof."""
 MEASURED = (
@@ -147,8 +146,10 @@ def roofs(row: dict[str, Any], counted: list[dict[str, str]]) -> dict[str, Any]:
     µs an image on an H100 by bytes and FLOPs at 100 % (``pure_us``) and at public efficiency with issue slots
     (``honest_us``), the first over the second, and the roof that binds the larger part.
     """
+    from fastmim_kernels.check import issue_slots
+
     found = re.search(r"(?:^|[/_])(swinv2_[blhg]|swin_b)(?=[-_]|$)", row["case"])
-    if found is None or row["arch"] != ISSUE_ARCH:
+    if found is None or row["arch"] != issue_slots.ARCH:
         return {}
     model, suffix = MODELS[found[1]], f"/triton.{row['kernel']}"
     own = [one for one in counted if one["model"] == model and one["op"].endswith(suffix)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -38,10 +39,10 @@ def compiled(setting: Setting, outcome: Outcome) -> None:
 def _traced(setting: Setting, outcome: Outcome) -> Iterator[list[Launch]]:
     dtypes = {"fp32": torch.float32} if setting.dry else bench_kernels.DTYPES
     for name, dtype in dtypes.items():
-        yield launches_of(lambda dtype=dtype: self_test.request([dtype]))  # type: ignore[misc]
+        yield launches_of(functools.partial(self_test.request, [dtype]))
         for op, where, shape, batch in [] if setting.dry else shapes():
             try:
-                yield launches_of(lambda: _run(op, shape, batch, dtype))  # noqa: B023 - called at once
+                yield launches_of(functools.partial(_run, op, shape, batch, dtype))
             except Exception as broken:
                 outcome.leave_out(f"{op}, {where}, {name}: compiled when it is launched ({one_line(broken)})")
 
