@@ -86,3 +86,25 @@ def test_a_compiler_that_hangs_is_left_behind() -> None:
     finally:
         over.set()
     assert failed == ["hangs/slow: not compiled after 0 s"]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_what_fails_beside_others_is_tried_once_more_alone(failures: int) -> None:
+    """CPython 3.11's ``ast.parse`` fails now and then where another thread reads source too; what is wrong, twice."""
+    tried: list[int] = []
+
+    class Unlucky:
+        params = ()
+        fn = SimpleNamespace(__name__="unlucky")
+
+        def warmup(self, grid: Any) -> None:
+            tried.append(1)
+            if len(tried) <= failures:
+                raise SystemError("AST constructor recursion depth mismatch (before=42, after=33)")
+
+    kernel: Any = Unlucky()
+    progress: list[tuple[int, int]] = []
+    failed = compile_ahead([Launch(kernel, (), {}, (1,), "fastmim::luck")], lambda *done: progress.append(done), 2)
+    assert failed == (["luck/unlucky: SystemError: AST constructor recursion depth mismatch (before=42, after=33)"]
+                      if failures == 2 else [])
+    assert len(tried) == 2 and progress == [(1, 1)]

@@ -8,8 +8,9 @@ appear whole or not at all: for this process's first launch, and for every other
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as OutOfTime
 from typing import Any
 
@@ -38,27 +39,38 @@ def compile_ahead(launches: Iterable[Launch], progress: Progress = lambda done, 
         For each kernel that failed, its name and why, in one line. Nothing is raised: the launch itself will fail
         in the same way, and be told from others by then.
     """
-    distinct = {specialisation(launch): launch for launch in launches}
+    distinct = list({specialisation(launch): launch for launch in launches}.values())
+    ends = time.monotonic() + timeout
+    failed = _compiled(distinct, workers or len(os.sched_getaffinity(0)), ends, progress)
+    # Once more, alone: a thread may fail for others that read source meanwhile, since CPython 3.11 counts the depth of
+    # ``ast.parse`` for all of them together (gh-106905); and many compilers share the memory.
+    late = [(launch, why) for launch, why in failed if isinstance(why, OutOfTime)]
+    failed = late + _compiled([launch for launch, why in failed if not isinstance(why, OutOfTime)], 1, ends)
+    return [f"{launch.name}: {_line(why, timeout)}" for launch, why in failed]
+
+
+def _compiled(launches: list[Launch], workers: int, ends: float,
+              progress: Progress = lambda done, of: None) -> list[tuple[Launch, BaseException]]:
+    """Compile ``launches`` in threads until ``time.monotonic()`` is ``ends``: which are not done, and why."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "triton", _enter, (device,))
+    pool = ThreadPoolExecutor(workers, "triton", _enter, (device,))
+    futures = [pool.submit(_compile, launch) for launch in launches]
     try:
-        names = {pool.submit(_compile, launch): launch.name for launch in distinct.values()}
-        return _failures(names, progress, timeout)
-    finally:
-        # Without waiting: a compiler that hangs would take the run with it.
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _failures(names: dict[Future[Any], str], progress: Progress, timeout: float) -> list[str]:
-    failed = []
-    try:
-        for done, future in enumerate(as_completed(names, timeout), 1):
-            if broken := future.exception():
-                failed.append(f"{names[future]}: {type(broken).__name__}: {' '.join(str(broken).split())[:300]}")
-            progress(done, len(names))
+        for done, _ in enumerate(as_completed(futures, max(0.0, ends - time.monotonic())), 1):
+            progress(done, len(futures))
     except OutOfTime:
-        failed += [f"{name}: not compiled after {timeout:.0f} s" for future, name in names.items() if not future.done()]
-    return failed
+        pass
+    finished = [(launch, future.exception() if future.done() else OutOfTime())
+                for launch, future in zip(launches, futures, strict=True)]
+    # Without waiting: a compiler that hangs would take the run with it.
+    pool.shutdown(wait=False, cancel_futures=True)
+    return [(launch, why) for launch, why in finished if why is not None]
+
+
+def _line(why: BaseException, timeout: float) -> str:
+    if isinstance(why, OutOfTime):
+        return f"not compiled after {timeout:.0f} s"
+    return f"{type(why).__name__}: {' '.join(str(why).split())[:300]}"
 
 
 def _enter(device: int | None) -> None:
