@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks import command, harness, step_count  # noqa: E402
 from fastmim import create_objective  # noqa: E402
-from fastmim.plan.counter import SavedTensors  # noqa: E402
+from fastmim.plan.saved import SavedTensors  # noqa: E402
 
 WAYS = {"simmim": False, "visible": True}
 COLUMNS = (

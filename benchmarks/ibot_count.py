@@ -32,7 +32,8 @@ from benchmarks.reference import find_clones  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.engine.dry_step import built  # noqa: E402
 from fastmim.engine.local import LocalEngine  # noqa: E402
-from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
+from fastmim.plan.counter import DispatchCounter  # noqa: E402
+from fastmim.plan.saved import SavedTensors  # noqa: E402
 from fastmim_kernels.common.dispatch import as_on_a_gpu  # noqa: E402
 
 # Part: (MB an image, launches) of the published code, counted once; None: not counted.

@@ -1,4 +1,4 @@
-"""The README's table of measured numbers, written from the committed CSV and never by hand.
+"""The README's tables of measured and of modelled numbers, written from the committed CSV files and never by hand.
 
 python benchmarks/readme_table.py [--check]
 """
@@ -16,7 +16,7 @@ from benchmarks import command, harness  # noqa: E402
 from benchmarks.rows import Row, faster, latest, number  # noqa: E402
 
 CSV = harness.RESULTS / "measurements.csv"
-BEGIN, END = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
+ROOFS = harness.RESULTS / "op_count.csv"
 OPPONENTS = {"timm": "timm", "timm-compiled": "timm compiled", "microsoft": "Microsoft"}
 
 
@@ -89,10 +89,10 @@ def counted(rows: list[Row]) -> list[str]:
     """Lines of Markdown: launches, traffic, saved bytes and modelled time, each provider's beside ours."""
     columns = {"launches": "launches", "mb_per_image": "MB/image", "saved_mb_per_image": "saved MB/image",
                "modelled_us_per_image": "modelled µs/image"}  # fmt: skip
-    lines = [f"| model | provider | {' | '.join(columns.values())} |", "|---" * (2 + len(columns)) + "|"]
+    lines = [f"| model | batch | provider | {' | '.join(columns.values())} |", "|---" * (3 + len(columns)) + "|"]
     for row in latest(rows, "counts"):
         values = " | ".join(str(row[c]) for c in columns)
-        lines.append(f"| {row['case']} | {row['provider']} | {values} |")
+        lines.append(f"| {row['case']} | {row['batch']} | {row['provider']} | {values} |")
     return lines
 
 
@@ -104,7 +104,8 @@ def text(rows: list[Row]) -> str:
         ("Whole runs of `fastmim pretrain` from JPEG files", table(rows, "pretrain")),
         ("Peak memory of a training step", memory(rows)),
         ("Loading JPEG photographs of 500x375 px, 192 px crops", loading(rows)),
-        ("Counted on fake tensors (batch 128, bf16); the time is a roofline of an H100, no measurement", counted(rows)),
+        ("Counted on fake tensors (bf16, forward and backward with the weights' casts); the time is a roofline of an "
+         "H100, no measurement", counted(rows)),
     ):
         if len(lines) > 2:
             parts.append("\n".join([f"{title}:", "", *lines]))
@@ -120,17 +121,36 @@ def text(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def with_table(readme: str, rows: list[Row]) -> str:
-    """The README with the text between its markers replaced.
+def roofs(rows: list[Row]) -> list[str]:
+    """Lines of Markdown: the modelled time of each counted model by one roof and by three, and which of them binds."""
+    lines = ["| model | pure roof, µs/image | three roofs, µs/image | of these bound by bytes | FLOPs | issue slots "
+             "| timm eager, three roofs |", "|---" * 7 + "|"]
+    columns = ("modelled_us_h100", "honest_us_h100", *(f"h100_us_bound_by_{r}" for r in ("bytes", "flops", "issue")))
+    eager = {row["model"]: row["honest_us_h100"] for row in rows if row["side"] == "eager"}
+    for row in rows:
+        if row["side"] == "ours" and row["model"] != "normalised_target":
+            lines.append(f"| {' | '.join((row['model'], *(row[c] for c in columns), eager[row['model']]))} |")
+    return lines
+
+
+def between(readme: str, name: str, text: str) -> str:
+    """The README with the text between its markers of ``name`` replaced.
 
     Raises:
-        ValueError: a marker is missing.
+        ValueError: A marker is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md: the markers {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n\n{text(rows)}\n\n{END}{after}"
+    begin, end = f"<!-- {name}: begin (benchmarks/readme_table.py) -->", f"<!-- {name}: end -->"
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"README.md: the markers {begin} and {end} are missing")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
+def with_tables(readme: str) -> str:
+    """The README with what the committed CSV files give."""
+    readme = between(readme, "measured", text(harness.read_rows(CSV)))
+    return between(readme, "modelled", "\n".join(roofs(command.read_csv(ROOFS))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     path = ROOT / "README.md"
     old = path.read_text(encoding="utf-8")
-    new = with_table(old, harness.read_rows(CSV))
+    new = with_tables(old)
     if args.check:
         print("README.md is up to date" if new == old else "README.md is not what the CSV gives; run without --check")
         return int(new != old)

@@ -29,8 +29,10 @@ from benchmarks.providers import SHARES  # noqa: E402
 from fastmim import create_objective  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.models.sizes import SIZES  # noqa: E402
-from fastmim.plan.counter import DispatchCounter, Launch, SavedTensors, bound  # noqa: E402
+from fastmim.plan.counter import DispatchCounter  # noqa: E402
 from fastmim.plan.hardware import MEASURED as GPUS  # noqa: E402
+from fastmim.plan.launch import Launch, bound  # noqa: E402
+from fastmim.plan.saved import SavedTensors  # noqa: E402
 from fastmim_kernels.common import dispatch  # noqa: E402
 
 

@@ -10,15 +10,11 @@ declaration says it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,56 +24,18 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from fastmim_kernels.common.define_op import NAMESPACE, PASSES
-from fastmim_kernels.common.device import H100, on_fake_cuda
-from fastmim_kernels.common.roofs import HONEST, PURE, Efficiency
+from fastmim_kernels.common.device import on_fake_cuda
 
 from .hardware import Gpu
+from .launch import Launch, bound
 from .live import LiveBytes
+from .sites import caller, short
+from .triton_launches import counted_by
 
 VIEWS = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "alias"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 WRITE_ONLY = {"fill_", "zero_", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"}
 OVERWRITES = {"copy_"}
-
-
-@dataclasses.dataclass
-class Launch:
-    """One kernel: an aten op outside a custom op, or what a custom op launches."""
-
-    phase: str
-    op: str
-    site: str
-    bytes: int
-    flops: int
-    shapes: str
-    issued: float = 0.0
-    """Warp instructions of a Triton kernel, as :mod:`fastmim_kernels.check.issue_slots` counts; 0: unknown."""
-
-    def seconds(self, gpu: Gpu) -> float:
-        """The pure roof of bytes and FLOPs."""
-        return gpu.seconds(self.bytes, self.flops)
-
-    def roofs(self, gpu: Gpu, efficiency: Efficiency = PURE) -> dict[str, float]:
-        """Seconds that each roof allows: of "bytes", "FLOPs" and "issue" slots."""
-        products = efficiency.triton if "triton." in self.op else efficiency.cublas
-        return {
-            "bytes": self.bytes / gpu.bandwidth / efficiency.memory,
-            "FLOPs": self.flops / gpu.flops / products,
-            "issue": self.issued / gpu.slots if gpu.slots else 0.0,
-        }
-
-    def bound(self, gpu: Gpu) -> tuple[str, float]:
-        """The roof of the three that binds at public efficiency, and its seconds."""
-        return max(self.roofs(gpu, HONEST).items(), key=lambda item: item[1])
-
-
-def bound(launches: Iterable[Launch], gpu: Gpu) -> dict[str, float]:
-    """Seconds of the launches that each of the three roofs binds, at public efficiency; together their honest time."""
-    found = {"bytes": 0.0, "FLOPs": 0.0, "issue": 0.0}
-    for launch in launches:
-        roof, seconds = launch.bound(gpu)
-        found[roof] += seconds
-    return found
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -194,7 +152,7 @@ class DispatchCounter(TorchDispatchMode):
 
     def _record(self, op: str, moved: int, flops: int, tree: Any, issued: float = 0.0) -> None:
         found = tensors_of(tree)
-        shapes = f"{_short(found[0])}" if found else ""
+        shapes = f"{short(found[0])}" if found else ""
         name = f"{self._inside}/{op}" if self._inside else op
         site = self._site or (self._find_site() if self.sites else "")
         self.launches.append(Launch(self.phase, name, site, moved, flops, shapes, issued))
@@ -233,7 +191,7 @@ class DispatchCounter(TorchDispatchMode):
         self._inside, first = name.partition("::")[2], len(self.launches)
         self._inner = inner = LiveBytes(tensors_of((args, kwargs)))
         try:
-            with self, torch.no_grad(), _kernels_counted_by(self._kernel):
+            with self, torch.no_grad(), counted_by(self._kernel):
                 out = body(*args, **kwargs)
         finally:
             self._inside = self._site = ""
@@ -266,7 +224,7 @@ class DispatchCounter(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is not None:
             return self._forward_sites.get(node._sequence_nr(), type(node).__name__)
-        site = _caller()
+        site = caller()
         # An op without a node of its own finds the number of the node before, which is taken.
         self._forward_sites.setdefault(torch.autograd._get_sequence_nr() - 1, site)
         return site
@@ -283,106 +241,3 @@ def _signature(tree: Any) -> Any:
         (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else repr(x)
         for x in tree_leaves(tree, is_leaf=lambda x: x is None)
     )
-
-
-def _short(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".replace(" ", "")
-
-
-def _caller() -> str:
-    """``file.py:line function`` of the innermost frame outside torch and this file."""
-    frame = sys._getframe(1)
-    skipped = ("/torch/", __file__, "cuda_autocast.py", "kernels/common/", "contextlib.py", "functools.py")
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if not any(part in path for part in skipped):
-            return f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-@contextlib.contextmanager
-def _kernels_counted_by(count: Callable[[str, Any, int, float], None]) -> Iterator[None]:
-    """Triton kernels call ``count(name, arguments, FLOPs, instructions)`` instead; the device is an H100 by size."""
-    try:
-        from triton.runtime.interpreter import InterpretedFunction
-        from triton.runtime.jit import JITFunction
-
-        from fastmim_kernels.check import issue_slots
-        from fastmim_kernels.common import arrival
-        from fastmim_kernels.low_copies import on_triton as low_copies
-    except ModuleNotFoundError:
-        yield
-        return
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        issued = issue_slots.launched(self, grid, named) or 0.0
-        count(self.fn.__name__, (args, kwargs), _stated_flops(self, grid, named), issued)
-
-    def zeros(count: int, device: torch.device) -> Tensor:
-        # They stay from launch to launch, so a step neither makes nor clears them.
-        return torch.empty(count, dtype=torch.int32, device=device)
-
-    def table(tensors: Any) -> Tensor:
-        # So does this one, as long as parameters keep their places.
-        return torch.empty(1, 3, dtype=torch.int64, device="cuda:0")
-
-    with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(InterpretedFunction, "run", run),
-        mock.patch.object(arrival, "counters", zeros),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: H100),
-        mock.patch.object(low_copies, "table", table),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
-    ):
-        yield
-
-
-def _stated_flops(kernel: Any, grid: Any, named: dict[str, Any]) -> int:
-    """What the kernel's ``launch_metadata`` says, which profilers read too; 0 without."""
-    # An interpreted function keeps its options in a dictionary.
-    metadata = getattr(kernel, "launch_metadata", None) or getattr(kernel, "kwargs", {}).get("launch_metadata")
-    if metadata is None:
-        return 0
-    return int(metadata(grid, SimpleNamespace(name=kernel.fn.__name__), named).get("flops", 0))
-
-
-class SavedTensors:
-    """Bytes that autograd keeps between forward and backward: unique storages that are not parameters.
-
-    Args:
-        parameters: Tensors whose storages are left out.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._known = {t.untyped_storage()._cdata for t in parameters}
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._shapes: dict[int, str] = {}
-
-    def __enter__(self) -> SavedTensors:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            # The storage is held, so that its address is not given to another one.
-            self._storages[storage._cdata] = storage
-            self._shapes.setdefault(storage._cdata, f"{_short(tensor)} {_caller()}")
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(s.nbytes() for s in self._storages.values())
-
-    def by_site(self) -> dict[str, int]:
-        """Bytes by shape and source line of the first op that saved a storage."""
-        found: dict[str, int] = {}
-        for key, storage in self._storages.items():
-            found[self._shapes[key]] = found.get(self._shapes[key], 0) + storage.nbytes()
-        return found

@@ -15,7 +15,7 @@ import fastmim
 import fastmim_kernels
 from fastmim_kernels.common.user_cache import cache_file, read_cache, write_cache
 
-from .counter import Launch
+from .launch import Launch
 from .trace import Footprint, Trace
 
 MOST = 200

@@ -25,8 +25,9 @@ from fastmim.engine.dry_step import autocast_of, built
 from fastmim_kernels.common.caches import forget_caches
 from fastmim_kernels.common.dispatch import as_on_a_gpu
 
-from .counter import DispatchCounter, Launch, bound
+from .counter import DispatchCounter
 from .hardware import Gpu
+from .launch import Launch, bound
 from .live import LiveBytes
 
 BATCHES = (16, 32)

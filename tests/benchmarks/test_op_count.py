@@ -23,8 +23,9 @@ pytest.importorskip("triton")
 
 from benchmarks import ibot_count, kernel_report, moco_count, op_count, step_count  # noqa: E402
 from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
-from fastmim.plan.counter import DispatchCounter, SavedTensors  # noqa: E402
+from fastmim.plan.counter import DispatchCounter  # noqa: E402
 from fastmim.plan.hardware import Gpu  # noqa: E402
+from fastmim.plan.saved import SavedTensors  # noqa: E402
 
 BF16 = torch.bfloat16
 

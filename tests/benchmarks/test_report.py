@@ -65,17 +65,25 @@ def test_readme_table() -> None:
     assert "| swin_base | fp32 | 8 | 12.0 [" in text and "– | – |" in text
     assert "| swin_base | fp32 | 4 | 1.50 | 0.50 |" in text
     assert "A CPU, 2 threads" in text
-    old = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
-    new = readme_table.with_table(old, ROWS)
-    assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
-    assert readme_table.with_table(new, ROWS) == new
+    begin, end = "<!-- measured: begin (benchmarks/readme_table.py) -->", "<!-- measured: end -->"
+    new = readme_table.between(f"before\n{begin}\nold\n{end}\nafter\n", "measured", text)
+    assert new == f"before\n{begin}\n\n{text}\n\n{end}\nafter\n"
     with pytest.raises(ValueError, match="markers"):
-        readme_table.with_table("nothing", ROWS)
+        readme_table.between("nothing", "measured", text)
+
+
+def test_roofs_of_the_readme() -> None:
+    """A line for each model: its own figures, and timm's of the same model."""
+    rows = [{"model": model, "side": side, "modelled_us_h100": f"{n}.1", "honest_us_h100": f"{n}.2",
+             "h100_us_bound_by_bytes": f"{n}.3", "h100_us_bound_by_flops": f"{n}.4", "h100_us_bound_by_issue": f"{n}.5"}
+            for n, (model, side) in enumerate((("a", "eager"), ("a", "ours"), ("b", "ours"), ("b", "eager")))]
+    assert readme_table.roofs(rows)[2:] == ["| a | 1.1 | 1.2 | 1.3 | 1.4 | 1.5 | 0.2 |",
+                                            "| b | 2.1 | 2.2 | 2.3 | 2.4 | 2.5 | 3.2 |"]
 
 
 def test_readme_is_what_the_csv_gives() -> None:
     text = README.read_text(encoding="utf-8")
-    assert readme_table.with_table(text, harness.read_rows(readme_table.CSV)) == text, "run benchmarks/readme_table.py"
+    assert readme_table.with_tables(text) == text, "run benchmarks/readme_table.py"
 
 
 def test_committed_csv_has_the_schema() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmim.plan.counter import Launch, bound
 from fastmim.plan.hardware import GIB, GPUS, Gpu, find_gpu, in_precision
+from fastmim.plan.launch import Launch, bound
 from fastmim.plan.memory import LIBRARIES, Buckets, Memory, memory, states
 from fastmim.plan.recommend import Model, Option, Setting, best, micro_batches, options, smallest_machine
 from fastmim.plan.roofline import StepTime, step_time

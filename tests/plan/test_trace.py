@@ -19,7 +19,8 @@ from fastmim.engine.cuda_autocast import cuda_autocast
 from fastmim.engine.recompute import apply_recompute
 from fastmim.models import attend, create_encoder
 from fastmim.objectives import create_objective, losses, simmim
-from fastmim.plan.counter import DispatchCounter, SavedTensors
+from fastmim.plan.counter import DispatchCounter
+from fastmim.plan.saved import SavedTensors
 from fastmim.plan.trace import Footprint, trace
 
 # Deep enough that most of what is kept lies in blocks; a window that shifts, an extra norm, and a ViT with LayerScale.
