@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
@@ -112,15 +113,22 @@ RULES: dict[str, Callable[[dict[str, Any], tuple[int, ...]], tuple[Hashable, ...
     "mask_tokens.on_triton.mask_tokens_backward": _mask,
     "unshuffle.on_triton.unshuffle_forward": _mask,
     "unshuffle.on_triton.unshuffle_backward": _mask,
-    "masked_loss.linear_on_triton.statistics_kernel": lambda s, grid: (s["K"] > s["BLOCK"],),
+    "masked_loss.linear_kernels.statistics_kernel": lambda s, grid: (s["K"] > s["BLOCK"],),
     "window_attention.triton_forward.forward_kernel": _windows,
     "window_attention.triton_backward.backward_kernel": _windows,
     "window_attention.triton_backward.backward_large_kernel": _windows,
     "window_attention.triton_rows_backward.rows_backward_kernel": _windows,
     "window_attention.triton_backward.reduce_kernel": lambda s, grid: (s["groups"] > s["GROUPS"],),
-    "masked_loss.linear_on_triton.head_loss_kernel": lambda s, grid: (s["first"] > 0, s["row_blocks"] > 32),
-    "masked_loss.linear_on_triton.order_kernel": lambda s, grid: (s["tokens"] > s["SCAN"], grid[0] > 1),
+    "masked_loss.linear_kernels.head_loss_kernel": lambda s, grid: (s["first"] > 0, s["row_blocks"] > 32),
+    "masked_loss.linear_kernels.order_kernel": lambda s, grid: (s["tokens"] > s["SCAN"], grid[0] > 1),
 }
+
+
+@pytest.mark.parametrize("kernel", RULES)
+def test_a_rule_is_of_a_kernel(kernel: str) -> None:
+    """One that was renamed would be compared without its rule, and nobody would see it."""
+    module, _, name = kernel.rpartition(".")
+    assert hasattr(importlib.import_module(f"fastmim_kernels.{module}"), name)
 
 
 @pytest.fixture(scope="module")
