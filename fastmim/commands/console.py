@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -106,6 +106,25 @@ class _Stderr(logging.Handler):
         to_stderr(_folded(f"{level}{self.format(record)}"), at=f"{at} ")
 
 
+class _SaidOnce(logging.Filter):
+    """Each warning once a command: what several parts of a run find out by themselves is one fact to its reader.
+
+    A record's ``fact`` tells two wordings of one fact; with ``repeats`` the same words are news each time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[Hashable] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING or getattr(record, "repeats", False):
+            return True
+        fact = getattr(record, "fact", record.getMessage())
+        is_new = fact not in self._said
+        self._said.add(fact)
+        return is_new
+
+
 def _folded(text: str) -> str:
     """A line of the log as a terminal shows it whole, broken between words; elsewhere it stays one line."""
     if "\n" in text or sys.stderr is None or not sys.stderr.isatty():
@@ -133,6 +152,9 @@ def log_to_stderr() -> None:
         log.addHandler(_Stderr())
         if not sys.warnoptions:
             warnings.showwarning = _once(warnings.showwarning)
+    for handler in log.handlers:
+        if isinstance(handler, _Stderr):
+            handler.filters = [_SaidOnce()]
     log.setLevel(logging.INFO if own_rank() == 0 else logging.ERROR)
     if own_rank() and not sys.warnoptions:
         warnings.simplefilter("ignore")  # rank 0 meets the same ones

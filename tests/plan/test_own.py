@@ -96,6 +96,12 @@ def test_what_is_given_is_never_chosen_and_is_taken_into_account() -> None:
     assert keys_of(LAPTOP, {"train.grad_accum_steps": 2})["train.micro_batch_size"] == 16
 
 
+@pytest.mark.parametrize("steps", [1, 2, 19, 40])
+def test_the_warm_up_ends_within_the_run(steps: int) -> None:
+    """Else the run would warn about what was chosen for it."""
+    assert keys_of(LAPTOP, {"train.steps": steps})["optim.warmup_steps"] == {1: 0, 2: 1, 19: 1, 40: 2}[steps]
+
+
 def test_every_choice_has_a_reason_of_a_line() -> None:
     for facts in (LAPTOP, with_(images=3), with_(grey=True), with_(cores=1), with_(**GPU)):
         for choice in choose(facts, {}, cost):
