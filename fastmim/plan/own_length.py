@@ -48,7 +48,8 @@ def length(facts: Facts, given: Given, batch: int, trained: int, rate: float, ho
         chosen.append(Choice("train.val_batches", 8, "of them at most, each time"))
     if "optim.warmup_epochs" not in given:
         warmup = min(max(1, steps // 20), steps - 1)  # its last step is not the run's
-        chosen.append(Choice("optim.warmup_steps", warmup, "a twentieth of the run" if warmup else "the run is one step"))
+        why = "a twentieth of the run" if warmup else "the run is one step"
+        chosen.append(Choice("optim.warmup_steps", warmup, why))
     return chosen
 
 
