@@ -64,7 +64,8 @@ def own_config(
     """What ``fastmim pretrain [CONFIG] --images DIR [key=value …]`` trains.
 
     What the file and the overrides say stands; :func:`.own.choose` chooses the rest. Where ``output.dir`` has
-    checkpoints of the same images, the config of that run is taken, so that it goes on.
+    checkpoints of the same images, the config of that run is taken, so that it goes on; else, with
+    ``train.branch_from``, that of the run to branch from.
 
     Args:
         images: a folder of images or of shards, a shard or a pattern of them: ``data.path``.
@@ -79,7 +80,7 @@ def own_config(
     out = given.get("output", {}).get("dir") or f"runs/{name_of(images)}"
     said = flat(given) | (dict.fromkeys(_RATES) if _says_lr(config) else {})
     given = merge_trees(given, {"output": {"dir": out}})
-    earlier = _earlier(Path(os.path.expanduser(out)), images, given)
+    earlier = _earlier(Path(os.path.expanduser(out)), images, given) or _branched(given)
     if earlier is not None:
         return earlier
     asked = config_of(given)
@@ -139,6 +140,18 @@ def _earlier(folder: Path, images: str, given: Tree) -> Own | None:
         return None
     text = f"going on with {path}, as it was chosen before; train.resume=none or another output.dir chooses anew"
     return Own(merge_trees(tree, given), text, False)
+
+
+def _branched(given: Tree) -> Own | None:
+    """The config of the run that ``train.branch_from`` names, under what is given now: encoder and masks are its."""
+    start = (given.get("train") or {}).get("branch_from")
+    if start is None:
+        return None
+    path = Path(os.path.expanduser(start)).absolute()  # a run, or one of its checkpoints
+    config = next((one / "config.yaml" for one in (path, *path.parents[:2]) if (one / "config.yaml").is_file()), None)
+    if config is None:
+        return None
+    return Own(merge_trees(read_tree(config), given), f"a branch of {start}: what its run had chosen stands", False)
 
 
 def _costs(given: Tree, facts: Facts, gpu: Gpu | None) -> Any:

@@ -300,6 +300,16 @@ def test_a_run_of_a_folder_goes_on_and_knows_its_images(fixed: Path, capsys: pyt
     assert cli.main([*pretrain, "train.steps=3", "optim.warmup_steps=1", "train.resume_changes=allow"]) == 0
     out, err = capsys.readouterr()
     assert "going on with runs/mine/config.yaml" in err and "step 3/3" in out and "step 1/" not in out
+    # So it does for a branch, as the message about another length offers it: no model is chosen anew.
+    for start in ("runs/mine", "runs/mine/checkpoints/step-00000003"):
+        branch = ["train.steps=5", f"train.branch_from={start}", f"output.dir=runs/of-{Path(start).name}"]
+        cfg = own_config("mine", None, branch).cfg
+        assert (cfg.model.depth, cfg.optim.warmup_steps, cfg.train.steps) == (1, 1, 5)
+    assert cli.main(["pretrain", "--images", "mine", *branch]) == 0
+    out, err = capsys.readouterr()
+    assert "a branch of runs/mine/checkpoints/step-00000003" in err and "step 5/5" in out and "step 3/" not in out
+    assert cli.main(["pretrain", "--images", "mine", *branch[:2]]) == 2
+    assert "output.dir=runs/mine: it is the run to branch from" in capsys.readouterr().err
     (fixed.parent / "b").mkdir()
     fixed.rename(fixed.parent / "b/mine")
     assert cli.main(["pretrain", "--images", "b/mine"]) == 2
