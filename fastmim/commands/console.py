@@ -17,6 +17,8 @@ from typing import Any
 from fastmim.engine.launcher import rank_or_none
 from fastmim.files import naming
 
+_LOG = logging.getLogger("fastmim")
+
 
 def own_rank() -> int:
     """Of this process; 0 where it is alone."""
@@ -36,6 +38,16 @@ def write(text: str) -> None:
     with naming("standard output"):
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def write_if_possible(text: str) -> None:
+    """To standard output, or a warning: that nobody reads what a run says is no reason not to begin it."""
+    try:
+        write(text)
+    except OSError as error:
+        reason = (error.strerror or "broken pipe").lower()
+        _LOG.warning("standard output cannot be written (%s): the run goes on without it", reason)
+        let_go_of_stdout()  # what waits there would be written, and fail, where a process is started
 
 
 def say(text: str) -> None:

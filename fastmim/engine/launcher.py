@@ -36,8 +36,8 @@ _SCHEDULERS = (
     _Names("Flux", "FLUX_TASK_RANK", ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",)),
     _Names("Slurm", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"), ("SLURM_LOCALID",)),
 )  # fmt: skip
-# srun sets these in every task. A batch script has the job's variables and none of a step: it calls itself task 0 of all,
-# and nobody has started the others.
+# srun sets these in every task. A batch script has the job's variables and none of a step: it calls itself task 0 of
+# all, and nobody has started the others.
 _OF_A_STEP = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
 _FIX = "unset it, or start with torchrun, deepspeed, srun or mpirun"
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -314,6 +315,17 @@ def test_a_run_of_a_folder_goes_on_and_knows_its_images(fixed: Path, capsys: pyt
     fixed.rename(fixed.parent / "b/mine")
     assert cli.main(["pretrain", "--images", "b/mine"]) == 2
     assert "output.dir=runs/mine: holds a run on mine, not on b/mine; give another" in capsys.readouterr().err
+
+
+def test_a_run_begins_where_nobody_reads_what_was_chosen(
+    fixed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["pretrain", "--images", "mine", *TINY, "train.steps=1"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "standard output cannot be written" in line]
+    assert len(said) == 1 and said[0].endswith("(no space left on device): the run goes on without it")
+    assert Path("runs/mine/encoder.safetensors").is_file()
 
 
 def load_tree(text: str) -> dict:
