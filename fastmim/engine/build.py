@@ -299,8 +299,8 @@ def make_schedule(cfg: Config, steps_per_epoch: int, global_batch: int) -> Sched
         lag=optim.policy == "parity" if optim.schedule_lag is None else optim.schedule_lag,
     )
     if schedule.warmup_steps >= total:
-        warmup = plural(schedule.warmup_steps, "step")
-        log.warning("optim: the run ends at step %d, inside its warm-up of %s", total, warmup)
+        length = plural(schedule.warmup_steps, "step")
+        log.warning("optim: the run ends at step %d, inside its warm-up of %s", total, length)
     late = [step for step in schedule.milestones if step >= total]
     if optim.schedule == "multistep" and late:
         log.warning("optim.milestones: the run ends at step %d, before the drops at %s", total, late)

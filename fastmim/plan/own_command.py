@@ -24,9 +24,9 @@ from fastmim.wording import plural
 from .command import footprint_of
 from .hardware import GIB, Gpu
 from .memory import memory
-from .own import choose
+from .own import choose, model_keys
 from .own_facts import gather
-from .own_terms import Cost, Facts
+from .own_terms import LADDER, SIDES, Cost, Facts
 from .own_text import as_yaml
 
 _RATES = ("optim.lr_batch", "optim.warmup_lr", "optim.min_lr")
@@ -83,7 +83,7 @@ def own_config(
     earlier = _earlier(Path(os.path.expanduser(out)), images, given) or _branched(given)
     if earlier is not None:
         return earlier
-    asked = config_of(given)
+    asked = _asked(given, said)
     index = open_index(asked.data.path, field="--images", **opening_of(asked.data))
     bands = None
     if asked.data.pixels == "float32":
@@ -96,6 +96,21 @@ def own_config(
     if "output.dir" not in said:
         reasons["output.dir"] = "named after the images"
     return Own(tree, as_yaml(tree, reasons, _heading(images, facts)), True)
+
+
+def _asked(given: Tree, said: Mapping[str, Any]) -> Config:
+    """The config of what is given, so that a mistake is said before anything is looked at.
+
+    With a mask and patches that go with the size that is given: those of the defaults need not.
+    """
+    try:
+        return config_of(given)
+    except ValueError as error:
+        try:
+            keys = model_keys(said.get("model.name") or LADDER[0][0], SIDES[0], said)
+        except (TypeError, AttributeError, ArithmeticError):  # what is given is of a wrong type
+            raise error from None
+        return config_of(merge_trees(given, _nested(keys)))
 
 
 def name_of(images: str) -> str:

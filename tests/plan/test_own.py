@@ -19,7 +19,7 @@ from fastmim.config import load_config
 from fastmim.plan import own_command
 from fastmim.plan.hardware import GIB
 from fastmim.plan.memory import memory
-from fastmim.plan.own import choose
+from fastmim.plan.own import choose, model_keys
 from fastmim.plan.own_command import name_of, own_config
 from fastmim.plan.own_facts import available_memory, gather
 from fastmim.plan.own_terms import CORE_FLOPS, LADDER, SEEN, Cost, Facts
@@ -101,6 +101,31 @@ def test_what_is_given_is_never_chosen_and_is_taken_into_account() -> None:
 def test_the_warm_up_ends_within_the_run(steps: int) -> None:
     """Else the run would warn about what was chosen for it."""
     assert keys_of(LAPTOP, {"train.steps": steps})["optim.warmup_steps"] == {1: 0, 2: 1, 19: 1, 40: 2}[steps]
+
+
+@pytest.mark.parametrize("size", [32, 40, 100, 144, 176, 192, 224, [48, 72], [96, 200]])
+@pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny"])
+def test_patches_and_masks_divide_a_size_that_is_given(name: str, size: object) -> None:
+    found = model_keys(name, 192, {"model.img_size": size})
+    patch, unit = found.get("model.patch_size", 4), found["objective.unit"]
+    edges = size if isinstance(size, list) else [size]
+    assert not any(edge % unit or edge % patch for edge in edges) and unit % patch == 0
+    # SimMIM's share or the next below it, and never all of the image.
+    assert unit <= max(8, min(edges) / 4) and model_keys(name, 192, {})["objective.unit"] == 32
+
+
+@pytest.mark.parametrize("words", [["model.img_size=32"], ["model.img_size=32", "model.name=vit_tiny"],
+                                   ["model.img_size=[48, 32]", "model.name=swin_tiny"]])  # fmt: skip
+def test_a_small_size_alone_is_enough(fixed: Path, words: list[str]) -> None:
+    assert own_config("mine", None, words).cfg.objective.arguments()["unit"] == 8
+
+
+@pytest.mark.parametrize("word", ["model.img_size=big", "model.img_size=0", "model.img_size=[32, -1]", "model.name=5",
+                                  "model.patch_size=x", "model.patch_size=0", "model.img_size=33"])  # fmt: skip
+def test_a_size_of_a_wrong_kind_is_named(fixed: Path, word: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(word.partition("=")[0])) as error:
+        own_config("mine", None, [word])
+    assert "\n" not in str(error.value)
 
 
 def test_every_choice_has_a_reason_of_a_line() -> None:
