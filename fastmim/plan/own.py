@@ -19,6 +19,7 @@ from .own_terms import (
     HOLD_OUT_FROM,
     LADDER,
     MINUTES,
+    POSITIONS,
     SEEN,
     SIDES,
     WORKER,
@@ -147,6 +148,9 @@ def model_keys(name: str, side: int, given: Given) -> dict[str, Any]:
     keys: dict[str, Any] = {"model.name": name, "model.img_size": side}
     if name.startswith("vit_"):
         keys["model.patch_size"] = _divisor(edges, [16, 8, 4][0 if edge >= 128 else 1 if edge >= 64 else 2 :])
+        positions = POSITIONS.get(given.get("objective.name", "simmim"))
+        if positions is not None:
+            keys |= {"model.abs_pos_embed": positions, "model.shared_rel_pos_bias": False}
     elif name.startswith("swin") and "_" in name and edge & (edge - 1) == 0:
         keys["model.window_size"] = 8
     if given.get("objective.name", "simmim") == "simmim":
@@ -201,6 +205,8 @@ def _model(facts: Facts, taken: Taken) -> list[Choice]:
         "model.name": f"{taken.cost.parameters / 1e6:.3g} M parameters with the head",
         "model.img_size": f"{middle} has a short side of {facts.short_side} px{small}",
         "model.patch_size": "so that a crop has 64 patches or more",
+        "model.abs_pos_embed": "positions of each patch, as objective.name needs them",
+        "model.shared_rel_pos_bias": "model.abs_pos_embed is in its place",
         "model.window_size": "divides the maps of a crop of this size",
         "objective.unit": "edge of a mask unit: near a sixth of the crop's, as SimMIM's 32 of 192",
     }

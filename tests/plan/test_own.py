@@ -114,6 +114,14 @@ def test_patches_and_masks_divide_a_size_that_is_given(name: str, size: object) 
     assert unit <= max(8, min(edges) / 4) and model_keys(name, 192, {})["objective.unit"] == 32
 
 
+@pytest.mark.parametrize("name, positions", [("mae", "sincos"), ("ibot", True), ("dino", True), ("simmim", None)])
+def test_another_objective_gets_positions_that_it_takes(fixed: Path, name: str, positions: object) -> None:
+    """What the objective refuses ends the choice: that it is made is what shows."""
+    cfg = own_config("mine", None, [f"objective.name={name}", "model.img_size=32"]).cfg
+    assert cfg.model.name == "vit_tiny" and cfg.model.abs_pos_embed == positions
+    assert cfg.model.shared_rel_pos_bias is (None if positions is None else False)
+
+
 @pytest.mark.parametrize("words", [["model.img_size=32"], ["model.img_size=32", "model.name=vit_tiny"],
                                    ["model.img_size=[48, 32]", "model.name=swin_tiny"]])  # fmt: skip
 def test_a_small_size_alone_is_enough(fixed: Path, words: list[str]) -> None:
