@@ -14,6 +14,7 @@ report of everything with ``--record`` also renews ``fastmim_kernels/check/issue
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -100,7 +101,7 @@ def measure(module: str, name: str, arch: int) -> dict[str, Any]:
 
 def report(
     archs: list[int],
-    match: str = "",
+    match: str | re.Pattern[str] = "",
     quick: bool = False,
     jobs: int = 1,
     modules: list[str] | None = None,
@@ -162,17 +163,44 @@ def roofs(row: dict[str, Any], counted: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def read_known(path: Path) -> dict[str, dict[str, Any]]:
-    """Measurements by key of an earlier report; of a case that did not compile there is none."""
-    if not path.exists():
-        return {}
+    """Measurements by key of an earlier report; of a case that did not compile there is none.
+
+    Raises:
+        ValueError: there is no such report; compiling everything instead would take the whole time.
+    """
     from fastmim_kernels.check import issue_slots
 
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"--known {path}: no report of this command; give its .json, or leave it out") from None
     found = {}
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+    for row in rows:
         wanted = (*MEASURED, *(ISSUE if row["arch"] == issue_slots.ARCH else ()))
         if row.keys() >= set(wanted):
             found[row["key"]] = {k: row[k] for k in wanted}
     return found
+
+
+def expression(text: str) -> re.Pattern[str]:
+    """A regular expression.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
+def check_modules(modules: list[str] | None) -> None:
+    """Raise ValueError for one that has no kernels."""
+    from fastmim_kernels.check import aot
+
+    known = aot.kernel_modules()
+    if unknown := [name for name in modules or () if name not in known]:
+        raise ValueError(f"--module {unknown[0]}: unknown; use of {', '.join(known)}")
 
 
 def issue_table(rows: list[dict[str, Any]]) -> str:
@@ -239,17 +267,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = command.Parser("kernel_report.py", __doc__)
     parser.add_argument("--arch", type=command.positive, nargs="+", default=[80, 90, 100], help="architectures, sm_…")
     parser.add_argument("--module", nargs="+", help="kernel modules, such as mlp.on_triton (default: all)")
-    parser.add_argument("--match", default="", help="regular expression on module/case")
+    parser.add_argument("--match", type=expression, default="", help="regular expression on module/case")
     parser.add_argument("--quick", action="store_true", help="only the subset that every test run compiles")
     parser.add_argument("--jobs", type=command.positive, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--known", type=Path, help="earlier report (.json): only what changed since is compiled")
     parser.add_results("kernel_report", "stem of the .json and .csv")
     args = parser.parse_args(argv)
+    check_modules(args.module)
     known = read_known(args.known) if args.known else {}
     rows = report(args.arch, args.match, args.quick, args.jobs, args.module, known)
+    if not rows:
+        raise ValueError("no case is left by --module, --match, --quick and --arch; leave one of them out")
     show(rows)
     write(rows, args.out)
-    if not (args.module or args.match or args.quick) and args.out == command.RESULTS / "kernel_report":
+    if not (args.module or args.match.pattern or args.quick) and args.out == command.RESULTS / "kernel_report":
         from fastmim_kernels.check import issue_slots
 
         command.write_whole(issue_slots.TABLE, issue_table(rows))

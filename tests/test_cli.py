@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastmim import __version__, cli
 from fastmim.config import load_config
+from fastmim.data.scan import scan_folder
 from fastmim.engine.run import LostFolderError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,6 +305,24 @@ def test_warnings_of_the_library_reach_standard_error(capsys: pytest.CaptureFixt
     lines = capsys.readouterr().err.splitlines()
     assert [line[8:] for line in lines] == [" fastmim: warning: bad image", " fastmim: resuming"]
     assert all(time.strptime(line[:8], "%H:%M:%S") for line in lines)
+
+
+def test_a_warning_is_said_once_a_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """By whichever key or part of a run it was found; waiting for data is news each time."""
+    log = logging.getLogger("fastmim")
+    (tmp_path / "dead.png").symlink_to(tmp_path / "nothing")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for _ in range(2):
+        run(capsys, "config", "show", DEMO)
+        for field in ("--images", "data.path", "data.path"):
+            scan_folder(str(tmp_path), field)
+            log.warning("bad image skipped: %s", "a.png")
+            log.warning("waiting for data", extra={"repeats": True})
+        lines = [line[9:] for line in capsys.readouterr().err.splitlines()]
+        assert lines.count("fastmim: warning: bad image skipped: a.png") == 1
+        assert lines.count("fastmim: warning: waiting for data") == 3
+        dead = [line for line in lines if "leads nowhere" in line]
+        assert dead == [f"fastmim: warning: --images={tmp_path}: 1 link leads nowhere: dead.png"]
 
 
 @pytest.mark.slow

@@ -24,21 +24,24 @@ def test_plural(count: int, words: str) -> None:
     assert wording.plural(1, "entry", "entries") == "1 entry" and wording.plural(3, "entry", "entries") == "3 entries"
 
 
-_NOUNS = r" (images|files|steps|epochs|passes|ranks|cores|channels|tensors|blocks|GPUs)\b"
+_NOUNS = r" (\w+ )?(images|files|steps|epochs|passes|ranks|cores|channels|tensors|blocks|GPUs|workers|processes)\b"
 # Two or more where they are said, "of the first N", or no count at all.
 _NEVER_ONE = {
     "in_chans channels", "channels channels", "self._met files", "_SUBSTITUTES files", "len(found) images",
     "world.size ranks", "world_size ranks", "one.num_images images", "len(bad) tensors", "looked images",
     "SEEN images", "rate images", "of steps", "len(blocks) blocks", "len(self.names) tensors",
     "option.images_per_sec images", "facts['images_per_sec'] images",
+    "%d bad images", "%d files", "%d images", "facts.ranks processes", "len(expected) test tensors",
 }  # fmt: skip
 
 
 def test_counts_of_things_are_said_by_plural() -> None:
-    """A number before a noun in an f-string is ``plural(…)``: of one, "1 images" is wrong."""
+    """A number before a noun, in an f-string or for a log, is ``plural(…)``: of one, "1 images" is wrong."""
     found = set()
     for path in (ROOT / "fastmim").rglob("*.py"):
         for text in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                found.update(where[0] for where in re.finditer("%d" + _NOUNS, text.value))
             parts = text.values if isinstance(text, ast.JoinedStr) else []
             for count, words in zip(parts, parts[1:], strict=False):
                 noun = re.match(_NOUNS, words.value) if isinstance(words, ast.Constant) else None

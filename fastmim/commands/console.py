@@ -10,12 +10,14 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from fastmim.engine.launcher import rank_or_none
 from fastmim.files import naming
+
+_LOG = logging.getLogger("fastmim")
 
 
 def own_rank() -> int:
@@ -36,6 +38,16 @@ def write(text: str) -> None:
     with naming("standard output"):
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def write_if_possible(text: str) -> None:
+    """To standard output, or a warning: that nobody reads what a run says is no reason not to begin it."""
+    try:
+        write(text)
+    except OSError as error:
+        reason = (error.strerror or "broken pipe").lower()
+        _LOG.warning("standard output cannot be written (%s): the run goes on without it", reason)
+        let_go_of_stdout()  # what waits there would be written, and fail, where a process is started
 
 
 def say(text: str) -> None:
@@ -106,6 +118,25 @@ class _Stderr(logging.Handler):
         to_stderr(_folded(f"{level}{self.format(record)}"), at=f"{at} ")
 
 
+class _SaidOnce(logging.Filter):
+    """Each warning once a command: what several parts of a run find out by themselves is one fact to its reader.
+
+    A record's ``fact`` tells two wordings of one fact; with ``repeats`` the same words are news each time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[Hashable] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING or getattr(record, "repeats", False):
+            return True
+        fact = getattr(record, "fact", record.getMessage())
+        is_new = fact not in self._said
+        self._said.add(fact)
+        return is_new
+
+
 def _folded(text: str) -> str:
     """A line of the log as a terminal shows it whole, broken between words; elsewhere it stays one line."""
     if "\n" in text or sys.stderr is None or not sys.stderr.isatty():
@@ -133,6 +164,9 @@ def log_to_stderr() -> None:
         log.addHandler(_Stderr())
         if not sys.warnoptions:
             warnings.showwarning = _once(warnings.showwarning)
+    for handler in log.handlers:
+        if isinstance(handler, _Stderr):
+            handler.filters = [_SaidOnce()]
     log.setLevel(logging.INFO if own_rank() == 0 else logging.ERROR)
     if own_rank() and not sys.warnoptions:
         warnings.simplefilter("ignore")  # rank 0 meets the same ones

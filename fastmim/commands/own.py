@@ -8,7 +8,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from .configs import takes_config
-from .console import say, write
+from .console import say, write, write_if_possible
 
 if TYPE_CHECKING:
     from fastmim.config import Config
@@ -67,7 +67,7 @@ def own_images(options: argparse.Namespace) -> Config:
 
     own: Own = on_main(chosen)
     if own.is_new:
-        write(own.text)
+        write_if_possible(own.text)
     else:
         say(own.text)
     return own.cfg

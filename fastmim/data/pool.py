@@ -204,7 +204,8 @@ class WorkerPool:
                 raise WaitInterrupted(f"asked to stop, and no data has come for {waited:.0f} s")
             if not told and waited > _SLOW:
                 told = True
-                _LOG.warning("waiting for data for %.0f s; being read: %s", _SLOW, self._in_hand(number) or "no file")
+                file = self._in_hand(number) or "no file"
+                _LOG.warning("waiting for data for %.0f s; being read: %s", _SLOW, file, extra={"repeats": True})
 
     def _in_hand(self, number: int) -> str:
         file = struct.unpack_from("q", self._held, 8 * number)[0]

@@ -53,7 +53,8 @@ def scan_folder(root: str, field: str, follow_links: bool = False, pixels: str =
         why = "; ".join([f"no images here or below (looked for {' '.join(extensions(pixels))})", *notes])
         raise ValueError(f"{field}={printable(root)}: {why}")
     for note in notes:
-        _LOG.warning("%s=%s: %s", field, printable(root), note)
+        # Several keys may lead here: that of the one who looks first is said.
+        _LOG.warning("%s=%s: %s", field, printable(root), note, extra={"fact": (os.path.realpath(root), note)})
     return sorted(found.images, key=os.fsencode)
 
 

@@ -139,9 +139,10 @@ def _on_range(seen: Sequence[Look], value_range: Sequence[float] | None) -> list
             return []
         high = max(one.high for one in dark)
         end, apart = 2 ** max(8, int(high).bit_length()) - 1, " and keep the others apart" * (len(dark) < len(deep))
+        some = f"{len(dark)} of {plural(len(deep), 'such image')} looked at"
         return [
-            f"the 16-bit samples of {len(dark)} of {len(deep)} such images looked at end at {high:g} of 65535: only"
-            f" {int(high) // 256 + 1} of 256 levels are left; give data.value_range=[0, {end}]{apart} ({_names(dark)})"
+            f"the 16-bit samples of {some} end at {high:g} of 65535: only {int(high) // 256 + 1} of 256 levels"
+            f" are left; give data.value_range=[0, {end}]{apart} ({_names(dark)})"
         ]
     ranged = [one for one in seen if not one.own_range]
     low, end = value_range

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import signal
 
+from fastmim.wording import plural
+
 #: Of the machine, not of a file: a file that cannot be read for one of these is not bad.
 MACHINE_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
 
@@ -32,7 +34,7 @@ def cannot_start(err: OSError, count: int) -> str:
     fix = with_fix(err)
     if err.errno == errno.EAGAIN:
         fix = "too many processes; raise `ulimit -u`, or use fewer data.num_workers"
-    return f"{count} data workers cannot be started: {fix}"
+    return f"{plural(count, 'data worker')} cannot be started: {fix}"
 
 
 def why_dead(code: int | None, pid: int | None, in_hand: str) -> str:

@@ -17,6 +17,8 @@ from fastmim.config import Config
 from fastmim.data import build_loader
 from fastmim.data.augment import View
 from fastmim.data.index import ImageIndex
+from fastmim.data.reading import opening_of
+from fastmim.data.source import open_index
 from fastmim.engine.base import Engine
 from fastmim.engine.distributed import World
 from fastmim.engine.graph import GraphEngine, kind_of, use_graph, why_not
@@ -37,6 +39,7 @@ from fastmim.interop import load_weights
 from fastmim.models import encoder_settings
 from fastmim.objectives import Objective, create_objective
 from fastmim.objectives.schedule import Schedule, scale_lr
+from fastmim.wording import plural
 
 log = logging.getLogger("fastmim")
 
@@ -195,6 +198,16 @@ def encoder_arguments(cfg: Config) -> dict[str, Any]:
     return arguments
 
 
+def list_images(cfg: Config) -> ImageIndex | None:
+    """The images of ``data.path`` and ``data.file_list``, for every loader of a run; None where none are read.
+
+    Raises:
+        ValueError: no folder is given, or it has no image.
+    """
+    data = cfg.data
+    return None if data.loader == "synthetic" else open_index(data.path, data.file_list, **opening_of(data))
+
+
 def make_loader(cfg: Config, objective: Any, world: World, **changes: Any) -> Any:
     """The training images of this rank; ``changes`` replace single arguments of ``build_loader``.
 
@@ -286,7 +299,8 @@ def make_schedule(cfg: Config, steps_per_epoch: int, global_batch: int) -> Sched
         lag=optim.policy == "parity" if optim.schedule_lag is None else optim.schedule_lag,
     )
     if schedule.warmup_steps >= total:
-        log.warning("optim: the run ends at step %d, inside its warm-up of %d steps", total, schedule.warmup_steps)
+        length = plural(schedule.warmup_steps, "step")
+        log.warning("optim: the run ends at step %d, inside its warm-up of %s", total, length)
     late = [step for step in schedule.milestones if step >= total]
     if optim.schedule == "multistep" and late:
         log.warning("optim.milestones: the run ends at step %d, before the drops at %s", total, late)

@@ -36,6 +36,9 @@ _SCHEDULERS = (
     _Names("Flux", "FLUX_TASK_RANK", ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",)),
     _Names("Slurm", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"), ("SLURM_LOCALID",)),
 )  # fmt: skip
+# srun sets these in every task. A batch script has the job's variables and none of a step: it calls itself task 0 of
+# all, and nobody has started the others.
+_OF_A_STEP = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
 _FIX = "unset it, or start with torchrun, deepspeed, srun or mpirun"
 
 
@@ -104,7 +107,7 @@ def meeting_point(place: Place, env: Mapping[str, str] | None = None) -> dict[st
 def _scheduled(env: Mapping[str, str]) -> Place:
     for names in _SCHEDULERS:
         rank = _number(env, names.rank)
-        if rank is None:
+        if rank is None or (names.launcher == "Slurm" and rank == 0 and not any(map(env.get, _OF_A_STEP))):
             continue
         size = next((value for name in names.sizes if (value := _number(env, name)) is not None), None)
         if size is None:
@@ -141,9 +144,9 @@ def _address(place: Place, env: Mapping[str, str]) -> str:
 
 
 def first_node(nodes: str) -> str:
-    """The first host of a Slurm node list: ``node[03-05,9],other`` is ``node03``."""
-    match = re.match(r"([^,\[]*)(?:\[([0-9]+)[^\]]*\]([^,\[]*))?", nodes.strip())
-    return "".join(part or "" for part in match.groups()) if match else ""
+    """The first host of a Slurm node list: ``node[03-05,9],other`` is ``node03``, ``r[1-2]n[4-7]`` is ``r1n4``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes.strip())
+    return re.sub(r"\[([0-9]*)[^\]]*\]", r"\1", first[0]) if first else ""
 
 
 def _port(place: Place, env: Mapping[str, str]) -> int:

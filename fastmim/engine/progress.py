@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,6 +153,13 @@ class Progress:
             if self._enabled:
                 self._console.print(text)
                 self._console.file.flush()
+
+    def item(self, text: str) -> None:
+        """Print one of a list; a line of a terminal ends between words, a log keeps it in one line."""
+        lines = [text]
+        if self._enabled and self._console.is_terminal:
+            lines = textwrap.wrap(text, self._console.width - 6, break_long_words=False, break_on_hyphens=False)
+        self.say("  " + f"\n{'':6}".join(lines))
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:
         """Print names and values, a pair a line; a value too long for it is broken at its commas."""

@@ -302,9 +302,9 @@ class Run:
         listed = self.folder / "bad_files.json"
         self.progress.say(f"{plural(len(bad_files), 'file')} could not be used (listed in {listed}):")
         for path, reason in sorted(bad_files.items())[:_NAMED_BAD_FILES]:
-            self.progress.say(f"  {path}: {reason}".encode("utf-8", "backslashreplace").decode())
+            self.progress.item(f"{path}: {reason}".encode("utf-8", "backslashreplace").decode())
         if len(bad_files) > _NAMED_BAD_FILES:
-            self.progress.say(f"  … and {len(bad_files) - _NAMED_BAD_FILES} more")
+            self.progress.item(f"… and {len(bad_files) - _NAMED_BAD_FILES} more")
 
     def close(self) -> None:
         """Close files and the live line."""

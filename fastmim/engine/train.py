@@ -17,7 +17,7 @@ from fastmim.data.reading import FROZEN, KEYS, opening_of, reading_of
 from fastmim.data.worker_error import WaitInterrupted
 from fastmim.engine import distributed
 from fastmim.engine.banner import start_rows
-from fastmim.engine.build import Parts, build, encoder_arguments, make_loader
+from fastmim.engine.build import Parts, build, encoder_arguments, list_images, make_loader
 from fastmim.engine.checkpoint import list_checkpoints, step_of
 from fastmim.engine.distributed import World
 from fastmim.engine.interrupt import StopRequest
@@ -65,7 +65,8 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
         distributed.check_same(shared_settings(cfg))
         distributed.on_main(lambda: check_loggers(cfg.output.loggers))
         with said_if_slow("preparing the model and the list of images", enabled=world.is_main):
-            parts = build(cfg, world, stack, index=labelled.index)
+            index = list_images(cfg) if labelled.index is None else labelled.index
+            parts = build(cfg, world, stack, index=index)
         engine, loader, schedule, seed = parts.engine, parts.loader, parts.schedule, cfg.train.seed
         total = schedule.total_steps
         stored = {
@@ -74,7 +75,7 @@ def train(cfg: Config, *, ends_process: bool = False) -> TrainResult:
             "schedule": dataclasses.asdict(schedule),
             "images": loader.fingerprint,
         }
-        shown = held_out_images(cfg, parts, world, stack, labelled.index)
+        shown = held_out_images(cfg, parts, world, stack, index)
         if labelled.classes:
             give_labels(parts.objective, labelled, loader, shown["val_loader"], table=cfg.data.val_labels)
         watch = make_watch(cfg, parts, world, stack, shown["val_loader"])
@@ -229,7 +230,7 @@ def held_out_images(
 ) -> dict[str, Any]:
     """The validation loader, and the few images that pictures show: held-out ones if there are any.
 
-    ``index``: the images of ``data.path``, where they have been listed.
+    ``index``: the images of ``data.path``; None: they have not been listed.
     Rank 0 draws the pictures; where its forward pass needs the others, they get the same images.
     """
     held_out: dict[str, Any] = dict(train=False, grad_accum_steps=1, index=index)
@@ -239,6 +240,7 @@ def held_out_images(
     if cfg.data.val_path is not None or cfg.data.val_fraction is not None:
         val_loader = make_loader(cfg, parts.objective, world, **held_out)
         stack.enter_context(closing(val_loader))
+        held_out |= dict(index=val_loader.index, val_fraction=None)
     if cfg.output.pictures and world.is_main:
         alone = dict(rank=0, world_size=1, micro_batch_size=1, num_workers=0, verify="none")
         with closing(make_loader(cfg, parts.objective, world, **held_out | alone)) as loader:

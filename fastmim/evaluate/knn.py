@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastmim.wording import plural
+
 log = logging.getLogger("fastmim")
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -22,7 +24,8 @@ def usable_neighbours(wanted: Sequence[int], images: int) -> list[int]:
     """The numbers of neighbours that so many training images have, larger ones clipped to all of them, with a word."""
     kept = sorted({min(k, images) for k in wanted})
     if max(wanted) > images:
-        log.warning("k-NN: only %d training images: k is at most that (%s)", images, ", ".join(map(str, kept)))
+        there = plural(images, "training image")
+        log.warning("k-NN: only %s: k is at most that (%s)", there, ", ".join(map(str, kept)))
     return kept
 
 

@@ -6,7 +6,7 @@ Nothing here looks at a file or a device: ``fastmim pretrain --images`` and ``fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastmim.wording import plural
@@ -19,6 +19,7 @@ from .own_terms import (
     HOLD_OUT_FROM,
     LADDER,
     MINUTES,
+    POSITIONS,
     SEEN,
     SIDES,
     WORKER,
@@ -121,7 +122,7 @@ def _encoder(facts: Facts, given: Given, batch: int, cost: Callable[[Mapping[str
     for one in reversed(known):
         # A larger encoder is taken at its full crop only: a smaller crop for it would be no better.
         for side in reversed(sides if one == known[0] else sides[-1:]):
-            keys = _keys(one, side, given)
+            keys = model_keys(one, side, given)
             found = cost({**given, **keys})
             smallest = keys, found
             micro = _largest_that_fits(facts, given, found, batch)
@@ -139,20 +140,29 @@ def _enough(facts: Facts) -> str:
     return f", for {plural(facts.images, 'image')}{following[0] if following else ''}"
 
 
-def _keys(name: str, side: int, given: Given) -> dict[str, Any]:
+def model_keys(name: str, side: int, given: Given) -> dict[str, Any]:
     """What the encoder and the mask need at a crop of this edge, less what is given."""
     side = given.get("model.img_size") or side
-    edge = min(side) if isinstance(side, (list, tuple)) else side
+    edges = list(side) if isinstance(side, (list, tuple)) else [side]
+    edge = min(edges)
     keys: dict[str, Any] = {"model.name": name, "model.img_size": side}
     if name.startswith("vit_"):
-        keys["model.patch_size"] = 16 if edge >= 128 else 8 if edge >= 64 else 4
+        keys["model.patch_size"] = _divisor(edges, [16, 8, 4][0 if edge >= 128 else 1 if edge >= 64 else 2 :])
+        positions = POSITIONS.get(given.get("objective.name", "simmim"))
+        if positions is not None:
+            keys |= {"model.abs_pos_embed": positions, "model.shared_rel_pos_bias": False}
     elif name.startswith("swin") and "_" in name and edge & (edge - 1) == 0:
         keys["model.window_size"] = 8
     if given.get("objective.name", "simmim") == "simmim":
         patch = given.get("model.patch_size") or keys.get("model.patch_size") or 4
         unit = 32 if edge > 128 else 16 if edge >= 64 else 8
-        keys["objective.unit"] = max(1, unit // patch) * patch
+        keys["objective.unit"] = _divisor(edges, range(max(1, unit // patch) * patch, 0, -patch))
     return {key: value for key, value in keys.items() if key not in given}
+
+
+def _divisor(edges: Sequence[int], sizes: Sequence[int]) -> int:
+    """The first size of which every edge is a multiple; the first of all where none is, as the model then says."""
+    return next((size for size in sizes if not any(edge % size for edge in edges)), sizes[0])
 
 
 def _largest_that_fits(facts: Facts, given: Given, cost: Cost, batch: int) -> int | None:
@@ -195,6 +205,8 @@ def _model(facts: Facts, taken: Taken) -> list[Choice]:
         "model.name": f"{taken.cost.parameters / 1e6:.3g} M parameters with the head",
         "model.img_size": f"{middle} has a short side of {facts.short_side} px{small}",
         "model.patch_size": "so that a crop has 64 patches or more",
+        "model.abs_pos_embed": "positions of each patch, as objective.name needs them",
+        "model.shared_rel_pos_bias": "model.abs_pos_embed is in its place",
         "model.window_size": "divides the maps of a crop of this size",
         "objective.unit": "edge of a mask unit: near a sixth of the crop's, as SimMIM's 32 of 192",
     }

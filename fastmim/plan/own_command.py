@@ -24,9 +24,9 @@ from fastmim.wording import plural
 from .command import footprint_of
 from .hardware import GIB, Gpu
 from .memory import memory
-from .own import choose
+from .own import choose, model_keys
 from .own_facts import gather
-from .own_terms import Cost, Facts
+from .own_terms import LADDER, SIDES, Cost, Facts
 from .own_text import as_yaml
 
 _RATES = ("optim.lr_batch", "optim.warmup_lr", "optim.min_lr")
@@ -64,7 +64,8 @@ def own_config(
     """What ``fastmim pretrain [CONFIG] --images DIR [key=value …]`` trains.
 
     What the file and the overrides say stands; :func:`.own.choose` chooses the rest. Where ``output.dir`` has
-    checkpoints of the same images, the config of that run is taken, so that it goes on.
+    checkpoints of the same images, the config of that run is taken, so that it goes on; else, with
+    ``train.branch_from``, that of the run to branch from.
 
     Args:
         images: a folder of images or of shards, a shard or a pattern of them: ``data.path``.
@@ -79,10 +80,10 @@ def own_config(
     out = given.get("output", {}).get("dir") or f"runs/{name_of(images)}"
     said = flat(given) | (dict.fromkeys(_RATES) if _says_lr(config) else {})
     given = merge_trees(given, {"output": {"dir": out}})
-    earlier = _earlier(Path(os.path.expanduser(out)), images, given)
+    earlier = _earlier(Path(os.path.expanduser(out)), images, given) or _branched(given)
     if earlier is not None:
         return earlier
-    asked = config_of(given)
+    asked = _asked(given, said)
     index = open_index(asked.data.path, field="--images", **opening_of(asked.data))
     bands = None
     if asked.data.pixels == "float32":
@@ -95,6 +96,21 @@ def own_config(
     if "output.dir" not in said:
         reasons["output.dir"] = "named after the images"
     return Own(tree, as_yaml(tree, reasons, _heading(images, facts)), True)
+
+
+def _asked(given: Tree, said: Mapping[str, Any]) -> Config:
+    """The config of what is given, so that a mistake is said before anything is looked at.
+
+    With a mask and patches that go with the size that is given: those of the defaults need not.
+    """
+    try:
+        return config_of(given)
+    except ValueError as error:
+        try:
+            keys = model_keys(said.get("model.name") or LADDER[0][0], SIDES[0], said)
+        except (TypeError, AttributeError, ArithmeticError):  # what is given is of a wrong type
+            raise error from None
+        return config_of(merge_trees(given, _nested(keys)))
 
 
 def name_of(images: str) -> str:
@@ -139,6 +155,18 @@ def _earlier(folder: Path, images: str, given: Tree) -> Own | None:
         return None
     text = f"going on with {path}, as it was chosen before; train.resume=none or another output.dir chooses anew"
     return Own(merge_trees(tree, given), text, False)
+
+
+def _branched(given: Tree) -> Own | None:
+    """The config of the run that ``train.branch_from`` names, under what is given now: encoder and masks are its."""
+    start = (given.get("train") or {}).get("branch_from")
+    if start is None:
+        return None
+    path = Path(os.path.expanduser(start)).absolute()  # a run, or one of its checkpoints
+    config = next((one / "config.yaml" for one in (path, *path.parents[:2]) if (one / "config.yaml").is_file()), None)
+    if config is None:
+        return None
+    return Own(merge_trees(read_tree(config), given), f"a branch of {start}: what its run had chosen stands", False)
 
 
 def _costs(given: Tree, facts: Facts, gpu: Gpu | None) -> Any:

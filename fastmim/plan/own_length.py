@@ -47,7 +47,9 @@ def length(facts: Facts, given: Given, batch: int, trained: int, rate: float, ho
         chosen.append(Choice("train.val_every", max(1, steps // 10), "a tenth of the run"))
         chosen.append(Choice("train.val_batches", 8, "of them at most, each time"))
     if "optim.warmup_epochs" not in given:
-        chosen.append(Choice("optim.warmup_steps", max(1, steps // 20), "a twentieth of the run"))
+        warmup = min(max(1, steps // 20), steps - 1)  # its last step is not the run's
+        why = "a twentieth of the run" if warmup else "the run is one step"
+        chosen.append(Choice("optim.warmup_steps", warmup, why))
     return chosen
 
 

@@ -10,6 +10,9 @@ from .hardware import GIB
 
 LADDER = (("vit_tiny", 0), ("swinv2_tiny", 1_000), ("swinv2_small", 20_000), ("swinv2_base", 200_000))
 """Encoders from small to large, and the images that each should have at least."""
+POSITIONS = {"mae": "sincos", "ibot": True, "dino": True}
+"""``model.abs_pos_embed`` of a ViT by objective: one that sees a part of the patches, or crops of several sizes, has no
+table of biases."""
 SIDES = (32, 64, 96, 128, 192)
 """Edges of a crop, pixels: what every encoder here takes, up to SimMIM's."""
 SEEN = 10_000

@@ -25,11 +25,13 @@ class Chart(NamedTuple):
         title: what they are, with their unit.
         keys: of ``metrics.jsonl``, each with what a line of it is called.
         note: what a reader should know.
+        is_amount: twice as high is twice as much: the axis begins at 0.
     """
 
     title: str
     keys: dict[str, str]
     note: str = ""
+    is_amount: bool = False
 
 
 CHARTS = (
@@ -41,8 +43,8 @@ CHARTS = (
     Chart("Calibration error, %", {"val_ece": "", "ema_val_ece": "of averaged weights"},
           "How far confidence is from accuracy: lower is better."),
     Chart("RankMe", {"rankme": ""}, "Effective number of directions of the features; a collapse shows as a fall to 1."),
-    Chart("Images a second", {"images_per_sec": ""}),
-    Chart("Peak memory, GiB", {"peak_memory_gib": ""}),
+    Chart("Images a second", {"images_per_sec": ""}, is_amount=True),
+    Chart("Peak memory, GiB", {"peak_memory_gib": ""}, is_amount=True),
     Chart("Learning rate", {"lr": ""}),
     Chart("Gradient norm", {"grad_norm": ""}, "Before clipping."),
 )  # fmt: skip
@@ -74,6 +76,8 @@ def draw(chart: Chart, runs: Sequence[RunFiles]) -> str | None:
             for (key, line), style in zip(chart.keys.items(), _STYLES, strict=False):
                 _line(axes, run, key, label=_label(run, line, len(runs)), color=colour, linestyle=style)
         _dress(axes)
+        if chart.is_amount:
+            axes.set_ylim(bottom=0)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
@@ -94,6 +98,7 @@ def _line(axes: Any, run: RunFiles, key: str, *, label: str, **style: Any) -> No
 
 def _dress(axes: Any) -> None:
     axes.set_xlabel("step", color=_INK)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25, color=_INK)
     axes.tick_params(colors=_INK)
     axes.ticklabel_format(axis="y", style="plain" if max(map(abs, axes.get_ylim())) > 1e-3 else "sci", useOffset=False)

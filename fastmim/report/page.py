@@ -81,18 +81,20 @@ def lead(runs: Sequence[RunFiles]) -> str:
         steps = f"{run.step:,}{of} steps" if of else plural(run.step, "step")
         what = f"{run.settings[MODEL]} by {run.settings[OBJECTIVE]}, {steps}"
         return f"{what}: {', '.join(ends)}." if ends else f"{what}."
-    best = [(name, pick, key) for name, key, pick in _BEST if any(run.last(key) is not None for run in runs)]
     said = []
-    for name, pick, key in best:
-        values = [(value, run.name) for run in runs if (value := run.last(key)) is not None]
-        value, who = pick(values)
-        said.append(f"{name} {value:.4g} ({who})")
-    return f"{plural(len(runs), 'run')} side by side. Best at the end: {', '.join(said)}." if said else ""
+    for name, value_of in _BEST:
+        values = [(value, run.name) for run in runs if (value := value_of(run)) is not None]
+        if values:
+            value, who = max(values)
+            said.append(f"{name} {_number(value)} ({who})")
+    return f"{plural(len(runs), 'run')} side by side. Best: {', '.join(said)}." if said else ""
 
 
-_BEST: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
-    ("top-1", "val_top1", max), ("k-NN", "knn_top1", max), ("images a second", "images_per_sec", max),
+_BEST: tuple[tuple[str, Callable[[RunFiles], float | None]], ...] = (
+    ("top-1 at the end", lambda run: run.last("val_top1")), ("k-NN at the end", lambda run: run.last("knn_top1")),
+    ("images a second", RunFiles.speed),
 )  # fmt: skip
+"""Of several runs, with the figures of the table."""
 _ENDS = ("training loss", "held-out loss", "k-NN top-1, %", "held-out top-1, %")
 _NOTHING = "–"
 

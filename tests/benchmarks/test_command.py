@@ -16,6 +16,8 @@ from benchmarks import bench_kernels, big_model, command, harness, kernel_works,
 from benchmarks.proof import command as proof_command
 from fastmim.models.sizes import SIZES
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_results_are_committed_only_when_told() -> None:
     parser = command.Parser("run.py step", "")
@@ -117,6 +119,25 @@ def test_scripts_end_in_one_line(script: Any, words: list[str], status: int, sai
         command.exit_with("script.py", lambda: script.main(words))
     error = capsys.readouterr().err
     assert stopped.value.code == status and error.count("\n") == 1 and said in error
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--known", "mistyped.json"], "--known mistyped.json: no report of this command"),
+    (["--known", str(ROOT / "README.md")], "README.md: no report of this command"),
+    (["--module", "mlp.on_trition"], "--module mlp.on_trition: unknown; use of "),
+    (["--match", "("], "'(' is no regular expression: missing )"),
+    (["--match", "no such case"], "no case is left by --module, --match"),
+])  # fmt: skip
+def test_the_kernel_report_compiles_nothing_for_a_wrong_request(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which the import would take away for good
+    script = importlib.import_module("benchmarks.kernel_report")
+    monkeypatch.setattr(script, "_measure_all", lambda work, jobs: pytest.fail("compiles") if work else [])
+    with pytest.raises(SystemExit) as stopped:
+        command.exit_with("kernel_report.py", lambda: script.main([*words, "--out", str(tmp_path / "report")]))
+    assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_screen_on_a_full_disk_is_one_line() -> None:

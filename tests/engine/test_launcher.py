@@ -6,7 +6,8 @@ import pytest
 
 from fastmim.engine.launcher import find_place, first_node, meeting_point, rank_or_none
 
-SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu[03-05,9],x"}
+BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "gpu[03-05,9],x"}
+SLURM = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,11 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_
         # salloc's shell, and a job of one task
         ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, (0, 1, None)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, None)),
+        # a batch script beside srun is task 0 of 8 by its variables, and alone; in it, torchrun and mpirun count
+        (BATCH, (0, 1, None)),
+        ({**BATCH, "SLURM_STEP_ID": "0"}, (0, 8, 0)),
+        ({**BATCH, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (0, 2, 0)),
+        ({**BATCH, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2, None)),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, (1, 2, 1)),
         # mpirun inside a job: its daemons are Slurm's tasks
         ({**SLURM, "OMPI_COMM_WORLD_RANK": "7", "OMPI_COMM_WORLD_SIZE": "16"}, (7, 16, None)),
@@ -85,7 +91,8 @@ def test_where_the_ranks_meet():
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("a", "a"), ("a,b", "a"), ("n[1-4]", "n1"), ("n[007,9]", "n007"), ("n[1-2]-ib,c", "n1-ib"), ("", "")],
+    [("a", "a"), ("a,b", "a"), ("n[1-4]", "n1"), ("n[007,9]", "n007"), ("n[1-2]-ib,c", "n1-ib"), ("", ""),
+     ("r[1-2]n[04-07],x", "r1n04"), ("t[0,2-3][1-4]", "t01"), ("n[3", "n")],
 )
 def test_the_first_node_of_a_list(nodes, first):
     assert first_node(nodes) == first

@@ -73,6 +73,22 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert done == "done"
 
 
+@pytest.mark.parametrize("columns", [None, 40, 80])
+def test_a_list_breaks_between_words_on_a_terminal_alone(columns, capsys, monkeypatch):
+    if columns is not None:
+        monkeypatch.setenv("FORCE_COLOR", "1"), monkeypatch.setenv("COLUMNS", str(columns))
+    text = "/images/a file.tif: no range is defined for 32-bit samples (float32); give data.value_range=[low, high]"
+    progress = Progress(total_steps=20, start=0, enabled=True)
+    progress.item(text)
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(line.strip() for line in lines) == text and lines[0].startswith("  /images")
+    if columns is None:
+        assert len(lines) == 1
+    else:
+        assert max(map(len, lines)) < columns and all(line.startswith(" " * 6) for line in lines[1:])
+
+
 @pytest.mark.parametrize("wide", [
     {"step": 7}, {"step": 123_456}, {"step": 123_456, "val_loss": 0.5}, {"step": 99_999, "images_per_sec": 123_456.7},
 ])  # fmt: skip

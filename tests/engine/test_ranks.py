@@ -114,6 +114,7 @@ def test_schedulers_start_one_run(ranks, overrides, tmp_path, pictures, kind):
         "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
         "open_mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     }[kind]
+    paths |= {"SLURM_STEP_ID": "0"}
     places = [dict(zip(names, (str(rank), "2", str(rank)), strict=True)) | paths for rank in range(2)]
     requests = [overrides(tmp_path / "run", **loud | {"data__path": path}) for path in (pictures, copy)]
     (status, first), (other_status, other) = ranks(requests, places)

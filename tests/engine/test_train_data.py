@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastmim.data import pack_images, pool
+from fastmim.data import pack_images, pool, source
+from fastmim.data.scan import scan_folder
 from fastmim.data.source import FileIndex
 from fastmim.engine.train import train
 
@@ -53,6 +55,20 @@ def test_held_out_images_are_a_part_of_the_run(settings, pictures, tmp_path):
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4] and whole.val_loss > 0
     train(settings(tmp_path / "all", train__steps=4, data__num_workers=0))
     assert losses(tmp_path / "all")[-1] != rows[-1]["loss"]  # others were trained on
+
+
+@pytest.mark.parametrize("held_out", ["fraction", "path"])
+def test_a_folder_is_listed_once(held_out, settings, pictures, tmp_path, monkeypatch):
+    """By training, validation and pictures together: on a network drive a listing may take minutes."""
+    listed = []
+    monkeypatch.setattr(source, "scan_folder", lambda *asked: listed.append(asked[:2]) or scan_folder(*asked))
+    other = tmp_path / "others"
+    shutil.copytree(pictures, other)
+    given = dict(data__val_fraction=0.3) if held_out == "fraction" else dict(data__val_path=other)
+    options = dict(data__num_workers=0, train__val_every=2, output__pictures=2)
+    result = train(settings(tmp_path / "run", train__steps=2, **options, **given))
+    expected = [(str(pictures), "data.path")] + [(str(other), "data.val_path")] * (held_out == "path")
+    assert listed == expected and result.val_loss is not None and result.picture_path is not None
 
 
 def test_synthetic_images_need_no_folder(settings, tmp_path):

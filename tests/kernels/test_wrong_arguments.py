@@ -95,6 +95,7 @@ FREE = {
     *((op, name, f"dim {i}") for op, name in (("masked_l1", "prediction"), ("linear_masked_l1", "tokens"))
       for i in (1, 2)),
     *(("low_copies", "tensors", f"its first: {kind}") for kind in ("rank + 1", "rank - 1", "dim 0", "dim 1")),
+    ("low_copies", "tensors", "its first: of one value alone"),
     ("low_copies", "tensors", "nothing"), ("gelu", "x", "rank - 1"), ("cpb_bias", "weight2", "dim 1"),
     ("cpb_bias", "coords", "dim 0"), ("unshuffle", "tokens", "dim 1"), ("linear_masked_l1", "target_eps", "0.0"),
     ("linear_masked_l1", "count_eps", "0.0"),
@@ -123,6 +124,8 @@ def wrong_tensors(right: Tensor, name: str, optional: bool) -> Iterator[tuple[st
         for kind, value in (("low", ends[0] - 1), ("high", ends[1] + 1), ("very low", -100), ("very high", 2**40)):
             yield kind, right.masked_fill(right == right.max(), value)
     yield from (("rank + 1", right[None]), ("rank - 1", right[0]))
+    if right.ndim > 1:
+        yield "of one value alone", right.flatten()[0]
     for i in range(right.ndim):
         yield f"dim {i}", torch.cat([right, right.narrow(i, 0, 1)], i)
 
@@ -141,8 +144,10 @@ def wrong_values(op: str, name: str, right: Any) -> Iterator[tuple[str, Any]]:
         yield from ((repr(v), v) for v in (-1, 7, (1,), (2, 2, 2), (2, -1), (2.5, 1), "2", None, torch.ones(2), [None]))
     elif name.endswith("eps"):
         yield from ((repr(v), v) for v in (0.0, -1e-5, float("nan"), float("inf"), "1", None, [1e-5]))
+        yield "beyond any float", 10**400
     elif name.endswith("temp"):
         yield from ((repr(v), v) for v in (0, -0.1, float("nan"), float("inf"), "x", 1j, None, [0.1], np.ones(2)))
+        yield "beyond any float", 10**400
         own = torch.tensor(right)
         yield from (("two", own.repeat(2)), ("0.0", own * 0), ("below 0", -own), ("infinite", own / 0))
         yield from (("on meta", own.to("meta")), ("complex", own.to(torch.complex64)), ("bool", own.bool()))

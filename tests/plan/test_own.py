@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from fastmim.config import load_config
 from fastmim.plan import own_command
 from fastmim.plan.hardware import GIB
 from fastmim.plan.memory import memory
-from fastmim.plan.own import choose
+from fastmim.plan.own import choose, model_keys
 from fastmim.plan.own_command import name_of, own_config
 from fastmim.plan.own_facts import available_memory, gather
 from fastmim.plan.own_terms import CORE_FLOPS, LADDER, SEEN, Cost, Facts
@@ -94,6 +95,45 @@ def test_what_is_given_is_never_chosen_and_is_taken_into_account() -> None:
     batches = keys_of(LAPTOP, {"train.micro_batch_size": 4})
     assert "train.grad_accum_steps" not in batches and "train.micro_batch_size" not in batches
     assert keys_of(LAPTOP, {"train.grad_accum_steps": 2})["train.micro_batch_size"] == 16
+
+
+@pytest.mark.parametrize("steps", [1, 2, 19, 40])
+def test_the_warm_up_ends_within_the_run(steps: int) -> None:
+    """Else the run would warn about what was chosen for it."""
+    assert keys_of(LAPTOP, {"train.steps": steps})["optim.warmup_steps"] == {1: 0, 2: 1, 19: 1, 40: 2}[steps]
+
+
+@pytest.mark.parametrize("size", [32, 40, 100, 144, 176, 192, 224, [48, 72], [96, 200]])
+@pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny"])
+def test_patches_and_masks_divide_a_size_that_is_given(name: str, size: object) -> None:
+    found = model_keys(name, 192, {"model.img_size": size})
+    patch, unit = found.get("model.patch_size", 4), found["objective.unit"]
+    edges = size if isinstance(size, list) else [size]
+    assert not any(edge % unit or edge % patch for edge in edges) and unit % patch == 0
+    # SimMIM's share or the next below it, and never all of the image.
+    assert unit <= max(8, min(edges) / 4) and model_keys(name, 192, {})["objective.unit"] == 32
+
+
+@pytest.mark.parametrize("name, positions", [("mae", "sincos"), ("ibot", True), ("dino", True), ("simmim", None)])
+def test_another_objective_gets_positions_that_it_takes(fixed: Path, name: str, positions: object) -> None:
+    """What the objective refuses ends the choice: that it is made is what shows."""
+    cfg = own_config("mine", None, [f"objective.name={name}", "model.img_size=32"]).cfg
+    assert cfg.model.name == "vit_tiny" and cfg.model.abs_pos_embed == positions
+    assert cfg.model.shared_rel_pos_bias is (None if positions is None else False)
+
+
+@pytest.mark.parametrize("words", [["model.img_size=32"], ["model.img_size=32", "model.name=vit_tiny"],
+                                   ["model.img_size=[48, 32]", "model.name=swin_tiny"]])  # fmt: skip
+def test_a_small_size_alone_is_enough(fixed: Path, words: list[str]) -> None:
+    assert own_config("mine", None, words).cfg.objective.arguments()["unit"] == 8
+
+
+@pytest.mark.parametrize("word", ["model.img_size=big", "model.img_size=0", "model.img_size=[32, -1]", "model.name=5",
+                                  "model.patch_size=x", "model.patch_size=0", "model.img_size=33"])  # fmt: skip
+def test_a_size_of_a_wrong_kind_is_named(fixed: Path, word: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(word.partition("=")[0])) as error:
+        own_config("mine", None, [word])
+    assert "\n" not in str(error.value)
 
 
 def test_every_choice_has_a_reason_of_a_line() -> None:
@@ -294,10 +334,31 @@ def test_a_run_of_a_folder_goes_on_and_knows_its_images(fixed: Path, capsys: pyt
     assert cli.main([*pretrain, "train.steps=3", "optim.warmup_steps=1", "train.resume_changes=allow"]) == 0
     out, err = capsys.readouterr()
     assert "going on with runs/mine/config.yaml" in err and "step 3/3" in out and "step 1/" not in out
+    # So it does for a branch, as the message about another length offers it: no model is chosen anew.
+    for start in ("runs/mine", "runs/mine/checkpoints/step-00000003"):
+        branch = ["train.steps=5", f"train.branch_from={start}", f"output.dir=runs/of-{Path(start).name}"]
+        cfg = own_config("mine", None, branch).cfg
+        assert (cfg.model.depth, cfg.optim.warmup_steps, cfg.train.steps) == (1, 1, 5)
+    assert cli.main(["pretrain", "--images", "mine", *branch]) == 0
+    out, err = capsys.readouterr()
+    assert "a branch of runs/mine/checkpoints/step-00000003" in err and "step 5/5" in out and "step 3/" not in out
+    assert cli.main(["pretrain", "--images", "mine", *branch[:2]]) == 2
+    assert "output.dir=runs/mine: it is the run to branch from" in capsys.readouterr().err
     (fixed.parent / "b").mkdir()
     fixed.rename(fixed.parent / "b/mine")
     assert cli.main(["pretrain", "--images", "b/mine"]) == 2
     assert "output.dir=runs/mine: holds a run on mine, not on b/mine; give another" in capsys.readouterr().err
+
+
+def test_a_run_begins_where_nobody_reads_what_was_chosen(
+    fixed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["pretrain", "--images", "mine", *TINY, "train.steps=1"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "standard output cannot be written" in line]
+    assert len(said) == 1 and said[0].endswith("(no space left on device): the run goes on without it")
+    assert Path("runs/mine/encoder.safetensors").is_file()
 
 
 def load_tree(text: str) -> dict:

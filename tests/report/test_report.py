@@ -17,6 +17,8 @@ from fastmim.config import load_config, save_config
 from fastmim.evaluate.reconstruct import write_grid
 from fastmim.objectives.pictures import RECONSTRUCTION, Picture
 from fastmim.objectives.unit_masks import UnitMasks
+from fastmim.report.charts import CHARTS, draw
+from fastmim.report.runs import read_run
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -77,7 +79,8 @@ def test_the_numbers_are_those_of_the_runs(page):
     assert rows["images a second"] == ["40", "60"]  # the first row holds the start
     assert rows["time in steps"] == ["2.0 s", "3.0 s"]
     assert rows["optim.lr"] in (["0.001", "0.002"], ["0.001"], ["0.002"])
-    assert "k-NN 70.25 (two/same)" in page
+    # The headline has the figures of the table, and each run's own.
+    assert "2 runs side by side. Best: k-NN at the end 70.25 (two/same), images a second 60 (two/same)." in page
     assert "teacher entropy" in page
 
 
@@ -104,6 +107,16 @@ def test_pictures_are_the_last_and_a_few_earlier_ones_of_those_that_can_be_read(
 def test_curves_take_the_ink_of_the_page(page):
     assert page[: page.index('id="masks"')].count("<svg") == 6 and "currentColor" in page and "#010203" not in page
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+
+
+def test_axes_of_amounts_begin_at_0_and_steps_are_whole(tmp_path):
+    run = read_run(make_run(tmp_path / "run", [row(1), row(2), row(3, images_per_sec=31.0)]), "run")
+    for chart in CHARTS:
+        svg = draw(chart, [run])
+        if chart.title in ("Images a second", "Peak memory, GiB"):
+            assert re.search(r">0(\.0+)?</text>", svg), chart.title
+        if chart.title == "Loss":
+            assert not re.search(r">1\.5</text>", svg)
 
 
 def squares(path):

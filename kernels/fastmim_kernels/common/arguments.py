@@ -13,6 +13,7 @@ import inspect
 import math
 import numbers
 import operator
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -216,6 +217,8 @@ def _must_be(value: Any, hint: Any, kind: str) -> str:
     """What ``value`` must be and is not; empty where it is."""
     if not _is(value, hint):
         return _said(hint)
+    if float in (hint, *typing.get_args(hint)) and isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "a number that a float can hold"
     words, is_one = DTYPES[kind]
     if any(not is_one(t.dtype) or t.layout is not torch.strided or t.is_nested for t in _tensors(value)):
         return f"dense and {words}"

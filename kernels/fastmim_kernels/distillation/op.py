@@ -137,7 +137,8 @@ def _temperature(op: str, name: str, value: float | Tensor, device: torch.device
     if not isinstance(value, Tensor):
         if not 0 < value < math.inf:
             raise wrong(op, name, "a number above 0, for example 0.1", value)
-        return torch.full((), value, dtype=dtype, device=device)
+        # torch.full would take a whole number for an int64.
+        return torch.full((), float(value) if isinstance(value, int) else value, dtype=dtype, device=device)
     floating(op, value)
     if value.numel() != 1 or value.device != device:
         raise wrong(op, name, f"a number, or a tensor of one value on {device}", value)

@@ -119,6 +119,8 @@ def cpb_bias(coords: Tensor, index: Tensor, weight1: Tensor, bias1: Tensor, weig
     if weight2.ndim != 3 or (weight2.shape[0], weight2.shape[2]) != bias1.shape or not weight2.shape[1]:
         raise wrong(op, "weight2", f"({bias1.shape[0]}, heads, {bias1.shape[1]}) for bias1 of {tuple(bias1.shape)}",
                     weight2)
+    if coords.ndim != 2:
+        raise wrong(op, "coords", "(T, 2)", coords)
     _check_stage(op, index, len(coords), coords)
     plan, blocks = plan_of([index], [len(weight1)], [weight2.shape[1]], [len(coords)], [coords], bias1.shape[-1])
     plan = BiasPlan(*(tensor.to(index.device) for tensor in plan))
