@@ -22,8 +22,8 @@ def gpu_microseconds(run: Callable[[], object], calls: int = CALLS) -> float:
     two events it then never waits for the host, and its clocks are up. A round in which that work ended too early is
     repeated behind twice as much.
 
-    Calls that themselves wait for the GPU, or are more than its queue takes, cannot be asked for in time: they are timed
-    with those waits, which are a part of what they cost.
+    Calls that themselves wait for the GPU, or are more than its queue takes, cannot be asked for in time: they are
+    timed with those waits, which are a part of what they cost.
     """
     for _ in range(WARM_UP):
         run()
