@@ -11,6 +11,7 @@ import torch
 
 from fastmim_kernels.common import tune
 from fastmim_kernels.common.roofs import roofs_of
+from fastmim_kernels.linear import policy
 from fastmim_kernels.linear.policy import APART, FUSED, one_pass_wins, way, wide_tiles
 
 BF16 = torch.bfloat16
@@ -66,7 +67,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
     tune.forget()
 
 
-def ask(columns: int = 2048) -> str:
+def ask(columns: int = 2048, dtype: torch.dtype = BF16) -> str:
     def fused() -> torch.Tensor:
         return torch.full((2,), RIGHT["value"], dtype=BF16)
 
@@ -76,7 +77,16 @@ def ask(columns: int = 2048) -> str:
         return fused() * RIGHT["factor"]
 
     ways = {FUSED: fused, APART: apart}
-    return way("product_add", 2**16, columns, 4 * columns, BF16, GPU, lambda: ways)
+    return way("product_add", 2**16, columns, 4 * columns, dtype, GPU, lambda: ways)
+
+
+def test_float32_with_tf32_is_asked_for_by_itself(gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for exactness, seconds in (("ieee", 0.5), ("tf32", 5.0), ("ieee", 5.0)):
+        monkeypatch.setattr(policy, "precision", lambda dtype, now=exactness: now)
+        gpu |= {FUSED: seconds}
+        found.append(ask(8192, torch.float32))
+    assert found == [FUSED, APART, FUSED], "the third is the first's"
 
 
 def test_the_faster_way_is_taken_and_kept_for_the_next_process(gpu: dict[str, float], tmp_path: Path) -> None:
