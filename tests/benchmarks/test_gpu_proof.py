@@ -112,6 +112,19 @@ def test_a_part_that_hangs_ends_with_the_budget_and_takes_its_processes_along(tm
     assert not alive(child)
 
 
+def test_the_checkout_is_proved_and_not_what_is_installed(tmp_path: Path) -> None:
+    """A fastmim that stands elsewhere on the path, and says so where it is imported."""
+    mark, other = tmp_path / "imported", tmp_path / "elsewhere"
+    (other / "fastmim").mkdir(parents=True)
+    (other / "fastmim" / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()")
+    words = [sys.executable, str(harness.ROOT / "benchmarks" / "gpu_proof.py"), "--dry", "--out", str(tmp_path / "out"),
+             "--parts", "no_sync"]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(other)}, cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGKILL])
 def test_a_part_does_not_outlive_the_command(signal_: signal.Signals, tmp_path: Path) -> None:
     """Else it and what it has started would keep the GPU busy beside the parts of the next run."""
