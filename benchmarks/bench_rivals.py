@@ -5,8 +5,9 @@
 
 Rivals are a clone of github.com/emiledgl/flash-window-attention-v2, torch's SDPA with the bias as its mask,
 FlexAttention, and NATTEN where it is installed. ``ratio`` is a rival's speed over ours. A rival whose output or
-gradient differs from ours by more than eight times the plain torch version's error and a rounding is not timed, and the
-exit status is 1. What a rival lacks stands in its row. Memory is the peak of a forward and a backward pass, on a GPU.
+gradient differs from ours by more than eight times the plain torch version's error and a rounding is not timed, nor is
+one that raises, and the exit status is 1. What a rival lacks stands in its row. Memory is the peak of a forward and a
+backward pass, on a GPU.
 """
 
 from __future__ import annotations
@@ -70,12 +71,20 @@ def peak_gib(function: Callable[..., Tensor], work: Work, dtypes: dict[str, torc
 def measure(rival: Rival, size: str, impl: str, args: argparse.Namespace, device: torch.device
             ) -> Iterator[dict[str, Any]]:
     """Rows of a rival and of ours on the same work, or one row that says why there are none."""
-    dtype = bench_kernels.DTYPES[args.dtype]
-    make = WORKS[OP]
-    apart, limit = difference(rival, make(SIZES[size], bench_kernels.CHECK_BATCH, dtype.itemsize), impl, dtype, device)
     shared = {"benchmark": "rivals", "case": f"{OP} {size}", "dtype": args.dtype, "batch": args.batch,
               "device": bench_kernels._device_name(device), "baseline": impl, "rounds": args.rounds,
               "provider": rival.name}  # fmt: skip
+    try:
+        yield from _measured(rival, size, impl, args, device, shared)
+    except Exception as broken:  # other people's kernels fail in many types, and the other rivals go on
+        yield shared | {"note": f"NOT TIMED: {type(broken).__name__}: {' '.join(str(broken).split())[:300]}"}
+
+
+def _measured(rival: Rival, size: str, impl: str, args: argparse.Namespace, device: torch.device,
+              shared: dict[str, Any]) -> Iterator[dict[str, Any]]:  # fmt: skip
+    dtype = bench_kernels.DTYPES[args.dtype]
+    make = WORKS[OP]
+    apart, limit = difference(rival, make(SIZES[size], bench_kernels.CHECK_BATCH, dtype.itemsize), impl, dtype, device)
     note = f"{rival.lacks}; {rivals.CLAIM}" if rival.name == rivals.CLONE else rival.lacks
     if not apart <= limit:
         yield shared | {"note": f"NOT TIMED: {apart:.2e} from ours, more than {limit:.2e}; {note}"}

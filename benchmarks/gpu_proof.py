@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+OWN = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = OWN
+# The server of the parts' processes imports before it is told of sys.path (CPython before 3.12.4): it would take, and
+# prove, another fastmim that is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join([*OWN, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from benchmarks import command  # noqa: E402
 

@@ -14,7 +14,7 @@ ROUNDS, BATCH = 3, 128
 
 
 def beside(setting: Setting, outcome: Outcome) -> None:
-    """SDPA, FlexAttention, and what else is there; a rival that computes something else is not timed."""
+    """SDPA, FlexAttention, and what else is there; a rival that raises or computes something else is not timed."""
     if setting.dry:
         _dry(setting, outcome)
         return

@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
         if not args.dry and machine["device"] != "cuda":
             raise ValueError("torch sees no CUDA GPU here; use --dry for what can be run without one")
         key = store.key(machine, args.dry)
-        left = _run(wanted, worker, key, machine, args)
+        left = _run(wanted, parts, worker, key, machine, args)
     results = store.read(args.out, parts)
     page.write(args.out, parts, results, key)
-    return _verdict(wanted, results, left, args)
+    return _verdict(wanted, {name: result for name, result in results.items() if result.key == key}, left, args)
 
 
 def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
@@ -64,14 +64,15 @@ def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(wanted: Sequence[Part], worker: Worker, key: str, machine: dict[str, str], args: argparse.Namespace
-         ) -> list[str]:
+def _run(wanted: Sequence[Part], parts: Sequence[Part], worker: Worker, key: str, machine: dict[str, str],
+         args: argparse.Namespace) -> list[str]:
     """Run the parts that fit and are not finished; the names of those that are left."""
     budget = args.budget if args.budget is not None else 0 if args.dry else BUDGET
     began, left = time.monotonic(), []
-    finished = {name for name, result in store.read(args.out, wanted).items() if result.key == key and result.passed}
+    before = store.read(args.out, wanted)
     for part in wanted:
-        if part.name in finished and not args.again:
+        done = part.name in before and store.finished(before[part.name], part, key, args.reference)
+        if done and not args.again:
             worker.say(f"== {part.name}: finished before, skipped")
             continue
         remaining = budget - (time.monotonic() - began) if budget else None
@@ -80,8 +81,10 @@ def _run(wanted: Sequence[Part], worker: Worker, key: str, machine: dict[str, st
             continue
         worker.say(f"== {part.name}: {part.title}")
         result = worker.run(part, remaining)
-        result = store.complete(result, key, machine, args.commit)
+        result = store.complete(result, key, machine, args.commit, args.reference)
         store.write(args.out, result)
+        # Each time: whoever ends the command after some minutes has the pages of those.
+        page.write(args.out, parts, store.read(args.out, parts), key)
         worker.say(f"== {part.name}: {'passed' if result.passed else f'FAILED: {result.reason}'} "
                    f"({result.seconds:.0f} s)")  # fmt: skip
     return left

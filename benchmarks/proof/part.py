@@ -21,12 +21,14 @@ class Part:
         title: One line for the report.
         seconds: What it may take on an H200 with nothing compiled; the budget is kept with it.
         run: ``package.module:function``, called with a :class:`Setting` and the :class:`Outcome` that it fills.
+        reference: It measures what ``--reference`` names too.
     """
 
     name: str
     title: str
     seconds: int
     run: str
+    reference: bool = False
 
     def function(self) -> Callable[[Setting, Outcome], None]:
         """Imported only where the part runs: in its own process."""

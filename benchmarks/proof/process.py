@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -76,10 +77,13 @@ class Worker:
     def _call(self, function: Any, args: tuple[Any, ...], seconds: float | None) -> tuple[str, Any]:
         """("done", answer), or ("ended", why)."""
         here, there = self._context.Pipe(duplex=False)
+        # Nothing is ever sent: its end, when this process ends in whatever way, is the message.
+        lives, own = self._context.Pipe(duplex=False)
         patience = 0.0
-        process = self._context.Process(target=_serve, args=(there, function, args))
+        process = self._context.Process(target=_serve, args=(there, lives, function, args))
         process.start()
         there.close()
+        lives.close()
         try:
             if not here.poll(seconds):
                 return "ended", f"took longer than the {seconds:.0f} s that were left; run it alone with --parts"
@@ -90,6 +94,7 @@ class Worker:
             return "ended", f"its process ended with exit status {process.exitcode}"
         finally:
             _end(process, patience)
+            own.close()
 
 
 def _end(process: Any, patience: float) -> None:
@@ -101,10 +106,19 @@ def _end(process: Any, patience: float) -> None:
     process.join()
 
 
-def _serve(connection: Connection, function: Any, args: tuple[Any, ...]) -> None:
+def _serve(connection: Connection, lives: Connection, function: Any, args: tuple[Any, ...]) -> None:
     os.setsid()
+    threading.Thread(target=_end_with, args=(lives,), daemon=True).start()
     connection.send(function(*args))
     connection.close()
+
+
+def _end_with(command: Connection) -> None:
+    """End with the command, and what was started with it: a part that outlives it would keep the GPU busy beside the
+    next one's measurements, and no signal to the command's group reaches it."""
+    with contextlib.suppress(EOFError, OSError):
+        command.recv()
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _machine() -> dict[str, str]:

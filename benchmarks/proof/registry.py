@@ -16,7 +16,7 @@ PARTS = (
     Part("kernels", "Kernels beside measured copy and matmul rates", 45, "benchmarks.proof.kernels:kernels"),
     Part("step_swinv2", "SwinV2-B's step beside timm's", 25, "benchmarks.proof.whole_step:swinv2_base"),
     Part("step_swin", "Swin-B's step beside timm's", 20, "benchmarks.proof.whole_step:swin_base"),
-    Part("rivals", "Window attention beside other people's", 40, "benchmarks.proof.beside:beside"),
+    Part("rivals", "Window attention beside other people's", 40, "benchmarks.proof.beside:beside", reference=True),
     Part("compiled_swin", "Swin-B's step beside timm's compiled", 60, "benchmarks.proof.whole_step:swin_base_compiled"),
     Part("compiled_swinv2", "SwinV2-B's step beside timm's compiled", 70,
          "benchmarks.proof.whole_step:swinv2_base_compiled"),

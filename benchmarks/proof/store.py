@@ -33,6 +33,8 @@ class Result:
     left_out: list[str] = dataclasses.field(default_factory=list)
     key: str = ""
     where: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reference: str = ""
+    """The clone that it was measured beside."""
 
 
 def machine() -> dict[str, str]:
@@ -59,12 +61,23 @@ def key(machine: dict[str, str], dry: bool) -> str:
     return digest.hexdigest()[:16]
 
 
-def complete(result: Result, key: str, machine: dict[str, str], commit: str | None) -> Result:
-    """With the key, and in every row the columns that say where and when it was measured."""
+def complete(result: Result, key: str, machine: dict[str, str], commit: str | None, reference: Path | None = None
+             ) -> Result:
+    """With the key and the reference, and in every row the columns that say where and when it was measured."""
     where = harness.environment() | ({"machine": machine["name"]} if machine["name"] else {})
     where |= {"commit": commit} if commit else {}
     rows = [{"device": machine["device"], **row, **where} for row in result.rows]
-    return dataclasses.replace(result, key=key, rows=rows, where=where)
+    return dataclasses.replace(result, key=key, rows=rows, where=where, reference=_named(reference))
+
+
+def finished(result: Result, part: Part, key: str, reference: Path | None) -> bool:
+    """Whether the part need not run again: it has passed, beside the reference too where one is given now."""
+    lacks = part.reference and reference is not None and result.reference != _named(reference)
+    return result.key == key and result.passed and not lacks
+
+
+def _named(reference: Path | None) -> str:
+    return "" if reference is None else str(reference.resolve())
 
 
 def path_of(folder: Path, part: str) -> Path:

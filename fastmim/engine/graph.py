@@ -232,6 +232,17 @@ def record_proof(device: torch.device, kind: str) -> Path:
     return path
 
 
+def withdraw_proof(device: torch.device, kind: str) -> None:
+    """Forget what :func:`record_proof` noted of this kind on this machine, as sources may have changed since.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    proof, found = _machine(device) | {"kind": kind}, _read_proofs()
+    if proof in found:
+        write_cache(_proofs(), [other for other in found if other != proof])
+
+
 def is_proven(device: torch.device, kind: str) -> bool:
     """Whether :func:`record_proof` was called for this kind on this machine with this GPU and these versions."""
     return _machine(device) | {"kind": kind} in _read_proofs()

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         """(B, N, C) → (B, N, C), or the rows that ``step`` wants; ``index`` are the rows of an own table of biases."""
         b, n, c = y.shape
         qkv = F.linear(y, self.qkv.weight, self._qkv_bias())
-        q, k, v = qkv.reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         bias = step.bias
         if self.relative_position_bias_table is not None:
             own = look_up(self.relative_position_bias_table, index)
@@ -65,9 +65,9 @@ class Attention(nn.Module):
 
     def class_weights(self, y: Tensor) -> Tensor:
         """(B, N, C) → (B, heads, N − 1): how much the class token, which is the first, attends to each other one."""
-        b, n, _ = y.shape
+        b, n, c = y.shape
         qkv = F.linear(y, self.qkv.weight, self._qkv_bias())
-        q, k, _ = qkv.reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).float().unbind(0)
+        q, k, _ = qkv.reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4).float().unbind(0)
         logits = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.mT
         return logits.softmax(-1)[:, :, 0, 1:]
 

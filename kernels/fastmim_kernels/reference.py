@@ -41,7 +41,7 @@ def unpartition(x: Tensor, window_size: tuple[int, int], height: int, width: int
     """Inverse of :func:`partition`."""
     wh, ww = window_size
     x = x.reshape(-1, height // wh, width // ww, wh, ww, x.shape[-1]).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(x.shape[0], height, width, -1)
+    return x.reshape(x.shape[0], height, width, x.shape[-1])
 
 
 def window_attention(
@@ -139,7 +139,9 @@ def local_norm_target(images: Tensor, kernel_size: int) -> Tensor:
 
 def pixel_shuffle(prediction: Tensor, stride: int) -> Tensor:
     """(B, h, w, C·stride²) token predictions → (B, C, h·stride, w·stride) pixels."""
-    return F.pixel_shuffle(prediction.permute(0, 3, 1, 2), stride)
+    b, h, w, c = prediction.shape
+    pixels = prediction.reshape(b, h, w, c // stride**2, stride, stride).permute(0, 3, 1, 4, 2, 5)
+    return pixels.reshape(b, c // stride**2, h * stride, w * stride)
 
 
 def unshuffle(tokens: Tensor, places: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from benchmarks import harness
 from benchmarks.proof import command, page, store
 from benchmarks.proof.part import Part
+from benchmarks.proof.process import Worker
 from benchmarks.proof.registry import PARTS
 from tests.benchmarks.fake_parts import part
 
@@ -39,6 +43,11 @@ def prove(folder: Path, parts: list[Part], *options: str) -> int:
 
 def results(folder: Path, parts: list[Part]) -> dict[str, store.Result]:
     return store.read(folder, parts)
+
+
+def alive(process: int) -> bool:
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_finished_parts_are_skipped_and_those_beyond_the_budget_left(tmp_path: Path, capsys: pytest.CaptureFixture
@@ -100,8 +109,77 @@ def test_a_part_that_hangs_ends_with_the_budget_and_takes_its_processes_along(tm
     assert prove(tmp_path, parts, "--budget", "4") == 1
     assert results(tmp_path, parts)["hangs"].reason.startswith("took longer than the ")
     child = int(re.search(r"child (\d+)", (tmp_path / "log" / "hangs.log").read_text())[1])  # type: ignore[index]
-    state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    assert not alive(child)
+
+
+def test_the_checkout_is_proved_and_not_what_is_installed(tmp_path: Path) -> None:
+    """A fastmim that stands elsewhere on the path, and says so where it is imported."""
+    mark, other = tmp_path / "imported", tmp_path / "elsewhere"
+    (other / "fastmim").mkdir(parents=True)
+    (other / "fastmim" / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()")
+    words = [sys.executable, str(harness.ROOT / "benchmarks" / "gpu_proof.py"), "--dry", "--out", str(tmp_path / "out"),
+             "--parts", "no_sync"]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(other)}, cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGKILL])
+def test_a_part_does_not_outlive_the_command(signal_: signal.Signals, tmp_path: Path) -> None:
+    """Else it and what it has started would keep the GPU busy beside the parts of the next run."""
+    code = ("import sys; from pathlib import Path; from benchmarks.proof import command\n"
+            "from tests.benchmarks.fake_parts import part\n"
+            "if __name__ == '__main__': command.main(['--dry', '--out', sys.argv[1]], [part('hangs')])")
+    script = tmp_path / "proof.py"
+    script.write_text(code)
+    path = os.pathsep.join(map(str, (harness.ROOT, harness.ROOT / "kernels")))
+    running = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=os.environ | {"PYTHONPATH": path})
+    log = tmp_path / "log" / "hangs.log"
+    while running.poll() is None and not (log.exists() and log.read_text().endswith("\n")):
+        time.sleep(0.1)
+    child = int(log.read_text().split()[1])
+    running.send_signal(signal_)
+    assert running.wait() == -signal_
+    for _ in range(600):
+        if not alive(child):
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the child of the part is still there")
+
+
+def test_who_ends_the_command_has_the_report_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, original = [part("passes"), part("is_wrong")], Worker.run
+
+    def ended(self: Worker, one: Part, seconds: float | None) -> store.Result:
+        if one.name == "is_wrong":
+            raise KeyboardInterrupt
+        return original(self, one, seconds)
+
+    monkeypatch.setattr(Worker, "run", ended)
+    with pytest.raises(KeyboardInterrupt):
+        prove(tmp_path, parts)
+    assert "an op" in (tmp_path / page.CSV).read_text() and "Title of passes" in (tmp_path / page.REPORT).read_text()
+
+
+def test_a_clone_that_is_given_later_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By the part that measures it alone; without the option what was measured stands."""
+    parts = [part("passes"), dataclasses.replace(part("passes"), name="rivals", reference=True)]
+    assert prove(tmp_path, parts) == 0
+    for options, runs in (((), 0), (("--reference", str(tmp_path)), 1), (("--reference", str(tmp_path)), 0), ((), 0)):
+        capsys.readouterr()
+        assert prove(tmp_path, parts, *options) == 0
+        said = capsys.readouterr().out
+        assert "== passes: finished before" in said and said.count("== rivals: Title") == runs
+
+
+def test_a_failure_of_other_sources_is_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    parts = [part("is_wrong", seconds=10_000)]
+    store.write(tmp_path, store.Result("is_wrong", False, "an error", 1.0, key="of other sources"))
+    assert prove(tmp_path, parts, "--budget", "100") == 0
+    said = capsys.readouterr().out
+    assert "left for the next run" in said and "FAILED" not in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks import bench_kernels, kernel_works
 from benchmarks.proof import compiled, graph, kernels, losses, model, ops, repeat, sanitizer, whole_step
 from benchmarks.proof.part import Outcome, Setting
+from fastmim.engine.graph import is_proven, record_proof
 from fastmim.models import create_encoder
 from fastmim.models.sizes import SIZES
 
@@ -176,6 +177,57 @@ def test_graph_compares_losses_weights_and_moments(monkeypatch: pytest.MonkeyPat
     found = graph.history("swin_base", DRY, False)
     assert len(found) == 2 * graph.WARM + graph.STEPS + parameters * (1 + 3)  # step and two moments
     assert len({loss.item() for loss in found[: 2 * graph.WARM + graph.STEPS]}) == 2 * graph.WARM + graph.STEPS
+
+
+@pytest.fixture
+def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A made-up GPU on which both encoders were proved before; the folder of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, answer in (("get_device_name", "a GPU"), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    for kind in KINDS:
+        record_proof(torch.device("cuda", 0), kind)
+    return tmp_path
+
+
+KINDS = ("SimMIM of SwinTransformerV2", "SimMIM of SwinTransformer")
+ON_GPU = Setting("cuda", False)
+
+
+def proven() -> list[bool]:
+    return [is_proven(torch.device("cuda", 0), kind) for kind in KINDS]
+
+
+def test_a_graph_that_fails_takes_its_earlier_proof_back(monkeypatch: pytest.MonkeyPatch, proofs: Path) -> None:
+    """By another bit, or by what it raises before the other encoder is reached."""
+    def run(size: str, setting: Setting, captured: bool) -> list[Tensor]:
+        if size == "swin_base":
+            raise RuntimeError("cannot be captured")
+        return [torch.tensor(float(captured))]
+
+    assert proven() == [True, True], "the kinds are those of the models"
+    monkeypatch.setattr(graph, "trained", run)
+    monkeypatch.setattr(graph, "history", lambda *_: [torch.zeros(1)])
+    with pytest.raises(RuntimeError, match="captured"):
+        graph.graph(ON_GPU, Outcome())
+    assert proven() == [False, False]
+
+
+def test_a_proof_that_cannot_be_noted_is_one_all_the_same(monkeypatch: pytest.MonkeyPatch, proofs: Path) -> None:
+    for name in ("trained", "history"):
+        monkeypatch.setattr(graph, name, lambda *_: [torch.zeros(1)])
+    outcome = Outcome()
+    graph.graph(ON_GPU, outcome)
+    assert not outcome.failure() and not outcome.left_out and proven() == [True, True]
+
+    def read_only(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/nowhere")
+
+    monkeypatch.setattr(graph, "record_proof", read_only)
+    outcome = Outcome()
+    graph.graph(ON_GPU, outcome)
+    assert not outcome.failure() and len(outcome.left_out) == 2 and "stays off" in outcome.left_out[0]
+    assert proven() == [False, False]
 
 
 def test_shares_of_measured_rates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,16 @@ def test_a_rival_that_differs_is_not_timed(tmp_path: Path, clone: Path) -> None:
     assert rows[0]["note"].startswith("NOT TIMED: 1.00e-03 from ours")
 
 
+def test_a_rival_that_raises_does_not_hide_the_next(tmp_path: Path, clone: Path) -> None:
+    """As a kernel does that does not compile, or that its memory does not suffice for."""
+    (clone / rivals.PACKAGE / "__init__.py").write_text(
+        "def flash_win_attn_v2_func(*args):\n    raise RuntimeError('PTX was\\ncompiled')")
+    status, rows = run(tmp_path, "--reference", str(clone), "--rivals", rivals.CLONE, "sdpa", "--sizes", "swinv2_base")
+    assert status == 1 and [(row["provider"], bool(row["seconds"])) for row in rows] == [
+        (rivals.CLONE, False), *[("torch", True), ("sdpa", True)] * 2]
+    assert rows[0]["note"] == "NOT TIMED: RuntimeError: PTX was compiled"
+
+
 def test_what_is_absent_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = ["--rivals", rivals.CLONE, "--sizes", "swinv2_base", "--out", str(tmp_path / "rivals.csv")]
     assert bench_rivals.main(options) == 0 and not (tmp_path / "rivals.csv").exists()

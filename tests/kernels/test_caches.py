@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastmim_kernels.common.caches import MOST, keep_tensors
+from fastmim_kernels.common.user_cache import cache_file, read_cache, write_cache
 
 
 def test_what_is_made_in_a_capture_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +60,19 @@ def test_the_oldest_goes_first() -> None:
     note(1)
     note(0)
     assert made == [*range(MOST + 1), 0]
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a container's user is that is a number alone; ``expanduser`` raises there."""
+    def homeless(path: Path) -> Path:
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    write_cache(cache_file("found.json"), [1])
+    assert read_cache(cache_file("found.json")) == [1] and list(tmp_path.rglob("found.json"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert cache_file("found.json") == tmp_path / "own" / "fastmim" / "found.json"

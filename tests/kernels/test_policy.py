@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 
 from fastmim_kernels.common import tune
 from fastmim_kernels.common.roofs import roofs_of
+from fastmim_kernels.linear import policy
 from fastmim_kernels.linear.policy import APART, FUSED, one_pass_wins, way, wide_tiles
 
 BF16 = torch.bfloat16
 GPU = torch.device("cuda", 0)
-RIGHT = {"factor": 1.0}
+RIGHT: dict[str, Any] = {"value": 3.0, "factor": 1.0, "raises": None}
 
 
 @pytest.mark.parametrize("kernel, breakeven", [
@@ -65,15 +67,26 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
     tune.forget()
 
 
-def ask(columns: int = 2048) -> str:
+def ask(columns: int = 2048, dtype: torch.dtype = BF16) -> str:
     def fused() -> torch.Tensor:
-        return torch.full((2,), 3.0, dtype=BF16)
+        return torch.full((2,), RIGHT["value"], dtype=BF16)
 
     def apart() -> torch.Tensor:
+        if RIGHT["raises"]:
+            raise RIGHT["raises"]
         return fused() * RIGHT["factor"]
 
     ways = {FUSED: fused, APART: apart}
-    return way("product_add", 2**16, columns, 4 * columns, BF16, GPU, lambda: ways)
+    return way("product_add", 2**16, columns, 4 * columns, dtype, GPU, lambda: ways)
+
+
+def test_float32_with_tf32_is_asked_for_by_itself(gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for exactness, seconds in (("ieee", 0.5), ("tf32", 5.0), ("ieee", 5.0)):
+        monkeypatch.setattr(policy, "precision", lambda dtype, now=exactness: now)
+        gpu |= {FUSED: seconds}
+        found.append(ask(8192, torch.float32))
+    assert found == [FUSED, APART, FUSED], "the third is the first's"
 
 
 def test_the_faster_way_is_taken_and_kept_for_the_next_process(gpu: dict[str, float], tmp_path: Path) -> None:
@@ -84,9 +97,11 @@ def test_the_faster_way_is_taken_and_kept_for_the_next_process(gpu: dict[str, fl
     tune.forget()
     assert ask() == APART, "from the disk"
     (file,) = tmp_path.glob("fastmim/tuned-A-GPU-1*.json")
-    file.write_text("[]")
-    tune.forget()
-    assert ask() == FUSED, "measured again"
+    (key,) = (key for key in json.loads(file.read_text()) if "8192" in key)
+    for torn in ("[]", "", "{", json.dumps({key: ["apart"]}), json.dumps({key: {}}), json.dumps({key: "gone"})):
+        file.write_text(torn)
+        tune.forget()
+        assert ask() == FUSED, "measured again"
 
 
 def test_nothing_is_measured_where_it_must_not(gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch,
@@ -107,6 +122,26 @@ def test_nothing_is_measured_where_it_must_not(gpu: dict[str, float], monkeypatc
     assert not list(tmp_path.rglob("*.json")) and ask() == FUSED, "the steps of a run have the same bits"
     tune.forget()
     assert ask() == APART, "another process asks again"
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan"), RuntimeError("out of resource: shared memory")])
+def test_what_holds_for_a_moment_is_not_kept_for_others(broken: Any, gpu: dict[str, float], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that a loss scale has let overflow agree with nothing; a way that does not run is none."""
+    with monkeypatch.context() as m:
+        m.setitem(RIGHT, "raises" if isinstance(broken, Exception) else "value", broken)
+        assert ask() == FUSED
+    assert not list(tmp_path.rglob("*.json")) and ask() == FUSED, "the steps of a run have the same bits"
+    tune.forget()
+    assert ask() == APART, "another process asks again"
+
+
+def test_the_way_that_all_must_agree_with_has_to_run(gpu: dict[str, float]) -> None:
+    def broken() -> torch.Tensor:
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        way("product_add", 2**16, 2048, 8192, BF16, GPU, lambda: {FUSED: broken, APART: lambda: torch.ones(1)})
 
 
 def test_a_fast_way_that_is_wrong_does_not_win(gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:

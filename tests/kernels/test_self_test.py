@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -153,6 +156,30 @@ def test_within_a_trace_the_test_sees_real_tensors(monkeypatch: pytest.MonkeyPat
     with FakeTensorMode(), torch.no_grad(), pytest.warns(RuntimeWarning, match="error 0.01"):
         assert chosen() == "torch"
     assert kernel.calls == 1
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("around", [
+    torch.inference_mode, torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16), partial(torch.device, "meta"),
+    torch.autograd.graph.save_on_cpu, partial(default_dtype, torch.bfloat16), partial(default_dtype, torch.float64)])
+@pytest.mark.parametrize("op", ["gelu", "residual_norm", "unshuffle"])
+def test_whoever_asks_first_gets_the_same_answer(op: str, around: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is kept for the process: it must not depend on what the first call happens to be within."""
+    original = self_test.OPS[op]
+    monkeypatch.setattr(self_test, "CASES", (case_of(op),))
+    monkeypatch.setitem(self_test.OPS, op, lambda *args, impl, **kwargs: original(
+        *args, impl="torch" if impl == "triton" else impl, **kwargs))
+    with around():
+        assert self_test.failure(op, torch.float32, CPU) == ""
 
 
 @pytest.mark.parametrize("kind", ["right", "does not compile"])

@@ -67,6 +67,16 @@ def test_the_host_is_not_measured(host: float, kernel: float, gpu: Gpu) -> None:
     assert timing.gpu_microseconds(lambda: gpu.launch(kernel, host)) == pytest.approx(1e6 * kernel)
 
 
+def test_calls_that_wait_for_the_gpu_come_to_an_end(gpu: Gpu) -> None:
+    """Such as torch's way of an op, which asks how many tokens are masked: no work before them lasts until they are
+    asked for. They are timed with the wait of the host."""
+    def run() -> None:
+        gpu.launch(10e-6, 200e-6)
+        gpu.wait()
+
+    assert timing.gpu_microseconds(run) == pytest.approx(10 + 200, rel=0.1)
+
+
 def test_a_round_in_which_the_gpu_waited_is_repeated(gpu: Gpu) -> None:
     """The fills shrink to a tenth after they were measured: too few, until there are sixteen times as many."""
     rounds: list[int] = []

@@ -215,6 +215,14 @@ def test_fake_tensors_and_the_compiler_see_the_op_itself() -> None:
     assert torch.equal(compiled(**LINEAR), fk.linear(**LINEAR))
 
 
+def test_an_empty_batch_that_somebody_watches_is_named() -> None:
+    """Others get an empty result; who looks at the op itself asks for what it computes of no rows."""
+    weight1, weight2 = some(5, 4), some(3, 5)
+    assert fk.mlp(some(0, 4), weight1, None, weight2, None).shape == (0, 3)
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match="mlp: x must be a tensor with values"):
+        fk.mlp(some(0, 4), weight1, None, weight2, None)
+
+
 def test_an_error_of_right_arguments_stays_as_it_is() -> None:
     with pytest.raises(RuntimeError, match="gelu: torch.func's transforms cannot look into this op"):
         torch.func.vmap(fk.gelu)(some(2, 5, 4))
@@ -231,7 +239,6 @@ def test_an_error_of_right_arguments_stays_as_it_is() -> None:
     ("linear", {"low_weight": some(6, 4).to("meta")}, "low_weight must be on a CPU or a GPU"),
     ("mask_tokens", {"norm_bias": None}, "norm_bias must be given with norm_weight, got None"),
     ("masked_l1", {"std": None}, "std must be 3 values: a uint8 target needs mean and std, got None"),
-    ("mlp", {"x": some(0, 4), "impl": "torch"}, "x must be a tensor with values"),
     ("residual_norm", {"branch": some(2, 4, 6, 5).double()}, "branch must be of float32 as residual, got .*float64"),
     ("residual_norm", {"order": "post"}, "gamma must be None with order='post'"),
     ("residual_norm", {"merge": True}, "merge must be False but with order='post'"),

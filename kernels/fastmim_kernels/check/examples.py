@@ -37,12 +37,14 @@ class Case:
 
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
-    """Values that depend on the shape alone."""
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), device="cpu")
+    """Values that depend on the shape alone, whatever torch's default dtype is."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _hidden(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)), device="cpu") < 0.6
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < 0.6
 
 
 def _mask_tokens(b: int, h: int, w: int, c: int, norm: bool = True, pos: bool = False) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def _masked_l1(b: int, n: int) -> dict[str, Any]:
 
 def _unshuffle(b: int, patches: int, kept: int, c: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(patches)
-    order = torch.rand((b, patches), generator=generator, device="cpu").argsort(1)
+    order = torch.rand((b, patches), generator=generator, dtype=torch.float32, device="cpu").argsort(1)
     places = torch.where(order < kept, order, -1)
     return {"tokens": normal(b, 1 + kept, c), "places": places, "mask_token": normal(c),
             "pos_embed": normal(1 + patches, c)}

@@ -158,7 +158,9 @@ def cases_of(op: str, dtype: torch.dtype) -> list[Case]:
 def _judge(op: str, dtype: torch.dtype, device: torch.device) -> list[Result]:
     """Test ``op`` in ``dtype``, keep the answer, and warn of a failure."""
     _refuse_capture(op, device)
-    with _disable_current_modes(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    # Whoever asks first may be in inference mode, where no gradient could be compared.
+    with (_disable_current_modes(), torch.inference_mode(False), torch.enable_grad(),
+          torch.autocast(device.type, enabled=False)):
         found = [judge(case, device, dtype, "triton") for case in cases_of(op, dtype)]
     wrong = [result.failure for result in found if result.failure]
     capability = _capability(device) or (0, 0)

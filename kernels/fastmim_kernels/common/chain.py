@@ -71,7 +71,7 @@ def define_chain(name: str, forward: Callable, backward: Callable) -> Callable[.
 
     Returns:
         (impl, how, *tensors) → the results, or None where the ops are to be called one by one: what they are given
-        is not plain, or somebody wants to see them (a compiler, a mode, a profiler), or the oracle is meant.
+        is empty or not plain, or somebody wants to see them (a compiler, a mode, a profiler), or the oracle is meant.
     """
     def run(ctx: Any, way: Forward, how: Any, *tensors: Tensor | None) -> Any:
         found = forward(way, how, *tensors)
@@ -92,7 +92,7 @@ def define_chain(name: str, forward: Callable, backward: Callable) -> Callable[.
 
     def call(impl: str, how: Any, *tensors: Tensor | None) -> Any:
         given = None if impl == "reference" else plain_to_all(tensors)
-        if given is None or torch.autograd._profiler_enabled():
+        if given is None or not given.like.numel() or torch.autograd._profiler_enabled():
             return None
         return as_given(given.like, function.apply, Forward(impl, given), how, *tensors)
 

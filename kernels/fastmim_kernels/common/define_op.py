@@ -130,7 +130,10 @@ class Op:
         direct = plain_to_all(args)
         if direct is None:
             return self._by_dispatcher(args, impl)
-        return as_given(direct.like, self.choose(impl, direct, self._eager), True, *args)
+        function = self.choose(impl, direct, self._eager)
+        if not direct.like.numel():  # an empty batch: there is nothing to be fast at, and no kernel expects it
+            function = self._eager["reference"]
+        return as_given(direct.like, function, True, *args)
 
     def choose(self, impl: str, given: Plain, functions: Mapping[str, R]) -> R:
         """What ``impl`` stands for on ``given`` tensors, of one thing for each implementation."""

@@ -7,6 +7,7 @@ nothing and reads nothing.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -44,20 +45,16 @@ def choose(key: tuple[Any, ...], device: torch.device, ways: Ways, otherwise: st
         return otherwise
     path, text, known = _file(device), json.dumps([str(part) for part in key]), ways()
     kept = _read(path)
-    if kept.get(text) not in known:
-        first = known[otherwise]
-        try:
-            times = {name: milliseconds(way) for name, way in known.items() if way is first or _agree(way(), first())}
-        except torch.OutOfMemoryError:
-            # A way may need more memory than is left beside the step. Kept for this process alone, but for that: with
-            # another answer at a later call the steps of a run would have other bits.
-            _chosen[(*key, device)] = otherwise
-            return otherwise
-        kept[text] = min(times, key=times.__getitem__)
-        with suppress(OSError):  # a cache: without it the next process measures again
-            write_cache(path, kept)
-    _chosen[(*key, device)] = kept[text]
-    return kept[text]
+    found = kept.get(text)
+    if found is None or found not in known:
+        found, lasting = _fastest(known, otherwise)
+        if lasting:
+            kept[text] = found
+            with suppress(OSError):  # a cache: without it the next process measures again
+                write_cache(path, kept)
+    # Also where it does not last: with another answer at a later call the steps of a run would have other bits.
+    _chosen[(*key, device)] = found
+    return found
 
 
 def forget() -> None:
@@ -69,6 +66,32 @@ def forget() -> None:
 def _measurable() -> bool:
     return (os.environ.get("FASTMIM_TUNE") != "0" and torch.cuda.is_initialized() and not is_in_torch_dispatch_mode()
             and not torch.cuda.is_current_stream_capturing())
+
+
+def _fastest(ways: Mapping[str, Callable[[], Any]], otherwise: str) -> tuple[str, bool]:
+    """The way that is measured to be the fastest, and whether another process may rely on that.
+
+    Not where it lies at this moment: values that are no numbers, as gradients of a scaled loss may be at first, agree
+    with nothing, and a way may need more memory than is left beside the step, or not run at all.
+    """
+    first, times, lasting = ways[otherwise], {}, True
+    try:
+        if not _finite(first()):
+            return otherwise, False
+        times[otherwise] = milliseconds(first)
+    except torch.OutOfMemoryError:
+        return otherwise, False
+    for name, way in ways.items():
+        try:
+            if way is not first and _agree(way(), first()):
+                times[name] = milliseconds(way)
+        except Exception:  # a compiler's are of many types, and there is a way that has run
+            lasting = False
+    return min(times, key=times.__getitem__), lasting
+
+
+def _finite(found: Any) -> bool:
+    return all(math.isfinite(float(x.float().norm())) for x in (found if isinstance(found, tuple) else (found,)))
 
 
 def _agree(found: Any, expected: Any) -> bool:
@@ -101,5 +124,6 @@ def _file(device: torch.device) -> Path:
 def _read(path: Path) -> dict[str, str]:
     if path not in _files:
         found = read_cache(path)
-        _files[path] = found if isinstance(found, dict) else {}
+        pairs = found.items() if isinstance(found, dict) else ()
+        _files[path] = {key: name for key, name in pairs if isinstance(name, str)}
     return _files[path]

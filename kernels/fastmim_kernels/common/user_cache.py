@@ -5,14 +5,22 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 
 def cache_file(name: str) -> Path:
-    """Where the file of this name lies: ``$XDG_CACHE_HOME/fastmim``, or ``~/.cache/fastmim``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastmim" / name
+    """Where the file of this name lies: ``$XDG_CACHE_HOME/fastmim``, or ``~/.cache/fastmim``.
+
+    A user without a home, such as a number that a container is given, has a folder among the temporary files.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return folder / "fastmim" / name
 
 
 def read_cache(path: Path) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.device import sm_of
+from ..common.matmul import precision
 from ..common.roofs import HONEST, LAUNCH, roofs_of
 from ..common.tune import Ways, choose
 
@@ -56,7 +57,10 @@ def way(kernel: str, rows: int, columns: int, depth: int, dtype: torch.dtype, de
     """
     if device.type != "cuda" or one_pass_wins(kernel, rows, columns, depth, dtype, sm_of(device)):
         return FUSED
-    return choose((kernel, rows, columns, depth, dtype), device, ways, FUSED)
+    # Float32 with TF32 is another task than without. Whether there is a bias or a kept input is not told apart: a
+    # recomputed product must have the bits of the first.
+    exactness = () if dtype != torch.float32 else (precision(dtype),)
+    return choose((kernel, rows, columns, depth, dtype, *exactness), device, ways, FUSED)
 
 
 def wide_tiles(columns: int, dtype: torch.dtype, sm: int) -> dict[str, int] | None:

@@ -54,7 +54,7 @@ def visible_attention(qkv: Tensor, bias: Tensor, slots: Tensor, places: Tensor, 
         qkv = cast(qkv, torch.get_autocast_dtype(device))
     padding = None if padding is None else cast(padding, qkv.dtype)
     out: Tensor = OP(qkv.flatten(1, -2), bias, logit_scale, padding, slots, places, groups, num_heads, impl=impl)
-    return out.view(*qkv.shape[:-1], -1)
+    return out.view(*qkv.shape[:-1], out.shape[-1])
 
 
 def traffic(qkv: Sequence[int], slots: Sequence[int], num_heads: int, *, itemsize: int = 2
