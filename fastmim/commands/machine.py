@@ -47,10 +47,12 @@ def show_plan(options: argparse.Namespace) -> int:
         from fastmim.engine.progress import counted, said_if_slow
         from fastmim.plan.command import make_plan
         from fastmim.plan.hardware import find_gpu
-        from fastmim.plan.report import as_json, as_text, save_picture
+        from fastmim.plan.report import as_json, as_text, check_picture, save_picture
         from fastmim.plan.terminal import show
 
     cfg = load_config(options.config, options.overrides)
+    if options.picture:
+        check_picture(options.picture)
     count = None if options.images is None else int(options.images)
     slow = "tracing the model; of a large one that takes minutes, and is kept for the next plan"
     main, live = own_rank() == 0, sys.stderr.isatty()

@@ -232,17 +232,33 @@ def _entry(plan: Plan, option: Option) -> dict[str, Any]:
     }
 
 
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Refuse what :func:`save_picture` cannot write, before a plan is made for it.
+
+    Raises:
+        ValueError: matplotlib is not installed, the file's ending is none that it can draw, or there is no such folder.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ValueError(f"--picture: matplotlib is not installed; {install_extra('plots')}") from None
+    path = Path(path)
+    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"--picture {path}: no picture ends like this; use .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise ValueError(f"--picture {path}: there is no folder {path.parent}; make it first")
+
+
 def save_picture(plan: Plan, path: str | os.PathLike[str]) -> Path:
     """Stacked bars of memory by stage and policy, the limit as a line.
 
     Raises:
-        ValueError: matplotlib is not installed, or the file's ending is none that it can draw.
+        ValueError: As :func:`check_picture`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(f"--picture: matplotlib is not installed; {install_extra('plots')}") from None
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     shown = plan.options
     figure = Figure(figsize=(max(6.0, 0.55 * len(shown) + 2), 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -260,11 +276,8 @@ def save_picture(plan: Plan, path: str | os.PathLike[str]) -> Path:
     axes.set_title(f"{plan.title} on {plan.gpus} x {plan.gpu.name}")
     axes.legend(fontsize=8)
     path = Path(path)
-    try:
-        with naming(path):
-            figure.savefig(path)
-    except ValueError as error:
-        raise ValueError(f"--picture {path}: {str(error).splitlines()[0]}; use .png, .svg or .pdf") from None
+    with naming(path):
+        figure.savefig(path)
     return path
 
 

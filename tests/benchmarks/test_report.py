@@ -110,7 +110,7 @@ def test_only_the_roofline_needs_matplotlib() -> None:
             "from tests.benchmarks.test_report import ROWS; print(report.page(ROWS[:-1]).count('<figure'))")
     paths = f"{harness.ROOT}:{harness.ROOT / 'kernels'}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=harness.ROOT,
-                          env={"PYTHONPATH": paths, "PATH": ""}, timeout=120)  # fmt: skip
+                          env={"PYTHONPATH": paths, "PATH": ""}, timeout=600)  # fmt: skip
     assert done.stdout.strip() == "5"
 
 
@@ -151,7 +151,7 @@ def browse(tmp_path: Path) -> Callable[..., str]:
                    "--disable-background-networking", "--disable-component-update", "--disable-sync",
                    f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1250,2400", *options,
                    path.as_uri()]  # fmt: skip
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
 
     return run_browser
 

@@ -431,4 +431,4 @@ def test_a_process_that_leaves_a_loader_open_ends(packed, loader):
         "next(images.epoch(0))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code, str(packed), loader], check=True, env=environment, timeout=120)
+    subprocess.run([sys.executable, "-c", code, str(packed), loader], check=True, env=environment, timeout=600)

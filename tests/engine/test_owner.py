@@ -51,7 +51,7 @@ def test_a_living_owner_is_named_and_a_killed_one_followed(tmp_path, holder, mon
 
 
 def test_a_clean_end_and_an_error_release_it(tmp_path, holder):
-    holder.communicate("", timeout=60)
+    holder.communicate("", timeout=400)
     with pytest.raises(KeyError), owned(tmp_path):
         raise KeyError
     with owned(tmp_path):

@@ -22,7 +22,7 @@ def ranks(tmp_path):
     config = tmp_path / "empty.yaml"
     config.write_text("{}\n")
 
-    def run(requests, environments=None, timeout=200):
+    def run(requests, environments=None, timeout=400):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port, size = str(free.getsockname()[1]), str(len(requests))

@@ -233,7 +233,7 @@ def test_a_signal_saves_and_exits_with_its_number(overrides, tmp_path, number):
     process = start(tmp_path, overrides(tmp_path / "run", train__steps=5000), program=command)
     wait_for_rows(process, tmp_path / "run", 3)
     os.killpg(process.pid, number)  # as a terminal or a scheduler does: the data workers get it too
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=400)[0]
     assert process.returncode == 128 + number, output
     once_more = "; once more aborts without saving" if number in STOP[:2] else ""
     assert f"{number.name}: stopping after this micro-batch and saving{once_more}\n" in output
@@ -276,7 +276,7 @@ with StopRequest(ends_process=True):
 
 def test_a_second_signal_aborts_whatever_the_process_does(tmp_path):
     process = subprocess.run([sys.executable, "-c", ABORT], env=environment(), capture_output=True, text=True,
-                             timeout=100)  # fmt: skip
+                             timeout=400)  # fmt: skip
     assert process.returncode == 130
     assert process.stderr.splitlines() == ["SIGINT: stopping after this micro-batch and saving; once more aborts "
         "without saving", "SIGINT again: aborting, nothing is saved; the last checkpoint is as it was"]  # fmt: skip
@@ -513,7 +513,7 @@ def test_two_ranks_equal_one(settings, overrides, pictures, tmp_path):
     }
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     process = start(tmp_path, overrides(tmp_path / "two", **changes), launcher)
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output
     train(settings(tmp_path / "one", **changes))
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -554,7 +554,7 @@ def test_ranks_stop_at_the_same_step(overrides, tmp_path):
     wait_for_rows(process, tmp_path / "run", 3)
     pids = {int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)}
     os.kill(min(pids), signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=400)[0]
     assert process.returncode == 0, output
     (path,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert path.name == f"step-{len(rows(tmp_path / 'run')):08d}"

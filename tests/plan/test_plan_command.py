@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastmim import cli
 from fastmim.config import load_config
+from fastmim.engine import progress
 from fastmim.engine.build import build_objective
 from fastmim.engine.cuda_autocast import cuda_autocast
 from fastmim.models.swin import SwinBlock
@@ -31,7 +32,10 @@ SMALL = ["model.depths=[1, 1]", "model.embed_dim=24", "train.global_batch_size=6
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces without processes of their own: those of a tiny model take less than starting one."""
+    """Traces without processes of their own: those of a tiny model take less than starting one.
+
+    And without the line about a trace that takes long: a busy machine would print it.
+    """
 
     class Tracer:
         def __init__(self, cfg: object, told: object = None) -> None:
@@ -48,6 +52,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(command, "Tracer", Tracer)
     monkeypatch.setattr(command, "RECOMPUTE", ("none", "full"))
+    monkeypatch.setattr(progress, "said_if_slow", lambda *text, **settings: nullcontext())
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -224,7 +229,9 @@ def test_more_gpus_than_micro_batches_in_the_global_batch(capsys: pytest.Capture
         (["--gpus", "3"], "train.global_batch_size=64: not a multiple of 48"),
         (["--gpu", "v100-32g", "efficiency.precision=bf16"], "precision=bf16: v100-32g has no bfloat16; use fp32"),
         (["--images", "0"], "--images 0: must be at least 1"),
-        (["--picture", "plan.docx"], "--picture plan.docx: Format 'docx' is not supported"),
+        (["--picture", "plan.docx"], "--picture plan.docx: no picture ends like this; use .png, .svg or .pdf"),
+        (["--picture", "plan"], "--picture plan: no picture ends like this"),
+        (["--picture", "nowhere/plan.png"], "--picture nowhere/plan.png: there is no folder nowhere; make it first"),
         (["optim.lr=-1"], "optim.lr=-1: must be >= 0"),
         (
             ["efficiency.zero_stage=2", "efficiency.offload_param=cpu"],
