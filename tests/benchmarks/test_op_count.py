@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -26,6 +27,7 @@ from fastmim.engine.cuda_autocast import cuda_autocast  # noqa: E402
 from fastmim.plan.counter import DispatchCounter  # noqa: E402
 from fastmim.plan.hardware import Gpu  # noqa: E402
 from fastmim.plan.saved import SavedTensors  # noqa: E402
+from fastmim_kernels.check import issue_slots  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -128,6 +130,24 @@ class TestCustomOps:
             lambda: fk.window_attention(qkv, bias, num_heads=2, window_size=(window,) * 2,
                                         shift_size=(window // 2,) * 2, logit_scale=scale if cosine else None),
             [qkv, bias, *([scale] if cosine else [])], window_attention_traffic(qkv.shape, 2, (window,) * 2), slack=0.2)
+
+    @pytest.mark.parametrize("window, shift, cosine", [(6, 3, False), (6, 0, False), (12, 6, True), (12, 0, True),
+                                                       (6, 0, True)])
+    def test_window_attention_is_counted_by_its_own_code(self, window: int, shift: int, cosine: bool,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each kind of block of the encoders is among the compiled ones: a near one has other instructions."""
+        found: dict[str, Any] = {}
+        monkeypatch.setattr(issue_slots, "launched", lambda kernel, grid, arguments: found.update(
+            {kernel.fn.__name__: (issue_slots.nearest(kernel, arguments), arguments)}))
+        qkv, n = torch.empty(4, 24, 24, 3 * 64, dtype=BF16, requires_grad=True), window**2
+        bias, scale = torch.empty(2, n, n, requires_grad=True), torch.empty(2, requires_grad=True)
+        with DispatchCounter():
+            fk.window_attention(qkv, bias, num_heads=2, window_size=(window,) * 2, shift_size=(shift,) * 2,
+                                logit_scale=scale if cosine else None).sum().backward()
+        kernels = {name: of for name, of in found.items() if re.search("(forward|backward)_kernel", name)}
+        assert len(kernels) == 2
+        for (case, _), arguments in kernels.values():
+            assert issue_slots.distance(case, arguments) == (0, 0.0), case.name
 
     def test_residual_norm(self) -> None:
         residual, branch = (torch.empty(64, 48 * 48, 128, dtype=BF16, requires_grad=True) for _ in range(2))

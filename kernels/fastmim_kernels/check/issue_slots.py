@@ -124,25 +124,28 @@ def _shipped() -> dict[Any, list[tuple[AotCase, Code]]]:
 
 
 def launched(kernel: Any, grid: Sequence[int], arguments: Mapping[str, Any]) -> float | None:
-    """Warp instructions of a launch; None for a kernel that no case describes.
-
-    The code is that of the shipped configuration most like it: the types of the pointers, and which are absent, count
-    before the sizes.
+    """Warp instructions of a launch, by the code of the :func:`nearest` case; None for a kernel that no case describes.
 
     Args:
         kernel: The ``triton.jit`` function.
         grid: Programs along each axis.
         arguments: All of them by name, tensors as they are.
     """
-    cases = _shipped().get(kernel.fn)
-    if not cases:
+    found = nearest(kernel, arguments)
+    if found is None:
         return None
-    case, code = min(cases, key=lambda pair: _distance(pair[0], arguments))
+    case, code = found
     trips = case.trips({**arguments, "grid": tuple(grid)}) if case.trips else ()
     return code.issued(trips) * arguments.get("num_warps", case.num_warps) * math.prod(grid)
 
 
-def _distance(case: AotCase, arguments: Mapping[str, Any]) -> tuple[int, float]:
+def nearest(kernel: Any, arguments: Mapping[str, Any]) -> tuple[AotCase, Code] | None:
+    """The shipped configuration most like a launch: types of pointers and what is absent count before sizes."""
+    cases = _shipped().get(kernel.fn)
+    return min(cases, key=lambda pair: distance(pair[0], arguments)) if cases else None
+
+
+def distance(case: AotCase, arguments: Mapping[str, Any]) -> tuple[int, float]:
     """(Pointers of another type and switches set otherwise, sizes in powers of two) between a case and a launch."""
     other, sizes = 0, abs(math.log2(arguments.get("num_warps", case.num_warps) / case.num_warps))
     for name in case.kernel.arg_names:

@@ -212,9 +212,14 @@ def single_tile(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bo
     return n <= 64 and dtype != torch.float32 and head_dim <= 32 and not spills
 
 
-def registers(head_dim: int, dtype: torch.dtype, arch: int) -> int | None:
-    """Limit of ``maxnreg``: of three blocks, where the compiler would take those of four on sm_90 and spill."""
-    return 168 if arch == 90 and head_dim > 32 and dtype != torch.float32 else None
+def registers(n: int, head_dim: int, dtype: torch.dtype, arch: int, cosine: bool) -> int | None:
+    """Limit of ``maxnreg`` where the compiler would spill to fit one block more.
+
+    On sm_90 four of wide heads, where three fit; on sm_80 three of a single tile, where two are launched.
+    """
+    if arch == 90 and head_dim > 32 and dtype != torch.float32:
+        return 168
+    return 255 if arch < 90 and not OLD and single_tile(n, head_dim, dtype, arch, cosine) else None
 
 
 @lru_cache(maxsize=256)
@@ -270,7 +275,7 @@ def backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, logit_scale: Tensor | 
     kernel = backward_kernel if single_tile(*which) else backward_large_kernel
     kernel.run(
         *arguments, **common, ROWS=tiling.ROWS, KEYS=tiling.KEYS, num_warps=tiling.num_warps,
-        maxnreg=registers(head_dim, qkv.dtype, arch), grid=(num_heads * groups,), warmup=False)
+        maxnreg=registers(*which), grid=(num_heads * groups,), warmup=False)
     dbias, total = _reduce(partial, dscale, logit_scale)
     return dqkv, dbias, nothing(lse) if total is None else total
 

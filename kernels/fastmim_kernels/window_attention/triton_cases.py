@@ -22,10 +22,11 @@ from .triton_rows_launch import backward_by_rows, tables_kernel
 from .triton_tiles import Tiling, common_constexprs, tile_constexprs
 
 _SHAPES = {  # name: (window, heads, head_dim, cosine) of a shifted block, at 192 px where the window allows
-    "swin_b_w6": (6, 4, 32, False), "swin_b_w6_stage3": (6, 16, 32, False), "swin_w7": (7, 4, 32, False),
+    "swin_b_w6": (6, 4, 32, False), "swin_b_w6_stage3": (6, 16, 32, False), "swin_b_w6_unshifted": (6, 16, 32, False),
+    "swin_w7": (7, 4, 32, False),
     "swinv2_b_w12": (12, 4, 32, True), "swinv2_l_w12": (12, 6, 32, True), "swinv2_h_w12": (12, 11, 32, True),
     "swinv2_g_w12": (12, 16, 32, True), "swinv2_b_w12_unshifted": (12, 16, 32, True),
-    "swinv2_b_w6_last_stage": (6, 32, 32, True), "swinv2_w8": (8, 4, 32, True), "swinv2_w16": (16, 4, 32, True),
+    "swinv2_b_w6_unshifted": (6, 32, 32, True), "swinv2_w8": (8, 4, 32, True), "swinv2_w16": (16, 4, 32, True),
     "swinv2_w24": (24, 4, 32, True),
 }
 _VISIBLE = {  # name: (window, heads, head_dim, cosine) of visible_attention, whose maps are single windows
@@ -38,7 +39,7 @@ _ROWS_BACKWARD = {"p_grad": "*bf16", "p_qkv": "*bf16", "p_bias": "*fp32", "p_tur
                   "p_out": "*bf16", "p_lse": "*fp32", "p_dqkv": "*bf16", "p_partial": "*fp32", "p_dbias": "*fp32",
                   "p_shares": "*fp32", "p_dscale": "*fp32", "p_count": "*i32", "p_rows": "*fp32"}
 _OF_SCALE = ("p_scale", "p_shares", "p_dscale")
-_QUICK = ("swin_b_w6", "swinv2_b_w12")
+_QUICK = ("swin_b_w6", "swin_b_w6_unshifted", "swinv2_b_w12")
 _ARCHS = {torch.bfloat16: (80, 90, 100), torch.float32: (80, 90)}
 _SIZES = ("windows", "groups", "height", "width", "heads", "shift_y", "shift_x")
 _BY_ROWS = Tiling(ROWS.value, 1, CHUNK.value, True, WARPS.value, 1, 1, BLOCKS_PER_SM)
@@ -63,7 +64,7 @@ def _backward_cases(name: str, window: int | Pair, heads: int, head_dim: int, co
     for arch in _ARCHS[dtype]:
         which = (n, head_dim, dtype, arch, cosine)
         choice: Any = (backward_kernel if single_tile(*which) else backward_large_kernel, backward_config(*which),
-                       registers(head_dim, dtype, arch))
+                       registers(*which))
         if backward_by_rows(n, head_dim, dtype, arch):
             choice = rows_backward_kernel, _BY_ROWS, None
         shared[choice] = (*shared.get(choice, ()), arch)
@@ -116,7 +117,7 @@ _TRIPS: dict[str, Callable[[Mapping[str, Any]], tuple[float, ...]]] = {
 
 
 def aot_cases() -> list[AotCase]:
-    """Every shipped window and head count, and windows 7, 8, 16 and 24, in bfloat16; the usual two in float32."""
+    """Every shipped window and head count, and windows 7, 8, 16 and 24, in bfloat16; the usual ones in float32."""
     shapes: dict[str, tuple[Any, ...]] = {**_SHAPES, **_VISIBLE}
     cases = [_forward_case(name, *shape) for name, shape in shapes.items()]
     cases += [case for name, shape in shapes.items() for case in _backward_cases(name, *shape)]
