@@ -83,19 +83,28 @@ def own_config(
     earlier = _earlier(Path(os.path.expanduser(out)), images, given) or _branched(given)
     if earlier is not None:
         return earlier
-    asked = _asked(given, said)
+    supposed = _supposed(given, said)
+    asked = _asked(supposed, said)
     index = open_index(asked.data.path, field="--images", **opening_of(asked.data))
     bands = None
     if asked.data.pixels == "float32":
         bands = reading_of(asked.data) | {"in_chans": asked.model.in_chans}
     facts = gather(index, gpu=gpu, ranks=ranks, local_ranks=local_ranks, bands=bands)
     here = gpu is None and not facts.gpu and ranks == 1
-    chosen = choose(facts, said, _costs(given, facts, gpu), _measure(given) if here else None)
+    chosen = choose(facts, said, _costs(supposed, facts, gpu), _measure(supposed) if here else None)
     tree = merge_trees(given, _nested({one.key: one.value for one in chosen}))
     reasons = {one.key: one.reason for one in chosen} | {"data.path": "as given"}
     if "output.dir" not in said:
         reasons["output.dir"] = "named after the images"
     return Own(tree, as_yaml(tree, reasons, _heading(images, facts)), True)
+
+
+def _supposed(given: Tree, said: Mapping[str, Any]) -> Tree:
+    """What is given, with a micro-batch that goes with its global batch until one is chosen; the default's need not."""
+    batch, accumulated = said.get("train.global_batch_size"), said.get("train.grad_accum_steps") or 1
+    if "train.micro_batch_size" in said or not (isinstance(batch, int) and isinstance(accumulated, int)):
+        return given
+    return merge_trees(given, {"train": {"micro_batch_size": max(1, batch // max(1, accumulated))}})
 
 
 def _asked(given: Tree, said: Mapping[str, Any]) -> Config:

@@ -136,6 +136,13 @@ def test_a_size_of_a_wrong_kind_is_named(fixed: Path, word: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("words, micro", [(["train.global_batch_size=32"], 32), (["train.global_batch_size=7"], 7),
+                                          (["train.global_batch_size=30", "train.grad_accum_steps=2"], 15)])
+def test_a_global_batch_alone_is_enough(fixed: Path, words: list[str], micro: int) -> None:
+    """It need not be a multiple of the micro-batch that a config has by default."""
+    assert own_config(str(fixed), None, words).cfg.train.micro_batch_size == micro
+
+
 def test_every_choice_has_a_reason_of_a_line() -> None:
     for facts in (LAPTOP, with_(images=3), with_(grey=True), with_(cores=1), with_(**GPU)):
         for choice in choose(facts, {}, cost):
