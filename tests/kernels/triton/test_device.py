@@ -134,6 +134,10 @@ def test_only_ops_come_to_a_launcher() -> None:
     named = {f"{name.partition('.')[0]}.{call.args[2].value.strip('.')}" for name, source in sources.items()
              for call in ast.walk(ast.parse(source)) if isinstance(call, ast.Call)
              and getattr(call.func, "id", "") == "define_op" and isinstance(call.args[2], ast.Constant)}
+    # What only describes kernels for compilation ahead of time takes no launcher from their modules.
+    for name in [name for name in sources if name.endswith("_cases")]:
+        taken = {one.rpartition(".")[2] for one in imported(sources.pop(name), name.partition(".")[0])}
+        assert not taken & {"forward", "backward", "rows_backward"}, name
     launching = launches_or_brings(sources)
     brought = {to for name in launching for to in imported(sources[name], name.partition(".")[0])}
     assert len(named) > 10 and launching <= named | brought, launching - named - brought
