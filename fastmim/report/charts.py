@@ -77,7 +77,7 @@ def draw(chart: Chart, runs: Sequence[RunFiles]) -> str | None:
                 _line(axes, run, key, label=_label(run, line, len(runs)), color=colour, linestyle=style)
         _dress(axes)
         if chart.is_amount:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.dataLim.y1 or 1)  # a level line stands off the frame
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
