@@ -15,9 +15,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from fastmim.engine.launcher import rank_or_none
+from fastmim.engine.progress import warn_without_stdout
 from fastmim.files import naming
-
-_LOG = logging.getLogger("fastmim")
 
 
 def own_rank() -> int:
@@ -45,8 +44,7 @@ def write_if_possible(text: str) -> None:
     try:
         write(text)
     except OSError as error:
-        reason = (error.strerror or "broken pipe").lower()
-        _LOG.warning("standard output cannot be written (%s): the run goes on without it", reason)
+        warn_without_stdout(error)
         let_go_of_stdout()  # what waits there would be written, and fail, where a process is started
 
 

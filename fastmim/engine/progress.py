@@ -83,6 +83,12 @@ def said_if_slow(text: str, *, enabled: bool, seconds: float = 4.0) -> Iterator[
         timer.cancel()
 
 
+def warn_without_stdout(error: BaseException) -> None:
+    """Say that standard output cannot be written, for ``error``, and that the run goes on."""
+    reason = getattr(error, "strerror", None) or "broken pipe"
+    log.warning("standard output cannot be written (%s): the run goes on without it", reason.lower())
+
+
 class Progress:
     """Progress of the run on standard output; on ranks other than 0 it says nothing.
 
@@ -182,8 +188,7 @@ class Progress:
             yield
         except (OSError, SystemExit) as error:  # rich asks for the end of the program where a pipe is broken
             self._enabled, self._live = False, None
-            reason = getattr(error, "strerror", None) or "broken pipe"
-            log.warning("standard output cannot be written (%s): the run goes on without it", reason.lower())
+            warn_without_stdout(error)
 
 
 def _wrapped(text: str, width: int) -> list[str]:
